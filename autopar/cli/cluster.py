@@ -1,0 +1,80 @@
+"""`autopar cluster`: the clusters that ship, and the numbers of one of them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from autopar.cli.options import Assignment, distinct
+
+LONGEST_LIST = 8
+
+
+@click.group("cluster")
+def cluster_group() -> None:
+    """List the clusters that ship with autopar, or show one."""
+
+
+@cluster_group.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def list_command(*, as_json: bool) -> None:
+    """Print the names that --cluster takes."""
+    from autopar.cluster.load import cluster_names
+
+    names = sorted(cluster_names())
+    if as_json:
+        from autopar.cli.output import print_document
+
+        print_document({"clusters": names})
+        return
+    for name in names:
+        print(name)
+
+
+@cluster_group.command("show")
+@click.argument("name", metavar="NAME|FILE")
+@click.option(
+    "--cluster-set", multiple=True, type=Assignment(), metavar="K=V", help="Override a key of the cluster's table."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def show_cluster_command(*, name: str, cluster_set: tuple[tuple[str, Any], ...], as_json: bool) -> None:
+    """Print every number of a cluster, the unit in its key."""
+    import msgspec
+
+    from autopar.cluster.load import load_cluster
+
+    cluster = load_cluster(name, **distinct("--cluster-set", cluster_set))
+    document = msgspec.to_builtins(cluster, enc_hook=lambda value: value.tolist())
+    if as_json:
+        from autopar.cli.output import print_document
+
+        print_document(document)
+        return
+    for line in table_lines(document, ""):
+        print(line)
+
+
+def table_lines(part: Any, indent: str) -> Iterator[str]:
+    """Lines of nested keys; long lists of numbers are cut to their ends.
+
+    >>> list(table_lines({"link": {"latency_s": 1e-06}, "sizes": [1, 2]}, ""))
+    ['link:', '  latency_s: 1e-06', 'sizes: 1, 2']
+    """
+    for key, value in part.items():
+        if isinstance(value, dict):
+            yield f"{indent}{key}:"
+            yield from table_lines(value, indent + "  ")
+        elif isinstance(value, list | tuple) and value and isinstance(value[0], dict):
+            yield f"{indent}{key}:"
+            for item in value:
+                first, *rest = table_lines(item, "") or [""]
+                yield f"{indent}  - {first}"
+                yield from (f"{indent}    {line}" for line in rest)
+        elif isinstance(value, list | tuple):
+            items = [str(item) for item in value]
+            if len(items) > LONGEST_LIST:
+                half = LONGEST_LIST // 2
+                items = [*items[:half], f"... {len(items) - 2 * half} more ...", *items[-half:]]
+            yield f"{indent}{key}: {', '.join(items)}"
+        else:
+            yield f"{indent}{key}: {value}"

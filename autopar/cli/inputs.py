@@ -1,0 +1,75 @@
+"""From arguments to what the library takes: the cluster, the workload, the batch; and a plan's own model again."""
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autopar.plan.errors import PlanFileError, UsageError
+
+if TYPE_CHECKING:
+    from autopar.cluster.cluster import Cluster
+    from autopar.plan.plan import Plan
+    from autopar.workload.workload import Workload
+
+
+def check_writable(path: Path) -> Path:
+    """The path, or a UsageError before any work is done for a file that cannot be written."""
+    import os
+
+    if not path.parent.is_dir():
+        raise UsageError(f"cannot write {path}: there is no folder {path.parent}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UsageError(f"cannot write {path}: choose another file with -o")
+    return path
+
+
+def global_batch_of(given: int | None, layout_batch: int | None, workload: "Workload", model: str) -> int:
+    """``--global-batch``, else the layout's gbs, else the model file's GLOBAL_BATCH."""
+    for batch in (given, layout_batch, workload.global_batch):
+        if batch is not None:
+            return batch
+    raise UsageError(f"no global batch: give --global-batch, or set GLOBAL_BATCH = 1024 (say) in {model}")
+
+
+def layout_flags(**flags: str) -> dict[str, str]:
+    """Flags that are also keys of a layout, those left at "auto" dropped."""
+    return {key: value for key, value in flags.items() if value != "auto"}
+
+
+def workload_of(plan: "Plan", plan_path: Path, model: str | None) -> "Workload":
+    """The workload a plan was made for, from its own model file or from ``model``; PlanFileError when it changed."""
+    path = Path(model) if model is not None else _model_path(plan, plan_path)
+    if model is None and plan.model.source_hash is not None:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if digest != plan.model.source_hash:
+            raise PlanFileError(
+                f"{path} changed since {plan_path} was made (sha256 {plan.model.source_hash[:12]} then, "
+                f"{digest[:12]} now); plan again, or name an unchanged copy with --model"
+            )
+    from autopar.workload.load import load_workload
+
+    settings: dict[str, Any] = dict(plan.model.settings)
+    return load_workload(path, **settings)
+
+
+def _model_path(plan: "Plan", plan_path: Path) -> Path:
+    """The plan's model file, as written or beside the plan."""
+    if plan.model.path is None:
+        raise PlanFileError(f"{plan_path} is for a model built in Python; name a model file with --model")
+    for path in (Path(plan.model.path), plan_path.parent / Path(plan.model.path).name):
+        if path.is_file():
+            return path
+    raise PlanFileError(f"{plan_path} is for {plan.model.path}, which is not there; name it with --model")
+
+
+def cluster_of(plan: "Plan", plan_path: Path) -> "Cluster":
+    """The cluster a plan was made for; PlanFileError when its tables changed since."""
+    from autopar.cluster.load import load_cluster
+
+    cluster = load_cluster(plan.cluster.name, **plan.cluster.overrides)
+    if cluster.fingerprint != plan.cluster.fingerprint:
+        raise PlanFileError(
+            f"the tables of cluster {plan.cluster.name} changed since {plan_path} was made "
+            f"({plan.cluster.fingerprint[:12]} then, {cluster.fingerprint[:12]} now); plan again"
+        )
+    return cluster

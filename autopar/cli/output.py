@@ -1,0 +1,47 @@
+"""Results on stdout: text as wide as the terminal, or one JSON document."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from autopar.plan.plan import Plan
+
+PIPED_WIDTH = 120
+NARROWEST = 72
+
+
+def text_width() -> int:
+    """Columns of the terminal, or a fixed width in a pipe so that the same plan prints the same text."""
+    if not sys.stdout.isatty():
+        return PIPED_WIDTH
+    return max(NARROWEST, shutil.get_terminal_size((PIPED_WIDTH, 24)).columns)
+
+
+def print_document(document: dict[str, Any]) -> None:
+    print(json.dumps(document, indent=2, allow_nan=False))
+
+
+def print_plan(plan: "Plan", path: Path | None, *, as_json: bool, verbose: bool) -> None:
+    """The plan as text or as its JSON document."""
+    if as_json:
+        from autopar.report.json import plan_document
+
+        print_document(plan_document(plan, None if path is None else str(path)))
+        return
+    from autopar.report.text import plan_text
+
+    print(plan_text(plan, width=text_width(), verbose=verbose), end="")
+
+
+def signed(plan: "Plan") -> "Plan":
+    """The plan with the command line that made it."""
+    import shlex
+
+    import click
+    import msgspec
+
+    arguments = click.get_current_context().find_root().obj
+    return msgspec.structs.replace(plan, command=shlex.join(["autopar", *(arguments or sys.argv[1:])]))

@@ -1,0 +1,86 @@
+"""`autopar plan`: search the best plan, write it, print it."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from autopar.cli.inputs import check_writable, global_batch_of, layout_flags
+from autopar.cli.options import distinct, out_option, output_options, search_options, workload_options
+
+
+@click.command("plan")
+@workload_options
+@click.option("--layout", metavar="TEXT", help="Search nothing: price this layout, such as tp=8,pp=4,zero=1.")
+@search_options
+@out_option
+@output_options
+def plan_command(
+    *,
+    model: str,
+    gpus: int,
+    cluster: str,
+    cluster_set: tuple[tuple[str, Any], ...],
+    settings: tuple[tuple[str, Any], ...],
+    global_batch: int | None,
+    micro_batch: int | None,
+    dtype: str | None,
+    memory: float | None,
+    optimizer: str,
+    layout: str | None,
+    pins: tuple[tuple[str, str], ...],
+    recompute: str,
+    schedule: str,
+    time_limit: float | None,
+    output: str | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Find the fastest plan for MODEL.py on N GPUs and write it to FILE (default: MODEL.plan.json)."""
+    from autopar.cluster.load import load_cluster
+    from autopar.plan.layout import parse_layout
+
+    path = check_writable(Path(output) if output is not None else Path(f"{Path(model).stem}.plan.json"))
+    fixed = None
+    if layout is not None:
+        fixed = parse_layout(layout, layout_flags(recompute=recompute, schedule=schedule))
+    target = load_cluster(cluster, **distinct("--cluster-set", cluster_set))
+    model_settings = distinct("--set", settings)
+
+    from autopar.cli.progress import progress_on_stderr
+    from autopar.workload.load import load_workload
+
+    with progress_on_stderr(quiet) as progress:
+        progress("model", f"loading {model}", None, None)
+        workload = load_workload(model, **model_settings)
+        batch = global_batch_of(global_batch, fixed.gbs if fixed is not None else None, workload, model)
+
+        from autopar.inter.planner import plan
+
+        found = plan(
+            workload,
+            cluster=target,
+            gpus=gpus,
+            global_batch=batch,
+            micro_batch=micro_batch,
+            dtype=dtype,
+            memory_gib=memory,
+            optimizer=optimizer,
+            layout=None if fixed is None else str(fixed),
+            pins=pins,
+            recompute=recompute,
+            schedule=schedule,
+            time_limit_s=time_limit,
+            progress=progress,
+        )
+
+    from autopar.cli.output import print_plan, signed
+    from autopar.plan.file import save_plan
+
+    found = signed(found)
+    save_plan(found, path)
+    print_plan(found, path, as_json=as_json, verbose=verbose)
+    if not as_json and not quiet:
+        print(f"wrote {path}", file=sys.stderr)

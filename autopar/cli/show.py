@@ -1,0 +1,18 @@
+"""`autopar show`: a plan file as text."""
+
+from pathlib import Path
+
+import click
+
+from autopar.cli.options import output_options
+
+
+@click.command("show")
+@click.argument("plan_file", metavar="PLAN", type=click.Path())
+@output_options
+def show_command(*, plan_file: str, as_json: bool, quiet: bool, verbose: bool) -> None:
+    """Print a plan: its stages, times, memory, and where each parameter lies."""
+    from autopar.cli.output import print_plan
+    from autopar.plan.file import load_plan
+
+    print_plan(load_plan(plan_file), Path(plan_file), as_json=as_json, verbose=verbose)

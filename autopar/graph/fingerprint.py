@@ -1,0 +1,33 @@
+"""One sha256 over the structure of a graph, the same at whatever batch it was traced."""
+
+import hashlib
+from collections.abc import Iterable
+from fractions import Fraction
+from typing import Any
+
+from autopar.graph.ir import Batch, Op, Ref, Value
+
+
+def fingerprint(values: Iterable[Value], ops: Iterable[Op], batch: Batch) -> str:
+    """Hash of values (kind, sizes, dtype, names of parameters) and ops (call, edges, literals, module).
+
+    Sizes and literals that grow with the batch enter as their share per sample. Line numbers do not enter."""
+    digest = hashlib.sha256()
+    for value in values:
+        shape = tuple(_per_sample(size, batch) for size in value.shape)
+        name = value.name if value.kind != "activation" else ""
+        digest.update(repr((value.kind, shape, value.dtype, value.requires_grad, name, value.names)).encode())
+    for op in ops:
+        literals = _per_sample((op.args, op.kwargs), batch)
+        digest.update(repr((op.target, op.inputs, op.outputs, literals, op.module)).encode())
+    return digest.hexdigest()
+
+
+def _per_sample(literal: Any, batch: Batch) -> Any:
+    if isinstance(literal, tuple):
+        return tuple(_per_sample(element, batch) for element in literal)
+    if isinstance(literal, Ref):
+        return f"%{literal.index}"
+    if type(literal) is int and batch.grows(literal):
+        return f"batch*{Fraction(literal, batch.traced)}"
+    return literal

@@ -1,0 +1,93 @@
+"""Model FLOPs of a training step: what the model asks for, not what a plan runs.
+
+Counted: matmuls, convolutions, attention over the full s^2 square, forward and backward, at 2 FLOPs a multiply-add. Not
+counted: recomputation, the scores that flash attention computes again (its backward is twice its forward here),
+gathers, element-wise work. For a GPT of L layers, width h, sequence s and vocabulary V (Narayanan et al. SC'21,
+appendix, without recomputation) a step of B samples is
+
+    72 B s L h^2 (1 + s / 6h + V / 12Lh)
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+from autopar.graph.ir import Batch, Graph, Op, OpProfile
+from autopar.graph.profile import profile_graph
+
+Arithmetic = Literal["matmul", "attention", "convolution"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFlops:
+    """FLOPs of one pass over a batch, forward and backward, and both together for each kind of arithmetic."""
+
+    forward: int
+    backward: int
+    by_arithmetic: tuple[tuple[Arithmetic, int], ...]
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.backward
+
+
+def model_flops(graph: Graph, batch_size: int, profiles: Sequence[OpProfile] | None = None) -> ModelFlops:
+    """FLOPs of the forward and backward pass over ``batch_size`` samples; ``profiles`` saves profiling again.
+
+    Example: Llama-2-7B, one sample of 4,096 tokens: 62.92e12 forward, 188.76e12 in all."""
+    profiles = profile_graph(graph).ops if profiles is None else profiles
+    forward = backward = 0
+    parts: dict[Arithmetic, int] = defaultdict(int)
+    for op, profile in zip(graph.ops, profiles, strict=True):
+        if not profile.forward_flops:
+            continue
+        kind = arithmetic(op)
+        once = flops_at(profile.forward_flops, graph.batch, batch_size)
+        back = flops_at(profile.backward_flops, graph.batch, batch_size)
+        if kind == "attention":
+            back = back * 4 // 5  # five matmuls run, four are the model's
+        forward += once
+        backward += back
+        parts[kind] += once + back
+    return ModelFlops(forward=forward, backward=backward, by_arithmetic=tuple(sorted(parts.items())))
+
+
+def flops_at(flops: int, batch: Batch, batch_size: int) -> int:
+    """FLOPs counted at the traced batch, at ``batch_size``.
+
+    FLOPs are products of sizes, so the prime divides them as often as the batch occurs among these: once in a linear
+    layer, never in one that works on positions alone, twice in a contrastive loss.
+
+    >>> flops_at(2 * 808 * 16 * 16, Batch(traced=808, prime=101), 4)
+    2048
+    """
+    power = 0
+    rest = flops
+    while rest and rest % batch.prime == 0:
+        rest //= batch.prime
+        power += 1
+    return flops * batch_size**power // batch.traced**power
+
+
+def arithmetic(op: Op) -> Arithmetic:
+    """Which arithmetic a matmul-like op does.
+
+    >>> arithmetic(graph.ops[5])  # aten.linear.default  # doctest: +SKIP
+    'matmul'
+    """
+    if "attention" in op.target:
+        return "attention"
+    return "convolution" if "conv" in op.target else "matmul"
+
+
+def num_parameters(graph: Graph, *, trainable_only: bool = False) -> int:
+    """Elements of all parameters, a tied one once; buffers are none.
+
+    Example: GPT of 1.3B -> 1.3e9, with its input embedding and output projection tied."""
+    return sum(
+        prod(value.shape)
+        for value in graph.values
+        if value.kind == "parameter" and (value.requires_grad or not trainable_only)
+    )

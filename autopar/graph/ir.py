@@ -1,0 +1,136 @@
+"""The nouns of the graph: values, ops, and the forward graph they form.
+
+A graph is traced once, at a batch size ``Batch.traced`` that is a multiple of a prime which no size of the model contains,
+so every dimension that grows with the batch is recognised by that prime and rescaled to any batch size (``Batch.scale``).
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+ValueKind = Literal["parameter", "buffer", "input", "constant", "activation"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """How sizes follow the batch: traced at ``traced`` samples, a multiple of the prime ``prime``.
+
+    >>> batch = Batch(traced=808, prime=101)
+    >>> batch.scale(808 * 1024, 2), batch.scale(4096, 2)
+    (2048, 4096)
+    """
+
+    traced: int
+    prime: int
+
+    def grows(self, size: int) -> bool:
+        """Whether a size (of a dimension, or a literal argument) is proportional to the batch."""
+        return size > 0 and size % self.prime == 0
+
+    def scale(self, size: int, batch_size: int) -> int:
+        """``size`` as it would be at ``batch_size`` samples; raises ValueError where that is not a whole number."""
+        if not self.grows(size):
+            return size
+        scaled, rest = divmod(size * batch_size, self.traced)
+        if rest:
+            raise ValueError(f"size {size} traced at batch {self.traced} is no whole number at batch {batch_size}")
+        return scaled
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Value:
+    """A tensor of the graph. ``shape`` is at the traced batch. ``names`` are all fully qualified names of a parameter
+    or buffer (several when tied). ``requires_grad``: a gradient flows into it during the backward pass."""
+
+    id: int
+    name: str
+    kind: ValueKind
+    shape: tuple[int, ...]
+    dtype: str  # "float32", "bfloat16", "int64", "bool", ...
+    requires_grad: bool
+    names: tuple[str, ...] = ()
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.dtype]
+
+
+ITEMSIZE = {
+    "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1,
+    "uint8": 1, "bool": 1, "complex64": 8, "complex128": 16,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """Stands for a tensor among an op's literal arguments: ``index`` counts the op's ``inputs``."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Op:
+    """One aten call. ``inputs`` are the ids of its tensor arguments in order of appearance; ``args`` and ``kwargs`` are
+    the call's arguments as written, every tensor replaced by a ``Ref`` into ``inputs``; ``outputs`` are the ids of the
+    tensors it returns (a multi-output op lists all, ``getitem`` nodes are folded away)."""
+
+    id: int
+    name: str  # name of the fx node
+    target: str  # "aten.linear.default"
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+    module: str  # dotted path of the module that ran it, "" at the root
+    source: str  # "file.py:123" in the user's code, "" when unknown
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Graph:
+    """The whole forward pass, loss included. ``values[i].id == i`` and ``ops[i].id == i``; ops are in execution order.
+
+    ``outputs`` holds the loss alone."""
+
+    values: tuple[Value, ...]
+    ops: tuple[Op, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    batch: Batch
+    fingerprint: str  # independent of the batch the graph was traced at
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpProfile:
+    """What running one op costs, forward and backward, whole (unsharded) at the traced batch.
+
+    FLOPs count matmul-like work only (matmul, convolution, attention). Bytes are read plus written by kernels that are
+    not matmul-like, views excluded. ``saved_inputs``/``saved_outputs`` are positions in ``Op.inputs``/``Op.outputs`` that
+    autograd keeps for the backward; ``saved_internal`` are (shape, itemsize) of further tensors it keeps (masks, statistics)."""
+
+    forward_flops: int
+    backward_flops: int
+    forward_bytes: int
+    backward_bytes: int
+    forward_kernels: int
+    backward_kernels: int
+    saved_inputs: tuple[int, ...]
+    saved_outputs: tuple[int, ...]
+    saved_internal: tuple[tuple[tuple[int, ...], int], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """Consecutive ops ``first_op <= id < end_op`` of the graph: the unit that stages are cut from.
+
+    ``kind`` is the number of its class of structurally equal blocks (ops, shapes, attributes and edges); blocks of one
+    kind list corresponding values at corresponding positions in all four tuples. ``inputs`` are activations of earlier
+    blocks or model inputs/constants; ``outputs`` are its activations read by later blocks (or the loss);
+    ``parameters`` its parameters and buffers."""
+
+    index: int
+    name: str  # "layers.3", "embedding", "head"
+    kind: int
+    first_op: int
+    end_op: int
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    parameters: tuple[int, ...]

@@ -1,0 +1,105 @@
+"""Structural equality of blocks: blocks of one kind differ in nothing but which values they read and write.
+
+A block's key lists, op by op, the target, the literal arguments, where each input comes from and what each output is.
+An input is
+
+    inside    (offset of the op in the block, position among its outputs)
+    outside   (position among the block's external values of that sort, in the order of first use), with shape, dtype,
+              requires_grad and whether other blocks read it too (a tied weight, a skip, a mask for all layers)
+
+Equal keys, equal kind. Everything is linear in the number of ops.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from autopar.graph.ir import Block, Graph, Op, Value
+from autopar.graph.literals import frozen
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """Ops ``first_op <= id < end_op`` that are to be a block."""
+
+    name: str
+    first_op: int
+    end_op: int
+
+
+def fold(graph: Graph, spans: list[Span]) -> tuple[Block, ...]:
+    """Blocks of the spans, in order, numbered by kind in the order of first appearance.
+
+    Example: GPT with 12 layers -> embedding (kind 0), 12 layers (kind 1), head (kind 2)."""
+    readers: dict[int, set[int]] = defaultdict(set)
+    for index, span in enumerate(spans):
+        for op in graph.ops[span.first_op : span.end_op]:
+            for value in op.inputs:
+                readers[value].add(index)
+    numbers: dict[Any, int] = {}
+    blocks = []
+    for index, span in enumerate(spans):
+        key, inputs, outputs, parameters = _structure(graph, index, span, readers)
+        blocks.append(
+            Block(
+                index=index,
+                name=span.name,
+                kind=numbers.setdefault(key, len(numbers)),
+                first_op=span.first_op,
+                end_op=span.end_op,
+                inputs=inputs,
+                outputs=outputs,
+                parameters=parameters,
+            )
+        )
+    return tuple(blocks)
+
+
+def _structure(
+    graph: Graph, index: int, span: Span, readers: dict[int, set[int]]
+) -> tuple[Any, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The key of a block, and its inputs, outputs and parameters."""
+    produced: dict[int, tuple[int, int]] = {}
+    inputs: dict[int, int] = {}
+    parameters: dict[int, int] = {}
+    outputs: list[int] = []
+    keys = []
+    for offset, op in enumerate(graph.ops[span.first_op : span.end_op]):
+        sources = tuple(
+            _source(graph.values[value], produced, inputs, parameters, len(readers[value]) > 1) for value in op.inputs
+        )
+        results = []
+        for position, value in enumerate(op.outputs):
+            produced[value] = (offset, position)
+            others = readers[value] - {index} if value in readers else set()
+            leaves = bool(others) or value in graph.outputs
+            if leaves:
+                outputs.append(value)
+            results.append((_type(graph.values[value]), leaves, len(others) > 1))
+        keys.append((*_call(op), sources, tuple(results)))
+    return tuple(keys), tuple(inputs), tuple(outputs), tuple(parameters)
+
+
+def _call(op: Op) -> tuple[Any, ...]:
+    return op.target, frozen(op.args), frozen(op.kwargs)
+
+
+def _source(
+    value: Value,
+    produced: dict[int, tuple[int, int]],
+    inputs: dict[int, int],
+    parameters: dict[int, int],
+    shared: bool,
+) -> tuple[Any, ...]:
+    """Where an input of an op comes from; a new external value is appended to ``inputs`` or ``parameters``."""
+    if value.id in produced:
+        return produced[value.id]
+    is_parameter = value.kind in ("parameter", "buffer")
+    place = parameters if is_parameter else inputs
+    position = place.setdefault(value.id, len(place))
+    tied = shared or len(value.names) > 1
+    return ("parameter" if is_parameter else "input", position, value.kind, _type(value), tied)
+
+
+def _type(value: Value) -> tuple[Any, ...]:
+    return value.shape, value.dtype, value.requires_grad

@@ -1,0 +1,205 @@
+"""Rewrites an exported graph in place into the form we plan on: aten calls only, no no-ops, no in-place ops.
+
+Passes, each linear in the number of nodes: ``inline`` the submodules of ``no_grad`` and ``autocast`` regions, make
+in-place ops ``functional``, drop ops that change nothing (``drop_identities``), resolve ``-1`` sizes, drop dead code.
+"""
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputKind
+
+from autopar.graph.export import functionalised
+from autopar.graph.fold_masks import fold_masks
+from autopar.graph.functional import functional, written_tensor
+from autopar.graph.ir import Batch
+from autopar.graph.source import source_of
+from autopar.graph.views import COPIES, MAY_ALIAS, RESHAPES, same_tensor
+from autopar.plan.errors import ModelError
+
+aten = torch.ops.aten
+_WRAPPERS = {  # higher-order ops whose submodule may be inlined: position of the submodule among the arguments
+    "wrap_with_set_grad_enabled": 1,
+    "wrap_with_autocast": 4,
+    "tag_activation_checkpoint": 0,
+    "wrap_activation_checkpoint": 0,
+}
+_NEUTRAL = {"aten.add.Tensor": 0, "aten.sub.Tensor": 0, "aten.mul.Tensor": 1, "aten.div.Tensor": 1}
+_DROPOUTS = ("aten.dropout.default", "aten.feature_dropout.default", "aten.alpha_dropout.default")
+
+
+def normalise(
+    program: ExportedProgram, tied: Mapping[str, str], batch: Batch
+) -> tuple[ExportedProgram, fx.GraphModule]:
+    """The normalised graph: placeholders (parameters, buffers, constants, inputs), aten calls, the loss as output; with
+    the exported program whose signature describes the placeholders.
+
+    ``tied`` maps every path of a parameter or buffer to the first path of the same tensor: one placeholder stays."""
+    module = program.graph_module
+    inline(module)
+    signature = program.graph_signature
+    if not functional(module.graph, frozenset(signature.inputs_to_buffers), frozenset(signature.user_inputs)):
+        program = functionalised(program)
+        module = program.graph_module
+        inline(module)
+    keep_only_loss(program, module.graph)
+    merge_tied(program, module.graph, tied)
+    forget_devices(module.graph)
+    drop_identities(module.graph)
+    resolve_sizes(module.graph)
+    fold_masks(module.graph, batch)
+    drop_dead(module.graph, frozenset(program.graph_signature.inputs_to_lifted_tensor_constants))
+    module.graph.lint()
+    module.recompile()
+    return program, module
+
+
+def inline(module: fx.GraphModule) -> None:
+    """Replaces calls of wrapper ops by the nodes of their submodule; nodes of ``no_grad`` regions get
+    meta["no_grad"]."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        # An op has a schema, a Python function like getitem no `name`; what is left is a higher-order op.
+        if node.op != "call_function" or hasattr(node.target, "_schema") or not hasattr(node.target, "name"):
+            continue
+        name = str(node.target)
+        position = _WRAPPERS.get(name)
+        if position is None:
+            raise ModelError(f"cannot plan the operation torch.ops.higher_order.{name}{source_of(node, ' at ')}: "
+                             "replace it by ordinary tensor operations")  # fmt: skip
+        reference = node.args[position]
+        submodule = getattr(module, str(reference.target))
+        inline(submodule)
+        no_grad = name == "wrap_with_set_grad_enabled" and not node.args[0]
+        _paste(graph, node, submodule, list(node.args[position + 1 :]), no_grad or bool(node.meta.get("no_grad")))
+        graph.erase_node(node)
+        if not reference.users:
+            graph.erase_node(reference)
+
+
+def _paste(graph: fx.Graph, call: fx.Node, submodule: fx.GraphModule, args: list[Any], no_grad: bool) -> None:
+    """Copies the submodule's nodes before ``call`` and replaces the uses of the call by what the submodule returns."""
+    copies: dict[fx.Node, Any] = {}
+    inputs = iter(args)
+    for node in submodule.graph.nodes:
+        if node.op == "placeholder":
+            copies[node] = next(inputs)
+        elif node.op == "output":
+            returned = fx.node.map_arg(node.args[0], lambda inner: copies[inner])
+            single = not isinstance(returned, (tuple, list))
+            for user in list(call.users):
+                if single:
+                    break
+                assert user.target is operator.getitem
+                user.replace_all_uses_with(returned[user.args[1]])
+                graph.erase_node(user)
+            if single:
+                call.replace_all_uses_with(returned)
+        else:
+            with graph.inserting_before(call):
+                copies[node] = graph.node_copy(node, lambda inner: copies[inner])
+            if no_grad:
+                copies[node].meta["no_grad"] = True
+
+
+def merge_tied(program: ExportedProgram, graph: fx.Graph, tied: Mapping[str, str]) -> None:
+    """Lets the placeholder of a tensor's first path stand for those of its other paths."""
+    signature = program.graph_signature
+    paths = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    first: dict[str, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and node.name in paths:
+            kept = first.setdefault(tied[paths[node.name]], node)
+            if kept is not node:
+                node.replace_all_uses_with(kept)
+                graph.erase_node(node)
+
+
+def forget_devices(graph: fx.Graph) -> None:
+    """Moves to the (fake cpu) device become plain casts: a plan decides where a tensor lies."""
+    for node in graph.nodes:
+        if str(node.target) == "aten.to.device":
+            node.target = aten.to.dtype
+            node.args = (node.args[0], node.args[2])
+            node.kwargs = {}
+
+
+def drop_identities(graph: fx.Graph) -> None:
+    """Removes ops that return their input unchanged: same shape, strides and dtype."""
+    grad = _needs_grad(graph)
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+            continue
+        source, target = node.args[0], str(node.target)
+        if target in _DROPOUTS:
+            identity = node.args[1] == 0.0 or not node.args[2]
+        else:
+            identity = target in MAY_ALIAS | COPIES and same_tensor(node.meta.get("val"), source.meta.get("val"))
+            identity = identity or _is_neutral(node, source)
+            # A detach cuts the gradient: it changes nothing only where none flows.
+            identity = identity and not (grad[source] and (target == "aten.detach.default" or node.meta.get("no_grad")))
+        if identity:
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+
+
+def _is_neutral(node: fx.Node, source: fx.Node) -> bool:
+    """``x + 0`` or ``x * 1`` of the same dtype."""
+    neutral = _NEUTRAL.get(str(node.target))
+    plain = neutral is not None and len(node.args) == 2 and not node.kwargs
+    return plain and node.args[1] == neutral and same_tensor(node.meta.get("val"), source.meta.get("val"))
+
+
+def _needs_grad(graph: fx.Graph) -> dict[fx.Node, bool]:
+    """Whether a floating tensor that may carry a gradient stands behind a node (an upper bound, for detach)."""
+    needs: dict[fx.Node, bool] = {}
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder":
+            needs[node] = isinstance(value, Tensor) and value.requires_grad
+        else:
+            cut = node.meta.get("no_grad") or str(node.target) == "aten.detach.default"
+            needs[node] = not cut and any(needs[source] for source in node.all_input_nodes)
+    return needs
+
+
+def resolve_sizes(graph: fx.Graph) -> None:
+    """Writes the true size for ``-1`` in reshapes and for an open slice end, so literals scale with the batch."""
+    for node in graph.nodes:
+        target = str(node.target)
+        if target in RESHAPES:
+            node.update_arg(1, list(node.meta["val"].shape))
+        elif target == "aten.slice.Tensor" and len(node.args) > 3 and isinstance(node.args[3], int):
+            dim = node.args[1]
+            node.update_arg(3, min(node.args[3], node.args[0].meta["val"].shape[dim]))
+
+
+def drop_dead(graph: fx.Graph, constants: frozenset[str]) -> None:
+    """Removes ops that nobody reads, except those that write a buffer, and the ``constants`` that nobody reads."""
+    for node in reversed(list(graph.nodes)):
+        droppable = node.op in ("call_function", "get_attr") or (node.op == "placeholder" and node.name in constants)
+        if droppable and not node.users and written_tensor(node) is None:
+            graph.erase_node(node)
+
+
+def keep_only_loss(program: ExportedProgram, graph: fx.Graph) -> None:
+    """The loss as the one output; buffers that torch's functionalisation returns beside it are written in place."""
+    output = next(reversed(graph.nodes))
+    signature = program.graph_signature
+    placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+    of_path = {path: placeholders[name] for name, path in signature.inputs_to_buffers.items()}
+    losses = []
+    for node, spec in zip(output.args[0], signature.output_specs, strict=True):
+        if spec.kind is OutputKind.USER_OUTPUT:
+            losses.append(node)
+        elif spec.kind is OutputKind.BUFFER_MUTATION and spec.target is not None:
+            buffer = of_path[spec.target]
+            with graph.inserting_before(output):
+                write = graph.call_function(aten.copy_.default, (buffer, node))
+            write.meta = {**node.meta, "val": buffer.meta["val"]}
+    assert len(losses) == 1, signature.output_specs
+    output.args = (losses[0],)

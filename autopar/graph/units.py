@@ -1,0 +1,94 @@
+"""Finds a model's repeated units (transformer layers, residual blocks) in the module paths of its ops.
+
+A path component that is a number names a child of a container (``layers.3``, ``h.0``, ``encoder.block.5``,
+``layer2.1``). An op may lie in several, ``stages.2.4.shortcut.0``: its unit is the outermost child, unless no two
+children of that container are alike while those of a container inside are (the stages of a ResNet differ, their
+residual units repeat).
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from autopar.graph.ir import Graph, Op
+
+# Ops that make a run of ops worth a block of its own: all of a model's FLOPs are theirs.
+HEAVY = frozenset(
+    (
+        "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "bilinear", "_scaled_mm", "_grouped_mm",
+        "grouped_mm_fallback", "scaled_dot_product_attention", "conv1d", "conv2d", "conv3d", "convolution",
+        "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "lstm", "gru", "rnn_tanh",
+    )
+)  # fmt: skip
+_MIN_COVERED = 0.9  # of the heavy ops must stay inside units when inner containers replace an outer one
+
+
+def is_heavy(op: Op) -> bool:
+    """Whether the op multiplies matrices (or convolves, or attends).
+
+    >>> is_heavy(graph.ops[5])  # aten.linear.default  # doctest: +SKIP
+    True
+    """
+    return op.target.split(".")[1] in HEAVY if "." in op.target else False
+
+
+def units_of(graph: Graph) -> dict[int, str]:
+    """Op id -> path of its unit, for the ops inside a unit; empty where the model has no container of real blocks.
+
+    Linear in the number of ops."""
+    children: dict[str, dict[str, list[Op]]] = defaultdict(lambda: defaultdict(list))  # container -> child -> ops
+    for op in graph.ops:
+        for container, child in _numbered(op.module):
+            children[container][child].append(op)
+    tops = [container for container in children if not any(True for _ in _numbered(container))]
+    units: dict[int, str] = {}
+    for top in tops:
+        for container in _chosen(graph, top, children):
+            for child, ops in children[container].items():
+                units.update((op.id, child) for op in ops)
+    heavy = [op.id for op in graph.ops if is_heavy(op)]
+    covered = sum(op in units for op in heavy)
+    return units if 2 * covered >= len(heavy) else {}
+
+
+def _numbered(path: str) -> Iterable[tuple[str, str]]:
+    """(container, child) for every number in the path, outermost first.
+
+    >>> list(_numbered("stages.2.4.conv"))
+    [('stages', 'stages.2'), ('stages.2', 'stages.2.4')]
+    """
+    parts = path.split(".")
+    for index, part in enumerate(parts):
+        if part.isdigit():
+            yield ".".join(parts[:index]), ".".join(parts[: index + 1])
+
+
+def _chosen(graph: Graph, top: str, children: dict[str, dict[str, list[Op]]]) -> list[str]:
+    """The containers whose children are the units: ``top``, or those inside it, or none."""
+    groups = children[top]
+    if not _repeats(graph, groups):
+        inner = [name for name in children if any(name == child or name.startswith(child + ".") for child in groups)]
+        # Outermost among the inner ones only: nothing between them and ``top`` but a child of ``top``.
+        inner = [name for name in inner if len(list(_numbered(name))) == 1]
+        if any(_repeats(graph, children[name]) and _real(name, children[name]) for name in inner):
+            inner = [name for name in inner if _real(name, children[name])]
+            heavy = {op.id for ops in groups.values() for op in ops if is_heavy(op)}
+            inside = {op.id for name in inner for ops in children[name].values() for op in ops} & heavy
+            if len(inside) >= _MIN_COVERED * len(heavy):
+                return inner
+    return [top] if _real(top, groups) else []
+
+
+def _repeats(graph: Graph, groups: dict[str, list[Op]]) -> bool:
+    """Whether two children run the same ops on the same shapes."""
+    keys = [
+        tuple((op.target, tuple(graph.values[value].shape for value in op.outputs)) for op in ops)
+        for ops in groups.values()
+    ]
+    return len(set(keys)) < len(keys)
+
+
+def _real(container: str, groups: dict[str, list[Op]]) -> bool:
+    """Whether the children are blocks rather than leaves: most have modules inside, or each is heavy by itself."""
+    heavy = [any(map(is_heavy, ops)) for ops in groups.values()]
+    deeper = [any(op.module != child for op in ops) for child, ops in groups.items()]
+    return any(heavy) and (2 * sum(deeper) > len(groups) or all(heavy))

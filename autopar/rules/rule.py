@@ -1,0 +1,56 @@
+"""The noun every sharding rule produces: an op's dimensions as labels, and what sharding a label means.
+
+A rule names the dims of each tensor input and output by small integers (*labels*), as an einsum does:
+``linear(x[b, s, k], w[n, k]) -> out[b, s, n]`` is ``inputs=((0, 1, 3), (2, 3)), outputs=((0, 1, 2),)``. Sharding a label on a
+mesh axis shards every tensor that has it; an input without it is replicated and its gradient comes out ``Partial``; an
+output without it comes out ``Partial``. What that does to an op whose label is none of these is its ``kind``:
+
+    parallel   computed independently along it
+    sum        contracted: outputs are partial sums
+    inside     the kernel must exchange something along it by itself (statistics, softmax sums); see ``Inside``
+    whole      cannot be sharded at this op
+
+Views are rules too: ``groups`` says which input labels, row-major, are the same elements as which output labels.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+LabelKind = Literal["parallel", "sum", "inside", "whole"]
+Compute = Literal["matmul", "attention", "memory", "free"]
+NO_LABEL = -1  # a dim of size one that broadcasts, or one that no rule may shard
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inside:
+    """What an op with a sharded ``inside`` label all-reduces by itself, whole bytes at the traced batch; ``labels`` are
+    the labels of the exchanged tensor, which divide its bytes where they are sharded on other axes."""
+
+    forward_bytes: int
+    backward_bytes: int
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpRule:
+    """How one op may be sharded. ``inputs`` and ``outputs`` give a label per dim of each tensor.
+
+    ``roles`` of a matmul: label -> "b", "m", "n" or "k" (batched, rows, columns, contracted); of attention: label ->
+    "b", "h", "q", "k", "d". ``passes_gradient``: a replicated input may have a partial gradient if the output has
+    (true of every op that is linear in the gradient of one input). ``passes_partial``: the op is linear in that input, so a
+    partial sum may pass through. ``carrier`` is the input these two speak of. ``known`` is False for the last resort.
+    """
+
+    inputs: tuple[tuple[int, ...], ...]
+    outputs: tuple[tuple[int, ...], ...]
+    kinds: tuple[LabelKind, ...]
+    compute: Compute = "memory"
+    roles: tuple[tuple[int, str], ...] = ()
+    groups: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()  # sizes of labels that no tensor shows (the 3 of a fused q, k, v)
+    inside: Inside | None = None
+    passes_gradient: bool = False
+    passes_partial: bool = False
+    carrier: int = 0
+    pointwise: bool = False
+    known: bool = True

@@ -1,0 +1,116 @@
+"""A workload: how to build the model, its inputs and its loss, on the meta device (no memory, whatever the size)."""
+
+import inspect
+import os
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from autopar.plan.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What is trained. ``settings`` reach every callable that accepts them; ``path`` and ``source_hash`` (sha256 of the
+    model file) are None for a workload made in Python.
+
+    >>> workload = Workload(build_model=lambda: nn.Linear(4, 1), example_inputs=lambda batch_size: {})
+    >>> workload.build().weight.is_meta
+    True
+    """
+
+    build_model: Callable[..., nn.Module]
+    example_inputs: Callable[..., dict[str, Any]]
+    loss_fn: Callable[[Any, dict[str, Any]], torch.Tensor] | None = None
+    global_batch: int | None = None
+    random_inputs: Callable[..., dict[str, Any]] | None = None
+    init_weights: Callable[[nn.Module], None] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    path: str | None = None
+    source_hash: str | None = None
+
+    def build(self) -> nn.Module:
+        """The model on the meta device; raises ModelError where ``build_model`` fails."""
+        with torch.device("meta"):
+            model = self._call("build_model", self.build_model)
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"build_model returned a {type(model).__name__}: it must return a torch.nn.Module")
+        return model
+
+    def inputs(self, batch_size: int) -> dict[str, Any]:
+        """Meta tensors of one micro-batch of ``batch_size`` samples, by keyword; raises ModelError on failure."""
+        with torch.device("meta"):
+            inputs = self._call("example_inputs", self.example_inputs, batch_size)
+        if not isinstance(inputs, dict) or not all(isinstance(name, str) for name in inputs):
+            raise ModelError(
+                f"example_inputs returned a {type(inputs).__name__}: it must return a dict of the keyword arguments "
+                "of the model's forward, e.g. {'tokens': torch.empty(batch_size, 1024, dtype=torch.long)}"
+            )
+        return inputs
+
+    def real_inputs(self, batch_size: int, seed: int) -> dict[str, Any] | None:
+        """Real inputs by the file's ``random_inputs``, or None where it has none."""
+        if self.random_inputs is None:
+            return None
+        return self._call("random_inputs", self.random_inputs, batch_size, seed)
+
+    def _call(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
+        accepted = accepted_settings(function)
+        settings = {key: value for key, value in self.settings.items() if accepted is None or key in accepted}
+        try:
+            return function(*args, **settings)
+        except Exception as error:
+            raise ModelError(f"{name} raised {user_error(error)}") from error
+
+
+def accepted_settings(function: Callable[..., Any]) -> frozenset[str] | None:
+    """Names of the settings that ``function`` takes by keyword; None when it takes any (``**settings``).
+
+    >>> def example_inputs(batch_size, seq=1024): ...
+    >>> sorted(accepted_settings(example_inputs))
+    ['seq']
+    """
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    by_keyword = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = (parameter.name for parameter in parameters if parameter.kind in by_keyword)
+    return frozenset(names) - {"batch_size", "seed"}
+
+
+def user_error(error: BaseException) -> str:
+    """One or two lines on an exception: its type, the first lines of its message, and the user's own file and line.
+
+    The place is the innermost frame outside torch and autopar, as ``model.py:12: x = y.view(3)``."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    message = "; ".join(lines[:2])
+    if len(message) > 300:
+        message = message[:297] + "..."
+    return f"{type(error).__name__}: {message}" + user_place(error)
+
+
+def user_place(error: BaseException) -> str:
+    """``"\\n  at model.py:12: x = y.view(3)"`` for the innermost user frame of an exception, "" where there is none."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"\n  at {os.path.basename(error.filename)}:{error.lineno}: {(error.text or '').strip()}"
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if is_user_file(frame.filename):
+            return f"\n  at {os.path.basename(frame.filename)}:{frame.lineno}: {frame.line}"
+    return ""
+
+
+_OUR_FOLDERS = tuple(
+    os.path.abspath(folder) + os.sep
+    for folder in (os.path.dirname(torch.__file__), os.path.join(os.path.dirname(__file__), os.pardir))
+)
+
+
+def is_user_file(filename: str) -> bool:
+    """Whether code in this file is the user's (or a model library's), rather than torch's, Python's or ours."""
+    if filename.startswith(("<", *_OUR_FOLDERS)):
+        return False
+    return not filename.startswith(os.path.dirname(os.__file__) + os.sep) or "site-packages" in filename
