@@ -1,0 +1,12 @@
+"""The machine and what things cost on it: names or files of tables come in, seconds and bytes go out.
+
+cluster = load_cluster("dgx-h100", inter_node_gbits_per_s=800)
+cluster.device.matmul_s(4096, 4096, 4096, dtype="bfloat16")
+cluster.collective_s("all_reduce", 2**28, cluster.axis_group(16, (2, 8), (0,)))
+"""
+
+from autopar.cluster.cluster import Cluster, Group
+from autopar.cluster.device import Device
+from autopar.cluster.load import cluster_names, load_cluster, save_cluster
+
+__all__ = ["Cluster", "Device", "Group", "cluster_names", "load_cluster", "save_cluster"]

@@ -10,6 +10,7 @@ Cuts (prefix products inside a dim) spread over every op of a block until nothin
 is cut where its output is, so its shard is strided too, and nothing has to be gathered.
 """
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -53,16 +54,14 @@ class Cuts:
                     for dim, label in enumerate(dims):
                         if label != NO_LABEL:
                             self._size[self._union((value, dim), (-1 - number, label))] = shapes[value][dim]
-            groups += [
-                tuple(tuple((-1 - number, label) for label in side) for side in group) for group in rule.groups
-            ]
+            groups += [tuple(tuple((-1 - number, label) for label in side) for side in group) for group in rule.groups]
         self._cuts: dict[tuple[int, ...], set[int]] = {}
         self._spread(groups)
 
     def of(self, value: int, dim: int, size: int) -> tuple[tuple[int, int], ...]:
         """The atoms of a dim as (repeats, size), outermost first; the whole dim where nothing cuts it."""
         cuts = [1, *sorted(self._cuts.get(self._find((value, dim)), ())), size]
-        return tuple((start, end // start) for start, end in zip(cuts, cuts[1:], strict=False))
+        return tuple((start, end // start) for start, end in itertools.pairwise(cuts))
 
     def of_label(self, number: int, label: int) -> tuple[tuple[int, int], ...]:
         """The atoms of a label of call ``number``, as ``of``."""
@@ -82,7 +81,7 @@ class Cuts:
         self._parent[a] = b
         return b
 
-    def _spread(self, groups: list[tuple[tuple[tuple[int, ...], ...], ...]]) -> None:
+    def _spread(self, groups: Sequence[tuple[tuple[tuple[int, ...], ...], ...]]) -> None:
         changed = True
         while changed:
             changed = False

@@ -1,0 +1,39 @@
+"""Interpolation on a grid, vectorised over the points: a table looked up between its nodes.
+
+position of x on nodes c_0 < ... < c_K:   i + w,  c_i <= x <= c_{i+1},  w = (x - c_i) / (c_{i+1} - c_i)
+value = sum over the corners of the cell of (product of weights) * corner
+"""
+
+import itertools
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+def multilinear(nodes: tuple[Floats, ...], values: Floats, points: tuple[Floats, ...]) -> Floats:
+    """Values at ``points`` (one array per dimension, of one shape), clamped to the grid's ends.
+
+    >>> float(multilinear((np.array([0.0, 2.0]),), np.array([10.0, 30.0]), (np.array(0.5),)))
+    15.0
+    """
+    lower: list[NDArray[np.intp]] = []
+    weight: list[Floats] = []
+    for line, point in zip(nodes, points, strict=True):
+        if len(line) == 1:
+            lower.append(np.zeros(point.shape, np.intp))
+            weight.append(np.zeros(point.shape))
+            continue
+        index = np.clip(np.searchsorted(line, point, side="right") - 1, 0, len(line) - 2)
+        lower.append(index)
+        weight.append(np.clip((point - line[index]) / (line[index + 1] - line[index]), 0.0, 1.0))
+    total = np.zeros(np.broadcast_shapes(*(point.shape for point in points)))
+    for corner in itertools.product((0, 1), repeat=len(nodes)):
+        share = np.ones_like(total)
+        where: list[NDArray[np.intp]] = []
+        for up, index, fraction, line in zip(corner, lower, weight, nodes, strict=True):
+            share = share * (fraction if up else 1.0 - fraction)
+            where.append(np.minimum(index + up, len(line) - 1))
+        total = total + share * values[tuple(where)]
+    return total

@@ -1,0 +1,127 @@
+"""Seconds that one op computes on one rank, forward and backward, for many shardings at once.
+
+    matmul-like   the device's curve at the local (batch, m, n, k); backward is (m, k, n) for the input's gradient and
+                  (n, k, m) for the weight's, each only where that gradient is wanted
+    attention     the device's attention curve at the local shape; backward at its own
+    anything      + bytes of its other kernels / sustained bandwidth
+
+A sharding divides labels (``degrees``: label -> divisor per strategy). FLOPs of a matmul whose labels do not tell all of its
+work (strides, dilations) are scaled to those its profile counted.
+"""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopar.cluster.device import Device
+from autopar.cost.execution import ExecutionModel
+from autopar.graph.flops import flops_at
+from autopar.graph.ir import Batch, Graph, Op, OpProfile
+from autopar.rules.rule import NO_LABEL, OpRule
+
+Floats = NDArray[np.float64]
+
+
+def label_sizes(graph: Graph, op: Op, rule: OpRule, local_batch: int) -> dict[int, int]:
+    """Sizes of the labels of an op at ``local_batch`` samples."""
+    sizes = dict(rule.sizes)
+    for value, dims in zip((*op.inputs, *op.outputs), (*rule.inputs, *rule.outputs), strict=True):
+        for size, label in zip(graph.values[value].shape, dims, strict=True):
+            if label != NO_LABEL:
+                sizes[label] = graph.batch.scale(size, local_batch)
+    return sizes
+
+
+def bytes_at(num_bytes: int, batch: Batch, local_batch: int, grows: bool) -> float:
+    """Bytes traced at ``batch.traced`` samples, at ``local_batch`` samples where the op grows with the batch."""
+    return num_bytes * local_batch / batch.traced if grows else float(num_bytes)
+
+
+def op_seconds(
+    graph: Graph,
+    op: Op,
+    rule: OpRule,
+    profile: OpProfile,
+    local_batch: int,
+    degrees: Mapping[int, Floats],
+    device: Device,
+    execution: ExecutionModel,
+    fused_bytes: tuple[float, float] = (0.0, 0.0),
+) -> tuple[Floats, Floats]:
+    """Forward and backward seconds per strategy; ``degrees`` maps a label to what each strategy divides it by, and
+    ``fused_bytes`` is the whole traced traffic, forward and backward, that fusion saves."""
+    sizes = label_sizes(graph, op, rule, local_batch)
+    one = np.ones_like(next(iter(degrees.values()))) if degrees else np.ones(1)
+    share = one.copy()
+    for degree in degrees.values():
+        share = share * degree
+    grows = any(graph.batch.grows(size) for v in (*op.inputs, *op.outputs) for size in graph.values[v].shape)
+    forward_bytes = bytes_at(max(profile.forward_bytes - int(fused_bytes[0]), 0), graph.batch, local_batch, grows)
+    backward_bytes = bytes_at(max(profile.backward_bytes - int(fused_bytes[1]), 0), graph.batch, local_batch, grows)
+    forward = np.asarray(device.memory_bound_s(forward_bytes / share), float)
+    backward = np.asarray(device.memory_bound_s(backward_bytes / share), float)
+    if not profile.forward_flops:
+        return forward, backward
+    roles: dict[str, Floats] = {}
+    for label, role in rule.roles:
+        local = np.ceil(sizes.get(label, 1) / degrees.get(label, one))
+        roles[role] = roles.get(role, one) * local
+    if rule.compute == "attention":
+        return _attention(op, roles, graph, forward, backward, profile, device, execution)
+    b, m, n, k = (roles.get(role, one) for role in "bmnk")
+    whole = 2.0 * math.prod(sizes.get(label, 1) for label, role in rule.roles if role in "bmnk")
+    scale = flops_at(profile.forward_flops, graph.batch, local_batch) / max(whole, 1.0)
+    if not rule.roles:  # a matmul-like op without a rule: a square matmul of its FLOPs
+        m = n = k = one * (flops_at(profile.forward_flops, graph.batch, local_batch) / 2 / share) ** (1 / 3)
+        b, scale = one, 1.0
+    forward = forward + scale * np.asarray(device.matmul_s(m, n, k, b, dtype=_dtype(op, graph)), float)
+    ratio = profile.backward_flops / profile.forward_flops
+    wanted = [bool(graph.values[value].requires_grad) for value in op.inputs[:2]]
+    shapes = [shape for shape, want in zip(((m, k, n), (n, k, m)), wanted, strict=False) if want] or [(m, n, k)]
+    for shape in shapes:
+        part = np.asarray(device.matmul_s(*shape, b, dtype=_dtype(op, graph)), float)
+        backward = backward + scale * part * ratio / len(shapes)
+    return forward, backward
+
+
+def _attention(
+    op: Op,
+    roles: Mapping[str, Floats],
+    graph: Graph,
+    forward: Floats,
+    backward: Floats,
+    profile: OpProfile,
+    device: Device,
+    execution: ExecutionModel,
+) -> tuple[Floats, Floats]:
+    query, key = graph.values[op.inputs[0]], graph.values[op.inputs[1]]
+    kv_heads = np.maximum(roles["h"] * key.shape[-3] / max(query.shape[-3], 1), 1)
+    causal = any(argument is True for argument in op.args[3:]) or bool(dict(op.kwargs).get("is_causal", False))
+    times = [
+        np.asarray(
+            device.attention_s(
+                roles["b"],
+                roles["h"],
+                kv_heads,
+                roles["q"],
+                roles["k"],
+                roles["d"],
+                causal=causal,
+                dtype=_dtype(op, graph),
+                backward=is_backward,
+                flash=execution.attn == "flash",
+            ),
+            float,
+        )
+        for is_backward in (False, True)
+    ]
+    return forward + times[0], backward + (times[1] if profile.backward_flops else 0.0)
+
+
+def _dtype(op: Op, graph: Graph) -> str:
+    for value in op.inputs:
+        if graph.values[value].dtype in ("bfloat16", "float16", "float32"):
+            return graph.values[value].dtype
+    return "float32"

@@ -1,0 +1,29 @@
+"""How the software runs a plan, as far as its price depends on it: the settings every price takes."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutionModel:
+    """``accumulate``: gradients live over several micro-batches, in fp32 unless ``grads`` is "same".
+
+    State per parameter in bytes (Rajbhandari et al., "ZeRO", 2020, section 3.1): half precision 2 + gradient 2 or 4 + 12
+    (fp32 master, two Adam moments); fp32 4 + 4 + 8. Plain SGD keeps only the fp32 master of a half precision weight.
+    """
+
+    dtype: str  # "bfloat16", "float16", "float32"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    attn: Literal["flash", "math"] = "flash"
+    overlap: bool = True
+    fusion: Literal["none", "megatron", "compiler"] = "megatron"
+    fp32_grads: bool = True
+
+    def gradient_bytes(self, itemsize: int) -> int:
+        """Bytes of one gradient element at rest of a parameter of ``itemsize`` bytes."""
+        return 4 if self.fp32_grads else itemsize
+
+    def optimizer_bytes(self, itemsize: int) -> int:
+        """Bytes of optimizer state per element: master copy and moments."""
+        master = 4 if itemsize < 4 else 0
+        return master + (8 if self.optimizer == "adamw" else 0)

@@ -1,0 +1,81 @@
+"""Where a parameter, its gradient and its optimizer state live: the choices ZeRO stands for, and their prices.
+
+A parameter is replicated, for its op, over the data axes and over every axis that shards the op but not the weight; on
+these axes its gradient is partial. Any subset G of them may cut what is at rest (Rajbhandari et al., "ZeRO", 2020):
+
+    stage 0  nothing cut         per step: all_reduce of gradients
+    stage 1  optimizer over G    per step: reduce_scatter of gradients, all_gather of parameters
+    stage 2  + gradients         per micro-batch: reduce_scatter;          per step: all_gather of parameters
+    stage 3  + parameters        per micro-batch: two all_gathers and a reduce_scatter
+    with an all_reduce of what is left over the axes outside G, once per step (G inside a node: hybrid sharding).
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopar.cost.execution import ExecutionModel
+from autopar.cost.redistribute import MeshLinks
+
+Floats = NDArray[np.float64]
+GATHER_FORWARD, GATHER_BACKWARD, STEP, STEP_EXPOSED, STATE, GATHERED = range(6)
+NUM_PARAMETER_METRICS = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Storage:
+    """One choice: ZeRO ``stage`` over mesh ``axes`` (positions in the mesh)."""
+
+    stage: int
+    axes: tuple[int, ...]
+
+
+def storages(axes: tuple[int, ...]) -> tuple[Storage, ...]:
+    """All choices for a parameter replicated over ``axes``."""
+    found = [Storage(stage=0, axes=())]
+    for count in range(1, len(axes) + 1):
+        for chosen in itertools.combinations(axes, count):
+            found += [Storage(stage=stage, axes=chosen) for stage in (1, 2, 3)]
+    return tuple(found)
+
+
+def storage_metrics(
+    storage: Storage, axes: tuple[int, ...], elements: int, itemsize: int, links: MeshLinks, execution: ExecutionModel
+) -> Floats:
+    """The six metrics above of ``elements`` trainable elements (local to one rank as its op uses them), replicated with
+    partial gradient over ``axes``: seconds, seconds, seconds that backward can hide, seconds, bytes, bytes."""
+    shards = int(np.prod([links.sizes[axis] for axis in storage.axes], dtype=int))
+    rest = tuple(axis for axis in axes if axis not in storage.axes)
+    parameter, gradient = float(elements * itemsize), float(elements * execution.gradient_bytes(itemsize))
+    optimizer = float(elements * execution.optimizer_bytes(itemsize))
+    metrics = np.zeros(NUM_PARAMETER_METRICS)
+    if storage.axes:
+        gather = float(links.collective_s("all_gather", parameter, storage.axes))
+        scatter = float(links.collective_s("reduce_scatter", gradient, storage.axes))
+        if storage.stage == 3:
+            metrics[GATHER_FORWARD] = gather
+            metrics[GATHER_BACKWARD] = gather + scatter
+            metrics[GATHERED] = parameter * (1 - 1 / shards)
+        else:
+            metrics[STEP_EXPOSED] += gather
+            metrics[GATHER_BACKWARD if storage.stage == 2 else STEP] += scatter
+    if rest:
+        metrics[STEP] += float(links.collective_s("all_reduce", gradient / shards, rest))
+    # the optimizer reads gradient and state, writes state and parameter
+    traffic = (gradient + 2 * optimizer + (2 if execution.optimizer_bytes(itemsize) == 0 else 1) * parameter) / shards
+    metrics[STEP_EXPOSED] += float(links.cluster.device.memory_bound_s(traffic))
+    metrics[STATE] = sum(state_bytes(storage, shards, elements, itemsize, execution))
+    return metrics
+
+
+def state_bytes(
+    storage: Storage, shards: int, elements: int, itemsize: int, execution: ExecutionModel
+) -> tuple[float, float, float]:
+    """Bytes at rest of parameter, gradient and optimizer state."""
+    return (
+        elements * itemsize / (shards if storage.stage == 3 else 1),
+        elements * execution.gradient_bytes(itemsize) / (shards if storage.stage >= 2 else 1),
+        elements * execution.optimizer_bytes(itemsize) / (shards if storage.stage >= 1 else 1),
+    )

@@ -1,0 +1,159 @@
+"""The intra-op choices of one block, without a mesh: its ops, their options, and how tensors connect them.
+
+Nodes of the choice problem, in order:
+
+    0            "in": how every activation that enters the block lies (a named boundary placement)
+    1            "out": the same for those that leave
+    2 ..         one per op that touches a value worth placing; a hub per value that several nodes read, so that a
+                 gather or a gradient reduction they share is charged once
+
+Values computed from inputs and constants alone, without gradient (masks, positions, targets), are at hand in any placement.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from autopar.graph.ir import Block, Graph, Op, Value
+from autopar.rules.atoms import Cuts
+from autopar.rules.options import Option, Token, op_options
+from autopar.rules.registry import rule_of
+from autopar.rules.rule import OpRule
+
+IN, OUT = 0, 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpNode:
+    """An op and its options. ``parameters`` are positions of inputs that are parameters which receive a gradient or
+    must be stored; ``free`` are positions of inputs that are at hand in any placement."""
+
+    node: int
+    op: Op
+    rule: OpRule
+    options: tuple[Option, ...]
+    parameters: tuple[int, ...]
+    free: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubNode:
+    """How a value lies for those of its readers that agree; ``tokens`` are what one axis may hold."""
+
+    node: int
+    value: int
+    tokens: tuple[Token, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flow:
+    """A value on its way from node ``source`` to node ``target``; the positions say which output and which input of an
+    op it is (None for hubs and boundaries)."""
+
+    value: int
+    source: int
+    target: int
+    output: int | None
+    input: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BlockSpace:
+    """See the module's docstring. ``data_ops`` touch only values that are at hand anywhere; ``tokens`` maps a value that
+    flows to what one axis may hold of it."""
+
+    graph: Graph
+    block: Block
+    ops: tuple[OpNode, ...]
+    hubs: tuple[HubNode, ...]
+    flows: tuple[Flow, ...]
+    data_ops: tuple[Op, ...]
+    tokens: dict[int, tuple[Token, ...]]
+
+    @property
+    def num_nodes(self) -> int:
+        return 2 + len(self.ops) + len(self.hubs)
+
+
+def data_values(graph: Graph) -> frozenset[int]:
+    """Values that no parameter or activation with gradient reaches: at hand on every rank in any placement."""
+    carrying = {value.id for value in graph.values if value.kind == "parameter"}
+    for op in graph.ops:
+        if not carrying.isdisjoint(op.inputs):
+            carrying.update(op.outputs)
+    return frozenset(value.id for value in graph.values if value.id not in carrying and value.kind != "parameter")
+
+
+def block_space(graph: Graph, block: Block, data: frozenset[int]) -> BlockSpace:
+    """Build the space of a block; ``data`` comes from ``data_values``."""
+    all_ops = graph.ops[block.first_op : block.end_op]
+    ops = [op for op in all_ops if not data.issuperset((*op.inputs, *op.outputs))]
+    calls = [(rule_of(op, graph.values), op.inputs, op.outputs) for op in ops]
+    shapes = {value: graph.values[value].shape for op in ops for value in (*op.inputs, *op.outputs)}
+    cuts = Cuts(shapes, calls)
+    nodes = []
+    for at, (op, (rule, inputs, outputs)) in enumerate(zip(ops, calls, strict=True)):
+        values = [graph.values[value] for value in inputs]
+        nodes.append(
+            OpNode(
+                node=2 + at,
+                op=op,
+                rule=rule,
+                options=op_options(op, rule, cuts, at, values, [graph.values[value] for value in outputs]),
+                parameters=tuple(i for i, value in enumerate(values) if value.kind in ("parameter", "buffer")),
+                free=tuple(i for i, value in enumerate(values) if value.id in data or value.kind != "activation"),
+            )
+        )
+    tokens = _tokens(nodes, graph.values)
+    hubs, flows = _flows(nodes, block, tokens)
+    return BlockSpace(
+        graph=graph,
+        block=block,
+        ops=tuple(nodes),
+        hubs=tuple(hubs),
+        flows=tuple(flows),
+        data_ops=tuple(op for op in all_ops if data.issuperset((*op.inputs, *op.outputs))),
+        tokens=tokens,
+    )
+
+
+def _tokens(nodes: Sequence[OpNode], values: Sequence[Value]) -> dict[int, tuple[Token, ...]]:
+    found: dict[int, dict[Token, None]] = {}
+    for node in nodes:
+        for option in node.options:
+            for value, token in zip(
+                (*node.op.inputs, *node.op.outputs), (*option.inputs, *option.outputs), strict=True
+            ):
+                always: dict[Token, None] = dict.fromkeys(
+                    ("R", "G", "P") if values[value].requires_grad else ("R", "P")
+                )
+                found.setdefault(value, always)[token] = None
+    return {value: tuple(tokens) for value, tokens in found.items()}
+
+
+def _flows(
+    nodes: Sequence[OpNode], block: Block, tokens: dict[int, tuple[Token, ...]]
+) -> tuple[list[HubNode], list[Flow]]:
+    sources: dict[int, tuple[int, int | None]] = dict.fromkeys(block.inputs, (IN, None))
+    readers: dict[int, list[tuple[int, int | None]]] = {}
+    for node in nodes:
+        for at, value in enumerate(node.op.inputs):
+            if at not in node.free:
+                readers.setdefault(value, []).append((node.node, at))
+        for number, value in enumerate(node.op.outputs):
+            sources[value] = (node.node, number)
+    for value in block.outputs:
+        readers.setdefault(value, []).append((OUT, None))
+    hubs: list[HubNode] = []
+    flows: list[Flow] = []
+    for value, found in readers.items():
+        if value not in sources or value not in tokens:
+            continue
+        source, output = sources[value]
+        if len(found) > 1:
+            hub = HubNode(node=2 + len(nodes) + len(hubs), value=value, tokens=tokens[value])
+            hubs.append(hub)
+            flows.append(Flow(value=value, source=source, target=hub.node, output=output, input=None))
+            source, output = hub.node, None
+        for target, position in found:
+            flows.append(Flow(value=value, source=source, target=target, output=output, input=position))
+    return hubs, flows
