@@ -1,0 +1,127 @@
+"""Rules of ops that multiply: linear, matmul, einsum, grouped matmul, attention, convolution."""
+
+from collections.abc import Sequence
+
+from autopar.graph.ir import Op, Value
+from autopar.rules.labels import Labels, argument, broadcast, replicated
+from autopar.rules.rule import NO_LABEL, OpRule
+
+
+def linear(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+    """x[..., k], w[n, k], bias[n] -> [..., n]."""
+    labels = Labels()
+    rows = labels.dims(inputs[0].shape[:-1])
+    n, k = labels.new(), labels.new("sum")
+    roles = (*tuple((row, "m") for row in rows if row != NO_LABEL), (n, "n"), (k, "k"))
+    sides = [(*rows, k), (n, k), (n,)][: len(inputs)]
+    return labels.rule(sides, [(*rows, n)], compute="matmul", roles=roles)
+
+
+def addmm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+    """bias, x[m, k], w[k, n] -> [m, n]."""
+    labels = Labels()
+    m, n, k = labels.new(), labels.new(), labels.new("sum")
+    bias = broadcast(inputs[0].shape, outputs[0].shape, (m, n))
+    return labels.rule([bias, (m, k), (k, n)], [(m, n)], compute="matmul", roles=((m, "m"), (n, "n"), (k, "k")))
+
+
+def matmul(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+    """a[..., m, k], b[..., k, n] -> [..., m, n], leading dims broadcast."""
+    first, second = inputs[0].shape, inputs[1].shape
+    if len(first) < 2 or len(second) < 2:
+        return replicated(op, inputs, outputs, known=False)
+    labels = Labels()
+    lead = labels.dims(outputs[0].shape[:-2])
+    m, n, k = labels.new(), labels.new(), labels.new("sum")
+    whole = outputs[0].shape[:-2]
+    a = broadcast(first[:-2], whole, lead)
+    b = broadcast(second[:-2], whole, lead)
+    roles = tuple((label, "b" if label in a and label in b else "m") for label in lead if label != NO_LABEL)
+    return labels.rule(
+        [(*a, m, k), (*b, k, n)],
+        [(*lead, m, n)],
+        compute="matmul",
+        roles=(*roles, (m, "m"), (n, "n"), (k, "k")),
+    )
+
+
+def einsum(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+    """Two operands and letters only; each letter is a label."""
+    equation = str(op.args[0]).replace(" ", "")
+    left, arrow, right = equation.partition("->")
+    terms = left.split(",")
+    if not arrow or "." in equation or len(terms) > 2 or any(len(set(term)) < len(term) for term in (*terms, right)):
+        return replicated(op, inputs, outputs, known=False)
+    labels = Labels()
+    numbers = {letter: labels.new("parallel" if letter in right else "sum") for letter in dict.fromkeys("".join(terms))}
+
+    def role(letter: str) -> str:
+        if letter not in right:
+            return "k"
+        return "b" if all(letter in term for term in terms) else "m" if letter in terms[0] else "n"
+
+    return labels.rule(
+        [tuple(numbers[letter] for letter in term) for term in terms],
+        [tuple(numbers[letter] for letter in right)],
+        compute="matmul" if len(terms) == 2 else "memory",
+        roles=tuple((number, role(letter)) for letter, number in numbers.items()),
+    )
+
+
+def grouped_mm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+    """x[t, k], w[e, k, n], offsets[e] -> [t, n]: rows sorted by expert. Rows of one shard meet all experts."""
+    if len(inputs[0].shape) != 2 or len(inputs[1].shape) != 3:
+        return replicated(op, inputs, outputs, known=False)
+    labels = Labels()
+    t, n, k, e = labels.new(), labels.new(), labels.new("sum"), labels.new("whole")
+    sides = [(t, k), (e, k, n), (e,)][: len(inputs)]
+    return labels.rule(sides, [(t, n)], compute="matmul", roles=((t, "m"), (n, "n"), (k, "k")))
+
+
+def attention(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+    """q[..., h, q, d], k[..., g, s, d], v[..., g, s, d], mask: g key/value heads each serve h / g query heads.
+
+    Queries may be sharded by position: keys and values are then whole, which prices the gather of context parallelism.
+    """
+    query, key = inputs[0].shape, inputs[1].shape
+    labels = Labels()
+    lead = labels.dims(query[:-3])
+    heads, q, s, d, dv = labels.new(), labels.new(), labels.new("whole"), labels.new("whole"), labels.new("whole")
+    kv_heads = heads
+    groups: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
+    if key[-3] != query[-3]:
+        kv_heads, repeat = labels.new(), labels.new()
+        groups = (((heads,), (kv_heads, repeat)),)
+        sizes = ((repeat, query[-3] // key[-3]),)
+    sides = [(*lead, heads, q, d), (*lead, kv_heads, s, d), (*lead, kv_heads, s, dv)]
+    scores = (*query[:-1], key[-2])
+    sides += [broadcast(mask.shape, scores, (*lead, heads, q, s)) for mask in inputs[3:]]
+    roles = (*((label, "b") for label in lead if label != NO_LABEL), (heads, "h"), (q, "q"), (s, "k"), (d, "d"))
+    return labels.rule(sides, [(*lead, heads, q, dv)], compute="attention", roles=roles, groups=groups, sizes=sizes)
+
+
+def convolution(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+    """x[b, c_in, ...], w[c_out, c_in / groups, ...], bias[c_out] -> [b, c_out, ...]; space is not sharded (halos)."""
+    num_groups = argument(op, 6, "groups", 1)
+    labels = Labels()
+    batch = labels.new()
+    space = labels.dims(inputs[0].shape[2:], "whole")
+    out_space = labels.dims(outputs[0].shape[2:], "whole")
+    kernel = labels.dims(inputs[1].shape[2:], "whole")
+    c_out = labels.new()
+    if num_groups == 1:
+        c_in = labels.new("sum")
+        sides = [(batch, c_in, *space), (c_out, c_in, *kernel), (c_out,)]
+    elif num_groups == inputs[0].shape[1] == outputs[0].shape[1]:
+        c_in = NO_LABEL
+        sides = [(batch, c_out, *space), (c_out, NO_LABEL, *kernel), (c_out,)]
+    else:
+        c_in = labels.new("whole")
+        labels.kinds[c_out] = "whole"
+        sides = [(batch, c_in, *space), (c_out, labels.new("whole"), *kernel), (c_out,)]
+    ks = tuple((label, "k") for label in (c_in, *kernel) if label != NO_LABEL)
+    ms = tuple((label, "m") for label in (batch, *out_space) if label != NO_LABEL)
+    return labels.rule(
+        sides[: len(inputs)], [(batch, c_out, *out_space)], compute="matmul", roles=(*ms, (c_out, "n"), *ks)
+    )

@@ -1,0 +1,78 @@
+"""The table of rules: an op's target to the function that makes its rule.
+
+Total: an op without an entry is pointwise where torch tags it so, otherwise replicated (``known`` False, and reported).
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from autopar.graph.ir import Op, Value
+from autopar.graph.literals import resolve
+from autopar.rules import contractions, elementwise, views
+from autopar.rules.labels import replicated
+from autopar.rules.rule import OpRule
+
+Maker = Callable[[Op, Sequence[Value], Sequence[Value]], OpRule]
+
+MAKERS: dict[str, Maker] = {
+    **dict.fromkeys(("linear",), contractions.linear),
+    **dict.fromkeys(("addmm",), contractions.addmm),
+    **dict.fromkeys(("mm", "bmm", "matmul"), contractions.matmul),
+    "einsum": contractions.einsum,
+    "_grouped_mm": contractions.grouped_mm,
+    "scaled_dot_product_attention": contractions.attention,
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), contractions.convolution),
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"), views.reshape),
+    **dict.fromkeys(("permute", "transpose", "t"), views.permute),
+    **dict.fromkeys(("clone", "contiguous", "alias", "detach", "to", "_to_copy", "type_as"), views.same),
+    **dict.fromkeys(("expand", "broadcast_to", "expand_as"), views.expand),
+    **dict.fromkeys(("split", "chunk", "unbind", "split_with_sizes"), views.split),
+    **dict.fromkeys(("slice", "select", "narrow", "pad", "constant_pad_nd"), views.slices),
+    **dict.fromkeys(("cat", "stack"), views.concatenate),
+    **dict.fromkeys(("layer_norm", "rms_norm", "_fused_rms_norm"), elementwise.norm),
+    "group_norm": elementwise.group_norm,
+    "batch_norm": elementwise.batch_norm,
+    **dict.fromkeys(
+        ("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "sort", "topk"), elementwise.along
+    ),
+    **dict.fromkeys(("sum", "mean"), elementwise.reduce),
+    **dict.fromkeys(("argmax", "argmin", "amax", "amin", "max", "min"), elementwise.extremum),
+    "embedding": elementwise.embedding,
+    "cross_entropy_loss": elementwise.cross_entropy,
+    **dict.fromkeys(("mse_loss", "l1_loss", "smooth_l1_loss", "binary_cross_entropy_with_logits"), elementwise.loss),
+    **dict.fromkeys(("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "max_pool1d", "avg_pool1d"), elementwise.pool),
+    **dict.fromkeys(("index", "index_put", "histc"), elementwise.routing),
+}
+POINTWISE = frozenset({"dropout", "gelu", "silu", "relu", "tanh", "where", "masked_fill", "copy", "fill", "full_like"})
+POINTWISE |= {"zeros_like", "ones_like", "empty_like", "copy_", "add_", "mul_", "relu_", "silu_"}
+NOTHING = frozenset({"arange", "zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "empty", "scalar_tensor"})
+
+
+def rule_of(op: Op, values: Sequence[Value]) -> OpRule:
+    """The rule of an op; ``values`` are the graph's. One-dimensional sorts are routing (see ``elementwise.routing``).
+
+    >>> rule_of(linear, graph.values).roles  # x[b, s, k] w[n, k]  # doctest: +SKIP
+    ((0, 'm'), (1, 'm'), (2, 'n'), (3, 'k'))
+    """
+    inputs, outputs = [values[value] for value in op.inputs], [values[value] for value in op.outputs]
+    name = op.target.split(".")[1]
+    if not inputs or name in NOTHING:
+        return replicated(op, inputs, outputs, known=True)
+    if name == "sort" and len(inputs[0].shape) == 1:
+        return elementwise.routing(op, inputs, outputs)
+    if name in ("max", "min") and len(inputs) == 2:
+        return elementwise.pointwise(op, inputs, outputs)
+    if name in MAKERS:
+        return MAKERS[name](op, inputs, outputs)
+    if name in POINTWISE or _tagged_pointwise(op.target):
+        return elementwise.pointwise(op, inputs, outputs)
+    return replicated(op, inputs, outputs, known=False)
+
+
+def _tagged_pointwise(target: str) -> bool:
+    try:
+        overload = resolve(target)
+    except AttributeError:
+        return False
+    return torch.Tag.pointwise in getattr(overload, "tags", ())
