@@ -53,6 +53,7 @@ class BlockTables:
     parameter_uses: tuple[tuple[tuple[Value, tuple[tuple[int, tuple[int, ...]], ...]], ...], ...]
     hub_states: tuple[tuple[tuple[Token, ...], ...], ...]
     num_kernels: tuple[int, int]
+    launch_s: float
 
 
 def forward_placement(tokens: Sequence[Token]) -> Placement:
@@ -113,6 +114,7 @@ class TableBuilder:
             ),
             hub_states=hub_states,
             num_kernels=(forward_kernels, backward_kernels),
+            launch_s=self.links.cluster.device.launch_s,
         )
 
     def role_tokens(self, value: Value, roles: Sequence[str]) -> tuple[Token, ...]:
