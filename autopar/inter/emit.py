@@ -1,0 +1,374 @@
+"""Writes what the search found as a `Plan`: placements of every op and parameter, memory, times, estimate."""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+
+import numpy as np
+
+from autopar.cluster.cluster import Cluster
+from autopar.cost import parameters as pm
+from autopar.cost.compute import op_seconds
+from autopar.graph.flops import model_flops, num_parameters
+from autopar.inter.simulate import StageTimes, simulate
+from autopar.inter.stages import Mesh, StageBook, StageChoice
+from autopar.intra import frontier as fr
+from autopar.intra.frontier import BlockPoints
+from autopar.plan.mesh import Axis
+from autopar.plan.plan import (
+    FORMAT_VERSION,
+    BlockProgram,
+    BlockRef,
+    ClusterRef,
+    Estimate,
+    Execution,
+    MemoryParts,
+    ModelRef,
+    OpPlan,
+    ParameterPlan,
+    Plan,
+    Schedule,
+    SearchOutcome,
+    StagePlan,
+    TimeParts,
+    recompute_summary,
+)
+from autopar.rules.atoms import Atom
+from autopar.rules.options import Token
+from autopar.workload.workload import Workload
+
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Found:
+    """What the search hands over; ``times`` are the stages' times with transfers."""
+
+    workload: Workload
+    cluster: Cluster
+    book: StageBook
+    stages: tuple[tuple[int, int, int], ...]
+    schedule: Schedule
+    gpus: int
+    global_batch: int
+    budget_bytes: int
+    lower_bound_s: float
+    seconds: float
+    runner_up: str | None
+    times: Sequence[StageTimes]
+
+
+def build_plan(found: Found) -> Plan:
+    """The plan, with an estimate from the same totals the search compared."""
+    book, graph = found.book, found.book.blocks.graph
+    programs: dict[tuple[object, ...], BlockProgram] = {}
+    stages = []
+    device = 0
+    totals_of_slowest: tuple[float, dict[str, float]] = (-1.0, {})
+    for at, (first, end, devices) in enumerate(found.stages):
+        held = (
+            book.num_microbatches if found.schedule == "gpipe" else min(len(found.stages) - at, book.num_microbatches)
+        )
+        choice = book.costs(devices, held).choices[int(book.type_of[first, end])]
+        assert choice is not None
+        columns = [book._column(b.kind, book.blocks.held(b, first)) for b in book.blocks.blocks[first:end]]
+        axes = _axes(book, choice.mesh, columns, choice)
+        refs = []
+        for block, column in zip(book.blocks.blocks[first:end], columns, strict=True):
+            key = (column, choice, devices)
+            if key not in programs:
+                programs[key] = _program(book, column, choice, f"p{len(programs)}")
+            refs.append(BlockRef(index=block.index, name=block.name, program=programs[key].id))
+        parts = _time_parts(book, columns, choice)
+        busy = found.times[at].forward_s + found.times[at].backward_s
+        if busy > totals_of_slowest[0]:
+            totals_of_slowest = (busy, parts)
+        stages.append(
+            StagePlan(
+                blocks=tuple(refs),
+                first_device=device,
+                num_devices=devices,
+                axes=axes,
+                forward_s=found.times[at].forward_s,
+                backward_s=found.times[at].backward_s,
+                step_s=found.times[at].step_s,
+                send_forward_s=found.times[at].send_forward_s,
+                send_backward_s=found.times[at].send_backward_s,
+                in_flight=held,
+                memory=_memory(book, columns, choice, held),
+            )
+        )
+        device += devices
+    simulation = simulate(
+        found.schedule,
+        found.times,
+        book.num_microbatches,
+        num_devices=[devices for _, _, devices in found.stages],  # type: ignore[arg-type]
+    )
+    estimate = _estimate(found, stages, simulation.step_time_s, simulation.bubble_fraction, totals_of_slowest[1])
+    gap = max(0.0, 1 - found.lower_bound_s / simulation.step_time_s)
+    unknown = sorted(
+        {
+            node.op.target
+            for column in range(len(book.columns))
+            for node in book.blocks.space(book.columns[column][0]).ops
+            if not node.rule.known
+        }
+    )
+    listed = tuple(programs.values())
+    return Plan(
+        format_version=FORMAT_VERSION,
+        model=ModelRef(
+            path=str(found.workload.path) if found.workload.path is not None else None,
+            settings=dict(found.workload.settings),
+            source_hash=found.workload.source_hash,
+            graph_fingerprint=graph.fingerprint,
+            parameters=num_parameters(graph),
+        ),
+        cluster=ClusterRef(name=found.cluster.name, fingerprint=found.cluster.fingerprint, overrides={}),
+        execution=Execution(
+            dtype=SHORT[book.blocks.execution.dtype],  # type: ignore[arg-type]
+            optimizer=book.blocks.execution.optimizer,
+            attn=book.blocks.execution.attn,
+            overlap=book.blocks.execution.overlap,
+            fusion="none",
+            grads="fp32" if book.blocks.execution.fp32_grads else "same",
+        ),
+        gpus=found.gpus,
+        global_batch=found.global_batch,
+        microbatches=book.num_microbatches,
+        micro_batch_size=book.micro_batch,
+        schedule=found.schedule,
+        num_chunks=1,
+        recompute=recompute_summary(listed),
+        programs=listed,
+        stages=tuple(stages),
+        estimate=estimate,
+        search=SearchOutcome(
+            seconds=found.seconds,
+            status="optimal" if gap <= 1e-4 else "feasible",
+            lower_bound_s=found.lower_bound_s,
+            gap=gap,
+            runner_up=found.runner_up,
+        ),
+        notes=tuple(f"{target} has no sharding rule: replicated" for target in unknown),
+        command="",
+        versions={
+            "autopar": metadata.version("autopar"),
+            "torch": metadata.version("torch"),
+            "python": platform.python_version(),
+        },
+    )
+
+
+def _points(book: StageBook, column: int, choice: StageChoice) -> BlockPoints:
+    return book.points(column, choice.mesh)
+
+
+def _tokens(data: str, inner: Sequence[Token]) -> str:
+    return data + "".join(token.text if isinstance(token, Atom) else "R" if token == "G" else token for token in inner)
+
+
+def _program(book: StageBook, column: int, choice: StageChoice, name: str) -> BlockProgram:
+    points = _points(book, column, choice)
+    tables, graph = points.tables, book.blocks.graph
+    axes = 1 + len(choice.mesh.inner)
+    placements: dict[int, OpPlan] = {}
+    parameters: dict[int, ParameterPlan] = {}
+    for at, node in enumerate(tables.space.ops):
+        strategy = int(points.choices[2 + at, choice.row, choice.boundary])
+        options = tables.strategies[at][strategy]
+
+        def text(value: int, tokens: Sequence[Token]) -> str:
+            found = graph.values[value]
+            grows = next((dim for dim, size in enumerate(found.shape) if graph.batch.grows(size)), None)
+            data = f"S({grows})" if grows is not None else "P" if not found.shape and found.requires_grad else "R"
+            return _tokens(data, tokens)
+
+        placements[node.op.id] = OpPlan(
+            name=node.op.name,
+            inputs=tuple(text(v, [o.inputs[i] for o in options]) for i, v in enumerate(node.op.inputs)),
+            outputs=tuple(text(v, [o.outputs[i] for o in options]) for i, v in enumerate(node.op.outputs)),
+        )
+        names, chosen = points.storages[at]
+        for use, position in enumerate(node.parameters):
+            value = graph.values[node.op.inputs[position]]
+            storage = names[use * len(tables.strategies[at]) + strategy][int(chosen[use][choice.row, strategy])]
+            tokens = [option.inputs[position] for option in options]
+            parameters.setdefault(value.id, _parameter(value.names or (value.name,), tokens, storage, axes))
+    for op in tables.space.data_ops:
+        placements[op.id] = OpPlan(
+            name=op.name, inputs=tuple("R" * axes for _ in op.inputs), outputs=tuple("R" * axes for _ in op.outputs)
+        )
+    kind, _ = book.columns[column]
+    return BlockProgram(
+        id=name,
+        kind=kind,
+        recompute=points.rows[choice.row].mode,  # type: ignore[arg-type]
+        ops=tuple(placements[op] for op in sorted(placements)),
+        parameters=tuple(parameters[v] for v in book.blocks.kinds[kind].parameters if v in parameters),
+    )
+
+
+def _parameter(names: Sequence[str], tokens: Sequence[Token], storage: pm.Storage, axes: int) -> ParameterPlan:
+    compute = ["R", *(token.text if isinstance(token, Atom) else "R" for token in tokens)]
+    cut = ["S(0)" if axis in storage.axes else token for axis, token in enumerate(compute)]
+    gradient = [
+        "P" if storage.stage < 2 and (token == "R" and (axis == 0 or tokens[axis - 1] == "G")) else token
+        for axis, token in enumerate(cut if storage.stage >= 2 else compute)
+    ]
+    return ParameterPlan(
+        name=names[0],
+        compute="".join(compute),
+        parameter="".join(cut if storage.stage == 3 else compute),
+        gradient="".join(gradient),
+        optimizer="".join(cut if storage.stage >= 1 else compute),
+    )
+
+
+def _axes(book: StageBook, mesh: Mesh, columns: list[int], choice: StageChoice) -> tuple[Axis, ...]:
+    """The data axis, and the inner axis named after what most FLOPs are sharded by on it."""
+    if not mesh.inner:
+        return (Axis(name="dp", size=mesh.data),)
+    weights: dict[str, float] = {}
+    for column in columns:
+        points = _points(book, column, choice)
+        for at, node in enumerate(points.tables.space.ops):
+            flops = book.blocks.profile.ops[node.op.id].forward_flops
+            option = points.tables.strategies[at][int(points.choices[2 + at, choice.row, choice.boundary])][0]
+            if flops:
+                weights[_axis_name(book, node.op.inputs, option.inputs)] = flops + weights.get(
+                    _axis_name(book, node.op.inputs, option.inputs), 0.0
+                )
+    name = max(weights, key=lambda key: weights[key]) if weights else "tp"
+    return (Axis(name="dp", size=mesh.data), Axis(name="dp_inner" if name == "dp" else name, size=mesh.inner[0]))
+
+
+def _axis_name(book: StageBook, inputs: Sequence[int], tokens: Sequence[Token]) -> str:
+    graph = book.blocks.graph
+    weight = next((t for v, t in zip(inputs, tokens, strict=True) if graph.values[v].kind == "parameter"), None)
+    if isinstance(weight, Atom):
+        value = next(v for v in inputs if graph.values[v].kind == "parameter")
+        return "ep" if len(graph.values[value].shape) == 3 and weight.dim == 0 else "tp"
+    first = tokens[0] if tokens else "R"
+    if isinstance(first, Atom):
+        return "dp" if graph.batch.grows(first.size) else "tp" if weight is None and first.dim == 1 else "cp"
+    return "tp"
+
+
+def _memory(book: StageBook, columns: list[int], choice: StageChoice, in_flight: int) -> MemoryParts:
+    sums = np.zeros(3)
+    saved = workspace = 0.0
+    execution = book.blocks.execution
+    for column in columns:
+        points = _points(book, column, choice)
+        totals = points.totals[choice.row, choice.boundary]
+        saved += totals[fr.SAVED]
+        workspace = max(workspace, float(totals[fr.WORKSPACE]))
+        held = book.columns[column][1]
+        for at, uses in enumerate(points.tables.parameter_uses):
+            strategy = int(points.choices[2 + at, choice.row, choice.boundary])
+            names, chosen = points.storages[at]
+            for use, (value, per_strategy) in enumerate(uses):
+                if value.id in held:
+                    continue
+                elements = per_strategy[strategy][0]
+                if value.kind == "buffer" or not value.requires_grad:
+                    sums[0] += elements * value.itemsize
+                    continue
+                storage = names[use * len(per_strategy) + strategy][int(chosen[use][choice.row, strategy])]
+                shards = int(np.prod([choice.mesh.sizes[axis] for axis in storage.axes], dtype=int))
+                sums += pm.state_bytes(storage, shards, elements, value.itemsize, execution)
+    return MemoryParts(
+        parameters_bytes=round(sums[0]),
+        gradients_bytes=round(sums[1]),
+        optimizer_bytes=round(sums[2]),
+        saved_activations_bytes=round(in_flight * saved),
+        workspace_bytes=round(workspace),
+        fixed_bytes=round(book.fixed_bytes()),
+    )
+
+
+def _time_parts(book: StageBook, columns: list[int], choice: StageChoice) -> dict[str, float]:
+    """Seconds per micro-batch of a stage by what computes, and by what communicates; ``step`` parts once per step."""
+    parts = dict.fromkeys(("matmul", "attention", "memory", "activations", "gathers", "reduction", "optimizer"), 0.0)
+    graph, device = book.blocks.graph, book.blocks.cluster.device
+    for column in columns:
+        points = _points(book, column, choice)
+        tables = points.tables
+        for at, node in enumerate(tables.space.ops):
+            strategy = int(points.choices[2 + at, choice.row, choice.boundary])
+            degrees: dict[int, np.ndarray] = {}  # type: ignore[type-arg]
+            for option, size in zip(tables.strategies[at][strategy], choice.mesh.inner, strict=True):
+                for label in option.labels:
+                    degrees[label] = degrees.get(label, np.ones(1)) * size
+            forward, backward = op_seconds(
+                graph,
+                node.op,
+                node.rule,
+                book.blocks.profile.ops[node.op.id],
+                tables.local_batch,
+                {
+                    label: degree
+                    for label, degree in degrees.items()
+                    if label in dict(node.rule.roles) or not node.rule.roles
+                },
+                device,
+                book.blocks.execution,
+            )
+            name = {"matmul": "matmul", "attention": "attention"}.get(node.rule.compute, "memory")
+            parts[name] += float(forward[0] + backward[0])
+        for source, target, forward, backward in tables.edges:
+            pair = tuple(int(points.choices[node, choice.row, choice.boundary]) for node in (source, target))
+            parts["activations"] += float(forward[pair] + backward[pair])
+        totals = points.totals[choice.row, choice.boundary]
+        parts["reduction"] += float(totals[fr.STEP])
+        parts["optimizer"] += float(totals[fr.STEP_EXPOSED])
+    return parts
+
+
+def _estimate(
+    found: Found, stages: list[StagePlan], step_time_s: float, bubble: float, parts: dict[str, float]
+) -> Estimate:
+    book, graph = found.book, found.book.blocks.graph
+    count = book.num_microbatches
+    flops = model_flops(graph, found.global_batch).total
+    tokens = _tokens_per_sample(found)
+    exposed = count * parts["activations"] + max(0.0, parts["reduction"] - max(stage.backward_s for stage in stages))
+    peak = max(stage.memory.total for stage in stages)
+    return Estimate(
+        step_time_s=step_time_s,
+        tokens_per_s=tokens * found.global_batch / step_time_s,
+        samples_per_s=found.global_batch / step_time_s,
+        mfu=flops / (step_time_s * found.gpus * found.cluster.device.peak(book.blocks.execution.dtype)),
+        flops_per_step=flops,
+        peak_memory_bytes=peak,
+        peak_tensor_bytes=max(stage.memory.tensor_bytes for stage in stages),
+        budget_bytes=found.budget_bytes,
+        fits=peak <= found.budget_bytes,
+        bubble_fraction=bubble,
+        exposed_communication_s=exposed,
+        time=TimeParts(
+            matmul_s=count * parts["matmul"],
+            attention_s=count * parts["attention"],
+            memory_bound_s=count * parts["memory"],
+            launch_s=0.0,
+            communication_s={"activations": count * parts["activations"], "gradients": parts["reduction"]},
+            exposed_communication_s=exposed,
+            optimizer_s=parts["optimizer"],
+            transfers_s=sum(stage.send_forward_s + stage.send_backward_s for stage in stages),
+        ),
+        collectives=(),
+    )
+
+
+def _tokens_per_sample(found: Found) -> float:
+    """Integers a sample's largest integer input holds (its sequence length), 1 for models without one."""
+    graph = found.book.blocks.graph
+    sizes = [
+        int(np.prod(value.shape)) / graph.batch.traced
+        for value in (graph.values[v] for v in graph.inputs)
+        if value.dtype == "int64" and len(value.shape) == 2 and graph.batch.grows(value.shape[0])
+    ]
+    return max(sizes, default=1.0)
