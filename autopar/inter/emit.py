@@ -57,6 +57,7 @@ class Found:
     seconds: float
     runner_up: str | None
     times: Sequence[StageTimes]
+    fixed: bool = False
 
 
 def build_plan(found: Found) -> Plan:
@@ -147,7 +148,7 @@ def build_plan(found: Found) -> Plan:
         estimate=estimate,
         search=SearchOutcome(
             seconds=found.seconds,
-            status="optimal" if gap <= 1e-4 else "feasible",
+            status="fixed" if found.fixed else "optimal" if gap <= 1e-4 else "feasible",
             lower_bound_s=found.lower_bound_s,
             gap=gap,
             runner_up=found.runner_up,

@@ -79,7 +79,7 @@ def plan(
     found: list[Best] = []
     smallest = np.inf
     bound = np.inf
-    cut_bytes = _cut_bytes(graph, blocks)
+    cut_bytes = cut_bytes_of(graph, blocks)
     candidates = [micro_batch] if micro_batch else micro_batches(batch)
     for accumulate in (True, False):
         execution = ExecutionModel(dtype=long, optimizer=optimizer, fp32_grads=accumulate)  # type: ignore[arg-type]
@@ -121,7 +121,7 @@ def plan(
             lower_bound_s=min(bound, found[0].step_time_s),
             seconds=time.perf_counter() - started,
             runner_up=_runner_up(found),
-            times=_times(
+            times=pipeline_times(
                 found[0].book, found[0].stages, order, cut_bytes * found[0].book.micro_batch / graph.batch.traced
             ),
         )
@@ -145,7 +145,7 @@ def micro_batches(global_batch: int) -> list[int]:
     return [size for size in range(1, global_batch + 1) if global_batch % size == 0]
 
 
-def _cut_bytes(graph, blocks) -> np.ndarray:  # type: ignore[no-untyped-def, type-arg]
+def cut_bytes_of(graph, blocks) -> np.ndarray:  # type: ignore[no-untyped-def, type-arg]
     """Bytes that cross the cut before each block, whole at the traced batch; (blocks + 1,)."""
     sizes = [0.0]
     for values in crossing(graph, blocks):
@@ -170,7 +170,7 @@ def _choice(book: StageBook, stage: tuple[int, int, int], in_flight: int) -> tup
     return choice, at
 
 
-def _times(
+def pipeline_times(
     book: StageBook,
     stages: tuple[tuple[int, int, int], ...],
     schedule: Schedule,
@@ -225,7 +225,7 @@ def _search_one(
 
     def evaluate(stages: tuple[tuple[int, int, int], ...]) -> float:
         named = tuple((first, end, usable[k]) for first, end, k in stages)
-        times = _times(book, named, schedule, cut_bytes)
+        times = pipeline_times(book, named, schedule, cut_bytes)
         return simulate(schedule, times, book.num_microbatches).step_time_s  # type: ignore[arg-type]
 
     remaining = None if deadline_s is None else max(deadline_s - time.perf_counter(), 0.1)

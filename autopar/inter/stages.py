@@ -24,7 +24,7 @@ from autopar.inter.partition import StageTable
 from autopar.intra import frontier as fr
 from autopar.intra.frontier import BlockPoints, ParameterPrices, block_points, price_rows
 from autopar.intra.space import BlockSpace, block_space, data_values
-from autopar.intra.tables import BlockTables, TableBuilder
+from autopar.intra.tables import Allowed, BlockTables, TableBuilder
 
 Floats = NDArray[np.float64]
 
@@ -39,6 +39,17 @@ class Mesh:
     @property
     def sizes(self) -> tuple[int, ...]:
         return (self.data, *self.inner)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Restriction:
+    """What a manual layout fixes: the one mesh of every stage, the options each inner axis allows, the ZeRO stage over
+    the data axis, and the boundary placement (a role per inner axis)."""
+
+    mesh: Mesh
+    allowed: Allowed
+    zero: int
+    boundary: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,25 +113,41 @@ class Blocks:
         micro_batch: int,
         num_microbatches: int,
         modes: tuple[str, ...],
+        restriction: Restriction | None = None,
     ) -> BlockPoints:
         """The frontier of a kind on a mesh; ``micro_batch`` counts samples over the whole mesh."""
-        key = (kind, held, mesh, micro_batch, num_microbatches, modes)
+        key = (kind, held, mesh, micro_batch, num_microbatches, modes, restriction)
         if key not in self._points:
             num_devices = mesh.data * int(np.prod(mesh.inner, dtype=int))
             links = MeshLinks(self.cluster, num_devices, mesh.sizes, tuple(range(1, len(mesh.sizes))))
             local = micro_batch // mesh.data
             groups = tuple(links.group((axis,)) for axis in range(len(mesh.inner)))
-            table_key = (kind, local, mesh.inner, groups)
+            table_key = (kind, local, mesh.inner, groups, restriction)
             if table_key not in self._tables:
                 self._tables[table_key] = TableBuilder(
-                    self.space(kind), self.profile, self.savers, self.core, local, links, self.execution
+                    self.space(kind),
+                    self.profile,
+                    self.savers,
+                    self.core,
+                    local,
+                    links,
+                    self.execution,
+                    restriction.allowed if restriction else None,
                 ).build()
             if mesh not in self._prices:
                 full = MeshLinks(self.cluster, num_devices, mesh.sizes, tuple(range(len(mesh.sizes))))
                 self._prices[mesh] = ParameterPrices(full, self.execution)
             tables = self._tables[table_key]
             rows = price_rows(*self._scale(tables), modes)
-            self._points[key] = block_points(tables, self._prices[mesh], rows, num_microbatches, mesh.data > 1, held)
+            self._points[key] = block_points(
+                tables,
+                self._prices[mesh],
+                rows,
+                num_microbatches,
+                mesh.data > 1,
+                held,
+                restriction.zero if restriction else None,
+            )
         return self._points[key]
 
     def _scale(self, tables: BlockTables) -> tuple[float, float]:
@@ -148,8 +175,15 @@ class StageBook:
     """Costs of all stages at one micro-batch size."""
 
     def __init__(
-        self, blocks: Blocks, micro_batch: int, num_microbatches: int, budget_bytes: float, modes: tuple[str, ...]
+        self,
+        blocks: Blocks,
+        micro_batch: int,
+        num_microbatches: int,
+        budget_bytes: float,
+        modes: tuple[str, ...],
+        restriction: Restriction | None = None,
     ) -> None:
+        self.restriction = restriction
         self.blocks, self.micro_batch, self.num_microbatches = blocks, micro_batch, num_microbatches
         self.budget_bytes, self.modes = budget_bytes, modes
         self.columns: list[tuple[int, frozenset[int]]] = []
@@ -178,7 +212,10 @@ class StageBook:
         return self.columns.index((kind, held))
 
     def meshes(self, num_devices: int) -> list[Mesh]:
-        """All data x inner meshes whose data axis divides the micro-batch."""
+        """All data x inner meshes whose data axis divides the micro-batch; of a layout, its own."""
+        if self.restriction is not None:
+            mesh = self.restriction.mesh
+            return [mesh] if mesh.data * int(np.prod(mesh.inner, dtype=int)) == num_devices else []
         found = []
         for inner in range(1, num_devices + 1):
             if num_devices % inner == 0 and self.micro_batch % (num_devices // inner) == 0:
@@ -197,7 +234,9 @@ class StageBook:
 
     def points(self, column: int, mesh: Mesh) -> BlockPoints:
         kind, held = self.columns[column]
-        return self.blocks.points(kind, held, mesh, self.micro_batch, self.num_microbatches, self.modes)
+        return self.blocks.points(
+            kind, held, mesh, self.micro_batch, self.num_microbatches, self.modes, self.restriction
+        )
 
     def stacked(self, mesh: Mesh) -> Floats:
         """Totals of all columns, (columns, rows, boundaries, totals)."""
@@ -231,6 +270,8 @@ class StageBook:
             hidden = sums[..., fr.BACKWARD] if self.blocks.execution.overlap else 0.0
             step = np.maximum(sums[..., fr.STEP] - hidden, 0.0) + sums[..., fr.STEP_EXPOSED]
             time = sums[..., fr.FORWARD] + sums[..., fr.BACKWARD] + step / self.num_microbatches
+            if self.restriction is not None:
+                time = self._pinned(time, mesh)
             self.smallest_bytes = min(self.smallest_bytes, float(memory[-1].min()))
             time = np.where((memory <= self.budget_bytes) & (time < 1e20), time, np.inf)
             flat = time.reshape(num_types, -1)
@@ -249,6 +290,15 @@ class StageBook:
             memory_bytes=numbers[3],
             choices=tuple(choices),
         )
+
+    def _pinned(self, time: Floats, mesh: Mesh) -> Floats:
+        """Only the layout's boundary placement, and only the lowest price of memory, which it has no say in."""
+        assert self.restriction is not None
+        pinned = np.full_like(time, np.inf)
+        boundaries = self.points(0, mesh).tables.boundaries
+        at = boundaries.index(self.restriction.boundary)
+        pinned[:, 0, at] = time[:, 0, at]
+        return pinned
 
     def work_bound_s(self, sizes: tuple[int, ...], gpus: int) -> float:
         """No plan of this micro-batch is faster, whatever its memory: the least device-seconds of every block, spread

@@ -1,0 +1,67 @@
+"""Manual layouts: priced by the model of the search, and never better than it."""
+
+from pathlib import Path
+
+import pytest
+
+from autopar.inter.estimate import estimate
+from autopar.inter.planner import plan
+from autopar.plan.errors import LayoutError
+from autopar.plan.invariants import check
+from autopar.workload import load_workload
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+LAYOUTS = [
+    "",
+    "zero=1",
+    "zero=3",
+    "tp=2,sp=1",
+    "tp=8,sp=1,mbs=4",
+    "tp=4,pp=2,mbs=8",
+    "pp=4,mbs=2",
+    "tp=2,pp=2,recompute=full,zero=1",
+    "pp=2,mbs=4,recompute=selective",
+]
+
+
+def small():
+    settings = {"layers": 4, "hidden": 1024, "heads": 8, "vocab": 4096, "seq": 512}
+    return load_workload(str(EXAMPLES / "gpt.py"), **settings)
+
+
+def test_the_plan_is_no_slower_than_any_layout_that_fits():
+    found = plan(small(), cluster="p3.16xlarge", gpus=8, global_batch=64)
+    for text in LAYOUTS:
+        priced = estimate(small(), cluster="p3.16xlarge", gpus=8, global_batch=64, layout=text)
+        check(priced)
+        assert priced.search.status == "fixed"
+        if priced.estimate.fits:
+            assert found.estimate.step_time_s <= priced.estimate.step_time_s * (1 + 2e-3), text
+
+
+def test_sequence_parallelism_and_recompute_move_memory_the_way_they_should():
+    def saved(text):
+        priced = estimate(small(), cluster="dgx-a100", gpus=8, global_batch=64, layout=text)
+        return max(stage.memory.saved_activations_bytes for stage in priced.stages)
+
+    assert saved("tp=8,sp=1") < saved("tp=8")
+    assert saved("tp=8,recompute=full") < saved("tp=8,recompute=selective") <= saved("tp=8")
+
+
+def test_zero_cuts_state_as_published():
+    """Rajbhandari et al., 2020: 4 + 12 bytes a parameter on 8 ranks become 2 + 2 (+ fp32 gradients) + 12 / 8."""
+
+    def state(text):
+        memory = estimate(small(), cluster="dgx-a100", gpus=8, global_batch=64, layout=text).stages[0].memory
+        return memory.state_bytes
+
+    parameters = estimate(small(), cluster="dgx-a100", gpus=8, global_batch=64, layout="").model.parameters
+    assert state("") == pytest.approx(18 * parameters, rel=1e-6)
+    assert state("zero=1") == pytest.approx((6 + 12 / 8) * parameters, rel=1e-3)
+    assert state("zero=3") == pytest.approx(18 / 8 * parameters, rel=1e-3)
+
+
+def test_all_faults_at_once():
+    with pytest.raises(LayoutError) as caught:
+        estimate(small(), gpus=8, global_batch=64, layout="tp=3,mbs=5")
+    assert len(caught.value.faults) >= 2
