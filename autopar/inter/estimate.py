@@ -6,6 +6,7 @@ is sharded by sequence and what crosses blocks is replicated. The choices left (
 """
 
 import time
+from dataclasses import dataclass
 from math import inf
 
 import numpy as np
@@ -17,17 +18,128 @@ from autopar.graph.blocks import cut_blocks, order_for_blocks
 from autopar.graph.ir import Block, Graph
 from autopar.graph.trace import trace
 from autopar.inter.emit import Found, build_plan
-from autopar.inter.planner import DTYPES, GIB, cut_bytes_of, pipeline_times
-from autopar.inter.simulate import simulate
+from autopar.inter.planner import DTYPES, GIB, cut_bytes_of, held_microbatches, pipeline_times
+from autopar.inter.simulate import StageTimes, simulate
 from autopar.inter.stages import Blocks, Mesh, Restriction, StageBook
 from autopar.intra.space import OpNode
 from autopar.intra.tables import Allowed
 from autopar.plan.errors import LayoutError, UsageError
 from autopar.plan.layout import Layout, parse_layout
-from autopar.plan.plan import Plan
+from autopar.plan.plan import Plan, Schedule
 from autopar.rules.atoms import Atom
 from autopar.rules.options import Option
 from autopar.workload.workload import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Priced:
+    """A resolved layout with its stages (first, end, devices), their times, the simulated step, and whether it fits."""
+
+    layout: Layout
+    book: StageBook
+    stages: tuple[tuple[int, int, int], ...]
+    schedule: Schedule
+    times: tuple[StageTimes, ...]
+    step_time_s: float
+    fits: bool
+
+
+class LayoutPricer:
+    """Prices layouts of one model, traced once, on one cluster; equal blocks and meshes share their tables."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        *,
+        cluster: Cluster | str,
+        gpus: int,
+        global_batch: int | None,
+        dtype: str | None,
+        memory_gib: float | None,
+        optimizer: str,
+    ) -> None:
+        self.workload, self.gpus, self.optimizer = workload, gpus, optimizer
+        self.cluster = load_cluster(cluster)
+        self.global_batch = global_batch
+        self.dtype = DTYPES.get(dtype or "", dtype) or self.cluster.device.default_dtype
+        self.cluster.device.peak(self.dtype)
+        self.graph = order_for_blocks(trace(workload, dtype=self.dtype).graph)  # type: ignore[arg-type]
+        self.blocks = cut_blocks(self.graph)
+        self.heads, self.kv_heads = head_counts(self.graph)
+        self.budget_bytes = memory_gib * GIB if memory_gib is not None else float(self.cluster.device.memory_bytes)
+        self._shared: dict[ExecutionModel, Blocks] = {}
+
+    def price(self, layout: Layout) -> Priced:
+        """Resolve and price; LayoutError lists all faults."""
+        resolved = layout.resolve(self.gpus, self.global_batch, heads=self.heads, kv_heads=self.kv_heads)
+        assert resolved.gbs is not None
+        assert resolved.dp is not None
+        if resolved.cp > 1 or resolved.ep > 1 or resolved.vpp > 1 or resolved.stages:
+            raise UsageError(
+                "layouts with cp, ep, vpp or stages= cannot be priced yet; use tp, pp, dp, mbs, sp, zero, recompute"
+            )
+        execution = ExecutionModel(
+            dtype=self.dtype,
+            optimizer=self.optimizer,  # type: ignore[arg-type]
+            attn=resolved.attn,
+            overlap=resolved.overlap,
+            fp32_grads=resolved.grads == "fp32",
+        )
+        if execution not in self._shared:
+            self._shared[execution] = Blocks(self.graph, self.blocks, self.cluster, execution)
+        mesh = Mesh(data=resolved.dp, inner=(resolved.tp,) if resolved.tp > 1 else ())
+        restriction = Restriction(
+            mesh=mesh,
+            allowed=_megatron(self.graph, self.blocks, resolved),
+            zero=resolved.zero,
+            boundary=("S" if resolved.sp else "R",) * len(mesh.inner),
+        )
+        stages = even_stages(self.blocks, resolved.pp, self.gpus // resolved.pp)
+        size = resolved.micro_batch_size
+        book = StageBook(
+            self._shared[execution], size, resolved.num_microbatches, inf, (resolved.recompute,), restriction
+        )
+        if not book.whole(resolved.mbs) or not all(
+            np.isfinite(book.costs(n, 1).forward_s[int(book.type_of[i, j])]) for i, j, n in stages
+        ):
+            raise LayoutError([f"mbs={resolved.mbs} samples per rank cannot be run by the model with these degrees"])
+        schedule: Schedule = "gpipe" if resolved.schedule == "gpipe" else "1f1b"
+        times = pipeline_times(
+            book, stages, schedule, cut_bytes_of(self.graph, self.blocks) * size / self.graph.batch.traced
+        )
+        memory = max(
+            float(book.costs(n, held).memory_bytes[int(book.type_of[i, j])])
+            for (i, j, n), held in zip(stages, held_microbatches(book, stages, schedule), strict=True)
+        )
+        return Priced(
+            layout=resolved,
+            book=book,
+            stages=stages,
+            schedule=schedule,
+            times=tuple(times),
+            step_time_s=simulate(schedule, times, book.num_microbatches).step_time_s,
+            fits=memory <= self.budget_bytes,
+        )
+
+    def plan(self, priced: Priced, seconds: float) -> Plan:
+        """The whole plan of a priced layout."""
+        return build_plan(
+            Found(
+                workload=self.workload,
+                cluster=self.cluster,
+                book=priced.book,
+                stages=priced.stages,
+                schedule=priced.schedule,
+                gpus=self.gpus,
+                global_batch=priced.layout.gbs or 0,
+                budget_bytes=int(self.budget_bytes),
+                lower_bound_s=priced.step_time_s,
+                seconds=seconds,
+                runner_up=None,
+                times=priced.times,
+                fixed=True,
+            )
+        )
 
 
 def estimate(
@@ -43,68 +155,17 @@ def estimate(
 ) -> Plan:
     """The plan of one layout, priced; memory never makes it fail (``estimate.fits`` says). LayoutError lists all faults."""
     started = time.perf_counter()
-    machine = load_cluster(cluster)
     parsed = parse_layout(layout)
-    batch = global_batch or parsed.gbs or workload.global_batch
-    long = DTYPES.get(dtype or "", dtype) or machine.device.default_dtype
-    machine.device.peak(long)
-    graph = order_for_blocks(trace(workload, dtype=long).graph)  # type: ignore[arg-type]
-    blocks = cut_blocks(graph)
-    heads, kv_heads = head_counts(graph)
-    resolved = parsed.resolve(gpus, batch, heads=heads, kv_heads=kv_heads)
-    assert resolved.gbs is not None
-    assert resolved.dp is not None
-    if resolved.cp > 1 or resolved.ep > 1 or resolved.vpp > 1 or resolved.stages:
-        raise UsageError(
-            "layouts with cp, ep, vpp or stages= cannot be priced yet; use tp, pp, dp, mbs, sp, zero, recompute"
-        )
-    execution = ExecutionModel(
-        dtype=long,
-        optimizer=optimizer,  # type: ignore[arg-type]
-        attn=resolved.attn,
-        overlap=resolved.overlap,
-        fp32_grads=resolved.grads == "fp32",
+    pricer = LayoutPricer(
+        workload,
+        cluster=cluster,
+        gpus=gpus,
+        global_batch=global_batch or parsed.gbs or workload.global_batch,
+        dtype=dtype,
+        memory_gib=memory_gib,
+        optimizer=optimizer,
     )
-    stages = even_stages(blocks, resolved.pp, gpus // resolved.pp)
-    mesh = Mesh(data=resolved.dp, inner=(resolved.tp,) if resolved.tp > 1 else ())
-    restriction = Restriction(
-        mesh=mesh,
-        allowed=_megatron(graph, blocks, resolved),
-        zero=resolved.zero,
-        boundary=("S" if resolved.sp else "R",) * len(mesh.inner),
-    )
-    book = StageBook(
-        Blocks(graph, blocks, machine, execution),
-        resolved.micro_batch_size,
-        resolved.num_microbatches,
-        inf,
-        (resolved.recompute,),
-        restriction,
-    )
-    cut_bytes = cut_bytes_of(graph, blocks) * resolved.micro_batch_size / graph.batch.traced
-    schedule = "gpipe" if resolved.schedule == "gpipe" else "1f1b"
-    if not all(np.isfinite(book.costs(n, 1).forward_s[int(book.type_of[i, j])]) for i, j, n in stages):
-        raise LayoutError([f"a block of the model cannot be run as {resolved}; its samples per rank may not divide"])
-    times = pipeline_times(book, stages, schedule, cut_bytes)  # type: ignore[arg-type]
-    step_s = simulate(schedule, times, book.num_microbatches).step_time_s  # type: ignore[arg-type]
-    budget = memory_gib * GIB if memory_gib is not None else float(machine.device.memory_bytes)
-    return build_plan(
-        Found(
-            workload=workload,
-            cluster=machine,
-            book=book,
-            stages=stages,
-            schedule=schedule,  # type: ignore[arg-type]
-            gpus=gpus,
-            global_batch=resolved.gbs,
-            budget_bytes=int(budget),
-            lower_bound_s=step_s,
-            seconds=time.perf_counter() - started,
-            runner_up=None,
-            times=times,
-            fixed=True,
-        )
-    )
+    return pricer.plan(pricer.price(parsed), time.perf_counter() - started)
 
 
 def head_counts(graph: Graph) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -209,6 +209,11 @@ def _held(book: StageBook, stages: tuple[tuple[int, int, int], ...], at: int, sc
     return book.num_microbatches if schedule == "gpipe" else min(len(stages) - at, book.num_microbatches)
 
 
+def held_microbatches(book: StageBook, stages: tuple[tuple[int, int, int], ...], schedule: Schedule) -> tuple[int, ...]:
+    """Micro-batches each stage holds at most."""
+    return tuple(_held(book, stages, at, schedule) for at in range(len(stages)))
+
+
 def _search_one(
     book: StageBook,
     sizes: tuple[int, ...],

@@ -10,7 +10,7 @@ the sums over its blocks, with what overlaps applied once:
 Stages with the same count of each kind of block cost the same, so costs are computed once per distinct count vector.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,13 +41,14 @@ class Mesh:
         return (self.data, *self.inner)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Restriction:
     """What a manual layout fixes: the one mesh of every stage, the options each inner axis allows, the ZeRO stage over
-    the data axis, and the boundary placement (a role per inner axis)."""
+    the data axis, and the boundary placement (a role per inner axis). ``allowed`` must depend on the boundary only, by
+    which tables are shared."""
 
     mesh: Mesh
-    allowed: Allowed
+    allowed: Allowed = field(compare=False)
     zero: int
     boundary: tuple[str, ...]
 
@@ -122,7 +123,7 @@ class Blocks:
             links = MeshLinks(self.cluster, num_devices, mesh.sizes, tuple(range(1, len(mesh.sizes))))
             local = micro_batch // mesh.data
             groups = tuple(links.group((axis,)) for axis in range(len(mesh.inner)))
-            table_key = (kind, local, mesh.inner, groups, restriction)
+            table_key = (kind, local, mesh.inner, groups, restriction.boundary if restriction else None)
             if table_key not in self._tables:
                 self._tables[table_key] = TableBuilder(
                     self.space(kind),
@@ -139,6 +140,8 @@ class Blocks:
                 self._prices[mesh] = ParameterPrices(full, self.execution)
             tables = self._tables[table_key]
             rows = price_rows(*self._scale(tables), modes)
+            if restriction is not None:  # memory has no say in a layout
+                rows = rows[:1]
             self._points[key] = block_points(
                 tables,
                 self._prices[mesh],
@@ -220,9 +223,10 @@ class StageBook:
         for inner in range(1, num_devices + 1):
             if num_devices % inner == 0 and self.micro_batch % (num_devices // inner) == 0:
                 found.append(Mesh(data=num_devices // inner, inner=(inner,) if inner > 1 else ()))
-        return [mesh for mesh in found if self._whole(self.micro_batch // mesh.data)]
+        return [mesh for mesh in found if self.whole(self.micro_batch // mesh.data)]
 
-    def _whole(self, local_batch: int) -> bool:
+    def whole(self, local_batch: int) -> bool:
+        """Whether every size of the model is a whole number at this many samples per data rank."""
         batch = self.blocks.graph.batch
         return all((size * local_batch) % batch.traced == 0 for size in self._growing())
 
