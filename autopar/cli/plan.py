@@ -8,6 +8,7 @@ import click
 
 from autopar.cli.inputs import check_writable, global_batch_of, layout_flags
 from autopar.cli.options import distinct, out_option, output_options, search_options, workload_options
+from autopar.plan.errors import UsageError
 
 
 @click.command("plan")
@@ -59,22 +60,37 @@ def plan_command(
 
         from autopar.inter.planner import plan
 
-        found = plan(
-            workload,
-            cluster=target,
-            gpus=gpus,
-            global_batch=batch,
-            micro_batch=micro_batch,
-            dtype=dtype,
-            memory_gib=memory,
-            optimizer=optimizer,
-            layout=None if fixed is None else str(fixed),
-            pins=pins,
-            recompute=recompute,
-            schedule=schedule,
-            time_limit_s=time_limit,
-            progress=progress,
-        )
+        if fixed is not None:
+            from autopar.inter.estimate import estimate
+
+            if pins:
+                raise UsageError("--pin fixes part of a search, --layout everything; give one of them")
+            found = estimate(
+                workload,
+                cluster=target,
+                gpus=gpus,
+                layout=str(fixed),
+                global_batch=batch,
+                dtype=dtype,
+                memory_gib=memory,
+                optimizer=optimizer,
+            )
+        else:
+            found = plan(
+                workload,
+                cluster=target,
+                gpus=gpus,
+                global_batch=batch,
+                micro_batch=micro_batch,
+                dtype=dtype,
+                memory_gib=memory,
+                optimizer=optimizer,
+                pins=pins,
+                recompute=recompute,
+                schedule=schedule,
+                time_limit_s=time_limit,
+                progress=progress,
+            )
 
     from autopar.cli.output import print_plan, signed
     from autopar.plan.file import save_plan

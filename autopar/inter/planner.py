@@ -44,7 +44,6 @@ def plan(
     dtype: str | None = None,
     memory_gib: float | None = None,
     optimizer: str = "adamw",
-    layout: str | None = None,
     pins: tuple[tuple[str, str], ...] = (),
     recompute: str = "auto",
     schedule: str = "auto",
@@ -57,8 +56,8 @@ def plan(
     """
     started = time.perf_counter()
     say = progress or (lambda stage, detail, best_s, gap: None)
-    if layout is not None or pins:
-        raise UsageError("manual layouts and pins are not supported yet; leave out --layout and --pin")
+    if pins:
+        raise UsageError("pins are not supported yet; leave out --pin")
     if schedule not in ("auto", "1f1b", "gpipe"):
         raise UsageError(f"schedule {schedule!r} is not supported yet; use auto, 1f1b or gpipe")
     machine = load_cluster(cluster)
