@@ -16,11 +16,13 @@ from autopar.cluster.load import load_cluster
 from autopar.cost.execution import ExecutionModel
 from autopar.graph.blocks import cut_blocks, order_for_blocks
 from autopar.graph.ir import Block, Graph
+from autopar.graph.profile import GraphProfile, profile_graph
 from autopar.graph.trace import trace
 from autopar.inter.emit import Found, build_plan
 from autopar.inter.planner import DTYPES, GIB, cut_bytes_of, held_microbatches, pipeline_times
 from autopar.inter.simulate import StageTimes, simulate
 from autopar.inter.stages import Blocks, Mesh, Restriction, StageBook
+from autopar.intra import frontier as fr
 from autopar.intra.space import OpNode
 from autopar.intra.tables import Allowed
 from autopar.plan.errors import LayoutError, UsageError
@@ -41,30 +43,47 @@ class Priced:
     schedule: Schedule
     times: tuple[StageTimes, ...]
     step_time_s: float
+    memory_bytes: float
     fits: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ModelGraph:
+    """A traced model: what pricing needs of it on any cluster. ``dtype`` is that of its weights."""
+
+    workload: Workload
+    dtype: str
+    graph: Graph
+    blocks: tuple[Block, ...]
+    profile: GraphProfile
+
+
+def model_graph(workload: Workload, *, dtype: str) -> ModelGraph:
+    """Trace a workload; ``dtype`` as on the command line ("bf16") or long ("bfloat16")."""
+    dtype = DTYPES.get(dtype, dtype)
+    graph = order_for_blocks(trace(workload, dtype=dtype).graph)  # type: ignore[arg-type]
+    return ModelGraph(
+        workload=workload, dtype=dtype, graph=graph, blocks=cut_blocks(graph), profile=profile_graph(graph)
+    )
+
+
 class LayoutPricer:
-    """Prices layouts of one model, traced once, on one cluster; equal blocks and meshes share their tables."""
+    """Prices layouts of one traced model on one cluster; equal blocks and meshes share their tables."""
 
     def __init__(
         self,
-        workload: Workload,
+        model: ModelGraph,
         *,
-        cluster: Cluster | str,
+        cluster: Cluster,
         gpus: int,
         global_batch: int | None,
-        dtype: str | None,
         memory_gib: float | None,
         optimizer: str,
     ) -> None:
-        self.workload, self.gpus, self.optimizer = workload, gpus, optimizer
-        self.cluster = load_cluster(cluster)
-        self.global_batch = global_batch
-        self.dtype = DTYPES.get(dtype or "", dtype) or self.cluster.device.default_dtype
+        self.workload, self.gpus, self.optimizer = model.workload, gpus, optimizer
+        self.cluster, self.global_batch, self.dtype = cluster, global_batch, model.dtype
         self.cluster.device.peak(self.dtype)
-        self.graph = order_for_blocks(trace(workload, dtype=self.dtype).graph)  # type: ignore[arg-type]
-        self.blocks = cut_blocks(self.graph)
+        self.graph, self.blocks, self.profile = model.graph, model.blocks, model.profile
         self.heads, self.kv_heads = head_counts(self.graph)
         self.budget_bytes = memory_gib * GIB if memory_gib is not None else float(self.cluster.device.memory_bytes)
         self._shared: dict[ExecutionModel, Blocks] = {}
@@ -86,7 +105,7 @@ class LayoutPricer:
             fp32_grads=resolved.grads == "fp32",
         )
         if execution not in self._shared:
-            self._shared[execution] = Blocks(self.graph, self.blocks, self.cluster, execution)
+            self._shared[execution] = Blocks(self.graph, self.blocks, self.cluster, execution, self.profile)
         mesh = Mesh(data=resolved.dp, inner=(resolved.tp,) if resolved.tp > 1 else ())
         restriction = Restriction(
             mesh=mesh,
@@ -118,8 +137,22 @@ class LayoutPricer:
             schedule=schedule,
             times=tuple(times),
             step_time_s=simulate(schedule, times, book.num_microbatches).step_time_s,
+            memory_bytes=memory,
             fits=memory <= self.budget_bytes,
         )
+
+    def block_times(self, priced: Priced, name: str) -> tuple[float, float]:
+        """Forward and backward seconds of one micro-batch in the block of that name."""
+        for at, (first, end, devices) in enumerate(priced.stages):
+            for block in self.blocks[first:end]:
+                if block.name == name:
+                    held = held_microbatches(priced.book, priced.stages, priced.schedule)[at]
+                    choice = priced.book.costs(devices, held).choices[int(priced.book.type_of[first, end])]
+                    assert choice is not None
+                    column = priced.book._column(block.kind, priced.book.blocks.held(block, first))
+                    totals = priced.book.points(column, choice.mesh).totals[choice.row, choice.boundary]
+                    return float(totals[fr.FORWARD]), float(totals[fr.BACKWARD])
+        raise KeyError(name)
 
     def plan(self, priced: Priced, seconds: float) -> Plan:
         """The whole plan of a priced layout."""
@@ -156,12 +189,12 @@ def estimate(
     """The plan of one layout, priced; memory never makes it fail (``estimate.fits`` says). LayoutError lists all faults."""
     started = time.perf_counter()
     parsed = parse_layout(layout)
+    machine = load_cluster(cluster)
     pricer = LayoutPricer(
-        workload,
-        cluster=cluster,
+        model_graph(workload, dtype=dtype or machine.device.default_dtype),
+        cluster=machine,
         gpus=gpus,
         global_batch=global_batch or parsed.gbs or workload.global_batch,
-        dtype=dtype,
         memory_gib=memory_gib,
         optimizer=optimizer,
     )

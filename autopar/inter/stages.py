@@ -79,9 +79,16 @@ class Blocks:
     The kinds are extended by one per block whose tied parameters an earlier block of the same stage may already store.
     """
 
-    def __init__(self, graph: Graph, blocks: tuple[Block, ...], cluster: Cluster, execution: ExecutionModel) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        blocks: tuple[Block, ...],
+        cluster: Cluster,
+        execution: ExecutionModel,
+        profile: GraphProfile | None = None,
+    ) -> None:
         self.graph, self.blocks, self.cluster, self.execution = graph, blocks, cluster, execution
-        self.profile: GraphProfile = profile_graph(graph)
+        self.profile: GraphProfile = profile_graph(graph) if profile is None else profile
         self._data = data_values(graph)
         self.kinds: dict[int, Block] = {}
         for block in blocks:
