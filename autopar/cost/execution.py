@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from autopar.cluster.software import Software, load_software
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecutionModel:
@@ -18,6 +20,12 @@ class ExecutionModel:
     overlap: bool = True
     fusion: Literal["none", "megatron", "compiler"] = "megatron"
     fp32_grads: bool = True
+    accumulate: bool = False
+
+    @property
+    def software(self) -> Software:
+        """The table of the program that ``fusion`` names."""
+        return load_software(self.fusion)
 
     def gradient_bytes(self, itemsize: int) -> int:
         """Bytes of one gradient element at rest of a parameter of ``itemsize`` bytes."""

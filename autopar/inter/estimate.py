@@ -102,7 +102,9 @@ class LayoutPricer:
             optimizer=self.optimizer,  # type: ignore[arg-type]
             attn=resolved.attn,
             overlap=resolved.overlap,
+            fusion=resolved.fusion,
             fp32_grads=resolved.grads == "fp32",
+            accumulate=resolved.num_microbatches > 1,
         )
         if execution not in self._shared:
             self._shared[execution] = Blocks(self.graph, self.blocks, self.cluster, execution, self.profile)

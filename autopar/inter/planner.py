@@ -15,6 +15,7 @@ from autopar.inter.emit import Found, build_plan
 from autopar.inter.partition import PipelineProblem, search
 from autopar.inter.simulate import StageTimes, simulate
 from autopar.inter.stages import Blocks, StageBook, StageChoice
+from autopar.inter.transfer import send_seconds
 from autopar.plan.errors import InfeasibleError, TimeLimitError, UsageError
 from autopar.plan.plan import Plan, Schedule
 from autopar.workload.workload import Workload
@@ -81,7 +82,12 @@ def plan(
     cut_bytes = cut_bytes_of(graph, blocks)
     candidates = [micro_batch] if micro_batch else micro_batches(batch)
     for accumulate in (True, False):
-        execution = ExecutionModel(dtype=long, optimizer=optimizer, fp32_grads=accumulate)  # type: ignore[arg-type]
+        execution = ExecutionModel(
+            dtype=long,
+            optimizer=optimizer,  # type: ignore[arg-type]
+            fp32_grads=accumulate,
+            accumulate=accumulate,
+        )
         shared = Blocks(graph, blocks, machine, execution)
         for size in candidates:
             if batch % size or (batch // size > 1) != accumulate:
@@ -184,10 +190,16 @@ def pipeline_times(
         device += devices
         if at + 1 < len(stages):
             following, _ = _choice(book, stages[at + 1], _held(book, stages, at + 1, schedule))
-            local = cut_bytes[end] / following.mesh.data
-            same_node = device % cluster.devices_per_node != 0
-            senders = min(devices, cluster.devices_per_node)
-            sends.append(float(cluster.transfer_s(local, same_node=same_node, sharers=senders)))
+            sends.append(
+                send_seconds(
+                    cluster,
+                    float(cut_bytes[end]),
+                    following.mesh.sizes,
+                    book.points(0, following.mesh).tables.boundaries[following.boundary],
+                    senders=min(devices, cluster.devices_per_node),
+                    same_node=device % cluster.devices_per_node != 0,
+                )
+            )
     for at, stage in enumerate(stages):
         held = _held(book, stages, at, schedule)
         costs = book.costs(stage[2], held)

@@ -10,13 +10,14 @@ the sums over its blocks, with what overlaps applied once:
 Stages with the same count of each kind of block cost the same, so costs are computed once per distinct count vector.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autopar.cluster.cluster import Cluster
 from autopar.cost.execution import ExecutionModel
+from autopar.cost.fusion import fused_bytes
 from autopar.cost.redistribute import MeshLinks
 from autopar.graph.ir import Block, Graph
 from autopar.graph.profile import GraphProfile, profile_graph
@@ -89,6 +90,7 @@ class Blocks:
     ) -> None:
         self.graph, self.blocks, self.cluster, self.execution = graph, blocks, cluster, execution
         self.profile: GraphProfile = profile_graph(graph) if profile is None else profile
+        self.fused = fused_bytes(graph, self.profile, execution.software.fuses)
         self._data = data_values(graph)
         self.kinds: dict[int, Block] = {}
         for block in blocks:
@@ -141,12 +143,15 @@ class Blocks:
                     links,
                     self.execution,
                     restriction.allowed if restriction else None,
+                    self.fused,
                 ).build()
             if mesh not in self._prices:
                 full = MeshLinks(self.cluster, num_devices, mesh.sizes, tuple(range(len(mesh.sizes))))
                 self._prices[mesh] = ParameterPrices(full, self.execution)
             tables = self._tables[table_key]
             rows = price_rows(*self._scale(tables), modes)
+            if self.kinds[kind].name in ("embedding", "head"):  # programs wrap their layers in checkpoints, not these
+                rows = tuple(replace(row, mode="none") for row in rows)
             if restriction is not None:  # memory has no say in a layout
                 rows = rows[:1]
             self._points[key] = block_points(

@@ -174,7 +174,7 @@ def _parameter_costs(
         found.append(row)
     table = np.full((len(uses), num_strategies, width, pm.NUM_PARAMETER_METRICS), 0.0)
     weight = np.zeros((num_rows, pm.NUM_PARAMETER_METRICS))
-    weight[:, [pm.GATHER_FORWARD, pm.GATHER_BACKWARD]] = 1.0
+    weight[:, [pm.GATHER_FORWARD, pm.GATHER_BACKWARD, pm.ACCUMULATE]] = 1.0
     weight[:, [pm.STEP, pm.STEP_EXPOSED]] = 1.0 / num_microbatches
     weight[:, pm.STATE] = per_byte[:, 0]
     for use, row in enumerate(found):
@@ -217,16 +217,16 @@ def _totals(
         for use in range(len(metrics)):
             held += np.nan_to_num(metrics[use][strategy, chosen[use][row_at, strategy]], posinf=0)
     totals = np.zeros((*shape, NUM_TOTALS))
-    launch = tables.num_kernels
-    device_launch = tables.launch_s
+    host = tables.host_s
     for index, row in enumerate(rows):
         f, c, b = (sums[index, :, m] for m in (tb.FORWARD, tb.CORE_FORWARD, tb.BACKWARD))
         saved, core, boundary = (sums[index, :, m] for m in (tb.SAVED, tb.CORE_SAVED, tb.BOUNDARY))
         again = {"none": 0.0 * f, "selective": c, "full": f + c}[row.mode]
-        launches = {"none": 0, "selective": 0, "full": launch[0]}[row.mode] + launch[1]
+        launches = {"none": 0.0, "selective": host[1], "full": host[0]}[row.mode] + host[2]
+        b = b + held[index, :, pm.ACCUMULATE]
         gather_f, gather_b = held[index, :, pm.GATHER_FORWARD], held[index, :, pm.GATHER_BACKWARD]
-        totals[index, :, FORWARD] = np.maximum(np.maximum(f + c, launch[0] * device_launch), gather_f)
-        totals[index, :, BACKWARD] = np.maximum(np.maximum(b + again, launches * device_launch), gather_b)
+        totals[index, :, FORWARD] = np.maximum(np.maximum(f + c, host[0]), gather_f)
+        totals[index, :, BACKWARD] = np.maximum(np.maximum(b + again, launches), gather_b)
         totals[index, :, STEP] = held[index, :, pm.STEP]
         totals[index, :, STEP_EXPOSED] = held[index, :, pm.STEP_EXPOSED]
         totals[index, :, STATE] = held[index, :, pm.STATE]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.cost.compute import op_seconds
+from autopar.cost.compute import host_calls, op_seconds, weight_gradient_s
 from autopar.cost.execution import ExecutionModel
 from autopar.cost.redistribute import MeshLinks, Placement, redistribute_s
 from autopar.graph.ir import Value
@@ -27,6 +27,7 @@ from autopar.graph.profile import GraphProfile
 from autopar.intra.space import IN, OUT, BlockSpace, OpNode
 from autopar.rules.atoms import Atom
 from autopar.rules.options import Option, Token
+from autopar.rules.rule import OpRule
 
 Floats = NDArray[np.float64]
 FORWARD, CORE_FORWARD, BACKWARD, SAVED, CORE_SAVED, BOUNDARY, WORKSPACE = range(7)
@@ -42,7 +43,8 @@ class BlockTables:
     """``strategies[at]`` of ``space.ops[at]``: (options per inner axis). ``states[n]``: placements of boundary or hub node
     n's values. ``node_metrics[n]`` is (choices, metrics), ``edges`` are (node, node, (choices, choices) forward seconds,
     the same backward). ``parameter_uses[at]`` lists, for op ``at``, (value, per strategy: local elements, axes with a
-    partial gradient); axes count the data axis as 0, inner axes from 1."""
+    partial gradient); axes count the data axis as 0, inner axes from 1. ``host_s`` are the seconds that the host takes to
+    launch the forward, attention's part of it (which selective recompute launches again), and the backward."""
 
     space: BlockSpace
     local_batch: int
@@ -52,8 +54,7 @@ class BlockTables:
     edges: tuple[tuple[int, int, Floats, Floats], ...]
     parameter_uses: tuple[tuple[tuple[Value, tuple[tuple[int, tuple[int, ...]], ...]], ...], ...]
     hub_states: tuple[tuple[tuple[Token, ...], ...], ...]
-    num_kernels: tuple[int, int]
-    launch_s: float
+    host_s: tuple[float, float, float]
 
 
 def forward_placement(tokens: Sequence[Token]) -> Placement:
@@ -64,6 +65,14 @@ def forward_placement(tokens: Sequence[Token]) -> Placement:
 def gradient_placement(tokens: Sequence[Token]) -> Placement:
     """Where the gradient lies: partial for "G", replicated for "P" and "R"."""
     return tuple("P" if token == "G" else "R" if token == "P" else token for token in tokens)
+
+
+def _may_be_uneven(rule: OpRule, labels: tuple[int, ...]) -> bool:
+    """Whether the labels are one dim of a matmul or an element-wise op, or a dim that a view leaves as it is: heads,
+    and dims that a view merges or splits, have to be cut evenly."""
+    if not rule.groups:
+        return len(labels) == 1 and rule.compute in ("matmul", "memory")
+    return any((*ins, *outs) == labels and len(ins) == len(outs) == 1 for ins, outs in rule.groups)
 
 
 class TableBuilder:
@@ -79,7 +88,10 @@ class TableBuilder:
         links: MeshLinks,
         execution: ExecutionModel,
         allowed: Allowed | None = None,
+        fused: dict[int, tuple[float, float]] | None = None,
     ) -> None:
+        self.fused = fused or {}
+        self._hiding: dict[int, Floats] = {}
         self.space, self.profile, self.local_batch = space, profile, local_batch
         self.links, self.execution, self.allowed = links, execution, allowed
         self.graph, self.sizes = space.graph, links.sizes
@@ -95,12 +107,13 @@ class TableBuilder:
                 value = self.graph.values[flow_value]
                 for at, roles in enumerate(boundaries):
                     metrics[IN][at, BOUNDARY] += self._local_bytes(value, self.role_tokens(value, roles))
-        forward_kernels = backward_kernels = 0
+        calls = np.zeros(3)
         for node, chosen in zip(self.space.ops, strategies, strict=True):
             metrics.append(self._op_metrics(node, chosen))
-            profile = self.profile.ops[node.op.id]
-            forward_kernels += profile.forward_kernels
-            backward_kernels += profile.backward_kernels
+            is_core = node.op.id in self.core
+            forward, backward = host_calls(node.op, self.profile.ops[node.op.id], self.execution, is_core)
+            calls += forward, forward * is_core, backward
+        calls[[0, 2]] += self.execution.software.fixed_calls
         metrics += [np.zeros((len(states), NUM_METRICS)) for states in hub_states]
         return BlockTables(
             space=self.space,
@@ -113,8 +126,7 @@ class TableBuilder:
                 self._parameter_uses(node, chosen) for node, chosen in zip(self.space.ops, strategies, strict=True)
             ),
             hub_states=hub_states,
-            num_kernels=(forward_kernels, backward_kernels),
-            launch_s=self.links.cluster.device.launch_s,
+            host_s=tuple(float(count * self.links.cluster.device.launch_s) for count in calls),  # type: ignore[arg-type]
         )
 
     def role_tokens(self, value: Value, roles: Sequence[str]) -> tuple[Token, ...]:
@@ -158,8 +170,7 @@ class TableBuilder:
             if grows and (size * self.local_batch) % self.graph.batch.traced:
                 return False
             whole = self.graph.batch.scale(size, self.local_batch)
-            plain = len(labels) == 1 and not grows and node.rule.compute in ("matmul", "memory")
-            if whole % degree and not (plain and not node.rule.groups and whole >= UNEVEN * degree):
+            if whole % degree and (grows or whole < UNEVEN * degree or not _may_be_uneven(node.rule, labels)):
                 return False
         return True
 
@@ -196,9 +207,22 @@ class TableBuilder:
             for label in labels[1:]:
                 if any(label == known for known, _ in node.rule.roles):
                     degrees[label] = degrees[first]
+        device = self.links.cluster.device
         forward, backward = op_seconds(
-            self.graph, op, node.rule, profile, self.local_batch, degrees, self.links.cluster.device, self.execution
+            self.graph,
+            op,
+            node.rule,
+            profile,
+            self.local_batch,
+            degrees,
+            device,
+            self.execution,
+            self.fused.get(op.id, (0.0, 0.0)),
         )
+        if self.execution.software.tensor_overlap and self.sizes:
+            self._hiding[node.node] = self.execution.software.tensor_overlap * weight_gradient_s(
+                self.graph, op, node.rule, self.local_batch, degrees, device, len(chosen)
+            )
         is_core = op.id in self.core
         metrics[:, CORE_FORWARD if is_core else FORWARD] += forward
         metrics[:, BACKWARD] += backward
@@ -291,6 +315,10 @@ class TableBuilder:
                         ]
                     )
             forward, backward = self._conversion(value, sides[0], sides[1])
+            if (
+                flow.target in self._hiding
+            ):  # the gradient of a linear op's input travels while its weight's is computed
+                backward = np.maximum(backward - self._hiding[flow.target], 0.0)
             edges.append((flow.source, flow.target, forward, backward))
         return tuple(edges)
 

@@ -166,6 +166,7 @@ def device_document(name: str, folder: Path, hardware: dict[str, dict[str, Any]]
         "kernel_latency_s": 2.5e-6,
         "context_bytes": 512 * MIB,
         "sustained_fraction": sustained,
+        "unaligned_matmul_speed": 0.42,
         "matmul": tables[sibling],
         "flash_attention": attention_table(attention_rows, {"a100": 312e12, "h100": 989e12}[attention]),
         "flash_speed": flash_speed,
@@ -185,6 +186,9 @@ def device_document(name: str, folder: Path, hardware: dict[str, dict[str, Any]]
             "kernel_latency_s": source(f"shortest matmuls of {AICONFIGURATOR}", "measured"),
             "context_bytes": source("nvidia-smi shows 0.5-1.5 GB more than torch; low end", "assumed"),
             "sustained_fraction": source(LAYERS, "measured" if sustained_is_fitted else "assumed"),
+            "unaligned_matmul_speed": source(
+                "Megatron-DeepSpeed with an odd vocabulary of 50257 and tp=1: the head takes 2.1-2.5 times as long (vTrain "
+                "single node); Karpathy, 2023: padding it makes nanoGPT 25 % faster", "measured"),
             "matmul": sibling_source(sibling, own_gemm),
             "flash_attention": sibling_source(attention.upper(), own_attention),
             "flash_speed": source(
@@ -204,7 +208,7 @@ def cpu_document() -> dict[str, Any]:
     """One rank of a developer's machine: round numbers, for tests that run without a GPU."""
     numbers = {"memory_bytes": 4 * GIB, "peak_flops_per_s": {"float32": 5e10}, "memory_bytes_per_s": 1e10,
                "memory_efficiency": 0.8, "launch_s": 5e-6, "kernel_latency_s": 5e-6, "context_bytes": 0,
-               "sustained_fraction": 0.9, "matmul": {"m": [1], "n": [1], "k": [1], "efficiency": [0.8]},
+               "sustained_fraction": 0.9, "unaligned_matmul_speed": 1.0, "matmul": {"m": [1], "n": [1], "k": [1], "efficiency": [0.8]},
                "flash_attention": {"seq": [128], "batch_heads": [1], "efficiency": [0.4]}, "flash_speed": 1.0,
                "flash_backward_speed": 0.85, "flash_head_dim_exponent": 0.0, "math_attention_efficiency": 0.45,
                "math_forward_bytes_per_score": 9.0, "math_backward_bytes_per_score": 11.0}  # fmt: skip
