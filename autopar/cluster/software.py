@@ -18,7 +18,9 @@ Chain = Literal["pointwise", "norm"]
 class Software(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``fuses``: what joins its neighbours in one kernel. Host calls count kernels; a view, which only makes Python and
     the dispatcher work, counts ``view_calls``; materialised attention counts ``math_attention_*_calls``; ``fixed_calls``
-    are paid once per block and pass (hooks, checkpoints, Python between modules), ``collective_calls`` per collective.
+    are paid once per block and pass (hooks, checkpoints, Python between modules), ``collective_calls`` per collective and
+    further rank, as ranks wait for the slowest host; ``microbatch_calls`` per micro-batch on every stage and ``step_calls``
+    per step (data, loss, synchronisation), which nothing hides.
 
     ``loss_*_bytes_per_logit``: traffic of the cross entropy alone, logits in fp32. ``optimizer_bytes_*``: traffic per
     element of the optimizer step, clipping and loss scaling included, of a half precision weight and of an fp32 one.
@@ -29,6 +31,8 @@ class Software(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     view_calls: float
     fixed_calls: float
     collective_calls: float
+    microbatch_calls: float
+    step_calls: float
     math_attention_forward_calls: float
     math_attention_backward_calls: float
     loss_forward_bytes_per_logit: float

@@ -58,11 +58,17 @@ def op_seconds(
     for degree in degrees.values():
         share = share * degree
     grows = any(graph.batch.grows(size) for v in (*op.inputs, *op.outputs) for size in graph.values[v].shape)
-    traffic = _loss_bytes(graph, op, execution) or (profile.forward_bytes, profile.backward_bytes)
+    traffic = (profile.forward_bytes, profile.backward_bytes)
     forward_bytes, backward_bytes = (
-        bytes_at(max(whole - saved, 0.0), graph.batch, local_batch, grows)
+        one * bytes_at(max(whole - saved, 0.0), graph.batch, local_batch, grows)
         for whole, saved in zip(traffic, fused_bytes, strict=True)
     )
+    if op.target.startswith("aten.cross_entropy_loss"):
+        cut = _vocabulary_cut(rule, degrees, one)
+        chain = math.prod(graph.values[op.inputs[0]].shape) * local_batch / graph.batch.traced
+        software = execution.software
+        forward_bytes = np.where(cut, chain * software.loss_forward_bytes_per_logit, forward_bytes)
+        backward_bytes = np.where(cut, chain * software.loss_backward_bytes_per_logit, backward_bytes)
     forward = np.asarray(device.memory_bound_s(forward_bytes / share), float)
     backward = np.asarray(device.memory_bound_s(backward_bytes / share), float)
     if not profile.forward_flops:
@@ -88,13 +94,13 @@ def op_seconds(
     return forward, backward
 
 
-def _loss_bytes(graph: Graph, op: Op, execution: ExecutionModel) -> tuple[float, float] | None:
-    """Traffic of a cross entropy, whole at the traced batch: a chain of fp32 kernels that programs write differently."""
-    if not op.target.startswith("aten.cross_entropy_loss"):
-        return None
-    logits = math.prod(graph.values[op.inputs[0]].shape)
-    software = execution.software
-    return logits * software.loss_forward_bytes_per_logit, logits * software.loss_backward_bytes_per_logit
+def _vocabulary_cut(rule: OpRule, degrees: Mapping[int, Floats], one: Floats) -> NDArray[np.bool_]:
+    """Whether a cross entropy sees part of the vocabulary: then it is a chain of fp32 kernels around its exchanges."""
+    cut = one < 0
+    for label, kind in enumerate(rule.kinds):
+        if kind == "inside":
+            cut = cut | (degrees.get(label, one) > 1)
+    return cut
 
 
 def host_calls(op: Op, profile: OpProfile, execution: ExecutionModel, is_core: bool) -> tuple[float, float]:

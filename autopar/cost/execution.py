@@ -31,6 +31,11 @@ class ExecutionModel:
         """Bytes of one gradient element at rest of a parameter of ``itemsize`` bytes."""
         return 4 if self.fp32_grads else itemsize
 
+    def reduced_bytes(self, itemsize: int) -> int:
+        """Bytes of one gradient element on its way between ranks: fp16 programs reduce in fp16 (Megatron-LM's and
+        DeepSpeed's default), the others what they keep."""
+        return itemsize if self.dtype == "float16" else self.gradient_bytes(itemsize)
+
     def optimizer_bytes(self, itemsize: int) -> int:
         """Bytes of optimizer state per element: master copy and moments."""
         master = 4 if itemsize < 4 else 0

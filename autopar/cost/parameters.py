@@ -22,6 +22,7 @@ from autopar.cost.redistribute import MeshLinks
 Floats = NDArray[np.float64]
 GATHER_FORWARD, GATHER_BACKWARD, STEP, STEP_EXPOSED, STATE, GATHERED, ACCUMULATE = range(7)
 NUM_PARAMETER_METRICS = 7
+BUCKET_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,11 +50,11 @@ def storage_metrics(
     micro-batch of adding up gradients."""
     shards = int(np.prod([links.sizes[axis] for axis in storage.axes], dtype=int))
     rest = tuple(axis for axis in axes if axis not in storage.axes)
-    parameter, gradient = float(elements * itemsize), float(elements * execution.gradient_bytes(itemsize))
+    parameter, sent = float(elements * itemsize), float(elements * execution.reduced_bytes(itemsize))
     metrics = np.zeros(NUM_PARAMETER_METRICS)
     if storage.axes:
-        gather = float(links.collective_s("all_gather", parameter, storage.axes))
-        scatter = float(links.collective_s("reduce_scatter", gradient, storage.axes))
+        gather = bucketed_s(links, "all_gather", parameter, storage.axes)
+        scatter = bucketed_s(links, "reduce_scatter", sent, storage.axes)
         if storage.stage == 3:
             metrics[GATHER_FORWARD] = gather
             metrics[GATHER_BACKWARD] = gather + scatter
@@ -62,7 +63,7 @@ def storage_metrics(
             metrics[STEP_EXPOSED] += gather
             metrics[GATHER_BACKWARD if storage.stage == 2 else STEP] += scatter
     if rest:
-        metrics[STEP] += float(links.collective_s("all_reduce", gradient / shards, rest))
+        metrics[STEP] += bucketed_s(links, "all_reduce", sent / shards, rest)
     metrics[STEP_EXPOSED] += float(
         links.cluster.device.memory_bound_s(elements / shards * _step_bytes(execution, itemsize))
     )
@@ -71,6 +72,11 @@ def storage_metrics(
         metrics[ACCUMULATE] = float(links.cluster.device.memory_bound_s(added / (shards if storage.stage >= 2 else 1)))
     metrics[STATE] = sum(state_bytes(storage, shards, elements, itemsize, execution))
     return metrics
+
+
+def bucketed_s(links: MeshLinks, kind: str, num_bytes: float, axes: tuple[int, ...]) -> float:
+    """Seconds of a parameter's part in the collective of a bucket: programs join the tensors of a block or more."""
+    return float(links.collective_s(kind, BUCKET_BYTES, axes)) * num_bytes / BUCKET_BYTES
 
 
 def _step_bytes(execution: ExecutionModel, itemsize: int) -> float:

@@ -133,7 +133,7 @@ def build_plan(found: Found) -> Plan:
             optimizer=book.blocks.execution.optimizer,
             attn=book.blocks.execution.attn,
             overlap=book.blocks.execution.overlap,
-            fusion="none",
+            fusion=book.blocks.execution.fusion,
             grads="fp32" if book.blocks.execution.fp32_grads else "same",
         ),
         gpus=found.gpus,

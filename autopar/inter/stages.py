@@ -283,8 +283,12 @@ class StageBook:
                 held = np.where(present[:, column, None, None], finite[None, column, :, :, fr.WORKSPACE], 0.0)
                 workspace = np.maximum(workspace, held)
             memory = sums[..., fr.STATE] + in_flight * sums[..., fr.SAVED] + workspace + fixed
-            hidden = sums[..., fr.BACKWARD] if self.blocks.execution.overlap else 0.0
-            step = np.maximum(sums[..., fr.STEP] - hidden, 0.0) + sums[..., fr.STEP_EXPOSED]
+            contention = self.blocks.cluster.overlap_contention if self.blocks.execution.overlap else 1.0
+            software, launch_s = self.blocks.execution.software, self.blocks.cluster.device.launch_s
+            sums[..., [fr.FORWARD, fr.BACKWARD]] += software.microbatch_calls * launch_s / 2
+            backward, reduction = sums[..., fr.BACKWARD], sums[..., fr.STEP]
+            reduction = np.maximum(reduction - backward, 0.0) + contention * np.minimum(reduction, backward)
+            step = reduction + sums[..., fr.STEP_EXPOSED] + software.step_calls * launch_s
             time = sums[..., fr.FORWARD] + sums[..., fr.BACKWARD] + step / self.num_microbatches
             if self.restriction is not None:
                 time = self._pinned(time, mesh)

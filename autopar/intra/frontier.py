@@ -206,10 +206,13 @@ def _totals(
         workspace = np.maximum(sums[..., tb.WORKSPACE], picked[..., tb.WORKSPACE])
         sums += picked
         sums[..., tb.WORKSPACE] = workspace
+    waits = np.zeros((*shape, 2))  # collectives, forward and backward
     for source, target, forward, backward in tables.edges:
         pair = (choices[source], choices[target])
-        sums[..., tb.FORWARD] += finite(forward[pair], posinf=0)
-        sums[..., tb.BACKWARD] += finite(backward[pair], posinf=0)
+        for way, metric, table in ((0, tb.FORWARD, forward), (1, tb.BACKWARD, backward)):
+            time_s = finite(table[pair], posinf=0)
+            sums[..., metric] += time_s
+            waits[..., way] += time_s > 0
     held = np.zeros((*shape, pm.NUM_PARAMETER_METRICS))
     row_at = np.arange(shape[0])[:, None]
     for at, (metrics, chosen) in enumerate(parameter_metrics):
@@ -222,11 +225,17 @@ def _totals(
         f, c, b = (sums[index, :, m] for m in (tb.FORWARD, tb.CORE_FORWARD, tb.BACKWARD))
         saved, core, boundary = (sums[index, :, m] for m in (tb.SAVED, tb.CORE_SAVED, tb.BOUNDARY))
         again = {"none": 0.0 * f, "selective": c, "full": f + c}[row.mode]
-        launches = {"none": 0.0, "selective": host[1], "full": host[0]}[row.mode] + host[2]
+        sync_f, sync_b = (tables.sync_s * waits[index, :, way] for way in (0, 1))
+        launch_f = host[0] + sync_f
+        launches_again = {"none": 0.0 * f, "selective": host[1] + 0.0 * f, "full": launch_f}[row.mode]
+        launch_b = host[2] + sync_b + launches_again
         b = b + held[index, :, pm.ACCUMULATE]
         gather_f, gather_b = held[index, :, pm.GATHER_FORWARD], held[index, :, pm.GATHER_BACKWARD]
-        totals[index, :, FORWARD] = np.maximum(np.maximum(f + c, host[0]), gather_f)
-        totals[index, :, BACKWARD] = np.maximum(np.maximum(b + again, launches), gather_b)
+        for total, busy, gather in (
+            (FORWARD, np.maximum(f + c, launch_f), gather_f),
+            (BACKWARD, np.maximum(b + again, launch_b), gather_b),
+        ):
+            totals[index, :, total] = np.maximum(busy, gather) + tables.contention * np.minimum(busy, gather)
         totals[index, :, STEP] = held[index, :, pm.STEP]
         totals[index, :, STEP_EXPOSED] = held[index, :, pm.STEP_EXPOSED]
         totals[index, :, STATE] = held[index, :, pm.STATE]

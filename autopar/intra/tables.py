@@ -44,7 +44,9 @@ class BlockTables:
     n's values. ``node_metrics[n]`` is (choices, metrics), ``edges`` are (node, node, (choices, choices) forward seconds,
     the same backward). ``parameter_uses[at]`` lists, for op ``at``, (value, per strategy: local elements, axes with a
     partial gradient); axes count the data axis as 0, inner axes from 1. ``host_s`` are the seconds that the host takes to
-    launch the forward, attention's part of it (which selective recompute launches again), and the backward."""
+    launch the forward, attention's part of it (which selective recompute launches again), and the backward; every
+    collective adds ``sync_s``, as ranks wait for the slowest host. Communication behind compute costs ``contention`` of the
+    shorter of the two (1: nothing overlaps)."""
 
     space: BlockSpace
     local_batch: int
@@ -55,6 +57,8 @@ class BlockTables:
     parameter_uses: tuple[tuple[tuple[Value, tuple[tuple[int, tuple[int, ...]], ...]], ...], ...]
     hub_states: tuple[tuple[tuple[Token, ...], ...], ...]
     host_s: tuple[float, float, float]
+    sync_s: float
+    contention: float
 
 
 def forward_placement(tokens: Sequence[Token]) -> Placement:
@@ -127,6 +131,10 @@ class TableBuilder:
             ),
             hub_states=hub_states,
             host_s=tuple(float(count * self.links.cluster.device.launch_s) for count in calls),  # type: ignore[arg-type]
+            sync_s=self.execution.software.collective_calls
+            * self.links.cluster.device.launch_s
+            * (math.prod(self.sizes) - 1),
+            contention=self.links.cluster.overlap_contention if self.execution.overlap else 1.0,
         )
 
     def role_tokens(self, value: Value, roles: Sequence[str]) -> tuple[Token, ...]:

@@ -93,6 +93,8 @@ def _run(record: dict[str, Any]) -> Run | str:
     if time_s is None and result["status"] == "ok" and not result.get("mem_gb"):
         return "neither a time nor a memory"
     cluster, overrides = CLUSTERS[hardware["gpu"]]
+    if cluster == "p3.16xlarge" and hardware.get("gpus_per_node") == 16:
+        cluster, overrides = "dgx-2", {}
     return Run(
         id=record["id"],
         set=record["set"],
