@@ -11,8 +11,11 @@ from autopar.cluster.cluster import Cluster
 from autopar.cost import parameters as pm
 from autopar.cost.compute import op_seconds
 from autopar.graph.flops import model_flops, num_parameters
+from autopar.inter.judged import judged
+from autopar.inter.lying import Lying
 from autopar.inter.simulate import StageTimes, simulate
 from autopar.inter.stages import Mesh, StageBook, StageChoice
+from autopar.inter.transfers import first_devices
 from autopar.intra import frontier as fr
 from autopar.intra.frontier import BlockPoints
 from autopar.plan.mesh import Axis
@@ -65,7 +68,7 @@ def build_plan(found: Found) -> Plan:
     book, graph = found.book, found.book.blocks.graph
     programs: dict[tuple[object, ...], BlockProgram] = {}
     stages = []
-    device = 0
+    firsts = first_devices([devices for _, _, devices in found.stages], found.cluster.devices_per_node)
     totals_of_slowest: tuple[float, dict[str, float]] = (-1.0, {})
     for at, (first, end, devices) in enumerate(found.stages):
         held = (
@@ -88,7 +91,7 @@ def build_plan(found: Found) -> Plan:
         stages.append(
             StagePlan(
                 blocks=tuple(refs),
-                first_device=device,
+                first_device=firsts[at],
                 num_devices=devices,
                 axes=axes,
                 forward_s=found.times[at].forward_s,
@@ -100,7 +103,6 @@ def build_plan(found: Found) -> Plan:
                 memory=_memory(book, columns, choice, held),
             )
         )
-        device += devices
     simulation = simulate(
         found.schedule,
         found.times,
@@ -118,7 +120,7 @@ def build_plan(found: Found) -> Plan:
         }
     )
     listed = tuple(programs.values())
-    return Plan(
+    plan = Plan(
         format_version=FORMAT_VERSION,
         model=ModelRef(
             path=str(found.workload.path) if found.workload.path is not None else None,
@@ -161,37 +163,24 @@ def build_plan(found: Found) -> Plan:
             "python": platform.python_version(),
         },
     )
+    return judged(plan, book.blocks, found.cluster)
 
 
 def _points(book: StageBook, column: int, choice: StageChoice) -> BlockPoints:
     return book.points(column, choice.mesh)
 
 
-def _tokens(data: str, inner: Sequence[Token]) -> str:
-    return data + "".join(token.text if isinstance(token, Atom) else "R" if token == "G" else token for token in inner)
-
-
 def _program(book: StageBook, column: int, choice: StageChoice, name: str) -> BlockProgram:
     points = _points(book, column, choice)
     tables, graph = points.tables, book.blocks.graph
     axes = 1 + len(choice.mesh.inner)
+    lie = Lying(graph, tables.local_batch)
     placements: dict[int, OpPlan] = {}
     parameters: dict[int, ParameterPlan] = {}
     for at, node in enumerate(tables.space.ops):
         strategy = int(points.choices[2 + at, choice.row, choice.boundary])
         options = tables.strategies[at][strategy]
-
-        def text(value: int, tokens: Sequence[Token]) -> str:
-            found = graph.values[value]
-            grows = next((dim for dim, size in enumerate(found.shape) if graph.batch.grows(size)), None)
-            data = f"S({grows})" if grows is not None else "P" if not found.shape and found.requires_grad else "R"
-            return _tokens(data, tokens)
-
-        placements[node.op.id] = OpPlan(
-            name=node.op.name,
-            inputs=tuple(text(v, [o.inputs[i] for o in options]) for i, v in enumerate(node.op.inputs)),
-            outputs=tuple(text(v, [o.outputs[i] for o in options]) for i, v in enumerate(node.op.outputs)),
-        )
+        placements[node.op.id] = lie.op_plan(node.op, options)
         names, chosen = points.storages[at]
         for use, position in enumerate(node.parameters):
             value = graph.values[node.op.inputs[position]]
@@ -199,14 +188,15 @@ def _program(book: StageBook, column: int, choice: StageChoice, name: str) -> Bl
             tokens = [option.inputs[position] for option in options]
             parameters.setdefault(value.id, _parameter(value.names or (value.name,), tokens, storage, axes))
     for op in tables.space.data_ops:
-        placements[op.id] = OpPlan(
-            name=op.name, inputs=tuple("R" * axes for _ in op.inputs), outputs=tuple("R" * axes for _ in op.outputs)
-        )
+        placements[op.id] = lie.data_op_plan(op, axes - 1)
     kind, _ = book.columns[column]
     return BlockProgram(
         id=name,
         kind=kind,
         recompute=points.rows[choice.row].mode,  # type: ignore[arg-type]
+        inputs=lie.at_boundary(tables, tables.space.block.inputs, choice.boundary),
+        outputs=lie.at_boundary(tables, tables.space.block.outputs, choice.boundary),
+        shared=lie.shared(tables, points.choices[:, choice.row, choice.boundary]),
         ops=tuple(placements[op] for op in sorted(placements)),
         parameters=tuple(parameters[v] for v in book.blocks.kinds[kind].parameters if v in parameters),
     )

@@ -18,7 +18,7 @@ from autopar.graph.blocks import cut_blocks, order_for_blocks
 from autopar.graph.ir import Block, Graph
 from autopar.graph.trace import trace
 from autopar.inter.emit import Found, build_plan
-from autopar.inter.planner import DTYPES, GIB, cut_bytes_of, held_microbatches, pipeline_times
+from autopar.inter.planner import DTYPES, GIB, held_microbatches, pipeline_times
 from autopar.inter.simulate import StageTimes, simulate
 from autopar.inter.stages import Blocks, Mesh, Restriction, StageBook
 from autopar.intra.space import OpNode
@@ -104,9 +104,7 @@ class LayoutPricer:
         ):
             raise LayoutError([f"mbs={resolved.mbs} samples per rank cannot be run by the model with these degrees"])
         schedule: Schedule = "gpipe" if resolved.schedule == "gpipe" else "1f1b"
-        times = pipeline_times(
-            book, stages, schedule, cut_bytes_of(self.graph, self.blocks) * size / self.graph.batch.traced
-        )
+        times = pipeline_times(book, stages, schedule)
         memory = max(
             float(book.costs(n, held).memory_bytes[int(book.type_of[i, j])])
             for (i, j, n), held in zip(stages, held_microbatches(book, stages, schedule), strict=True)

@@ -9,7 +9,7 @@ import numpy as np
 from autopar.cluster.cluster import Cluster
 from autopar.cluster.load import load_cluster
 from autopar.cost.execution import ExecutionModel
-from autopar.graph.blocks import crossing, cut_blocks, order_for_blocks
+from autopar.graph.blocks import cut_blocks, order_for_blocks
 from autopar.graph.trace import trace
 from autopar.inter.emit import Found, build_plan
 from autopar.inter.partition import PipelineProblem, search
@@ -78,7 +78,6 @@ def plan(
     found: list[Best] = []
     smallest = np.inf
     bound = np.inf
-    cut_bytes = cut_bytes_of(graph, blocks)
     candidates = [micro_batch] if micro_batch else micro_batches(batch)
     for accumulate in (True, False):
         execution = ExecutionModel(dtype=long, optimizer=optimizer, fp32_grads=accumulate)  # type: ignore[arg-type]
@@ -92,7 +91,7 @@ def plan(
             if not any(book.meshes(submesh) for submesh in sizes):
                 continue
             known = min((best.step_time_s for best in found), default=np.inf)
-            best, least = _search_one(book, sizes, gpus, order, cut_bytes * size / graph.batch.traced, known, deadline)
+            best, least = _search_one(book, sizes, gpus, order, known, deadline)
             smallest = min(smallest, book.smallest_bytes)
             bound = min(bound, least)
             if best is not None:
@@ -120,20 +119,20 @@ def plan(
             lower_bound_s=min(bound, found[0].step_time_s),
             seconds=time.perf_counter() - started,
             runner_up=_runner_up(found),
-            times=pipeline_times(
-                found[0].book, found[0].stages, order, cut_bytes * found[0].book.micro_batch / graph.batch.traced
-            ),
+            times=pipeline_times(found[0].book, found[0].stages, order),
         )
     )
 
 
 def submesh_sizes(gpus: int, per_node: int) -> tuple[int, ...]:
-    """Divisors of a node, whole nodes, and all GPUs: the device counts of a stage.
+    """Divisors of a node, whole nodes, and all GPUs: the device counts of a stage. Within one node divisors of the GPUs
+    do, too; of several, they would lie across two nodes and be priced as if they did not.
 
-    >>> submesh_sizes(24, 8)
-    (1, 2, 4, 8, 16, 24)
+    >>> submesh_sizes(24, 8), submesh_sizes(6, 8)
+    ((1, 2, 4, 8, 16, 24), (1, 2, 3, 4, 6))
     """
-    sizes = {size for size in range(1, min(per_node, gpus) + 1) if per_node % size == 0 or gpus % size == 0}
+    inside = gpus if gpus <= per_node else per_node
+    sizes = {size for size in range(1, min(per_node, gpus) + 1) if per_node % size == 0 or inside % size == 0}
     nodes = gpus // per_node
     sizes |= {per_node * count for count in range(1, nodes + 1) if nodes % count == 0 or count & (count - 1) == 0}
     return tuple(sorted(sizes | {gpus}))
@@ -142,23 +141,6 @@ def submesh_sizes(gpus: int, per_node: int) -> tuple[int, ...]:
 def micro_batches(global_batch: int) -> list[int]:
     """Divisors of the global batch, all powers of two times one of its small odd divisors."""
     return [size for size in range(1, global_batch + 1) if global_batch % size == 0]
-
-
-def cut_bytes_of(graph, blocks) -> np.ndarray:  # type: ignore[no-untyped-def, type-arg]
-    """Bytes that cross the cut before each block, whole at the traced batch; (blocks + 1,)."""
-    sizes = [0.0]
-    for values in crossing(graph, blocks):
-        sizes.append(
-            float(
-                sum(
-                    np.prod(graph.values[value].shape) * graph.values[value].itemsize
-                    for value in values
-                    if graph.values[value].requires_grad
-                )
-            )
-        )
-    sizes += [0.0] * (len(blocks) + 1 - len(sizes))
-    return np.array(sizes)
 
 
 def _choice(book: StageBook, stage: tuple[int, int, int], in_flight: int) -> tuple[StageChoice, int]:
@@ -173,21 +155,11 @@ def pipeline_times(
     book: StageBook,
     stages: tuple[tuple[int, int, int], ...],
     schedule: Schedule,
-    cut_bytes: np.ndarray,  # type: ignore[type-arg]
 ) -> list[StageTimes]:
     """Times of a pipeline, transfers included: a rank of the next stage receives its own part of what crosses."""
-    cluster = book.blocks.cluster
     found: list[StageTimes] = []
-    sends = []
-    device = 0
-    for at, (_first, end, devices) in enumerate(stages):
-        device += devices
-        if at + 1 < len(stages):
-            following, _ = _choice(book, stages[at + 1], _held(book, stages, at + 1, schedule))
-            local = cut_bytes[end] / following.mesh.data
-            same_node = device % cluster.devices_per_node != 0
-            senders = min(devices, cluster.devices_per_node)
-            sends.append(float(cluster.transfer_s(local, same_node=same_node, sharers=senders)))
+    choices = [_choice(book, stage, _held(book, stages, at, schedule))[0] for at, stage in enumerate(stages)]
+    forward, backward = book.transfers.seconds(stages, choices)
     for at, stage in enumerate(stages):
         held = _held(book, stages, at, schedule)
         costs = book.costs(stage[2], held)
@@ -197,8 +169,8 @@ def pipeline_times(
                 forward_s=float(costs.forward_s[row]),
                 backward_s=float(costs.backward_s[row]),
                 step_s=float(costs.step_s[row]),
-                send_forward_s=sends[at] if at < len(sends) else 0.0,
-                send_backward_s=sends[at - 1] if at else 0.0,
+                send_forward_s=forward[at],
+                send_backward_s=backward[at],
             )
         )
     return found
@@ -218,7 +190,6 @@ def _search_one(
     sizes: tuple[int, ...],
     gpus: int,
     schedule: Schedule,
-    cut_bytes: np.ndarray,  # type: ignore[type-arg]
     known_s: float,
     deadline_s: float | None,
 ) -> tuple[Best | None, float]:
@@ -229,7 +200,7 @@ def _search_one(
 
     def evaluate(stages: tuple[tuple[int, int, int], ...]) -> float:
         named = tuple((first, end, usable[k]) for first, end, k in stages)
-        times = pipeline_times(book, named, schedule, cut_bytes)
+        times = pipeline_times(book, named, schedule)
         return simulate(schedule, times, book.num_microbatches).step_time_s  # type: ignore[arg-type]
 
     remaining = None if deadline_s is None else max(deadline_s - time.perf_counter(), 0.1)

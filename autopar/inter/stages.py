@@ -21,6 +21,7 @@ from autopar.cost.redistribute import MeshLinks
 from autopar.graph.ir import Block, Graph
 from autopar.graph.profile import GraphProfile, profile_graph
 from autopar.inter.partition import StageTable
+from autopar.inter.transfers import Transfers
 from autopar.intra import frontier as fr
 from autopar.intra.frontier import BlockPoints, ParameterPrices, block_points, price_rows
 from autopar.intra.space import BlockSpace, block_space, data_values
@@ -189,6 +190,7 @@ class StageBook:
         self.restriction = restriction
         self.blocks, self.micro_batch, self.num_microbatches = blocks, micro_batch, num_microbatches
         self.budget_bytes, self.modes = budget_bytes, modes
+        self.transfers = Transfers(self)
         self.columns: list[tuple[int, frozenset[int]]] = []
         self._rows: dict[tuple[int, ...], int] = {}
         count = len(blocks.blocks)

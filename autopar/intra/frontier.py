@@ -206,6 +206,11 @@ def _totals(
         workspace = np.maximum(sums[..., tb.WORKSPACE], picked[..., tb.WORKSPACE])
         sums += picked
         sums[..., tb.WORKSPACE] = workspace
+    # Costs charge a tensor to the first op that keeps it; solutions may keep it in two placements (`copies`).
+    for at, tensors in enumerate(tables.kept):
+        sums[..., [tb.SAVED, tb.CORE_SAVED]] -= tensors[choices[2 + at]]
+    kept = tables.copies.kept(choices.reshape(len(choices), -1))
+    sums[..., [tb.SAVED, tb.CORE_SAVED]] += kept.reshape(*shape, 2)
     for source, target, forward, backward in tables.edges:
         pair = (choices[source], choices[target])
         sums[..., tb.FORWARD] += finite(forward[pair], posinf=0)

@@ -24,6 +24,7 @@ from autopar.cost.execution import ExecutionModel
 from autopar.cost.redistribute import MeshLinks, Placement, redistribute_s
 from autopar.graph.ir import Value
 from autopar.graph.profile import GraphProfile
+from autopar.intra.copies import CopyCounter, LocalSizes
 from autopar.intra.space import IN, OUT, BlockSpace, OpNode
 from autopar.rules.atoms import Atom
 from autopar.rules.options import Option, Token
@@ -40,7 +41,9 @@ Allowed = Callable[[int, OpNode, Option], bool]
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BlockTables:
     """``strategies[at]`` of ``space.ops[at]``: (options per inner axis). ``states[n]``: placements of boundary or hub node
-    n's values. ``node_metrics[n]`` is (choices, metrics), ``edges`` are (node, node, (choices, choices) forward seconds,
+    n's values, and ``boundary_tokens`` those of a block input or output under each boundary placement. ``kept[at]``
+    are the bytes of tensors that SAVED and CORE_SAVED price for op ``at``, (strategies, 2); ``copies`` counts what a solution
+    really keeps instead. ``node_metrics[n]`` is (choices, metrics), ``edges`` are (node, node, (choices, choices) forward seconds,
     the same backward). ``parameter_uses[at]`` lists, for op ``at``, (value, per strategy: local elements, axes with a
     partial gradient); axes count the data axis as 0, inner axes from 1."""
 
@@ -52,6 +55,9 @@ class BlockTables:
     edges: tuple[tuple[int, int, Floats, Floats], ...]
     parameter_uses: tuple[tuple[tuple[Value, tuple[tuple[int, tuple[int, ...]], ...]], ...], ...]
     hub_states: tuple[tuple[tuple[Token, ...], ...], ...]
+    boundary_tokens: dict[int, tuple[tuple[Token, ...], ...]]
+    kept: tuple[Floats, ...]
+    copies: CopyCounter
     num_kernels: tuple[int, int]
     launch_s: float
 
@@ -84,6 +90,8 @@ class TableBuilder:
         self.links, self.execution, self.allowed = links, execution, allowed
         self.graph, self.sizes = space.graph, links.sizes
         self.savers, self.core = savers, core
+        self.local = LocalSizes(space, self.sizes, local_batch)
+        self.kept: list[Floats] = []
 
     def build(self) -> BlockTables:
         strategies = tuple(self._strategies(node) for node in self.space.ops)
@@ -102,6 +110,10 @@ class TableBuilder:
             forward_kernels += profile.forward_kernels
             backward_kernels += profile.backward_kernels
         metrics += [np.zeros((len(states), NUM_METRICS)) for states in hub_states]
+        boundary_tokens = {
+            value: tuple(self.role_tokens(self.graph.values[value], roles) for roles in boundaries)
+            for value in (*self.space.block.inputs, *self.space.block.outputs)
+        }
         return BlockTables(
             space=self.space,
             local_batch=self.local_batch,
@@ -113,9 +125,22 @@ class TableBuilder:
                 self._parameter_uses(node, chosen) for node, chosen in zip(self.space.ops, strategies, strict=True)
             ),
             hub_states=hub_states,
+            boundary_tokens=boundary_tokens,
+            kept=tuple(self.kept),
+            copies=CopyCounter(
+                self.space, self.profile, self._first_keeper(), self.core, strategies, boundary_tokens, self.local
+            ),
             num_kernels=(forward_kernels, backward_kernels),
             launch_s=self.links.cluster.device.launch_s,
         )
+
+    def _first_keeper(self) -> dict[int, int]:
+        """Value whose memory is kept -> the first op of the graph that keeps it."""
+        return {
+            self.profile.owners[(*(op := self.graph.ops[number]).inputs, *op.outputs)[at]]: number
+            for number, positions in self.savers.items()
+            for at, _ in positions
+        }
 
     def role_tokens(self, value: Value, roles: Sequence[str]) -> tuple[Token, ...]:
         """How ``value`` lies under a named boundary placement; a value without the dim is replicated (its gradient
@@ -175,13 +200,8 @@ class TableBuilder:
         return tuple(found)
 
     def _local_bytes(self, value: Value, tokens: Sequence[Token]) -> float:
-        """Bytes of a value on one rank at the local batch, per inner placement."""
-        elements = math.prod(value.shape) * value.itemsize
-        grows = any(self.graph.batch.grows(size) for size in value.shape)
-        size = elements * (self.local_batch / self.graph.batch.traced if grows else 1.0)
-        for token, degree in zip(tokens, self.sizes, strict=True):
-            size /= degree if isinstance(token, Atom) else 1
-        return size
+        """Bytes of a value on the fullest rank at the local batch, per inner placement."""
+        return self.local.num_bytes(value.id, tuple("R" if token == "G" else token for token in tokens))
 
     def _op_metrics(self, node: OpNode, chosen: tuple[tuple[Option, ...], ...]) -> Floats:
         op, profile = node.op, self.profile.ops[node.op.id]
@@ -204,6 +224,7 @@ class TableBuilder:
         metrics[:, BACKWARD] += backward
         self._add_inside(node, chosen, metrics)
         values = [self.graph.values[value] for value in (*op.inputs, *op.outputs)]
+        tensors = np.zeros((len(chosen), 2))
         for at, options in enumerate(chosen):
             tokens = [tuple(option.inputs[i] for option in options) for i in range(len(op.inputs))] + [
                 tuple(option.outputs[i] for option in options) for i in range(len(op.outputs))
@@ -211,8 +232,7 @@ class TableBuilder:
             share = math.prod(size for option, size in zip(options, self.sizes, strict=True) if option.sharded)
             for position, core in self.savers.get(op.id, ()):
                 owner = self.graph.values[self.profile.owners[values[position].id]]
-                held = self._local_bytes(owner, ()) if not self.sizes else self._owner_bytes(owner, tokens[position])
-                metrics[at, CORE_SAVED if core else SAVED] += held
+                tensors[at, int(core)] += self._owner_bytes(owner, tokens[position])
             internal = sum(math.prod(shape) * item for shape, item in profile.saved_internal)
             grows = any(self.graph.batch.grows(size) for shape, _ in profile.saved_internal for size in shape)
             scale = self.local_batch / self.graph.batch.traced if grows else 1.0
@@ -222,6 +242,8 @@ class TableBuilder:
                 for value, token in zip(values, tokens, strict=True)
                 if value.kind == "activation"
             )
+        metrics[:, [SAVED, CORE_SAVED]] += tensors
+        self.kept.append(tensors)
         return metrics
 
     def _owner_bytes(self, owner: Value, tokens: Sequence[Token]) -> float:
