@@ -89,6 +89,6 @@ def _lie(plan: Plan, graph: Graph, blocks: tuple[Block, ...], stage: int, value:
                 return lie.placement if forward else lie.gradient.replace("P", "R")
     tokens = ["R"] * len(plan.stages[stage].axes)
     grows = next((dim for dim, size in enumerate(graph.values[value].shape) if graph.batch.grows(size)), None)
-    if grows is not None:
+    if grows is not None and plan.stages[stage].axes[0].name == "dp":
         tokens[0] = f"S({grows})"
     return "".join(tokens)

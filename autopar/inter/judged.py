@@ -3,8 +3,8 @@
 import msgspec
 
 from autopar.cluster.cluster import Cluster
+from autopar.inter.blocks import Blocks
 from autopar.inter.judge import differences, judge
-from autopar.inter.stages import Blocks
 from autopar.plan.errors import CheckError
 from autopar.plan.plan import Plan
 

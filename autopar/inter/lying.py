@@ -20,10 +20,11 @@ from autopar.rules.options import Option, Token
 
 
 class Lying:
-    """Writes the placements of one graph's values; ``local_batch`` counts the samples of a data rank."""
+    """Writes the placements of one graph's values; ``local_batch`` counts the samples of a data rank, and ``data_axis``
+    says whether the mesh names a data axis."""
 
-    def __init__(self, graph: Graph, local_batch: int) -> None:
-        self.graph, self.local_batch = graph, local_batch
+    def __init__(self, graph: Graph, local_batch: int, data_axis: bool = True) -> None:
+        self.graph, self.local_batch, self.data_axis = graph, local_batch, data_axis
 
     def op_plan(self, op: Op, options: Sequence[Option]) -> OpPlan:
         """An op under one option per inner axis."""
@@ -70,7 +71,9 @@ class Lying:
         found = self.graph.values[value]
         data = self._data_dim(found)
         first = data or ("P" if not found.shape and found.requires_grad else "R")
-        return first + "".join(self._cut(t) if isinstance(t, Atom) else "R" if t == "G" else t for t in tokens)
+        return (first if self.data_axis else "") + "".join(
+            self._cut(t) if isinstance(t, Atom) else "R" if t == "G" else t for t in tokens
+        )
 
     def gradient(self, value: int, tokens: Sequence[Token]) -> str:
         found = self.graph.values[value]
@@ -78,7 +81,9 @@ class Lying:
             return ""
         first = self._data_dim(found) or ("P" if found.shape else "R")
         conjugate = {"G": "P", "P": "R", "R": "R"}
-        return first + "".join(self._cut(t) if isinstance(t, Atom) else conjugate[t] for t in tokens)
+        return (first if self.data_axis else "") + "".join(
+            self._cut(t) if isinstance(t, Atom) else conjugate[t] for t in tokens
+        )
 
     def _cut(self, atom: Atom) -> str:
         return replace(atom, repeats=self.graph.batch.scale(atom.repeats, self.local_batch)).text

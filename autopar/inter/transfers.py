@@ -16,7 +16,8 @@ from autopar.plan.mesh import Axis, local_size
 from autopar.rules.options import Token
 
 if TYPE_CHECKING:
-    from autopar.inter.stages import StageBook, StageChoice
+    from autopar.inter.finish import StageChoice
+    from autopar.inter.stages import StageBook
 
 Stage = tuple[int, int, int]
 """(first block, last block + 1, devices)"""
@@ -97,8 +98,8 @@ class Transfers:
             first = blocks.kinds[block.kind]
             for values, known in ((() if forward else block.outputs, first.outputs), (block.inputs, first.inputs)):
                 if value in values:
-                    column = self.book._column(block.kind, blocks.held(block, stage[0]))
-                    tables = self.book.points(column, choice.mesh).tables
+                    column = self.book.column(block.kind, blocks.held(block, stage[0]))
+                    tables = self.book.points(column, choice.mesh, 0).tables
                     return tables.boundary_tokens[known[values.index(value)]][choice.boundary]
         return ("R",) * len(choice.mesh.inner)
 

@@ -1,8 +1,8 @@
 """The memory that a solved block keeps for its backward pass, counted copy by copy.
 
-Elimination prices what is kept op by op: the first op that keeps a tensor is charged for it, in the placement it reads.
-That is exact unless a tensor is kept in two placements (a gathered and a sharded copy), so what solutions really keep is
-counted here: a *copy* is a result (views share the memory of what they view) or what a redistribution left.
+Elimination prices what is kept op by op: the first op that keeps a tensor is charged for it, in the placement it reads,
+which is never more than what is kept. It is less where a tensor is kept in two placements (a gathered and a sharded copy),
+so what solutions really keep is counted here: a *copy* is a result (views share the memory of what they view) or what a redistribution left.
 """
 
 from collections.abc import Mapping, Sequence

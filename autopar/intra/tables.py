@@ -79,7 +79,7 @@ class TableBuilder:
         self,
         space: BlockSpace,
         profile: GraphProfile,
-        savers: dict[int, tuple[tuple[int, bool], ...]],
+        savers: dict[int, tuple[tuple[tuple[int, ...], bool], ...]],
         core: frozenset[int],
         local_batch: int,
         links: MeshLinks,
@@ -137,9 +137,9 @@ class TableBuilder:
     def _first_keeper(self) -> dict[int, int]:
         """Value whose memory is kept -> the first op of the graph that keeps it."""
         return {
-            self.profile.owners[(*(op := self.graph.ops[number]).inputs, *op.outputs)[at]]: number
-            for number, positions in self.savers.items()
-            for at, _ in positions
+            self.profile.owners[(*(op := self.graph.ops[number]).inputs, *op.outputs)[positions[0]]]: number
+            for number, memories in self.savers.items()
+            for positions, _ in memories
         }
 
     def role_tokens(self, value: Value, roles: Sequence[str]) -> tuple[Token, ...]:
@@ -230,9 +230,11 @@ class TableBuilder:
                 tuple(option.outputs[i] for option in options) for i in range(len(op.outputs))
             ]
             share = math.prod(size for option, size in zip(options, self.sizes, strict=True) if option.sharded)
-            for position, core in self.savers.get(op.id, ()):
-                owner = self.graph.values[self.profile.owners[values[position].id]]
-                tensors[at, int(core)] += self._owner_bytes(owner, tokens[position])
+            for positions, core in self.savers.get(op.id, ()):
+                # Views of one memory keep all of it, or their own part where they were moved: never less than this.
+                owner = self.graph.values[self.profile.owners[values[positions[0]].id]]
+                parts = sum(self._local_bytes(values[i], tokens[i]) for i in positions)
+                tensors[at, int(core)] += min(self._owner_bytes(owner, tokens[positions[0]]), parts)
             internal = sum(math.prod(shape) * item for shape, item in profile.saved_internal)
             grows = any(self.graph.batch.grows(size) for shape, _ in profile.saved_internal for size in shape)
             scale = self.local_batch / self.graph.batch.traced if grows else 1.0
