@@ -11,7 +11,7 @@ from autopar.graph.ir import Block, Graph
 from autopar.graph.profile import GraphProfile, profile_graph
 from autopar.intra.frontier import BlockPoints, ParameterPrices, PriceRow, block_points
 from autopar.intra.space import BlockSpace, block_space, data_values
-from autopar.intra.tables import Allowed, BlockTables, TableBuilder
+from autopar.intra.tables import Allowed, BlockTables, TableBuilder, exchanges_batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +102,10 @@ class Blocks:
             links = MeshLinks(self.cluster, num_devices, mesh.sizes, tuple(range(1, len(mesh.sizes))))
             local = micro_batch // mesh.data
             groups = tuple(links.group((axis,)) for axis in range(len(mesh.inner)))
-            table_key = (kind, local, mesh.inner, groups, restriction.boundary if restriction else None)
+            whole = MeshLinks(self.cluster, num_devices, mesh.sizes, tuple(range(len(mesh.sizes))))
+            exchanged = any(exchanges_batch(node, self.graph) for node in self.space(kind).ops)
+            over_data = tuple(whole.group(axes) for axes in ((0,), (0, 1))[: len(mesh.sizes)]) if exchanged else ()
+            table_key = (kind, local, mesh.inner, groups, over_data, restriction.boundary if restriction else None)
             if table_key not in self._tables:
                 self._tables[table_key] = TableBuilder(
                     self.space(kind),
@@ -112,11 +115,11 @@ class Blocks:
                     local,
                     links,
                     self.execution,
+                    whole,
                     restriction.allowed if restriction else None,
                 ).build()
             if mesh not in self._prices:
-                full = MeshLinks(self.cluster, num_devices, mesh.sizes, tuple(range(len(mesh.sizes))))
-                self._prices[mesh] = ParameterPrices(full, self.execution)
+                self._prices[mesh] = ParameterPrices(whole, self.execution)
             tables = self._tables[table_key]
             self._points[key] = block_points(
                 tables,

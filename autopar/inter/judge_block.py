@@ -66,7 +66,7 @@ def price_block(
     forward = [step for route in moved.forward for step in route.steps]
     backward = [step for route in moved.backward for step in route.steps]
     kernels = [0, 0]
-    shards: dict[int, int] = {}
+    shards: dict[int, tuple[int, int]] = {}
     largest = 0.0
     for op, planned in zip(ops, program.ops, strict=True):
         if free.issuperset((*op.inputs, *op.outputs)):
@@ -77,7 +77,7 @@ def price_block(
         times[2] += price.backward_s
         forward += price.forward_steps
         backward += price.backward_steps
-        shards[op.id] = price.shards
+        shards[op.id] = (price.shards, price.fixed_shards)
         kernels = [kernels[0] + profile.ops[op.id].forward_kernels, kernels[1] + profile.ops[op.id].backward_kernels]
         tensors = zip((*op.inputs, *op.outputs), (*planned.inputs, *planned.outputs), strict=True)
         largest = max(

@@ -114,9 +114,10 @@ def kept(
     micro_batch: int,
     moved: Moves,
     free: frozenset[int],
-    shards: dict[int, int],
+    shards: dict[int, tuple[int, int]],
 ) -> Kept:
-    """What one micro-batch keeps; ``shards`` is by how many ranks each op's work is divided."""
+    """What one micro-batch keeps; ``shards`` is by how many ranks each op's work is divided, and by how many of
+    axes that do not cut the batch."""
     earlier = _kept_before(graph, profile, block.first_op)
     held: dict[Copy, float] = {}
     core: set[Copy] = set()
@@ -161,8 +162,8 @@ def kept(
             if graph.values[profile.owners[value]].kind not in ("parameter", "buffer") and copy not in held:
                 held[copy] = 0.0 if copy[0] == "made" and copy[1] in earlier else size_of(copy, value, texts[at])
         grows = any(graph.batch.grows(size) for shape, _ in ran.saved_internal for size in shape)
-        scale = micro_batch / graph.batch.traced if grows else 1.0
-        internal = sum(prod(shape) * itemsize for shape, itemsize in ran.saved_internal) * scale / shards[op.id]
+        divisor = shards[op.id][0] * graph.batch.traced / micro_batch if grows else shards[op.id][1]
+        internal = sum(prod(shape) * itemsize for shape, itemsize in ran.saved_internal) / divisor
         saved, inside = (saved, inside + internal) if is_core else (saved + internal, inside)
     read = {
         value

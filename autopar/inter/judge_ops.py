@@ -29,13 +29,15 @@ DTYPES = ("bfloat16", "float16", "float32")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpPrice:
     """Seconds of the kernels, forward and backward, and the collectives the op issues by itself. ``shards`` is by how
-    many ranks its work is divided, the data axis included."""
+    many ranks its work is divided, the data axis included; ``fixed_shards`` counts only axes that cut a dim which does not
+    grow with the batch: statistics over the batch (of batch norm) are divided by no other."""
 
     forward_s: float
     backward_s: float
     forward_steps: tuple[Step, ...]
     backward_steps: tuple[Step, ...]
     shards: int
+    fixed_shards: int
 
 
 def sizes_at(graph: Graph, shape: Sequence[int], micro_batch: int) -> tuple[int, ...]:
@@ -60,6 +62,13 @@ def price_op(
     _check_partial(op, rule, planned, placed, labelled, values_grad=[v.requires_grad for v in values[: len(op.inputs)]])
     sharding = [any(shard_dim(tokens[axis]) is not None for tokens in placed) for axis in range(len(mesh.sizes))]
     shards = prod(size for size, cut in zip(mesh.sizes, sharding, strict=True) if cut)
+    fixed = [
+        any(
+            (cut := shard_dim(tokens[axis])) is not None and not graph.batch.grows(value.shape[cut])
+            for value, tokens in zip(values, placed, strict=True)
+        )
+        for axis in range(len(mesh.sizes))
+    ]
     grows = any(graph.batch.grows(size) for value in values for size in value.shape)
     scale = micro_batch / graph.batch.traced if grows else 1.0
     device = mesh.cluster.device
@@ -73,7 +82,12 @@ def price_op(
         forward, backward = forward + times[0], backward + times[1]
     steps = _inside(graph, rule, placed, labelled, micro_batch, mesh)
     return OpPrice(
-        forward_s=forward, backward_s=backward, forward_steps=steps[0], backward_steps=steps[1], shards=shards
+        forward_s=forward,
+        backward_s=backward,
+        forward_steps=steps[0],
+        backward_steps=steps[1],
+        shards=shards,
+        fixed_shards=prod(size for size, cut in zip(mesh.sizes, fixed, strict=True) if cut),
     )
 
 

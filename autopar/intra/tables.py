@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 from autopar.cost.compute import op_seconds
 from autopar.cost.execution import ExecutionModel
 from autopar.cost.redistribute import MeshLinks, Placement, redistribute_s
-from autopar.graph.ir import Value
+from autopar.graph.ir import Graph, Value
 from autopar.graph.profile import GraphProfile
 from autopar.intra.copies import CopyCounter, LocalSizes
 from autopar.intra.space import IN, OUT, BlockSpace, OpNode
 from autopar.rules.atoms import Atom
 from autopar.rules.options import Option, Token
+from autopar.rules.rule import NO_LABEL
 
 Floats = NDArray[np.float64]
 FORWARD, CORE_FORWARD, BACKWARD, SAVED, CORE_SAVED, BOUNDARY, WORKSPACE = range(7)
@@ -72,8 +73,19 @@ def gradient_placement(tokens: Sequence[Token]) -> Placement:
     return tuple("P" if token == "G" else "R" if token == "P" else token for token in tokens)
 
 
+def exchanges_batch(node: OpNode, graph: Graph) -> bool:
+    """Whether an op exchanges statistics over the batch (batch norm), and so over the data axis."""
+    return node.rule.inside is not None and any(
+        label != NO_LABEL and node.rule.kinds[label] == "inside" and graph.batch.grows(size)
+        for value, labels in zip(node.op.inputs, node.rule.inputs, strict=True)
+        for size, label in zip(graph.values[value].shape, labels, strict=True)
+        if label < len(node.rule.kinds)
+    )
+
+
 class TableBuilder:
-    """Builds the tables of one block for one inner mesh and local batch; ``links`` are the inner axes' links."""
+    """Builds the tables of one block for one inner mesh and local batch; ``links`` are the inner axes' links,
+    ``whole`` those of all axes, the data axis first."""
 
     def __init__(
         self,
@@ -84,10 +96,11 @@ class TableBuilder:
         local_batch: int,
         links: MeshLinks,
         execution: ExecutionModel,
+        whole: MeshLinks,
         allowed: Allowed | None = None,
     ) -> None:
         self.space, self.profile, self.local_batch = space, profile, local_batch
-        self.links, self.execution, self.allowed = links, execution, allowed
+        self.links, self.execution, self.allowed, self.whole = links, execution, allowed, whole
         self.graph, self.sizes = space.graph, links.sizes
         self.savers, self.core = savers, core
         self.local = LocalSizes(space, self.sizes, local_batch)
@@ -238,6 +251,12 @@ class TableBuilder:
             internal = sum(math.prod(shape) * item for shape, item in profile.saved_internal)
             grows = any(self.graph.batch.grows(size) for shape, _ in profile.saved_internal for size in shape)
             scale = self.local_batch / self.graph.batch.traced if grows else 1.0
+            if not grows:  # statistics over the batch are whole where the batch is cut
+                share = math.prod(
+                    size
+                    for option, size in zip(options, self.sizes, strict=True)
+                    if option.sharded and not self.graph.batch.grows(option.size)
+                )
             metrics[at, CORE_SAVED if is_core else SAVED] += internal * scale / share
             metrics[at, WORKSPACE] = sum(
                 self._local_bytes(value, token)
@@ -255,12 +274,15 @@ class TableBuilder:
         return size
 
     def _add_inside(self, node: OpNode, chosen: tuple[tuple[Option, ...], ...], metrics: Floats) -> None:
+        """What the op exchanges by itself, over the axes that cut its label; the data axis cuts the batch always."""
         inside = node.rule.inside
         if inside is None:
             return
+        links, first = (self.whole, 1) if exchanges_batch(node, self.graph) else (self.links, 0)
         scale = self.local_batch / self.graph.batch.traced
         for at, options in enumerate(chosen):
-            axes = tuple(axis for axis, option in enumerate(options) if option.inside)
+            axes = (0,) * first + tuple(first + axis for axis, option in enumerate(options) if option.inside)
+            axes = tuple(axis for axis in axes if links.sizes[axis] > 1)
             if axes:
                 share = math.prod(
                     size
@@ -269,7 +291,7 @@ class TableBuilder:
                 )
                 for metric, size in ((FORWARD, inside.forward_bytes), (BACKWARD, inside.backward_bytes)):
                     held = size * (scale if self.graph.batch.grows(size) else 1.0) / share
-                    metrics[at, metric] += float(self.links.collective_s("all_reduce", held, axes))
+                    metrics[at, metric] += float(links.collective_s("all_reduce", held, axes))
 
     def _parameter_uses(
         self, node: OpNode, chosen: tuple[tuple[Option, ...], ...]
