@@ -75,6 +75,7 @@ class Blocks:
         self._tables: dict[tuple[object, ...], BlockTables] = {}
         self._points: dict[tuple[object, ...], BlockPoints] = {}
         self._prices: dict[Mesh, ParameterPrices] = {}
+        self._links: dict[tuple[object, ...], MeshLinks] = {}
 
     def held(self, block: Block, first: int) -> frozenset[int]:
         """Parameters of ``block`` that an earlier block of a stage beginning at block ``first`` stores."""
@@ -99,7 +100,7 @@ class Blocks:
         key = (kind, held, mesh, micro_batch, num_microbatches, rows, restriction)
         if key not in self._points:
             num_devices = mesh.num_devices
-            links = MeshLinks(self.cluster, num_devices, mesh.sizes, tuple(range(1, len(mesh.sizes))))
+            links = self._inner_links(mesh)
             local = micro_batch // mesh.data
             groups = tuple(links.group((axis,)) for axis in range(len(mesh.inner)))
             whole = MeshLinks(self.cluster, num_devices, mesh.sizes, tuple(range(len(mesh.sizes))))
@@ -131,6 +132,12 @@ class Blocks:
                 restriction.zero if restriction else None,
             )
         return self._points[key]
+
+    def _inner_links(self, mesh: Mesh) -> MeshLinks:
+        """The links of the inner axes; meshes whose inner axes cross equal links share one object."""
+        links = MeshLinks(self.cluster, mesh.num_devices, mesh.sizes, tuple(range(1, len(mesh.sizes))))
+        groups = tuple(links.group((axis,)) for axis in range(len(mesh.inner)))
+        return self._links.setdefault((mesh.inner, groups), links)
 
     @property
     def rate_s_per_byte(self) -> float:

@@ -293,6 +293,15 @@ def search(
     )
 
 
+def least_s(problem: PipelineProblem) -> float:
+    """A bound on every pipeline that is quick to have: by the busiest stage and by the way through all of them."""
+    levels = levels_of(problem)
+    if levels is None:
+        return math.inf
+    tail, head = level_free(levels)
+    return float(max(tail[0, levels.num_devices], head[levels.num_blocks, 0]))
+
+
 def levels_of(problem: PipelineProblem) -> Levels | None:
     """The problem's arrays; None where no number of its submeshes makes up all devices with a stage each."""
     unit = math.gcd(*problem.submesh_sizes)

@@ -63,7 +63,7 @@ class StageBounds:
 
 
 class StageBook:
-    """Costs of all stages at one micro-batch size. Stages busy for ``cutoff_s`` seconds or longer are of no interest."""
+    """Costs of all stages at one micro-batch size."""
 
     def __init__(
         self,
@@ -77,7 +77,8 @@ class StageBook:
     ) -> None:
         self.restriction, self.gpus = restriction, gpus
         self.blocks, self.micro_batch, self.num_microbatches = blocks, micro_batch, num_microbatches
-        self.budget_bytes, self.modes = budget_bytes, modes
+        self.budget_bytes = budget_bytes
+        self.modes = modes if blocks.core else tuple(mode for mode in modes if mode != "selective") or ("none",)
         self.cutoff_s = np.inf
         self.transfers = Transfers(self)
         self.columns: list[tuple[int, frozenset[int]]] = []
@@ -101,8 +102,15 @@ class StageBook:
         self._meshes: dict[int, list[Mesh]] = {}
         self._bounds: dict[tuple[int, int], StageBounds] = {}
         self._finished: dict[tuple[int, int, int], Finished | None] = {}
+        self._points: dict[tuple[int, tuple[int, ...], int], BlockPoints] = {}
         self._sums: dict[tuple[Mesh, int], MeshSums] = {}
         self._by_mesh: dict[tuple[Mesh, int], StageBounds] = {}
+
+    def ignore_from(self, cutoff_s: float) -> None:
+        """Steps of ``cutoff_s`` seconds or longer are of no interest: stages busy for that long need no exact price."""
+        if cutoff_s != self.cutoff_s:
+            self.cutoff_s = cutoff_s
+            self._bounds.clear()
 
     def column(self, kind: int, held: frozenset[int]) -> int:
         """The position of a kind of block whose parameters ``held`` another block of the stage stores."""
@@ -145,10 +153,14 @@ class StageBook:
         return free_rows(rate, self.modes) if phase == FREE else priced_rows(rate, self.modes, float(phase))
 
     def points(self, column: int, mesh: Mesh, phase: int) -> BlockPoints:
-        kind, held = self.columns[column]
-        return self.blocks.points(
-            kind, held, mesh, self.micro_batch, self.num_microbatches, self.rows(phase), self.restriction
-        )
+        """The frontier of a column's blocks by the rows of a phase."""
+        key = (column, mesh.sizes, phase)
+        if key not in self._points:
+            kind, held = self.columns[column]
+            self._points[key] = self.blocks.points(
+                kind, held, mesh, self.micro_batch, self.num_microbatches, self.rows(phase), self.restriction
+            )
+        return self._points[key]
 
     def sums(self, mesh: Mesh, phase: int) -> MeshSums:
         """The rows' totals and bounds for every stage type."""
@@ -294,6 +306,20 @@ class StageBook:
             if found is not None and (best is None or found.time_s < best.time_s):
                 best = found
         return best
+
+    def free_table(self, sizes: tuple[int, ...]) -> StageTable:
+        """Bounds over (first block, end block, submesh size) with memory left out of account."""
+        by_size = []
+        for size in sizes:
+            found = [self._mesh_bounds(mesh, FREE) for mesh in self.meshes(size)]
+            by_size.append({name: np.min([getattr(one, name) for one in found], axis=0) for name in BOUNDS})
+        one = self.num_microbatches  # held by all stages: every place is possible
+        return StageTable(
+            forward_s=self._planes(sizes, one, [bound["forward_s"] for bound in by_size]),
+            backward_s=self._planes(sizes, one, [bound["through_s"] - bound["forward_s"] for bound in by_size]),
+            step_s=self._planes(sizes, one, [bound["step_s"] for bound in by_size]),
+            busy_s=self._planes(sizes, one, [bound["busy_s"] for bound in by_size]),
+        )
 
     def work_bound_s(self, sizes: tuple[int, ...], gpus: int) -> float:
         """No plan of this micro-batch is faster, whatever its memory: the least device-seconds of every block, spread

@@ -32,8 +32,6 @@ from autopar.cost import parameters as pm
 from autopar.cost.execution import ExecutionModel
 from autopar.cost.redistribute import MeshLinks
 from autopar.intra import tables as tb
-from autopar.intra.elimination import Eliminator
-from autopar.intra.space import IN, OUT
 from autopar.intra.tables import BlockTables
 
 Floats = NDArray[np.float64]
@@ -143,10 +141,8 @@ def block_points(
     repeat = np.array([1.0 + b if row.mode == "full" else 1.0 for row, b in zip(rows, beta, strict=True)])[
         :, None, None
     ]
-    pairs = [(source, target) for source, target, _, _ in tables.edges]
     edge_costs = [_scaled(forward, repeat) + _scaled(backward, late) for _, _, forward, backward in tables.edges]
-    eliminator = Eliminator(tuple(len(metrics) for metrics in tables.node_metrics), tuple(pairs), keep=(IN, OUT))
-    table = eliminator.solve(node_costs, edge_costs)
+    table = tables.eliminator.solve(node_costs, edge_costs)
     diagonal = np.arange(len(tables.boundaries))
     values = table.values[:, diagonal, diagonal]
     choices = table.backtrack_all()[:, :, diagonal, diagonal]

@@ -25,6 +25,7 @@ from autopar.cost.redistribute import MeshLinks, Placement, redistribute_s
 from autopar.graph.ir import Graph, Value
 from autopar.graph.profile import GraphProfile
 from autopar.intra.copies import CopyCounter, LocalSizes
+from autopar.intra.elimination import Eliminator
 from autopar.intra.space import IN, OUT, BlockSpace, OpNode
 from autopar.rules.atoms import Atom
 from autopar.rules.options import Option, Token
@@ -46,6 +47,8 @@ class BlockTables:
     are the bytes of tensors that SAVED and CORE_SAVED price for op ``at``, (strategies, 2); ``copies`` counts what a solution
     really keeps instead. ``node_metrics[n]`` is (choices, metrics), ``edges`` are (node, node, (choices, choices) forward seconds,
     the same backward). ``parameter_uses[at]`` lists, for op ``at``, (value, per strategy: local elements, axes with a
+    n's values. ``node_metrics[n]`` is (choices, metrics), ``edges`` are (node, node, (choices, choices) forward seconds,
+    the same backward), ``eliminator`` is made for them. ``parameter_uses[at]`` lists, for op ``at``, (value, per strategy: local elements, axes with a
     partial gradient); axes count the data axis as 0, inner axes from 1."""
 
     space: BlockSpace
@@ -61,6 +64,7 @@ class BlockTables:
     copies: CopyCounter
     num_kernels: tuple[int, int]
     launch_s: float
+    eliminator: Eliminator
 
 
 def forward_placement(tokens: Sequence[Token]) -> Placement:
@@ -105,6 +109,7 @@ class TableBuilder:
         self.savers, self.core = savers, core
         self.local = LocalSizes(space, self.sizes, local_batch)
         self.kept: list[Floats] = []
+        self.redistributions: dict[tuple[tuple[Placement, ...], float], Floats] = {}
 
     def build(self) -> BlockTables:
         strategies = tuple(self._strategies(node) for node in self.space.ops)
@@ -127,13 +132,14 @@ class TableBuilder:
             value: tuple(self.role_tokens(self.graph.values[value], roles) for roles in boundaries)
             for value in (*self.space.block.inputs, *self.space.block.outputs)
         }
+        edges = self._edges(strategies, hub_states, boundaries)
         return BlockTables(
             space=self.space,
             local_batch=self.local_batch,
             strategies=strategies,
             boundaries=boundaries,
             node_metrics=tuple(metrics),
-            edges=self._edges(strategies, hub_states, boundaries),
+            edges=edges,
             parameter_uses=tuple(
                 self._parameter_uses(node, chosen) for node, chosen in zip(self.space.ops, strategies, strict=True)
             ),
@@ -145,6 +151,11 @@ class TableBuilder:
             ),
             num_kernels=(forward_kernels, backward_kernels),
             launch_s=self.links.cluster.device.launch_s,
+            eliminator=Eliminator(
+                tuple(len(choices) for choices in metrics),
+                tuple((source, target) for source, target, _, _ in edges),
+                keep=(IN, OUT),
+            ),
         )
 
     def _first_keeper(self) -> dict[int, int]:
@@ -354,7 +365,10 @@ class TableBuilder:
         for placement in itertools.product(tokens_seen, repeat=len(self.sizes)):
             placements.setdefault(placement, len(placements))
         whole = np.array([self._owner_bytes(value, ("R",) * len(self.sizes))])
-        table = redistribute_s(self.links, list(placements), whole)[0]
+        key = (tuple(placements), float(whole[0]))
+        if key not in self.redistributions:
+            self.redistributions[key] = redistribute_s(self.links, list(placements), whole)[0]
+        table = self.redistributions[key]
         at = {
             side: [placements[make(tokens)] for tokens in tokens_of]
             for side, tokens_of, make in (
