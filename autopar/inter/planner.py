@@ -113,6 +113,10 @@ def plan(
         bound = min(bound, least)
         if best is not None:
             found.append(best)
+        winner = min(found, key=lambda candidate: candidate.step_time_s, default=None)
+        for other in searches[: at + 1]:
+            if winner is None or other.book is not winner.book:
+                other.book.release()
         time_s = min((candidate.step_time_s for candidate in found), default=None)
         open_s = min([bound, *(other.free_bound_s for other in searches[at + 1 :])])
         gap = None if time_s is None else max(0.0, 1 - open_s / time_s)
@@ -313,7 +317,7 @@ class _Search:
     def run(self, known_s: float) -> tuple[Best | None, float]:
         """The best pipeline below ``known_s`` seconds, and a bound on all of this size (at most ``known_s``)."""
         book = self.book
-        for reach in REACHES:
+        for reach in REACHES if math.isinf(known_s) else (math.inf,):
             below_s = min(known_s, reach * self.free_bound_s)
             if self.free_bound_s >= below_s:
                 return None, known_s
