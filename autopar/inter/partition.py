@@ -66,8 +66,8 @@ class PipelineProblem:
 
     ``submesh_sizes[k]`` is the number of devices of class k (several classes may have one size);
     ``stage_times(in_flight)`` the times of stages that hold the saved tensors of ``in_flight`` micro-batches, called
-    once for each value. ``cut_transfer_s`` (L + 1,), default 0, is the least time a micro-batch's activation and
-    gradient together take across the cut before block i. Steps of ``upper_bound_s`` or longer are of no interest.
+    once for each value. ``cut_transfer_s`` (L + 1,) or (L + 1, D + 1), default 0, is the least time a micro-batch's
+    activation and gradient together take across the cut before block i (with d devices behind it). Steps of ``upper_bound_s`` or longer are of no interest.
     """
 
     num_blocks: int
@@ -186,7 +186,7 @@ class _Tree:
         at = (place, np.arange(end)[:, None], devices)
         B = levels.num_microbatches
         forward, backward = levels.forward_s[place, :end, end], levels.backward_s[place, :end, end]
-        step, cut = levels.step_s[place, :end, end], float(levels.cut_s[end])
+        step, cut = levels.step_s[place, :end, end], float(levels.cut_s[end, tail.devices])
         time_s = forward + backward
         head_trip = heads.trip_s[at]
         fits = np.isfinite(time_s) & np.isfinite(head_trip) & (tail.devices + sizes <= levels.num_devices)
@@ -313,9 +313,10 @@ def levels_of(problem: PipelineProblem) -> Levels | None:
         return None
     held = [max_in_flight(problem.schedule, problem.num_microbatches, place) for place in range(1, num_stages + 1)]
     tables = {count: problem.stage_times(count) for count in sorted(set(held))}
-    cut_s = np.zeros(problem.num_blocks + 1)
+    cut_s = np.zeros((problem.num_blocks + 1, problem.num_devices // unit + 1))
     if problem.cut_transfer_s is not None:
-        cut_s[1:-1] = problem.cut_transfer_s[1:-1]
+        least = problem.cut_transfer_s
+        cut_s[1:-1] = least[1:-1, None] if least.ndim == 1 else least[1:-1, ::unit]
     return make_levels(
         schedule=problem.schedule,
         num_microbatches=problem.num_microbatches,
@@ -386,16 +387,19 @@ def _climb(levels: Levels, progress: _Progress) -> None:
 
 def _bound_s(levels: Levels, stages: tuple[Stage, ...]) -> float:
     """`lower_bound_s` of one whole pipeline."""
-    times = [
-        StageTimes(
-            forward_s=float(levels.forward_s[s, i, j, k]),
-            backward_s=float(levels.backward_s[s, i, j, k]),
-            step_s=float(levels.step_s[s, i, j, k]),
-            send_forward_s=0.0,
-            send_backward_s=float(levels.cut_s[i]),
+    times: list[StageTimes] = []
+    behind = levels.num_devices
+    for s, (i, j, k) in zip(range(len(stages), 0, -1), stages, strict=True):
+        times.append(
+            StageTimes(
+                forward_s=float(levels.forward_s[s, i, j, k]),
+                backward_s=float(levels.backward_s[s, i, j, k]),
+                step_s=float(levels.step_s[s, i, j, k]),
+                send_forward_s=0.0,
+                send_backward_s=float(levels.cut_s[i, behind]),
+            )
         )
-        for s, (i, j, k) in zip(range(len(stages), 0, -1), stages, strict=True)
-    ]
+        behind -= levels.sizes[k]
     return lower_bound_s(levels.schedule, times, levels.num_microbatches)
 
 

@@ -31,7 +31,7 @@ MAX_STAGES = 32
 """Pipelines are at most this deep."""
 REACHES = (1.25, 1.6, 2.5, 6.0, math.inf)
 """Steps are sought below these multiples of the bound without memory, one after the other."""
-EVEN_EVALUATIONS = 60
+EVEN_EVALUATIONS = 200
 """Pipelines simulated at most in the first of the two searches of a micro-batch size."""
 
 
