@@ -128,6 +128,8 @@ def plan(
     found.sort(key=lambda candidate: candidate.step_time_s)
     runs = finished(found[0].book, found[0].stages, order)
     assert runs is not None, "the best pipeline was evaluated"
+    local_bytes = cut_bytes * found[0].book.micro_batch / graph.batch.traced
+    runs = mixed(found[0].book, found[0].stages, runs, order, local_bytes)
     return build_plan(
         Found(
             workload=workload,
@@ -143,9 +145,7 @@ def plan(
             lower_bound_s=min(bound, found[0].step_time_s),
             seconds=time.perf_counter() - started,
             runner_up=_runner_up(found),
-            times=pipeline_times(
-                found[0].book, found[0].stages, runs, cut_bytes * found[0].book.micro_batch / graph.batch.traced
-            ),
+            times=pipeline_times(found[0].book, found[0].stages, runs, local_bytes),
         )
     )
 
@@ -228,6 +228,32 @@ def finished(
             return None
         found.append(one)
     return tuple(found)
+
+
+def mixed(
+    book: StageBook,
+    stages: tuple[tuple[int, int, int], ...],
+    runs: tuple[Finished, ...],
+    schedule: Schedule,
+    cut_bytes: np.ndarray,  # type: ignore[type-arg]
+) -> tuple[Finished, ...]:
+    """The runs of a pipeline, each replaced by the proven best mix of frontier points where the simulated step is then
+    no longer."""
+
+    def step_s(candidate: tuple[Finished, ...]) -> float:
+        times = pipeline_times(book, stages, candidate, cut_bytes)
+        return simulate(schedule, times, book.num_microbatches).step_time_s  # type: ignore[arg-type]
+
+    best_s = step_s(runs)
+    slowest_first = sorted(range(len(stages)), key=lambda at: -runs[at].time_s)
+    held = held_microbatches(book, stages, schedule)
+    for at in slowest_first:
+        first, end, _ = stages[at]
+        one = book.mix(int(book.type_of[first, end]), held[at], runs[at])
+        candidate = (*runs[:at], one, *runs[at + 1 :])
+        if one is not runs[at] and (found_s := step_s(candidate)) <= best_s:
+            runs, best_s = candidate, found_s
+    return runs
 
 
 def pipeline_times(

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from autopar.inter.blocks import Blocks, Mesh, Restriction
 from autopar.inter.finish import Finished, StagePoints, fastest
+from autopar.inter.mix import best_mix
 from autopar.inter.partition import StageTable
 from autopar.intra import frontier as fr
 from autopar.intra.frontier import BlockPoints, PriceRow, free_rows, lean_rows, priced_rows
@@ -288,8 +289,6 @@ class StageBook:
         return self._finished[key]
 
     def _finish(self, kind: int, num_devices: int, in_flight: int) -> Finished | None:
-        columns = tuple(int(column) for column in np.flatnonzero(self.counts[kind]))
-        numbers = tuple(int(self.counts[kind, column]) for column in columns)
         room = self.budget_bytes - self.fixed_bytes()
         best: Finished | None = None
         meshes = self.meshes(num_devices)
@@ -299,19 +298,34 @@ class StageBook:
         for mesh in sorted(lower, key=lambda mesh: lower[mesh]):
             if best is not None and lower[mesh] >= self.num_microbatches * best.time_s:
                 break
-            phases = [FREE]
-            if self.restriction is None:
-                sums = self.sums(mesh, FREE)
-                if sums.memory_bytes(in_flight)[kind].reshape(-1)[sums.fastest[kind]] > room:
-                    phases.append(self._phase(in_flight))
-            points = StagePoints.of(
-                mesh, columns, numbers, {phase: [self.points(c, mesh, phase) for c in columns] for phase in phases}
-            )
+            points = self._stage_points(kind, mesh, in_flight)
             boundary = None
             if self.restriction is not None:
                 boundary = self.points(0, mesh, FREE).tables.boundaries.index(self.restriction.boundary)
             found = fastest(points, self, in_flight, room, boundary)
             if found is not None and (best is None or found.time_s < best.time_s):
+                best = found
+        return best
+
+    def _stage_points(self, kind: int, mesh: Mesh, in_flight: int) -> StagePoints:
+        columns = tuple(int(column) for column in np.flatnonzero(self.counts[kind]))
+        phases = [FREE]
+        if self.restriction is None:
+            sums, room = self.sums(mesh, FREE), self.budget_bytes - self.fixed_bytes()
+            if sums.memory_bytes(in_flight)[kind].reshape(-1)[sums.fastest[kind]] > room:
+                phases.append(self._phase(in_flight))
+        numbers = tuple(int(self.counts[kind, column]) for column in columns)
+        found = {phase: [self.points(column, mesh, phase) for column in columns] for phase in phases}
+        return StagePoints.of(mesh, columns, numbers, found)
+
+    def mix(self, kind: int, in_flight: int, run: Finished) -> Finished:
+        """``run`` or, on its mesh, the proven best mix of frontier points that is faster."""
+        points = self._stage_points(kind, run.choice.mesh, in_flight)
+        best, room = run, self.budget_bytes - self.fixed_bytes()
+        overlap = self.blocks.execution.overlap
+        for boundary in range(points.totals.shape[2]):
+            found = best_mix(points, self, in_flight, room, boundary, self.num_microbatches, overlap)
+            if found is not None and found.time_s < best.time_s * (1 - 1e-9):
                 best = found
         return best
 
