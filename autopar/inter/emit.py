@@ -108,7 +108,8 @@ def build_plan(found: Found) -> Plan:
         num_devices=[devices for _, _, devices in found.stages],  # type: ignore[arg-type]
     )
     estimate = _estimate(found, stages, simulation.step_time_s, simulation.bubble_fraction, totals_of_slowest[1])
-    gap = max(0.0, 1 - found.lower_bound_s / simulation.step_time_s)
+    bound_s = min(found.lower_bound_s, simulation.step_time_s)
+    gap = 1 - bound_s / simulation.step_time_s
     unknown = sorted(
         {
             node.op.target
@@ -149,7 +150,7 @@ def build_plan(found: Found) -> Plan:
         search=SearchOutcome(
             seconds=found.seconds,
             status="fixed" if found.fixed else "optimal" if gap <= 1e-4 else "feasible",
-            lower_bound_s=found.lower_bound_s,
+            lower_bound_s=bound_s,
             gap=gap,
             runner_up=found.runner_up,
         ),
