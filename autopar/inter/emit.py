@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 
 import numpy as np
@@ -167,8 +167,17 @@ def _points(book: StageBook, column: int, choice: StageChoice) -> BlockPoints:
     return book.points(column, choice.mesh)
 
 
-def _tokens(data: str, inner: Sequence[Token]) -> str:
-    return data + "".join(token.text if isinstance(token, Atom) else "R" if token == "G" else token for token in inner)
+def _tokens(book: StageBook, data: str, inner: Sequence[Token]) -> str:
+    """The text of a placement at the plan's micro-batch; pieces of an atom were counted at the traced batch."""
+    batch, size = book.blocks.graph.batch, book.micro_batch
+    return data + "".join(
+        replace(token, repeats=batch.scale(token.repeats, size)).text
+        if isinstance(token, Atom)
+        else "R"
+        if token == "G"
+        else token
+        for token in inner
+    )
 
 
 def _program(book: StageBook, column: int, choice: StageChoice, name: str) -> BlockProgram:
@@ -185,7 +194,7 @@ def _program(book: StageBook, column: int, choice: StageChoice, name: str) -> Bl
             found = graph.values[value]
             grows = next((dim for dim, size in enumerate(found.shape) if graph.batch.grows(size)), None)
             data = f"S({grows})" if grows is not None else "P" if not found.shape and found.requires_grad else "R"
-            return _tokens(data, tokens)
+            return _tokens(book, data, tokens)
 
         placements[node.op.id] = OpPlan(
             name=node.op.name,
@@ -197,7 +206,9 @@ def _program(book: StageBook, column: int, choice: StageChoice, name: str) -> Bl
             value = graph.values[node.op.inputs[position]]
             storage = names[use * len(tables.strategies[at]) + strategy][int(chosen[use][choice.row, strategy])]
             tokens = [option.inputs[position] for option in options]
-            parameters.setdefault(value.id, _parameter(value.names or (value.name,), tokens, storage, axes))
+            parameters.setdefault(
+                value.id, _parameter(value.names or (value.name,), tokens, storage, choice.mesh.sizes)
+            )
     for op in tables.space.data_ops:
         placements[op.id] = OpPlan(
             name=op.name, inputs=tuple("R" * axes for _ in op.inputs), outputs=tuple("R" * axes for _ in op.outputs)
@@ -212,11 +223,19 @@ def _program(book: StageBook, column: int, choice: StageChoice, name: str) -> Bl
     )
 
 
-def _parameter(names: Sequence[str], tokens: Sequence[Token], storage: pm.Storage, axes: int) -> ParameterPlan:
+def _parameter(
+    names: Sequence[str], tokens: Sequence[Token], storage: pm.Storage, sizes: Sequence[int]
+) -> ParameterPlan:
+    """ZeRO cuts dim 0 of what the op's own cuts leave to a rank, so its pieces are those that they make."""
     compute = ["R", *(token.text if isinstance(token, Atom) else "R" for token in tokens)]
-    cut = ["S(0)" if axis in storage.axes else token for axis, token in enumerate(compute)]
+    pieces = 1
+    for token, size in zip(tokens, sizes[1:], strict=True):
+        if isinstance(token, Atom) and token.dim == 0:
+            pieces = max(pieces, token.repeats * size)
+    shard = "S(0)" if pieces == 1 else f"_S(0,{pieces})"
+    cut = [shard if axis in storage.axes else token for axis, token in enumerate(compute)]
     gradient = [
-        "P" if storage.stage < 2 and (token == "R" and (axis == 0 or tokens[axis - 1] == "G")) else token
+        "P" if token == "R" and (axis == 0 or tokens[axis - 1] == "G") else token
         for axis, token in enumerate(cut if storage.stage >= 2 else compute)
     ]
     return ParameterPlan(
