@@ -14,7 +14,7 @@ from autopar.plan.plan import BlockProgram, Plan, Recompute, StagePlan
 from autopar.runtime.kernels import at_micro_batch
 from autopar.runtime.layout import Cut, Placement, parse
 from autopar.runtime.move import Conversion
-from autopar.runtime.usage import Usage, UsageReader, gradient_of
+from autopar.runtime.usage import Usage, UsageReader, gradient_of, settled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,10 +236,10 @@ class _StageBuilder:
             constants=tuple(self.constants),
             inputs=tuple(self.inputs),
             received=tuple(self.received),
-            received_placements=tuple(self.received.values()),
+            received_placements=tuple(settled(placement, self.sizes) for placement in self.received.values()),
             sent=tuple(sent),
             send_conversions=tuple(self._send(value) for value in sent),
-            loss=self.placed[loss][0] if self.parent.maker[loss] == self.index else None,
+            loss=settled(self.placed[loss][0], self.sizes) if self.parent.maker[loss] == self.index else None,
             shapes={value: self.reader.shape(value) for value in (*self.inputs, *self.received, *sent)},
         )
 
@@ -263,15 +263,7 @@ class _StageBuilder:
                 self.received[value] = gradient_of(usage.inputs[at])
                 self.placed[value] = (self.received[value], self.received[value])
             made, wanted = self.placed[value]
-            conversions.append(
-                Conversion(
-                    shape=self.reader.shape(value),
-                    source=made,
-                    target=usage.inputs[at],
-                    gradient_source=usage.input_gradients[at] if self.graph.values[value].requires_grad else (),
-                    gradient_target=wanted if self.graph.values[value].requires_grad else (),
-                )
-            )
+            conversions.append(self._conversion(value, made, usage.inputs[at], usage.input_gradients[at], wanted))
         for at, value in enumerate(op.outputs):
             self.placed[value] = (usage.outputs[at], usage.output_gradients[at])
             self.pure[value] = tuple(
@@ -328,11 +320,17 @@ class _StageBuilder:
     def _send(self, value: int) -> Conversion:
         made, wanted = self.placed[value]
         sent = gradient_of(made)
+        return self._conversion(value, made, sent, sent, wanted)
+
+    def _conversion(
+        self, value: int, source: Placement, target: Placement, given: Placement, wanted: Placement
+    ) -> Conversion:
+        """From the maker's placement to the reader's; the gradient from what the reader gives to what the maker wants."""
         grad = self.graph.values[value].requires_grad
         return Conversion(
             shape=self.reader.shape(value),
-            source=made,
-            target=sent,
-            gradient_source=sent if grad else (),
-            gradient_target=wanted if grad else (),
+            source=settled(source, self.sizes),
+            target=settled(target, self.sizes),
+            gradient_source=settled(given, self.sizes) if grad else (),
+            gradient_target=settled(wanted, self.sizes) if grad else (),
         )

@@ -84,7 +84,9 @@ class UsageReader:
             call.best(
                 axis, [placement[axis] for placement in inputs], [placement[axis] for placement in outputs], pure[axis]
             )
-            for axis in range(len(self.sizes))
+            if size > 1
+            else call.replicated(pure[axis])
+            for axis, size in enumerate(self.sizes)
         ]
         for axis in reversed(range(len(self.sizes))):
             if self._is_legal(op, uses):
@@ -244,6 +246,11 @@ def _cut(dims: Sequence[int], pieces: dict[int, int]) -> Cut | None:
         if label in pieces:
             return Cut(dim, pieces[label])
     return None
+
+
+def settled(placement: Placement, sizes: Sequence[int]) -> Placement:
+    """The placement with what it says of axes of one rank, where all tokens mean the same, written "R"."""
+    return tuple("R" if size == 1 else token for token, size in zip(placement, sizes, strict=True))
 
 
 def gradient_of(placement: Placement) -> Placement:

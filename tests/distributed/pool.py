@@ -12,23 +12,29 @@ from typing import Any
 
 
 class Pool:
-    """``size`` spawned workers; ``run(world, task, *args)`` calls ``task(*args)`` on ranks 0 .. world - 1 of a new world."""
+    """Up to ``size`` workers, spawned when first needed; ``run(world, task, *args)`` calls ``task(*args)`` on ranks 0 .. world - 1 of a new world."""
 
     def __init__(self, size: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.tasks = [context.Queue() for _ in range(size)]
-        self.results = context.Queue()
+        self.context = multiprocessing.get_context("spawn")
+        self.size = size
+        self.results = self.context.Queue()
         self.folder = tempfile.TemporaryDirectory()
         self.count = 0
-        self.workers = [
-            context.Process(target=_work, args=(rank, self.tasks[rank], self.results), daemon=True)
-            for rank in range(size)
-        ]
-        for worker in self.workers:
-            worker.start()
+        self.tasks: list[Any] = []
+        self.workers: list[Any] = []
+
+    def _grow(self, world: int) -> None:
+        """Start workers up to ``world``."""
+        assert world <= self.size, f"a world of {world} is more than the pool's {self.size}"
+        while len(self.workers) < world:
+            self.tasks.append(self.context.Queue())
+            arguments = (len(self.workers), self.tasks[-1], self.results)
+            self.workers.append(self.context.Process(target=_work, args=arguments, daemon=True))
+            self.workers[-1].start()
 
     def run(self, world: int, task: Callable[..., Any], *args: Any, timeout_s: float = 240) -> list[Any]:
         """What every rank returned, by rank; RuntimeError with the first rank's traceback where one failed."""
+        self._grow(world)
         self.count += 1
         store = str(Path(self.folder.name) / f"store{self.count}")
         for rank in range(world):
