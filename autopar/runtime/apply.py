@@ -34,18 +34,19 @@ def apply(
     mode: Mode = "lowered",
     clip_norm: float | None = None,
     device: torch.device | str | None = None,
+    dtype: str | None = None,
 ) -> Trainer:
     """This rank's trainer of ``plan``; collective over the world, which must have as many ranks as the plan GPUs.
 
     ``model`` holds the initial weights, alike on every rank; each keeps only its parts of them. ``optimizer`` makes a
     torch optimizer that works element by element (AdamW, SGD) on a list of fp32 parameters. ``workload`` is only needed for
-    a model built in Python. Raises UsageError (world size, differing plans), PlanFileError (the model is another)."""
+    a model built in Python. ``dtype`` ("float64") computes in another dtype than the plan's. Raises UsageError (world size, differing plans), PlanFileError (the model is another)."""
     check_world(plan)
     workload = workload or workload_of(plan)
     where = torch.device(device) if device is not None else _own_device()
-    traced = trace(workload, dtype=DTYPES[plan.execution.dtype])  # type: ignore[arg-type]
+    traced = trace(workload, dtype=dtype or DTYPES[plan.execution.dtype])  # type: ignore[arg-type]
     graph = order_for_blocks(traced.graph)
-    if graph.fingerprint != plan.model.graph_fingerprint:
+    if dtype is None and graph.fingerprint != plan.model.graph_fingerprint:
         raise PlanFileError(
             f"the plan is for another model: fingerprint {plan.model.graph_fingerprint[:12]}, this one has "
             f"{graph.fingerprint[:12]}; plan again"

@@ -282,7 +282,8 @@ def _batch_norm(local: LocalOp, tensors: Sequence[Tensor], whole: Whole) -> Any:
         copies = [tensor.clone() if at in written else tensor for at, tensor in enumerate(tensors)]
         result = local.call(copies)
         return Written(result=result, buffers={places[name]: copies[places[name]] for name in running})
-    x = tensors[0].float()
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    x = tensors[0].to(wide)
     dims = [0, *range(2, x.dim())]
     shape = [1, -1] + [1] * (x.dim() - 2)
     count = prod(size for dim, size in enumerate(local.input_shapes[0]) if dim != 1)
@@ -292,12 +293,13 @@ def _batch_norm(local: LocalOp, tensors: Sequence[Tensor], whole: Whole) -> Any:
     result = centred * torch.rsqrt(var + eps).view(shape)
     for name, combine in (("weight", torch.mul), ("bias", torch.add)):
         if name in places:
-            result = combine(result, tensors[places[name]].float().view(shape))
+            result = combine(result, tensors[places[name]].to(wide).view(shape))
     latest = {"mean": mean.detach(), "var": var.detach() * (count / max(count - 1, 1))}
     return Written(
         result=result.to(tensors[0].dtype),
         buffers={
-            places[name]: torch.lerp(old.float(), latest[name], momentum).to(old.dtype) for name, old in running.items()
+            places[name]: torch.lerp(old.to(wide), latest[name], momentum).to(old.dtype)
+            for name, old in running.items()
         },
     )
 

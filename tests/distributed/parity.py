@@ -74,7 +74,7 @@ def reference_gradients(model: nn.Module, workload: Workload, batch: dict[str, T
     from autopar.graph.export import scalar_loss
 
     parts = {name: tensor.chunk(count) for name, tensor in batch.items()}
-    total = torch.zeros(())
+    total = torch.zeros((), dtype=torch.float64)
     for at in range(count):
         inputs = {name: part[at] for name, part in parts.items()}
         loss = scalar_loss(model(**inputs), workload.loss_fn, inputs) / count
@@ -84,14 +84,17 @@ def reference_gradients(model: nn.Module, workload: Workload, batch: dict[str, T
 
 
 def check_gradients(
-    source: Callable[[], Workload], plan_json: bytes, mode: str, classes: int, seed: int = 0
+    source: Callable[[], Workload], plan_json: bytes, mode: str, classes: int, seed: int = 0, double: bool = False
 ) -> tuple[float, float, dict[str, tuple[float, float]]]:
     """(loss of the plan, of one process, per parameter: squared error, squared norm of what this rank answers for)."""
     plan = msgspec.json.decode(plan_json, type=Plan)
     workload = source()
-    model = real_model(workload, seed)
+    model = real_model(workload, seed, torch.float64 if double else torch.float32)
     batch = random_batch(workload, plan.global_batch, seed, classes)
-    trainer = apply(plan, model, workload=workload, mode=mode)  # type: ignore[arg-type]
+    if double:
+        batch = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
+    dtype = "float64" if double else None
+    trainer = apply(plan, model, workload=workload, mode=mode, dtype=dtype)  # type: ignore[arg-type]
     loss = trainer.gradients(batch)
     expected = reference_gradients(model, workload, batch, plan.microbatches)
     named = dict(model.named_parameters(remove_duplicate=False))

@@ -54,12 +54,10 @@ class Pool:
         return [found[rank] for rank in range(world)]
 
     def close(self) -> None:
-        for task in self.tasks:
-            task.put(None)
         for worker in self.workers:
-            worker.join(timeout=5)
-            if worker.is_alive():
-                worker.terminate()
+            worker.terminate()
+        for worker in self.workers:
+            worker.join()
         self.folder.cleanup()
 
 

@@ -96,7 +96,7 @@ MATRIX = [
 ]
 # One or two points of each model; the expensive ones in the reference mode, which traces nothing.
 SAMPLE = [
-    ("gpt-tied", "1x2+2x2", 3, "none", "reference"),
+    ("gpt-tied", "dp2tp2", 3, "none", "reference"),
     ("gpt-tied", "three", 1, "full", "lowered"),
     ("gpt-untied", "dp2", 3, "full", "lowered"),
     ("llama", "tp2", 1, "full", "lowered"),
