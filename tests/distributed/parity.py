@@ -115,6 +115,54 @@ def check_gradients(
     return float(loss), float(expected), errors
 
 
+def check_training(
+    source: Callable[[], Workload], plan_json: bytes, mode: str, classes: int, seed: int, clip_norm: float | None
+) -> tuple[float, float, dict[str, tuple[float, float]]]:
+    """Three AdamW steps in fp64: the last loss of both, and per parameter its squared error and norm at the end."""
+    plan = msgspec.json.decode(plan_json, type=Plan)
+    workload = source()
+    model = real_model(workload, seed, torch.float64)
+    options = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-3}  # an eps that does not blow gradients of 1e-16 up
+    trainer = plan.apply(
+        model,
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, **options),
+        workload=workload,
+        mode=mode,
+        dtype="float64",
+        clip_norm=clip_norm,
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), **options)
+    for step in range(3):
+        batch = random_batch(workload, plan.global_batch, step, classes)
+        batch = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
+        loss = trainer.step(batch)
+        expected = reference_gradients(model, workload, batch, plan.microbatches)
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    named = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    errors: dict[str, tuple[float, float]] = {}
+
+    def compare(name: str, got: Tensor, wanted: Tensor) -> None:
+        error = float((got.double() - wanted.double()).square().sum())
+        errors[name] = (error, float(wanted.double().square().sum()))
+
+    for index, stage in trainer.stages.items():
+        mesh = trainer.meshes[index]
+        for parameter in stage.parameters.trained():
+            whole = named[parameter.names[0]].detach()
+            here = rest_held(parameter.stored, mesh, mesh.coordinate, cut=True)
+            compare(f"{parameter.names[0]}@{index}", parameter.master.detach(), pick(whole, here))
+            used = rest_held(parameter.stored, mesh, mesh.coordinate, cut=parameter.stored.zero == 3)
+            compare(f"{parameter.names[0]}@{index} as used", parameter.weight.detach(), pick(whole, used))
+        for stored in stage.program.buffers:
+            name = trainer.graph.values[stored.value].names[0]
+            here = rest_held(stored, mesh, mesh.coordinate, cut=False)
+            compare(f"{name}@{index}", stage.parameters.buffers[stored.value], pick(named[name], here))
+    return float(loss), float(expected), errors
+
+
 def worst(found: list[tuple[float, float, dict[str, tuple[float, float]]]]) -> tuple[float, str, float]:
     """(error of the loss, the parameter whose gradient is worst, its relative error over all ranks)."""
     loss = max(abs(got - expected) / abs(expected) for got, expected, _ in found)
