@@ -79,6 +79,7 @@ def apply(
         ties=tie(stored, programs, meshes, rank),
         make_optimizer=optimizer,
         input_names=tuple(workload.inputs(1)),
+        persistent=frozenset(model.state_dict()),
         clip_norm=clip_norm,
         device=where,
     )

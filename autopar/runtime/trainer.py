@@ -4,6 +4,7 @@ loss of a step = mean of the losses of its micro-batches, as one process makes i
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from autopar.runtime.transfer import Channel, Mailbox, mesh_layout
 class Trainer:
     """One rank's part of a plan. ``step`` and ``gradients`` are collective: every rank calls them alike.
 
+    ``persistent`` names what the model itself would save.
     ``stages`` are the rank's stages by index (several when interleaved), ``meshes`` those of all stages."""
 
     def __init__(
@@ -39,12 +41,13 @@ class Trainer:
         ties: Ties,
         make_optimizer: Any,
         input_names: Sequence[str],
+        persistent: frozenset[str],
         clip_norm: float | None,
         device: torch.device,
     ) -> None:
         self.plan, self.graph, self.programs, self.meshes = plan, graph, tuple(programs), tuple(meshes)
         self.stages, self.ties, self.clip_norm, self.device = dict(stages), ties, clip_norm, device
-        self.input_names = tuple(input_names)
+        self.input_names, self.persistent = tuple(input_names), persistent
         self.rank = dist.get_rank()
         masters = [parameter.master for parameter in self.trained()]
         self.optimizer: torch.optim.Optimizer | None = None
@@ -56,6 +59,33 @@ class Trainer:
     def trained(self) -> list[StoredParameter]:
         """The parameters that this rank's optimizer steps: local parts, stage by stage."""
         return [parameter for stage in self.stages.values() for parameter in stage.parameters.trained()]
+
+    def first_stage_with(self, value: int) -> int:
+        """The first stage that holds a parameter or buffer."""
+        return next(
+            program.index
+            for program in self.programs
+            if any(stored.value == value for stored in (*program.parameters, *program.buffers))
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds, for ``torch.distributed.checkpoint.save``: see ``checkpoint.state_dict``."""
+        return import_module("autopar.runtime.checkpoint").state_dict(self)
+
+    def save(self, folder: str, step: int, *, keep: int = 2) -> None:
+        """Write a checkpoint that any plan can load; an interrupted one leaves the one before. Collective."""
+        import_module("autopar.runtime.checkpoint").save(self, folder, step, keep=keep)
+
+    def load(self, folder: str) -> int:
+        """Go on from the newest checkpoint; returns its step. PlanFileError where there is none. Collective."""
+        step: int = import_module("autopar.runtime.checkpoint").load(self, folder)
+        return step
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``torch.distributed.checkpoint.load`` wrote into ``state_dict()``: weights from masters."""
+        assert {"model", "optimizer"} <= set(state)
+        for stage in self.stages.values():
+            stage.parameters.gather()
 
     def step(self, batch: Mapping[str, Any]) -> Tensor:
         """Train on one global batch, the same on every rank; returns the mean loss, on every rank."""
