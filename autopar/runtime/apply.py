@@ -1,6 +1,7 @@
 """From a plan and a model to a trainer: the way in."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from autopar.graph.blocks import cut_blocks, order_for_blocks
+from autopar.graph.retype import retyped
 from autopar.graph.trace import trace
-from autopar.plan.errors import PlanFileError, UsageError
+from autopar.plan.errors import AutoparError, PlanFileError, UsageError
 from autopar.plan.plan import Plan
+from autopar.runtime.collectives import sequence_of
 from autopar.runtime.mesh import make_meshes
 from autopar.runtime.parameters import MakeOptimizer, StageParameters, tie
 from autopar.runtime.program import build_programs
@@ -35,22 +38,25 @@ def apply(
     clip_norm: float | None = None,
     device: torch.device | str | None = None,
     dtype: str | None = None,
+    twin: bool = False,
 ) -> Trainer:
     """This rank's trainer of ``plan``; collective over the world, which must have as many ranks as the plan GPUs.
 
     ``model`` holds the initial weights, alike on every rank; each keeps only its parts of them. ``optimizer`` makes a
     torch optimizer that works element by element (AdamW, SGD) on a list of fp32 parameters. ``workload`` is only needed for
-    a model built in Python. ``dtype`` ("float64") computes in another dtype than the plan's. Raises UsageError (world size, differing plans), PlanFileError (the model is another)."""
+    a model built in Python. ``dtype`` ("float64") computes in another dtype than the plan's; ``twin`` takes a
+    model of the plan's structure in other sizes. Raises UsageError (world size, differing plans), PlanFileError (the model is another)."""
     check_world(plan)
     workload = workload or workload_of(plan)
     where = torch.device(device) if device is not None else _own_device()
-    traced = trace(workload, dtype=dtype or DTYPES[plan.execution.dtype])  # type: ignore[arg-type]
+    traced = trace(workload, dtype=DTYPES[plan.execution.dtype])  # type: ignore[arg-type]
     graph = order_for_blocks(traced.graph)
-    if dtype is None and graph.fingerprint != plan.model.graph_fingerprint:
+    if not twin and graph.fingerprint != plan.model.graph_fingerprint:
         raise PlanFileError(
             f"the plan is for another model: fingerprint {plan.model.graph_fingerprint[:12]}, this one has "
             f"{graph.fingerprint[:12]}; plan again"
         )
+    graph = retyped(graph, dtype) if dtype is not None else graph
     programs, crossings = build_programs(plan, graph, cut_blocks(graph))
     rank = dist.get_rank()
     meshes = make_meshes(plan.stages, rank)
@@ -65,10 +71,13 @@ def apply(
     for program, mesh in zip(programs, meshes, strict=True):
         if not mesh.contains(rank):
             continue
-        constants = {value: traced.constants[graph.values[value].name].to(where) for value in program.constants}
+        constants = {
+            value: traced.constants[graph.values[value].name].to(where, dtypes[value]) for value in program.constants
+        }
         function = StageFunction(program, graph, mesh, constants, where)
         stored[program.index] = StageParameters(program, mesh, names, source, dtypes, where)
         stages[program.index] = StageRunner(function, stored[program.index], dtypes, mode)
+    check_collectives(stages)
     return Trainer(
         plan=plan,
         graph=graph,
@@ -112,6 +121,24 @@ def check_world(plan: Plan) -> None:
     if len(set(found)) > 1:
         others = [f"rank {rank} has {other}" for rank, other in enumerate(found) if other != found[0]]
         raise UsageError(f"the ranks hold different plans: rank 0 has {found[0]}, {', '.join(others[:8])}")
+
+
+def check_collectives(stages: Mapping[int, StageRunner]) -> None:
+    """AutoparError on every rank where ranks of one stage would run different collectives: they would hang."""
+    mine = {
+        index: hashlib.sha256("\n".join(sequence_of(stage.lowered, stage.function.mesh)).encode()).hexdigest()
+        for index, stage in stages.items()
+        if stage.lowered is not None
+    }
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    for index in sorted({index for theirs in found for index in theirs}):
+        ranks = {theirs[index]: rank for rank, theirs in enumerate(found) if index in theirs}
+        if len(ranks) > 1:
+            raise AutoparError(
+                f"ranks {sorted(ranks.values())} of stage {index} lowered it to different collectives; "
+                "run with mode='reference' and report the plan"
+            )
 
 
 def _own_device() -> torch.device:

@@ -75,7 +75,7 @@ def make_meshes(stages: Sequence[StagePlan], rank: int) -> tuple[Mesh, ...]:
         groups: dict[tuple[int, ...], str] = {}
         for count in range(1, len(sizes) + 1):
             for axes in itertools.combinations(range(len(sizes)), count):
-                if prod(sizes[axis] for axis in axes) == 1:
+                if any(sizes[axis] == 1 for axis in axes):
                     continue
                 for ranks in axis_groups(stage.first_device, sizes, axes):
                     if ranks not in known:
