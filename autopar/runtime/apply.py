@@ -20,7 +20,7 @@ from autopar.runtime.mesh import make_meshes
 from autopar.runtime.parameters import MakeOptimizer, StageParameters, tie
 from autopar.runtime.program import build_programs
 from autopar.runtime.runner import Mode, StageRunner
-from autopar.runtime.stage import StageFunction
+from autopar.runtime.stage import KEY, StageFunction
 from autopar.runtime.trainer import Trainer
 from autopar.workload.load import load_workload
 from autopar.workload.workload import Workload
@@ -36,6 +36,7 @@ def apply(
     workload: Workload | None = None,
     mode: Mode = "lowered",
     clip_norm: float | None = None,
+    seed: int = 0,
     device: torch.device | str | None = None,
     dtype: str | None = None,
     twin: bool = False,
@@ -43,7 +44,7 @@ def apply(
     """This rank's trainer of ``plan``; collective over the world, which must have as many ranks as the plan GPUs.
 
     ``model`` holds the initial weights, alike on every rank; each keeps only its parts of them. ``optimizer`` makes a
-    torch optimizer that works element by element (AdamW, SGD) on a list of fp32 parameters. ``workload`` is only needed for
+    torch optimizer that works element by element (AdamW, SGD) on a list of fp32 parameters. ``seed`` is dropout's; ``workload`` is only needed for
     a model built in Python. ``dtype`` ("float64") computes in another dtype than the plan's; ``twin`` takes a
     model of the plan's structure in other sizes. Raises UsageError (world size, differing plans), PlanFileError (the model is another)."""
     check_world(plan)
@@ -62,7 +63,7 @@ def apply(
     meshes = make_meshes(plan.stages, rank)
     tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
     names = {value.id: value.names for value in graph.values if value.kind in ("parameter", "buffer")}
-    dtypes = {value.id: getattr(torch, value.dtype) for value in graph.values}
+    dtypes = {value.id: getattr(torch, value.dtype) for value in graph.values} | {KEY: torch.int64}
 
     def source(value: int) -> Tensor:
         return _real(tensors, names[value])
@@ -75,7 +76,9 @@ def apply(
             value: traced.constants[graph.values[value].name].to(where, dtypes[value]) for value in program.constants
         }
         function = StageFunction(program, graph, mesh, constants, where)
-        stored[program.index] = StageParameters(program, mesh, names, source, dtypes, where)
+        stored[program.index] = StageParameters(
+            program, mesh, names, source, dtypes, where, same_gradients=plan.execution.grads == "same"
+        )
         stages[program.index] = StageRunner(function, stored[program.index], dtypes, mode)
     check_collectives(stages)
     return Trainer(
@@ -90,6 +93,7 @@ def apply(
         input_names=tuple(workload.inputs(1)),
         persistent=frozenset(model.state_dict()),
         clip_norm=clip_norm,
+        seed=seed,
         device=where,
     )
 

@@ -200,7 +200,8 @@ def load(trainer: Trainer, folder: str | os.PathLike[str]) -> int:
                 group.update(given)
     for stage in trainer.stages.values():
         stage.parameters.gather()
-    return int(path.name.removeprefix("step-"))
+    trainer.num_steps = int(path.name.removeprefix("step-"))
+    return trainer.num_steps
 
 
 def _make_state(trainer: Trainer, stored: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:

@@ -20,10 +20,19 @@ from autopar.runtime.exchange import sum_over
 from autopar.runtime.layout import chunk_bounds, cuts_of, local_pieces, local_shape
 from autopar.runtime.mesh import Mesh
 from autopar.runtime.move import all_reduce
+from autopar.runtime.randomness import drop
 from autopar.runtime.usage import Usage
 
 NONE, MEAN, SUM = 0, 1, 2  # torch's reductions
-Whole = Callable[[int], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Around:
+    """What a kernel may ask for: ``whole(at)`` is input ``at`` replicated, ``key`` the number that random ops start from (of
+    this step and micro-batch, int64)."""
+
+    whole: Callable[[int], Tensor]
+    key: Tensor | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,11 +135,11 @@ def at_micro_batch(op: Op, batch: Batch, micro_batch: int) -> Op:
     return replace(op, args=scaled(op.args), kwargs=tuple((name, scaled(value)) for name, value in op.kwargs))
 
 
-def run_op(local: LocalOp, tensors: Sequence[Tensor], whole: Whole) -> Any:
-    """The op's local result: a tensor, a tuple of tensors, or ``Written``. ``whole(at)`` is input ``at`` replicated."""
+def run_op(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Any:
+    """The op's local result: a tensor, a tuple of tensors, or ``Written``."""
     kernel = KERNELS.get(local.name)
     if kernel is not None:
-        return kernel(local, tensors, whole)
+        return kernel(local, tensors, around)
     if resolve(local.op.target)._schema.is_mutable:
         return _write(local, tensors)
     return local.call(tensors)
@@ -147,31 +156,31 @@ def _write(local: LocalOp, tensors: Sequence[Tensor]) -> Written:
     return Written(result=result, buffers={0: result})
 
 
-def _reshape(local: LocalOp, tensors: Sequence[Tensor], whole: Whole) -> Tensor:
+def _reshape(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
     return tensors[0].reshape(local.local_output())
 
 
-def _expand(local: LocalOp, tensors: Sequence[Tensor], whole: Whole) -> Tensor:
+def _expand(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
     return tensors[0].expand(local.local_output())
 
 
-def _split(local: LocalOp, tensors: Sequence[Tensor], whole: Whole) -> tuple[Tensor, ...]:
+def _split(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> tuple[Tensor, ...]:
     dim = argument(local.op, 2, "dim", 0)
     sizes = [local.local_output(at)[dim] for at in range(len(local.output_shapes))]
     return tensors[0].split(sizes, dim)
 
 
-def _linear(local: LocalOp, tensors: Sequence[Tensor], whole: Whole) -> Tensor:
+def _linear(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
     if len(tensors) > 2:
         return F.linear(tensors[0], tensors[1], local.only_first(tensors[2], local.usage.summed_axes()))
     return F.linear(tensors[0], tensors[1])
 
 
-def _addmm(local: LocalOp, tensors: Sequence[Tensor], whole: Whole) -> Any:
+def _addmm(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Any:
     return local.call((local.only_first(tensors[0], local.usage.summed_axes()), *tensors[1:]))
 
 
-def _convolution(local: LocalOp, tensors: Sequence[Tensor], whole: Whole) -> Any:
+def _convolution(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Any:
     groups = argument(local.op, 6, "groups", 1)
     if len(tensors) > 2:
         tensors = (*tensors[:2], local.only_first(tensors[2], local.usage.summed_axes()))
@@ -180,7 +189,7 @@ def _convolution(local: LocalOp, tensors: Sequence[Tensor], whole: Whole) -> Any
     return local.call(tensors)
 
 
-def _mean(local: LocalOp, tensors: Sequence[Tensor], whole: Whole) -> Tensor:
+def _mean(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
     """A mean over a cut dim is this rank's term of the sum: its mean weighed by its share of the elements."""
     result = local.call(tensors)
     if not local.usage.summed_axes():
@@ -190,7 +199,7 @@ def _mean(local: LocalOp, tensors: Sequence[Tensor], whole: Whole) -> Tensor:
     return result * (reduced / count)
 
 
-def _loss(local: LocalOp, tensors: Sequence[Tensor], whole: Whole) -> Tensor:
+def _loss(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
     result = local.call(tensors)
     reduction = argument(local.op, _REDUCTION_AT.get(local.name, 2), "reduction", MEAN)
     if reduction != MEAN or not local.usage.summed_axes():
@@ -201,7 +210,7 @@ def _loss(local: LocalOp, tensors: Sequence[Tensor], whole: Whole) -> Tensor:
 _REDUCTION_AT = {"binary_cross_entropy_with_logits": 4}
 
 
-def _embedding(local: LocalOp, tensors: Sequence[Tensor], whole: Whole) -> Tensor:
+def _embedding(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
     """A shard of the vocabulary looks up what it has, zeros otherwise."""
     weight, ids = tensors
     padding = argument(local.op, 2, "padding_idx", -1)
@@ -217,8 +226,11 @@ def _embedding(local: LocalOp, tensors: Sequence[Tensor], whole: Whole) -> Tenso
     return torch.where(mine.unsqueeze(-1), looked_up, 0.0)
 
 
-def _attention(local: LocalOp, tensors: Sequence[Tensor], whole: Whole) -> Tensor:
+def _attention(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
     """With the queries cut, a causal mask starts at the position of this rank's first query."""
+    dropout = argument(local.op, 4, "dropout_p", 0.0)
+    if dropout > 0.0:
+        return _attention_with_dropout(local, tensors, around, dropout)
     positions = len(local.input_shapes[0]) - 2
     if not (cuts_of(local.usage.inputs[0], positions) and argument(local.op, 5, "is_causal", False)):
         return local.call(tensors)
@@ -227,7 +239,37 @@ def _attention(local: LocalOp, tensors: Sequence[Tensor], whole: Whole) -> Tenso
     return local.call(tensors, attn_mask=rows.unsqueeze(1) >= keys.unsqueeze(0), is_causal=False)
 
 
-def _cross_entropy(local: LocalOp, tensors: Sequence[Tensor], whole: Whole) -> Tensor:
+def _attention_with_dropout(local: LocalOp, tensors: Sequence[Tensor], around: Around, probability: float) -> Tensor:
+    """Attention written out, as its weights are dropped by their global position (sample, head, query, key)."""
+    query, key, value = tensors[:3]
+    heads, positions = query.dim() - 3, query.dim() - 2
+    if key.shape[heads] != query.shape[heads]:
+        repeats = query.shape[heads] // key.shape[heads]
+        key, value = (tensor.repeat_interleave(repeats, heads) for tensor in (key, value))
+    scale = argument(local.op, 6, "scale", None) or query.shape[-1] ** -0.5
+    scores = (query @ key.transpose(-1, -2)) * scale
+    rows = local.global_index(0, positions)
+    columns = torch.arange(key.shape[positions], device=local.device)
+    if argument(local.op, 5, "is_causal", False):
+        scores = scores.masked_fill(rows.unsqueeze(1) < columns.unsqueeze(0), -torch.inf)
+    for mask in tensors[3:]:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    indices = [*(local.global_index(0, dim) for dim in range(positions)), rows, columns]
+    sizes = (*local.input_shapes[0][:-1], local.input_shapes[1][positions])
+    weights = drop(scores.softmax(-1), indices, sizes, probability, around.key, local.op.id)
+    return weights @ value
+
+
+def _dropout(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
+    probability, training = local.op.args[1], local.op.args[2]
+    if not training or probability == 0.0:
+        return tensors[0]
+    shape = local.input_shapes[0]
+    indices = [local.global_index(0, dim) for dim in range(len(shape))]
+    return drop(tensors[0], indices, shape, probability, around.key, local.op.id)
+
+
+def _cross_entropy(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
     """Tokens may be cut (this rank's term of the mean over all that are not ignored), and so may the vocabulary (Shoeybi
     et al., "Megatron-LM", 2019, section 3: maximum, sum of exponentials and the target's logit are exchanged)."""
     logits, target = tensors[:2]
@@ -247,7 +289,7 @@ def _cross_entropy(local: LocalOp, tensors: Sequence[Tensor], whole: Whole) -> T
         total = local.call(tensors, reduction=SUM)
     if reduction == SUM:
         return total
-    counted = (whole(1) != ignored).sum() if tokens else (target != ignored).sum()
+    counted = (around.whole(1) != ignored).sum() if tokens else (target != ignored).sum()
     return total / counted.to(total.dtype)
 
 
@@ -268,7 +310,7 @@ def _vocabulary_parallel(local: LocalOp, logits: Tensor, target: Tensor, axes: t
     return losses
 
 
-def _batch_norm(local: LocalOp, tensors: Sequence[Tensor], whole: Whole) -> Any:
+def _batch_norm(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Any:
     """Statistics are over the whole micro-batch: with samples cut, sums are exchanged. Variance by two passes."""
     op = local.op
     training, momentum, eps = op.args[5], op.args[6], op.args[7]
@@ -306,7 +348,7 @@ def _batch_norm(local: LocalOp, tensors: Sequence[Tensor], whole: Whole) -> Any:
 
 _NORM_ARGUMENTS = ((1, "weight"), (2, "bias"), (3, "mean"), (4, "var"))
 
-Kernel = Callable[[LocalOp, Sequence[Tensor], Whole], Any]
+Kernel = Callable[[LocalOp, Sequence[Tensor], Around], Any]
 KERNELS: dict[str, Kernel] = {
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"), _reshape),
     **dict.fromkeys(("expand", "broadcast_to", "expand_as"), _expand),
@@ -320,4 +362,5 @@ KERNELS: dict[str, Kernel] = {
     "scaled_dot_product_attention": _attention,
     "cross_entropy_loss": _cross_entropy,
     "batch_norm": _batch_norm,
+    "dropout": _dropout,
 }

@@ -61,7 +61,8 @@ def pick(whole: Tensor, indices: Held) -> Tensor:
 
 
 class StageParameters:
-    """The parameters and buffers of one stage on one rank. ``source(value)`` is a whole tensor of the model."""
+    """The parameters and buffers of one stage on one rank. ``source(value)`` is a whole tensor of the model;
+    ``same_gradients``: sums of gradients are kept in the weights' dtype rather than the masters'."""
 
     def __init__(
         self,
@@ -71,8 +72,10 @@ class StageParameters:
         source: Callable[[int], Tensor],
         dtypes: Mapping[int, torch.dtype],
         device: torch.device,
+        *,
+        same_gradients: bool,
     ) -> None:
-        self.mesh, self.device = mesh, device
+        self.mesh, self.device, self.same_gradients = mesh, device, same_gradients
         self.parameters: dict[int, StoredParameter] = {}
         self.buffers: dict[int, Tensor] = {}
         for stored in program.buffers:
@@ -116,7 +119,7 @@ class StageParameters:
         """Add one micro-batch's gradient."""
         parameter = self.parameters[value]
         if parameter.total is None:
-            parameter.total = gradient.to(parameter.master.dtype)
+            parameter.total = gradient.to(gradient.dtype if self.same_gradients else parameter.master.dtype)
             if parameter.total is gradient:
                 parameter.total = gradient.clone()
         else:
@@ -142,7 +145,7 @@ class StageParameters:
             for parameter, part in zip(alike, total.split(sizes), strict=True):
                 parts[parameter.stored.value] = part.view_as(parts[parameter.stored.value])
         for parameter in self.trained():
-            parameter.master.grad = parts[parameter.stored.value].view_as(parameter.master)
+            parameter.master.grad = parts[parameter.stored.value].view_as(parameter.master).to(parameter.master.dtype)
 
     def _terms(self, stored: StageParameter) -> tuple[int, ...]:
         """Axes over which the gradient is still a term when ZeRO has cut it."""

@@ -8,9 +8,13 @@ wants (partial sums are reduced before they are sent, and gradients, too).
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+
 from autopar.graph.ir import Block, Graph, Op
-from autopar.plan.errors import PlanFileError
+from autopar.graph.literals import resolve
+from autopar.plan.errors import PlanFileError, UsageError
 from autopar.plan.plan import BlockProgram, Plan, Recompute, StagePlan
+from autopar.rules.labels import argument
 from autopar.runtime.kernels import at_micro_batch
 from autopar.runtime.layout import Cut, Placement, parse
 from autopar.runtime.move import Conversion
@@ -63,7 +67,7 @@ class Crossing:
 class StageProgram:
     """A stage's computation on one micro-batch. ``received`` and ``sent`` are activations, by value; ``send_conversions``
     bring a value from where its maker leaves it to its ``sent`` placement. ``loss`` is how the loss lies, None where
-    another stage makes it; ``shapes`` are the global shapes of inputs and of what crosses stages."""
+    another stage makes it; ``random``: some op drops out; ``shapes`` are the global shapes of inputs and of what crosses stages."""
 
     index: int
     plan: StagePlan
@@ -78,6 +82,7 @@ class StageProgram:
     sent: tuple[int, ...]
     send_conversions: tuple[Conversion, ...]
     loss: Placement | None
+    random: bool
     shapes: dict[int, tuple[int, ...]]
 
 
@@ -189,6 +194,19 @@ class _Builder:
             )
 
 
+def _is_random(op: Op) -> bool:
+    """Whether an op draws random numbers; UsageError for one whose numbers would depend on the plan."""
+    probability = {"dropout": 1, "scaled_dot_product_attention": 4}.get(op.target.split(".")[1])
+    if probability is not None:
+        return bool(argument(op, probability, "dropout_p", 0.0)) and (probability > 1 or bool(op.args[2]))
+    if torch.Tag.nondeterministic_seeded in getattr(resolve(op.target), "tags", ()):
+        raise UsageError(
+            f"{op.target}{' at ' + op.source if op.source else ''} draws random numbers that would differ from rank to "
+            "rank; use torch.nn.functional.dropout, or draw them outside and pass them as inputs"
+        )
+    return False
+
+
 class _StageBuilder:
     """Builds one stage's program; ``placed`` is where each value lies, and where its gradient must go."""
 
@@ -240,6 +258,7 @@ class _StageBuilder:
             sent=tuple(sent),
             send_conversions=tuple(self._send(value) for value in sent),
             loss=settled(self.placed[loss][0], self.sizes) if self.parent.maker[loss] == self.index else None,
+            random=any(_is_random(op.op) for op in self.ops),
             shapes={value: self.reader.shape(value) for value in (*self.inputs, *self.received, *sent)},
         )
 

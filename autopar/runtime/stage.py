@@ -15,13 +15,14 @@ from torch.fx import traceback
 
 from autopar.graph.convert import tensors_of
 from autopar.graph.ir import Graph
-from autopar.runtime.kernels import LocalOp, Written, run_op
+from autopar.runtime.kernels import Around, LocalOp, Written, run_op
 from autopar.runtime.layout import chunk_bounds, local_shape
 from autopar.runtime.mesh import Mesh
 from autopar.runtime.move import Conversion, convert, gather_pieces, scatter_pieces
 from autopar.runtime.program import ProgramOp, StageParameter, StageProgram
 
 GATHER = -2  # the block of what gathers ZeRO-3 parameters
+KEY = -1  # stands among values for the number that random ops start from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -54,6 +55,7 @@ class StageFunction:
             *(parameter.value for parameter in (*program.parameters, *program.buffers)),
             *program.inputs,
             *program.received,
+            *((KEY,) if program.random else ()),
         )
         self.differentiated: tuple[int, ...] = (
             *(parameter.value for parameter in program.parameters if parameter.trained),
@@ -77,6 +79,8 @@ class StageFunction:
 
     def argument_shape(self, value: int) -> tuple[int, ...]:
         """The local shape of an argument."""
+        if value == KEY:
+            return ()
         found = self.graph.values[value]
         if value in self.parameters or found.kind == "buffer":
             stored = self.stored(value)
@@ -153,7 +157,7 @@ class StageFunction:
                 ),
             )
 
-        result = run_op(local, tensors, whole)
+        result = run_op(local, tensors, Around(whole=whole, key=values.get(KEY)))
         if isinstance(result, Written):
             for at, tensor in result.buffers.items():
                 values[op.op.inputs[at]] = tensor.detach()

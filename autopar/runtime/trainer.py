@@ -19,7 +19,10 @@ from autopar.runtime.mesh import Mesh
 from autopar.runtime.move import move
 from autopar.runtime.parameters import StoredParameter, Ties, global_norm
 from autopar.runtime.program import Crossing, StageProgram
+from autopar.runtime.randomness import step_key
 from autopar.runtime.runner import StageRunner
+from autopar.runtime.scaling import LossScale
+from autopar.runtime.stage import KEY
 from autopar.runtime.transfer import Channel, Mailbox, mesh_layout
 
 
@@ -43,12 +46,15 @@ class Trainer:
         input_names: Sequence[str],
         persistent: frozenset[str],
         clip_norm: float | None,
+        seed: int,
         device: torch.device,
     ) -> None:
         self.plan, self.graph, self.programs, self.meshes = plan, graph, tuple(programs), tuple(meshes)
         self.stages, self.ties, self.clip_norm, self.device = dict(stages), ties, clip_norm, device
         self.input_names, self.persistent = tuple(input_names), persistent
         self.rank = dist.get_rank()
+        self.seed, self.num_steps = seed, 0
+        self.scale = LossScale() if plan.execution.dtype == "fp16" else None
         masters = [parameter.master for parameter in self.trained()]
         self.optimizer: torch.optim.Optimizer | None = None
         if make_optimizer is not None and masters:
@@ -90,6 +96,9 @@ class Trainer:
     def step(self, batch: Mapping[str, Any]) -> Tensor:
         """Train on one global batch, the same on every rank; returns the mean loss, on every rank."""
         loss = self.gradients(batch)
+        if self.scale is not None and self.scale.overflowed:
+            self._forget_gradients()
+            return loss
         if self.clip_norm is not None:
             scale = self.clip_norm / (self.gradient_norm() + 1e-6)
             for parameter in self.trained():
@@ -101,6 +110,7 @@ class Trainer:
     def gradients(self, batch: Mapping[str, Any]) -> Tensor:
         """Forward and backward of all micro-batches and the reduction: every master has its gradient in ``.grad``."""
         data = self._slices(batch)
+        self.num_steps += 1
         mailbox = Mailbox()
         losses: list[Tensor] = []
         for action in self.schedule:
@@ -113,6 +123,8 @@ class Trainer:
         for stage in self.stages.values():
             stage.parameters.reduce()
         self.ties.exchange(self.device)
+        if self.scale is not None:
+            self.scale.undo([parameter.master for parameter in self.trained()], self.device)
         return self._mean(losses)
 
     def gradient_norm(self) -> Tensor:
@@ -130,6 +142,10 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
         for stage in self.stages.values():
             stage.parameters.gather()
+
+    def _forget_gradients(self) -> None:
+        for parameter in self.trained():
+            parameter.master.grad = None
 
     def _actions(self) -> tuple[Action, ...]:
         """This rank's actions, in the order of torch's schedules."""
@@ -168,6 +184,8 @@ class Trainer:
             for at, part in enumerate(slices):
                 rows = self.graph.batch.scale(traced.shape[grows], size) if grows is not None else 0
                 part[value] = tensor.narrow(grows, at * rows, rows) if grows is not None else tensor
+        for at, part in enumerate(slices):
+            part[KEY] = torch.tensor(step_key(self.seed, self.num_steps, at), device=self.device)
         return slices
 
     def _forward(self, action: Action, data: Sequence[dict[int, Tensor]], mailbox: Mailbox) -> Tensor | None:
@@ -192,7 +210,8 @@ class Trainer:
         wanted = [tangents[stage.program.sent[at]] for at in stage.function.sent_with_gradient]
         if stage.program.loss is not None:
             dtype = getattr(torch, self.graph.values[self.graph.outputs[0]].dtype)
-            wanted.append(torch.full((), 1.0 / self.plan.microbatches, dtype=dtype, device=self.device))
+            share = (1.0 if self.scale is None else self.scale.factor) / self.plan.microbatches
+            wanted.append(torch.full((), share, dtype=dtype, device=self.device))
         gradients = stage.backward(action.microbatch, wanted)
         for crossing, _, back in self._channels:
             if crossing.reader == action.stage and crossing.requires_grad:

@@ -9,11 +9,13 @@ from autopar.plan.plan import Plan, StagePlan
 from autopar.workload.workload import Workload
 
 
-def layout_plan(workload: Workload, layout: str, *, batch: int = 8, dtype: str = "fp32") -> Plan:
-    """The plan of one layout on gloo ranks; its GPUs follow from its keys."""
+def layout_plan(
+    workload: Workload, layout: str, *, batch: int = 8, dtype: str = "fp32", cluster: str = "cpu-gloo"
+) -> Plan:
+    """The plan of one layout; its GPUs follow from its keys."""
     keys = dict(part.split("=") for part in layout.split(","))
     gpus = int(keys.get("tp", 1)) * int(keys.get("pp", 1)) * int(keys.get("dp", 1))
-    return estimate(workload, cluster="cpu-gloo", gpus=gpus, layout=layout, global_batch=batch, dtype=dtype)
+    return estimate(workload, cluster=cluster, gpus=gpus, layout=layout, global_batch=batch, dtype=dtype)
 
 
 def unequal_plan(workload: Workload, layouts: Sequence[str], *, batch: int = 8, dtype: str = "fp32") -> Plan:
