@@ -53,8 +53,7 @@ def _found(graph: fx.Graph, mesh: Mesh) -> Iterator[Counted]:
         if kind is None:
             continue
         axes = axes_of[str(node.args[-1])]
-        source, result = node.args[0].meta["val"], node.meta["val"]
-        size = max(_bytes(source), _bytes(result))
+        size = _bytes(node.meta["val"]) * (mesh.degree(axes) if kind == "reduce_scatter" else 1)
         yield Counted(kind, tuple(mesh.names[axis] for axis in axes), size)
 
 

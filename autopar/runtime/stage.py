@@ -18,7 +18,7 @@ from autopar.graph.ir import Graph
 from autopar.runtime.kernels import Around, LocalOp, Written, run_op
 from autopar.runtime.layout import chunk_bounds, local_shape
 from autopar.runtime.mesh import Mesh
-from autopar.runtime.move import Conversion, convert, gather_pieces, scatter_pieces
+from autopar.runtime.move import Conversion, convert, gather_pieces, move, scatter_pieces
 from autopar.runtime.program import ProgramOp, StageParameter, StageProgram
 
 GATHER = -2  # the block of what gathers ZeRO-3 parameters
@@ -160,7 +160,8 @@ class StageFunction:
         result = run_op(local, tensors, Around(whole=whole, key=values.get(KEY)))
         if isinstance(result, Written):
             for at, tensor in result.buffers.items():
-                values[op.op.inputs[at]] = tensor.detach()
+                made = op.conversions[at]  # back to where the buffer is stored
+                values[op.op.inputs[at]] = move(tensor.detach(), made.shape, made.target, made.source, self.mesh)
             result = result.result
         for value, (_, tensor) in zip(op.op.outputs, tensors_of(result), strict=True):
             values[value] = tensor if self.graph.values[value].requires_grad else tensor.detach()

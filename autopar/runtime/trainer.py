@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from autopar.graph.ir import Graph
-from autopar.plan.errors import UsageError
+from autopar.plan.errors import AutoparError, UsageError
 from autopar.plan.plan import Plan, device_runs
 from autopar.plan.schedule import Action, actions
 from autopar.runtime.mesh import Mesh
@@ -24,6 +24,8 @@ from autopar.runtime.runner import StageRunner
 from autopar.runtime.scaling import LossScale
 from autopar.runtime.stage import KEY
 from autopar.runtime.transfer import Channel, Mailbox, mesh_layout
+
+_LOST = ("Connection closed", "Connection reset", "Timed out", "Broken pipe", "Read error", "Write error", "NCCL error")
 
 
 class Trainer:
@@ -108,7 +110,20 @@ class Trainer:
         return loss
 
     def gradients(self, batch: Mapping[str, Any]) -> Tensor:
-        """Forward and backward of all micro-batches and the reduction: every master has its gradient in ``.grad``."""
+        """Forward and backward of all micro-batches and the reduction: every master has its gradient in ``.grad``.
+
+        AutoparError where another rank is gone."""
+        try:
+            return self._gradients(batch)
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in _LOST):
+                raise
+            raise AutoparError(
+                f"rank {self.rank} lost another rank in step {self.num_steps} ({str(error).splitlines()[0][:200]}); "
+                "start again from the last checkpoint"
+            ) from error
+
+    def _gradients(self, batch: Mapping[str, Any]) -> Tensor:
         data = self._slices(batch)
         self.num_steps += 1
         mailbox = Mailbox()

@@ -53,6 +53,20 @@ class Pool:
             raise RuntimeError("\n".join(f"rank {rank}: {error}" for rank, error in sorted(errors.items())))
         return [found[rank] for rank in range(world)]
 
+    def run_survivors(self, world: int, task: Callable[..., Any], *args: Any, dead: int) -> dict[int, Any]:
+        """As ``run``, where rank ``dead`` never answers; the pool is of no use afterwards."""
+        self._grow(world)
+        self.count += 1
+        store = str(Path(self.folder.name) / f"store{self.count}")
+        for rank in range(world):
+            self.tasks[rank].put((self.count, world, store, task, args))
+        found: dict[int, Any] = {}
+        while len(found) < world - 1:
+            _, rank, result, error = self.results.get(timeout=120)
+            assert rank != dead
+            found[rank] = error or result
+        return found
+
     def close(self) -> None:
         for worker in self.workers:
             worker.terminate()
