@@ -9,18 +9,18 @@ import time
 from dataclasses import dataclass
 from math import inf
 
-import numpy as np
-
 from autopar.cluster.cluster import Cluster
 from autopar.cluster.load import load_cluster
 from autopar.cost.execution import ExecutionModel
 from autopar.graph.blocks import cut_blocks, order_for_blocks
 from autopar.graph.ir import Block, Graph
 from autopar.graph.trace import trace
+from autopar.inter.blocks import Blocks, Mesh, Restriction
 from autopar.inter.emit import Found, build_plan
-from autopar.inter.planner import DTYPES, GIB, cut_bytes_of, held_microbatches, pipeline_times
+from autopar.inter.finish import Finished
+from autopar.inter.planner import DTYPES, GIB, cut_bytes_of, finished, held_microbatches, pipeline_times
 from autopar.inter.simulate import StageTimes, simulate
-from autopar.inter.stages import Blocks, Mesh, Restriction, StageBook
+from autopar.inter.stages import StageBook
 from autopar.intra.space import OpNode
 from autopar.intra.tables import Allowed
 from autopar.plan.errors import LayoutError, UsageError
@@ -38,6 +38,7 @@ class Priced:
     layout: Layout
     book: StageBook
     stages: tuple[tuple[int, int, int], ...]
+    runs: tuple[Finished, ...]
     schedule: Schedule
     times: tuple[StageTimes, ...]
     step_time_s: float
@@ -97,28 +98,30 @@ class LayoutPricer:
         stages = even_stages(self.blocks, resolved.pp, self.gpus // resolved.pp)
         size = resolved.micro_batch_size
         book = StageBook(
-            self._shared[execution], size, resolved.num_microbatches, inf, (resolved.recompute,), restriction
+            self._shared[execution],
+            size,
+            resolved.num_microbatches,
+            inf,
+            (resolved.recompute,),
+            self.gpus,
+            restriction,
         )
-        if not book.whole(resolved.mbs) or not all(
-            np.isfinite(book.costs(n, 1).forward_s[int(book.type_of[i, j])]) for i, j, n in stages
-        ):
-            raise LayoutError([f"mbs={resolved.mbs} samples per rank cannot be run by the model with these degrees"])
         schedule: Schedule = "gpipe" if resolved.schedule == "gpipe" else "1f1b"
+        runs = finished(book, stages, schedule) if book.whole(resolved.mbs) else None
+        if runs is None:
+            raise LayoutError([f"mbs={resolved.mbs} samples per rank cannot be run by the model with these degrees"])
         times = pipeline_times(
-            book, stages, schedule, cut_bytes_of(self.graph, self.blocks) * size / self.graph.batch.traced
-        )
-        memory = max(
-            float(book.costs(n, held).memory_bytes[int(book.type_of[i, j])])
-            for (i, j, n), held in zip(stages, held_microbatches(book, stages, schedule), strict=True)
+            book, stages, runs, cut_bytes_of(self.graph, self.blocks) * size / self.graph.batch.traced
         )
         return Priced(
             layout=resolved,
             book=book,
             stages=stages,
+            runs=runs,
             schedule=schedule,
             times=tuple(times),
             step_time_s=simulate(schedule, times, book.num_microbatches).step_time_s,
-            fits=memory <= self.budget_bytes,
+            fits=max(run.memory_bytes for run in runs) <= self.budget_bytes,
         )
 
     def plan(self, priced: Priced, seconds: float) -> Plan:
@@ -129,6 +132,8 @@ class LayoutPricer:
                 cluster=self.cluster,
                 book=priced.book,
                 stages=priced.stages,
+                runs=priced.runs,
+                held=held_microbatches(priced.book, priced.stages, priced.schedule),
                 schedule=priced.schedule,
                 gpus=self.gpus,
                 global_batch=priced.layout.gbs or 0,

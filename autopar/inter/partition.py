@@ -14,7 +14,7 @@ the bounds, tighter.
 import heapq
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,11 +48,16 @@ MAX_ROUNDS = 4
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StageTable:
     """Seconds of every possible stage: each (L + 1, L + 1, K), [i, j, k] = blocks i..j-1 on submesh class k, per
-    micro-batch (``step_s``: once per step, exposed); ``numpy.inf`` where it does not fit or is not allowed."""
+    micro-batch (``step_s``: once per step, exposed); ``numpy.inf`` where it does not fit or is not allowed.
+
+    With ``busy_s`` the times are *relaxed*: bounds over many ways to run the stage, each reached by another of them, of
+    the forward, of forward + backward, of the step, and (``busy_s``) of all micro-batches and the step together.
+    """
 
     forward_s: Floats
     backward_s: Floats
     step_s: Floats
+    busy_s: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -61,8 +66,8 @@ class PipelineProblem:
 
     ``submesh_sizes[k]`` is the number of devices of class k (several classes may have one size);
     ``stage_times(in_flight)`` the times of stages that hold the saved tensors of ``in_flight`` micro-batches, called
-    once for each value. ``cut_transfer_s`` (L + 1,), default 0, is the least time a micro-batch's activation and
-    gradient together take across the cut before block i. Steps of ``upper_bound_s`` or longer are of no interest.
+    once for each value. ``cut_transfer_s`` (L + 1,) or (L + 1, D + 1), default 0, is the least time a micro-batch's
+    activation and gradient together take across the cut before block i (with d devices behind it). Steps of ``upper_bound_s`` or longer are of no interest.
     """
 
     num_blocks: int
@@ -181,7 +186,7 @@ class _Tree:
         at = (place, np.arange(end)[:, None], devices)
         B = levels.num_microbatches
         forward, backward = levels.forward_s[place, :end, end], levels.backward_s[place, :end, end]
-        step, cut = levels.step_s[place, :end, end], float(levels.cut_s[end])
+        step, cut = levels.step_s[place, :end, end], float(levels.cut_s[end, tail.devices])
         time_s = forward + backward
         head_trip = heads.trip_s[at]
         fits = np.isfinite(time_s) & np.isfinite(head_trip) & (tail.devices + sizes <= levels.num_devices)
@@ -189,13 +194,17 @@ class _Tree:
         if not len(rows):
             return None
         forward, backward, step, time_s = forward[fits], backward[fits], step[fits], time_s[fits]
-        own = own_s(levels.schedule, B, np.array(place), forward, backward, np.array(tail.trip_s + cut))
+        way = np.array(tail.trip_s + cut)
+        own = own_s(levels.schedule, B, np.array(place), forward, backward, way, levels.relaxed)
         finish = np.maximum(own, time_s + (cut + tail.finish_s))
         trip = time_s + (cut + tail.trip_s)
         slow_f, slow_b = np.maximum(forward, tail.slowest_forward_s), np.maximum(backward, tail.slowest_backward_s)
-        if levels.schedule == "gpipe":
+        if levels.schedule == "gpipe" and not levels.relaxed:
             finish = np.maximum(finish, trip + (B - 1) * (slow_f + slow_b))
-        total = np.maximum(finish + step, forward + tail.total_s)
+        stepped = finish + step
+        if levels.busy_s is not None:
+            stepped = np.maximum(stepped, levels.busy_s[place, :end, end][fits])
+        total = np.maximum(stepped, forward + tail.total_s)
         bound = np.maximum(np.maximum(finish + head_trip[fits], total + heads.down_s[at][fits]), heads.step_s[at][fits])
         order = np.argsort(bound, kind="stable")
         order = order[: int(np.searchsorted(bound[order], below_s))]
@@ -284,6 +293,15 @@ def search(
     )
 
 
+def least_s(problem: PipelineProblem) -> float:
+    """A bound on every pipeline that is quick to have: by the busiest stage and by the way through all of them."""
+    levels = levels_of(problem)
+    if levels is None:
+        return math.inf
+    tail, head = level_free(levels)
+    return float(max(tail[0, levels.num_devices], head[levels.num_blocks, 0]))
+
+
 def levels_of(problem: PipelineProblem) -> Levels | None:
     """The problem's arrays; None where no number of its submeshes makes up all devices with a stage each."""
     unit = math.gcd(*problem.submesh_sizes)
@@ -295,9 +313,10 @@ def levels_of(problem: PipelineProblem) -> Levels | None:
         return None
     held = [max_in_flight(problem.schedule, problem.num_microbatches, place) for place in range(1, num_stages + 1)]
     tables = {count: problem.stage_times(count) for count in sorted(set(held))}
-    cut_s = np.zeros(problem.num_blocks + 1)
+    cut_s = np.zeros((problem.num_blocks + 1, problem.num_devices // unit + 1))
     if problem.cut_transfer_s is not None:
-        cut_s[1:-1] = problem.cut_transfer_s[1:-1]
+        least = problem.cut_transfer_s
+        cut_s[1:-1] = least[1:-1, None] if least.ndim == 1 else least[1:-1, ::unit]
     return make_levels(
         schedule=problem.schedule,
         num_microbatches=problem.num_microbatches,
@@ -305,7 +324,15 @@ def levels_of(problem: PipelineProblem) -> Levels | None:
         num_devices=problem.num_devices // unit,
         cut_s=cut_s,
         tables=[(tables[c].forward_s, tables[c].backward_s, tables[c].step_s) for c in held],
+        busy_s=busy_of([tables[c] for c in held]),
     )
+
+
+def busy_of(tables: Sequence[StageTable]) -> list[Floats] | None:
+    """``busy_s`` of all tables; None when the times are exact."""
+    found = [table.busy_s for table in tables if table.busy_s is not None]
+    assert len(found) in (0, len(tables)), "either all stage tables are relaxed or none"
+    return found or None
 
 
 def _search(levels: Levels, progress: _Progress) -> float:
@@ -351,7 +378,7 @@ def _climb(levels: Levels, progress: _Progress) -> None:
         for stages in neighbours(levels, best.stages):
             if progress.stopped or 2 * len(progress.known) >= progress.max_evaluations:
                 return
-            if _bound_s(levels, stages) < progress.below_s:
+            if levels.relaxed or _bound_s(levels, stages) < progress.below_s:
                 progress.consider(stages)
                 if progress.best is not best:
                     climbing = True
@@ -360,16 +387,19 @@ def _climb(levels: Levels, progress: _Progress) -> None:
 
 def _bound_s(levels: Levels, stages: tuple[Stage, ...]) -> float:
     """`lower_bound_s` of one whole pipeline."""
-    times = [
-        StageTimes(
-            forward_s=float(levels.forward_s[s, i, j, k]),
-            backward_s=float(levels.backward_s[s, i, j, k]),
-            step_s=float(levels.step_s[s, i, j, k]),
-            send_forward_s=0.0,
-            send_backward_s=float(levels.cut_s[i]),
+    times: list[StageTimes] = []
+    behind = levels.num_devices
+    for s, (i, j, k) in zip(range(len(stages), 0, -1), stages, strict=True):
+        times.append(
+            StageTimes(
+                forward_s=float(levels.forward_s[s, i, j, k]),
+                backward_s=float(levels.backward_s[s, i, j, k]),
+                step_s=float(levels.step_s[s, i, j, k]),
+                send_forward_s=0.0,
+                send_backward_s=float(levels.cut_s[i, behind]),
+            )
         )
-        for s, (i, j, k) in zip(range(len(stages), 0, -1), stages, strict=True)
-    ]
+        behind -= levels.sizes[k]
     return lower_bound_s(levels.schedule, times, levels.num_microbatches)
 
 

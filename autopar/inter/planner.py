@@ -1,5 +1,6 @@
 """`plan`: from a workload to the best plan found, over micro-batch sizes, stages, meshes and everything inside them."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,10 +12,14 @@ from autopar.cluster.load import load_cluster
 from autopar.cost.execution import ExecutionModel
 from autopar.graph.blocks import crossing, cut_blocks, order_for_blocks
 from autopar.graph.trace import trace
-from autopar.inter.emit import Found, build_plan
-from autopar.inter.partition import PipelineProblem, search
+from autopar.inter.blocks import Blocks
+from autopar.inter.bounds import max_in_flight
+from autopar.inter.emit import Found, build_plan, stage_memory
+from autopar.inter.finish import Finished
+from autopar.inter.partition import PipelineProblem, PipelineResult, StageTable, least_s, search
 from autopar.inter.simulate import StageTimes, simulate
-from autopar.inter.stages import Blocks, StageBook, StageChoice
+from autopar.inter.smallest import smallest_budget
+from autopar.inter.stages import StageBook
 from autopar.plan.errors import InfeasibleError, TimeLimitError, UsageError
 from autopar.plan.plan import Plan, Schedule
 from autopar.workload.workload import Workload
@@ -22,6 +27,12 @@ from autopar.workload.workload import Workload
 Progress = Callable[[str, str, float | None, float | None], None]
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 GIB = 2**30
+MAX_STAGES = 32
+"""Pipelines are at most this deep."""
+REACHES = (1.25, 1.6, 2.5, 6.0, math.inf)
+"""Steps are sought below these multiples of the bound without memory, one after the other."""
+EVEN_EVALUATIONS = 200
+"""Pipelines simulated at most in the first of the two searches of a micro-batch size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +87,7 @@ def plan(
     sizes = submesh_sizes(gpus, machine.devices_per_node)
     deadline = started + time_limit_s if time_limit_s is not None else None
     found: list[Best] = []
-    smallest = np.inf
+    books: list[StageBook] = []
     bound = np.inf
     cut_bytes = cut_bytes_of(graph, blocks)
     candidates = [micro_batch] if micro_batch else micro_batches(batch)
@@ -84,35 +95,47 @@ def plan(
         execution = ExecutionModel(dtype=long, optimizer=optimizer, fp32_grads=accumulate)  # type: ignore[arg-type]
         shared = Blocks(graph, blocks, machine, execution)
         for size in candidates:
-            if batch % size or (batch // size > 1) != accumulate:
-                continue
-            if deadline is not None and time.perf_counter() > deadline:
-                break
-            book = StageBook(shared, size, batch // size, budget, modes)
-            if not any(book.meshes(submesh) for submesh in sizes):
-                continue
-            known = min((best.step_time_s for best in found), default=np.inf)
-            best, least = _search_one(book, sizes, gpus, order, cut_bytes * size / graph.batch.traced, known, deadline)
-            smallest = min(smallest, book.smallest_bytes)
-            bound = min(bound, least)
-            if best is not None:
-                found.append(best)
-            time_s = min((candidate.step_time_s for candidate in found), default=None)
-            say("search", f"micro-batch {size}", time_s, None if time_s is None else max(0.0, 1 - bound / time_s))
+            if batch % size == 0 and (batch // size > 1) == accumulate:
+                book = StageBook(shared, size, batch // size, budget, modes, gpus)
+                if any(book.meshes(submesh) for submesh in sizes):
+                    books.append(book)
+    searches = []
+    for at, book in enumerate(books):
+        searches.append(_Search(book, sizes, order, cut_bytes * book.micro_batch / graph.batch.traced, deadline))
+        say("tables", f"micro-batch {book.micro_batch}, {at + 1} of {len(books)}", None, None)
+    searches.sort(key=lambda one: one.free_bound_s)
+    for at, one in enumerate(searches):
+        if deadline is not None and time.perf_counter() > deadline and found:
+            bound = min(bound, one.free_bound_s)  # the least of those left: they are sorted
+            break
+        known = min((best.step_time_s for best in found), default=np.inf)
+        best, least = one.run(known)
+        bound = min(bound, least)
+        if best is not None:
+            found.append(best)
+        winner = min(found, key=lambda candidate: candidate.step_time_s, default=None)
+        for other in searches[: at + 1]:
+            if winner is None or other.book is not winner.book:
+                other.book.release()
+        time_s = min((candidate.step_time_s for candidate in found), default=None)
+        open_s = min([bound, *(other.free_bound_s for other in searches[at + 1 :])])
+        gap = None if time_s is None else max(0.0, 1 - open_s / time_s)
+        say("search", f"micro-batch {one.book.micro_batch}, {at + 1} of {len(searches)}", time_s, gap)
     if not found:
         if deadline is not None and time.perf_counter() > deadline:
             raise TimeLimitError(f"no plan within {time_limit_s} s; raise --time-limit")
-        raise InfeasibleError(
-            f"no plan fits {budget / GIB:.2f} GiB per device on {gpus} GPUs: the leanest stage tried needs "
-            f"{smallest / GIB:.2f} GiB; use more GPUs, more memory (--memory) or a smaller global batch"
-        )
+        raise InfeasibleError(_infeasible(books, sizes, budget, gpus, order))
     found.sort(key=lambda candidate: candidate.step_time_s)
+    runs = finished(found[0].book, found[0].stages, order)
+    assert runs is not None, "the best pipeline was evaluated"
     return build_plan(
         Found(
             workload=workload,
             cluster=machine,
             book=found[0].book,
             stages=found[0].stages,
+            runs=runs,
+            held=held_microbatches(found[0].book, found[0].stages, order),
             schedule=order,
             gpus=gpus,
             global_batch=batch,
@@ -121,9 +144,42 @@ def plan(
             seconds=time.perf_counter() - started,
             runner_up=_runner_up(found),
             times=pipeline_times(
-                found[0].book, found[0].stages, order, cut_bytes * found[0].book.micro_batch / graph.batch.traced
+                found[0].book, found[0].stages, runs, cut_bytes * found[0].book.micro_batch / graph.batch.traced
             ),
         )
+    )
+
+
+def _infeasible(
+    books: list[StageBook], sizes: tuple[int, ...], budget_bytes: float, gpus: int, schedule: Schedule
+) -> str:
+    """What the leanest plan needs, what fills it, and the way out."""
+    leanest = None
+    for book in books:
+        count = min(len(book.blocks.blocks), gpus, MAX_STAGES)
+        held = tuple(max_in_flight(schedule, book.num_microbatches, place) for place in range(1, count + 1))
+        one = smallest_budget(book, tuple(size for size in sizes if book.meshes(size)), held)
+        if one is not None and (leanest is None or one.num_bytes < leanest.num_bytes):
+            leanest = one
+    if leanest is None:
+        return f"no pipeline of this model can be laid out on {gpus} GPUs; try another --gpus or --global-batch"
+    first, end, size = leanest.stage
+    blocks = leanest.book.blocks.blocks
+    parts = stage_memory(leanest.book, leanest.choice, first, end, leanest.in_flight)
+    named = {
+        "parameters": parts.parameters_bytes,
+        "gradients": parts.gradients_bytes,
+        "optimizer": parts.optimizer_bytes,
+        "saved activations": parts.saved_activations_bytes,
+        "workspace": parts.workspace_bytes,
+        "context and buffers": parts.fixed_bytes,
+    }
+    fills = ", ".join(f"{name} {num_bytes / GIB:.2f}" for name, num_bytes in named.items())
+    return (
+        f"no plan fits {budget_bytes / GIB:.2f} GiB per device on {gpus} GPUs: the leanest found needs "
+        f"{math.ceil(leanest.num_bytes / GIB * 100) / 100:.2f} GiB (micro-batch {leanest.book.micro_batch}, "
+        f"{blocks[first].name} to {blocks[end - 1].name} on {size} GPUs; GiB: {fills}); raise --memory to that, or use "
+        "more GPUs, a smaller global batch or --optimizer sgd"
     )
 
 
@@ -161,47 +217,45 @@ def cut_bytes_of(graph, blocks) -> np.ndarray:  # type: ignore[no-untyped-def, t
     return np.array(sizes)
 
 
-def _choice(book: StageBook, stage: tuple[int, int, int], in_flight: int) -> tuple[StageChoice, int]:
-    first, end, devices = stage
-    at = int(book.type_of[first, end])
-    choice = book.costs(devices, in_flight).choices[at]
-    assert choice is not None
-    return choice, at
+def finished(
+    book: StageBook, stages: tuple[tuple[int, int, int], ...], schedule: Schedule
+) -> tuple[Finished, ...] | None:
+    """How each stage of a pipeline runs; None when one does not fit."""
+    found = []
+    for (first, end, devices), held in zip(stages, held_microbatches(book, stages, schedule), strict=True):
+        one = book.finish(int(book.type_of[first, end]), devices, held)
+        if one is None:
+            return None
+        found.append(one)
+    return tuple(found)
 
 
 def pipeline_times(
     book: StageBook,
     stages: tuple[tuple[int, int, int], ...],
-    schedule: Schedule,
+    runs: tuple[Finished, ...],
     cut_bytes: np.ndarray,  # type: ignore[type-arg]
 ) -> list[StageTimes]:
     """Times of a pipeline, transfers included: a rank of the next stage receives its own part of what crosses."""
     cluster = book.blocks.cluster
-    found: list[StageTimes] = []
     sends = []
     device = 0
-    for at, (_first, end, devices) in enumerate(stages):
+    for at, (_first, end, devices) in enumerate(stages[:-1]):
         device += devices
-        if at + 1 < len(stages):
-            following, _ = _choice(book, stages[at + 1], _held(book, stages, at + 1, schedule))
-            local = cut_bytes[end] / following.mesh.data
-            same_node = device % cluster.devices_per_node != 0
-            senders = min(devices, cluster.devices_per_node)
-            sends.append(float(cluster.transfer_s(local, same_node=same_node, sharers=senders)))
-    for at, stage in enumerate(stages):
-        held = _held(book, stages, at, schedule)
-        costs = book.costs(stage[2], held)
-        _, row = _choice(book, stage, held)
-        found.append(
-            StageTimes(
-                forward_s=float(costs.forward_s[row]),
-                backward_s=float(costs.backward_s[row]),
-                step_s=float(costs.step_s[row]),
-                send_forward_s=sends[at] if at < len(sends) else 0.0,
-                send_backward_s=sends[at - 1] if at else 0.0,
-            )
+        local = cut_bytes[end] / runs[at + 1].choice.mesh.data
+        same_node = device % cluster.devices_per_node != 0
+        senders = min(devices, cluster.devices_per_node)
+        sends.append(float(cluster.transfer_s(local, same_node=same_node, sharers=senders)))
+    return [
+        StageTimes(
+            forward_s=run.forward_s,
+            backward_s=run.backward_s,
+            step_s=run.step_s,
+            send_forward_s=sends[at] if at < len(sends) else 0.0,
+            send_backward_s=sends[at - 1] if at else 0.0,
         )
-    return found
+        for at, run in enumerate(runs)
+    ]
 
 
 def _held(book: StageBook, stages: tuple[tuple[int, int, int], ...], at: int, schedule: str) -> int:
@@ -213,51 +267,74 @@ def held_microbatches(book: StageBook, stages: tuple[tuple[int, int, int], ...],
     return tuple(_held(book, stages, at, schedule) for at in range(len(stages)))
 
 
-def _search_one(
-    book: StageBook,
-    sizes: tuple[int, ...],
-    gpus: int,
-    schedule: Schedule,
-    cut_bytes: np.ndarray,  # type: ignore[type-arg]
-    known_s: float,
-    deadline_s: float | None,
-) -> tuple[Best | None, float]:
-    usable = tuple(size for size in sizes if book.meshes(size))
-    work_s = book.work_bound_s(usable, gpus)
-    if work_s >= known_s:
-        return None, known_s
+class _Search:
+    """The search of one micro-batch size."""
 
-    def evaluate(stages: tuple[tuple[int, int, int], ...]) -> float:
-        named = tuple((first, end, usable[k]) for first, end, k in stages)
-        times = pipeline_times(book, named, schedule, cut_bytes)
-        return simulate(schedule, times, book.num_microbatches).step_time_s  # type: ignore[arg-type]
+    def __init__(
+        self,
+        book: StageBook,
+        sizes: tuple[int, ...],
+        schedule: Schedule,
+        cut_bytes: np.ndarray,  # type: ignore[type-arg]
+        deadline_s: float | None,
+    ) -> None:
+        self.book, self.schedule, self.cut_bytes, self.deadline_s = book, schedule, cut_bytes, deadline_s
+        self.sizes = tuple(size for size in sizes if book.meshes(size))
+        free = book.free_table(self.sizes)
+        self.free_bound_s = max(
+            book.work_bound_s(self.sizes, book.gpus), least_s(self._problem(lambda in_flight: free, np.inf))
+        )
 
-    remaining = None if deadline_s is None else max(deadline_s - time.perf_counter(), 0.1)
-    result = search(
-        PipelineProblem(
+    def _problem(self, table: Callable[[int], StageTable], below_s: float) -> PipelineProblem:
+        book = self.book
+        return PipelineProblem(
             num_blocks=len(book.blocks.blocks),
-            num_devices=gpus,
+            num_devices=book.gpus,
             num_microbatches=book.num_microbatches,
-            submesh_sizes=usable,
-            stage_times=lambda in_flight: book.table(usable, in_flight),
-            schedule=schedule,  # type: ignore[arg-type]
-            max_stages=min(len(book.blocks.blocks), gpus, 32),
-            upper_bound_s=known_s,
-        ),
-        evaluate=evaluate,
-        deadline_s=remaining,
-    )
-    if result.best is None:
-        return None, result.lower_bound_s if np.isfinite(result.lower_bound_s) else known_s
-    stages = tuple((first, end, usable[k]) for first, end, k in result.best.stages)
-    # Where memory binds, stages were compared at the given prices only: the outer bound speaks of those, not of all.
-    loose = all(
-        book.memory_free(first, end, devices, _held(book, stages, at, schedule))
-        for at, (first, end, devices) in enumerate(stages)
-    )
-    bound = result.lower_bound_s if loose else min(work_s, result.lower_bound_s)
-    best = Best(book=book, stages=stages, step_time_s=result.best.step_time_s, lower_bound_s=bound)
-    return best, bound
+            submesh_sizes=self.sizes,
+            stage_times=table,
+            schedule=self.schedule,  # type: ignore[arg-type]
+            max_stages=min(len(book.blocks.blocks), book.gpus, MAX_STAGES),
+            upper_bound_s=below_s,
+        )
+
+    def _named(self, stages: tuple[tuple[int, int, int], ...]) -> tuple[tuple[int, int, int], ...]:
+        return tuple((first, end, self.sizes[k]) for first, end, k in stages)
+
+    def _evaluate(self, stages: tuple[tuple[int, int, int], ...]) -> float:
+        named = self._named(stages)
+        runs = finished(self.book, named, self.schedule)
+        if runs is None:
+            return np.inf
+        times = pipeline_times(self.book, named, runs, self.cut_bytes)
+        return simulate(self.schedule, times, self.book.num_microbatches).step_time_s  # type: ignore[arg-type]
+
+    def _run(self, table: Callable[[int], StageTable], below_s: float, evaluations: int | None) -> PipelineResult:
+        remaining = None if self.deadline_s is None else max(self.deadline_s - time.perf_counter(), 0.1)
+        problem = self._problem(table, below_s)
+        return search(problem, evaluate=self._evaluate, deadline_s=remaining, max_evaluations=evaluations)
+
+    def run(self, known_s: float) -> tuple[Best | None, float]:
+        """The best pipeline below ``known_s`` seconds, and a bound on all of this size (at most ``known_s``)."""
+        book = self.book
+        for reach in REACHES if math.isinf(known_s) else (math.inf,):
+            below_s = min(known_s, reach * self.free_bound_s)
+            if self.free_bound_s >= below_s:
+                return None, known_s
+            book.ignore_from(below_s)
+            # First by times that are reached, which finds good pipelines; then by bounds, to prove or find better ones.
+            even = self._run(lambda in_flight: book.even_table(self.sizes, in_flight), below_s, EVEN_EVALUATIONS).best
+            target_s = even.step_time_s if even is not None else below_s
+            result = self._run(lambda in_flight: book.table(self.sizes, in_flight), target_s, None)
+            best = result.best or even
+            if best is not None or below_s == known_s:
+                break
+        if best is None:
+            return None, min(result.lower_bound_s, known_s)
+        bound_s = min(result.lower_bound_s, best.step_time_s)
+        return Best(
+            book=book, stages=self._named(best.stages), step_time_s=best.step_time_s, lower_bound_s=bound_s
+        ), bound_s
 
 
 def _runner_up(found: list[Best]) -> str | None:

@@ -24,6 +24,7 @@ from autopar.cost.execution import ExecutionModel
 from autopar.cost.redistribute import MeshLinks, Placement, redistribute_s
 from autopar.graph.ir import Value
 from autopar.graph.profile import GraphProfile
+from autopar.intra.elimination import Eliminator
 from autopar.intra.space import IN, OUT, BlockSpace, OpNode
 from autopar.rules.atoms import Atom
 from autopar.rules.options import Option, Token
@@ -41,7 +42,7 @@ Allowed = Callable[[int, OpNode, Option], bool]
 class BlockTables:
     """``strategies[at]`` of ``space.ops[at]``: (options per inner axis). ``states[n]``: placements of boundary or hub node
     n's values. ``node_metrics[n]`` is (choices, metrics), ``edges`` are (node, node, (choices, choices) forward seconds,
-    the same backward). ``parameter_uses[at]`` lists, for op ``at``, (value, per strategy: local elements, axes with a
+    the same backward), ``eliminator`` is made for them. ``parameter_uses[at]`` lists, for op ``at``, (value, per strategy: local elements, axes with a
     partial gradient); axes count the data axis as 0, inner axes from 1."""
 
     space: BlockSpace
@@ -54,6 +55,7 @@ class BlockTables:
     hub_states: tuple[tuple[tuple[Token, ...], ...], ...]
     num_kernels: tuple[int, int]
     launch_s: float
+    eliminator: Eliminator
 
 
 def forward_placement(tokens: Sequence[Token]) -> Placement:
@@ -84,6 +86,7 @@ class TableBuilder:
         self.links, self.execution, self.allowed = links, execution, allowed
         self.graph, self.sizes = space.graph, links.sizes
         self.savers, self.core = savers, core
+        self.redistributions: dict[tuple[tuple[Placement, ...], float], Floats] = {}
 
     def build(self) -> BlockTables:
         strategies = tuple(self._strategies(node) for node in self.space.ops)
@@ -102,19 +105,25 @@ class TableBuilder:
             forward_kernels += profile.forward_kernels
             backward_kernels += profile.backward_kernels
         metrics += [np.zeros((len(states), NUM_METRICS)) for states in hub_states]
+        edges = self._edges(strategies, hub_states, boundaries)
         return BlockTables(
             space=self.space,
             local_batch=self.local_batch,
             strategies=strategies,
             boundaries=boundaries,
             node_metrics=tuple(metrics),
-            edges=self._edges(strategies, hub_states, boundaries),
+            edges=edges,
             parameter_uses=tuple(
                 self._parameter_uses(node, chosen) for node, chosen in zip(self.space.ops, strategies, strict=True)
             ),
             hub_states=hub_states,
             num_kernels=(forward_kernels, backward_kernels),
             launch_s=self.links.cluster.device.launch_s,
+            eliminator=Eliminator(
+                tuple(len(choices) for choices in metrics),
+                tuple((source, target) for source, target, _, _ in edges),
+                keep=(IN, OUT),
+            ),
         )
 
     def role_tokens(self, value: Value, roles: Sequence[str]) -> tuple[Token, ...]:
@@ -308,7 +317,10 @@ class TableBuilder:
         for placement in itertools.product(tokens_seen, repeat=len(self.sizes)):
             placements.setdefault(placement, len(placements))
         whole = np.array([self._owner_bytes(value, ("R",) * len(self.sizes))])
-        table = redistribute_s(self.links, list(placements), whole)[0]
+        key = (tuple(placements), float(whole[0]))
+        if key not in self.redistributions:
+            self.redistributions[key] = redistribute_s(self.links, list(placements), whole)[0]
+        table = self.redistributions[key]
         at = {
             side: [placements[make(tokens)] for tokens in tokens_of]
             for side, tokens_of, make in (
