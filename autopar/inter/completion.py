@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.inter.bounds import own_s
-from autopar.inter.schedule import Schedule
+from autopar.plan.schedule import Schedule
 
 Floats = NDArray[np.float64]
 

@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 
 import numpy as np
@@ -206,9 +206,18 @@ def _uses(book: StageBook, choice: StageChoice, first: int, end: int) -> list[_U
     ]
 
 
-def _tokens(data: str, inner: Sequence[Token]) -> str:
-    """Placement text; ``data`` is empty where the mesh has no data axis."""
-    return data + "".join(token.text if isinstance(token, Atom) else "R" if token == "G" else token for token in inner)
+def _tokens(book: StageBook, data: str, inner: Sequence[Token]) -> str:
+    """Placement text at the plan's micro-batch (pieces of an atom were counted at the traced batch); ``data`` is empty
+    where the mesh has no data axis."""
+    batch, size = book.blocks.graph.batch, book.micro_batch
+    return data + "".join(
+        replace(token, repeats=batch.scale(token.repeats, size)).text
+        if isinstance(token, Atom)
+        else "R"
+        if token == "G"
+        else token
+        for token in inner
+    )
 
 
 def _program(book: StageBook, use: _Use, name: str) -> BlockProgram:
@@ -225,7 +234,7 @@ def _program(book: StageBook, use: _Use, name: str) -> BlockProgram:
             found = graph.values[value]
             grows = next((dim for dim, size in enumerate(found.shape) if graph.batch.grows(size)), None)
             data = f"S({grows})" if grows is not None else "P" if not found.shape and found.requires_grad else "R"
-            return _tokens(data if use.mesh.has_data_axis else "", tokens)
+            return _tokens(book, data if use.mesh.has_data_axis else "", tokens)
 
         placements[node.op.id] = OpPlan(
             name=node.op.name,
@@ -253,10 +262,16 @@ def _program(book: StageBook, use: _Use, name: str) -> BlockProgram:
 
 
 def _parameter(names: Sequence[str], tokens: Sequence[Token], storage: pm.Storage, mesh: Mesh) -> ParameterPlan:
+    """ZeRO cuts dim 0 of what the op's own cuts leave to a rank, so its pieces are those that they make."""
     compute = ["R", *(token.text if isinstance(token, Atom) else "R" for token in tokens)]
-    cut = ["S(0)" if axis in storage.axes else token for axis, token in enumerate(compute)]
+    pieces = 1
+    for token, size in zip(tokens, mesh.sizes[1:], strict=True):
+        if isinstance(token, Atom) and token.dim == 0:
+            pieces = max(pieces, token.repeats * size)
+    shard = "S(0)" if pieces == 1 else f"_S(0,{pieces})"
+    cut = [shard if axis in storage.axes else token for axis, token in enumerate(compute)]
     gradient = [
-        "P" if storage.stage < 2 and (token == "R" and (axis == 0 or tokens[axis - 1] == "G")) else token
+        "P" if token == "R" and (axis == 0 or tokens[axis - 1] == "G") else token
         for axis, token in enumerate(cut if storage.stage >= 2 else compute)
     ]
     first = 0 if mesh.has_data_axis else 1

@@ -31,10 +31,10 @@ from autopar.inter.completion import (
     make_levels,
     tail_tables,
 )
-from autopar.inter.schedule import Schedule
 from autopar.inter.simulate import StageTimes
 from autopar.intra.problem import Status
 from autopar.plan.errors import UsageError
+from autopar.plan.schedule import Schedule
 
 Floats = NDArray[np.float64]
 SMALL_PROBLEM = 2_000
