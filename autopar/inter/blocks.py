@@ -133,6 +133,11 @@ class Blocks:
             )
         return self._points[key]
 
+    def forget(self, micro_batch: int) -> None:
+        """Drop the frontiers of a micro-batch size; tables stay, other sizes share them."""
+        for key in [key for key in self._points if key[3] == micro_batch]:
+            del self._points[key]
+
     def _inner_links(self, mesh: Mesh) -> MeshLinks:
         """The links of the inner axes; meshes whose inner axes cross equal links share one object."""
         links = MeshLinks(self.cluster, mesh.num_devices, mesh.sizes, tuple(range(1, len(mesh.sizes))))

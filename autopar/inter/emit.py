@@ -110,7 +110,8 @@ def build_plan(found: Found) -> Plan:
         num_devices=[devices for _, _, devices in found.stages],  # type: ignore[arg-type]
     )
     estimate = _estimate(found, stages, simulation.step_time_s, simulation.bubble_fraction, totals_of_slowest[1])
-    gap = max(0.0, 1 - found.lower_bound_s / simulation.step_time_s)
+    bound_s = min(found.lower_bound_s, simulation.step_time_s)
+    gap = 1 - bound_s / simulation.step_time_s
     unknown = sorted(
         {
             node.op.target
@@ -151,7 +152,7 @@ def build_plan(found: Found) -> Plan:
         search=SearchOutcome(
             seconds=found.seconds,
             status="fixed" if found.fixed else "optimal" if gap <= 1e-4 else "feasible",
-            lower_bound_s=found.lower_bound_s,
+            lower_bound_s=bound_s,
             gap=gap,
             runner_up=found.runner_up,
         ),
@@ -211,7 +212,7 @@ def _uses(book: StageBook, choice: StageChoice, first: int, end: int) -> list[_U
 def _program(book: StageBook, use: _Use, name: str) -> BlockProgram:
     points = use.points
     tables, graph = points.tables, book.blocks.graph
-    lie = Lying(graph, tables.local_batch, use.mesh.has_data_axis)
+    lie = Lying(graph, book.micro_batch, use.mesh.has_data_axis)
     placements: dict[int, OpPlan] = {}
     parameters: dict[int, ParameterPlan] = {}
     for at, node in enumerate(tables.space.ops):
@@ -240,8 +241,14 @@ def _program(book: StageBook, use: _Use, name: str) -> BlockProgram:
 
 
 def _parameter(names: Sequence[str], tokens: Sequence[Token], storage: pm.Storage, mesh: Mesh) -> ParameterPlan:
+    """ZeRO cuts dim 0 of what the op's own cuts leave to a rank, so its pieces are those that they make."""
     compute = ["R", *(token.text if isinstance(token, Atom) else "R" for token in tokens)]
-    cut = ["S(0)" if axis in storage.axes else token for axis, token in enumerate(compute)]
+    pieces = 1
+    for token, size in zip(tokens, mesh.sizes[1:], strict=True):
+        if isinstance(token, Atom) and token.dim == 0:
+            pieces = max(pieces, token.repeats * size)
+    shard = "S(0)" if pieces == 1 else f"_S(0,{pieces})"
+    cut = [shard if axis in storage.axes else token for axis, token in enumerate(compute)]
     gradient = [
         "P" if token == "R" and (axis == 0 or tokens[axis - 1] == "G") else token
         for axis, token in enumerate(cut if storage.stage >= 2 else compute)

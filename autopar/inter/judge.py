@@ -24,10 +24,10 @@ from autopar.inter.judge_collectives import listed
 from autopar.inter.judge_flow import at_hand
 from autopar.inter.judge_routes import Mesh
 from autopar.inter.judge_transfers import Send, sends
-from autopar.inter.schedule import actions
 from autopar.inter.simulate import StageTimes, simulate
 from autopar.plan.errors import CheckError
 from autopar.plan.plan import Collective, MemoryParts, Plan, StagePlan, device_memory
+from autopar.plan.schedule import actions
 
 RELATIVE_TOLERANCE = 1e-6
 SECONDS = ("forward_s", "backward_s", "step_s", "send_forward_s", "send_backward_s")

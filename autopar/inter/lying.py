@@ -20,11 +20,11 @@ from autopar.rules.options import Option, Token
 
 
 class Lying:
-    """Writes the placements of one graph's values; ``local_batch`` counts the samples of a data rank, and ``data_axis``
+    """Writes the placements of one graph's values; ``micro_batch`` counts its samples, and ``data_axis``
     says whether the mesh names a data axis."""
 
-    def __init__(self, graph: Graph, local_batch: int, data_axis: bool = True) -> None:
-        self.graph, self.local_batch, self.data_axis = graph, local_batch, data_axis
+    def __init__(self, graph: Graph, micro_batch: int, data_axis: bool = True) -> None:
+        self.graph, self.micro_batch, self.data_axis = graph, micro_batch, data_axis
 
     def op_plan(self, op: Op, options: Sequence[Option]) -> OpPlan:
         """An op under one option per inner axis."""
@@ -86,7 +86,7 @@ class Lying:
         )
 
     def _cut(self, atom: Atom) -> str:
-        return replace(atom, repeats=self.graph.batch.scale(atom.repeats, self.local_batch)).text
+        return replace(atom, repeats=self.graph.batch.scale(atom.repeats, self.micro_batch)).text
 
     def _data_dim(self, value: Value) -> str:
         grows = next((dim for dim, size in enumerate(value.shape) if self.graph.batch.grows(size)), None)

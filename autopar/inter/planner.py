@@ -31,7 +31,7 @@ MAX_STAGES = 32
 """Pipelines are at most this deep."""
 REACHES = (1.25, 1.6, 2.5, 6.0, math.inf)
 """Steps are sought below these multiples of the bound without memory, one after the other."""
-EVEN_EVALUATIONS = 60
+EVEN_EVALUATIONS = 200
 """Pipelines simulated at most in the first of the two searches of a micro-batch size."""
 
 
@@ -112,6 +112,10 @@ def plan(
         bound = min(bound, least)
         if best is not None:
             found.append(best)
+        winner = min(found, key=lambda candidate: candidate.step_time_s, default=None)
+        for other in searches[: at + 1]:
+            if winner is None or other.book is not winner.book:
+                other.book.release()
         time_s = min((candidate.step_time_s for candidate in found), default=None)
         open_s = min([bound, *(other.free_bound_s for other in searches[at + 1 :])])
         gap = None if time_s is None else max(0.0, 1 - open_s / time_s)
@@ -123,6 +127,7 @@ def plan(
     found.sort(key=lambda candidate: candidate.step_time_s)
     runs = finished(found[0].book, found[0].stages, order)
     assert runs is not None, "the best pipeline was evaluated"
+    runs = mixed(found[0].book, found[0].stages, runs, order)
     return build_plan(
         Found(
             workload=workload,
@@ -208,6 +213,31 @@ def finished(
     return tuple(found)
 
 
+def mixed(
+    book: StageBook,
+    stages: tuple[tuple[int, int, int], ...],
+    runs: tuple[Finished, ...],
+    schedule: Schedule,
+) -> tuple[Finished, ...]:
+    """The runs of a pipeline, each replaced by the proven best mix of frontier points where the simulated step is then
+    no longer."""
+
+    def step_s(candidate: tuple[Finished, ...]) -> float:
+        times = pipeline_times(book, stages, candidate)
+        return simulate(schedule, times, book.num_microbatches).step_time_s  # type: ignore[arg-type]
+
+    best_s = step_s(runs)
+    slowest_first = sorted(range(len(stages)), key=lambda at: -runs[at].time_s)
+    held = held_microbatches(book, stages, schedule)
+    for at in slowest_first:
+        first, end, _ = stages[at]
+        one = book.mix(int(book.type_of[first, end]), held[at], runs[at])
+        candidate = (*runs[:at], one, *runs[at + 1 :])
+        if one is not runs[at] and (found_s := step_s(candidate)) <= best_s:
+            runs, best_s = candidate, found_s
+    return runs
+
+
 def pipeline_times(
     book: StageBook,
     stages: tuple[tuple[int, int, int], ...],
@@ -285,7 +315,7 @@ class _Search:
     def run(self, known_s: float) -> tuple[Best | None, float]:
         """The best pipeline below ``known_s`` seconds, and a bound on all of this size (at most ``known_s``)."""
         book = self.book
-        for reach in REACHES:
+        for reach in REACHES if math.isinf(known_s) else (math.inf,):
             below_s = min(known_s, reach * self.free_bound_s)
             if self.free_bound_s >= below_s:
                 return None, known_s

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from autopar.inter.blocks import Blocks, Mesh, Restriction
 from autopar.inter.finish import Finished, StagePoints, fastest
+from autopar.inter.mix import best_mix
 from autopar.inter.partition import StageTable
 from autopar.inter.transfers import Transfers
 from autopar.intra import frontier as fr
@@ -38,11 +39,14 @@ HUGE = 1e30  # stands for "impossible" in sums, where inf times zero would be un
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MeshSums:
-    """Per stage type, row and boundary placement: the seven ``totals``, and the ``bound_s`` of the rows."""
+    """Per stage type, row and boundary placement: the seven ``totals``, ``time_s`` per micro-batch with its share of
+    the step, and the ``bound_s`` of the rows. ``fastest`` (types,) is the flat position of the least time."""
 
     rows: tuple[PriceRow, ...]
     totals: Floats
+    time_s: Floats
     bound_s: Floats
+    fastest: NDArray[np.integer]
 
     def memory_bytes(self, in_flight: int) -> Floats:
         """All but the fixed share, (types, rows, boundaries)."""
@@ -105,6 +109,12 @@ class StageBook:
         self._points: dict[tuple[int, tuple[int, ...], int], BlockPoints] = {}
         self._sums: dict[tuple[Mesh, int], MeshSums] = {}
         self._by_mesh: dict[tuple[Mesh, int], StageBounds] = {}
+
+    def release(self) -> None:
+        """Give back the memory of what was priced; asking again prices it again."""
+        for kept in (self._bounds, self._finished, self._points, self._sums, self._by_mesh):
+            kept.clear()
+        self.blocks.forget(self.micro_batch)
 
     def ignore_from(self, cutoff_s: float) -> None:
         """Steps of ``cutoff_s`` seconds or longer are of no interest: stages busy for that long need no exact price."""
@@ -174,7 +184,14 @@ class StageBook:
                 held = np.where(present[:, None, None], totals[None, column, :, :, fr.WORKSPACE], 0.0)
                 np.maximum(sums[..., fr.WORKSPACE], held, out=sums[..., fr.WORKSPACE])
             bound = np.einsum("tc,crb->trb", self.counts, _least_over_modes(self.rows(phase), bounds))
-            self._sums[mesh, phase] = MeshSums(rows=self.rows(phase), totals=sums, bound_s=bound)
+            time = self.time_s(sums)
+            self._sums[mesh, phase] = MeshSums(
+                rows=self.rows(phase),
+                totals=sums,
+                time_s=time,
+                bound_s=bound,
+                fastest=time.reshape(len(time), -1).argmin(axis=1),
+            )
         return self._sums[mesh, phase]
 
     def bounds(self, num_devices: int, in_flight: int) -> StageBounds:
@@ -192,10 +209,8 @@ class StageBook:
         fits_free = []
         for mesh in meshes:
             sums = self.sums(mesh, FREE)
-            flat = self.time_s(sums.totals).reshape(len(best), -1)
-            at = flat.argmin(axis=1)[:, None]
-            memory = sums.memory_bytes(in_flight).reshape(flat.shape)
-            fits_free.append(np.take_along_axis(memory, at, axis=1)[:, 0] <= room)
+            memory = sums.memory_bytes(in_flight).reshape(len(best), -1)
+            fits_free.append(np.take_along_axis(memory, sums.fastest[:, None], axis=1)[:, 0] <= room)
             self._improve(best, even, sums, in_flight, room)
         phase = self._phase(in_flight)
         needed = np.zeros(len(self.counts), bool)
@@ -214,14 +229,16 @@ class StageBook:
 
     def _improve(self, best: Floats, even: Floats, sums: MeshSums, in_flight: int, room_bytes: float) -> None:
         """Take the fastest point that fits, for each type where it is below ``best`` (seconds)."""
-        time = np.where(sums.memory_bytes(in_flight) <= room_bytes, self.time_s(sums.totals), np.inf)
+        time = np.where(sums.memory_bytes(in_flight) <= room_bytes, sums.time_s, np.inf)
         flat = time.reshape(len(best), -1)
         at = flat.argmin(axis=1)
         rows = np.arange(len(best))
         better = flat[rows, at] < best
         best[better] = flat[rows, at][better]
-        for number, seconds in enumerate(self.times_s(sums.totals)):
-            even[number, better] = seconds.reshape(flat.shape)[rows, at][better]
+        if better.any():
+            picked = sums.totals.reshape(*flat.shape, fr.NUM_TOTALS)[rows[better], at[better]]
+            for number, seconds in enumerate(self.times_s(picked)):
+                even[number, better] = seconds
 
     def _phase(self, in_flight: int) -> int:
         return next(weight for weight in WEIGHTS if weight <= in_flight)
@@ -274,8 +291,6 @@ class StageBook:
         return self._finished[key]
 
     def _finish(self, kind: int, num_devices: int, in_flight: int) -> Finished | None:
-        columns = tuple(int(column) for column in np.flatnonzero(self.counts[kind]))
-        numbers = tuple(int(self.counts[kind, column]) for column in columns)
         room = self.budget_bytes - self.fixed_bytes()
         best: Finished | None = None
         meshes = self.meshes(num_devices)
@@ -285,25 +300,34 @@ class StageBook:
         for mesh in sorted(lower, key=lambda mesh: lower[mesh]):
             if best is not None and lower[mesh] >= self.num_microbatches * best.time_s:
                 break
-            phases = [FREE]
-            if self.restriction is None:
-                time, memory = (
-                    values[kind].reshape(-1)
-                    for values in (
-                        self.time_s(self.sums(mesh, FREE).totals),
-                        self.sums(mesh, FREE).memory_bytes(in_flight),
-                    )
-                )
-                if memory[time.argmin()] > room:
-                    phases.append(self._phase(in_flight))
-            points = StagePoints.of(
-                mesh, columns, numbers, {phase: [self.points(c, mesh, phase) for c in columns] for phase in phases}
-            )
+            points = self._stage_points(kind, mesh, in_flight)
             boundary = None
             if self.restriction is not None:
                 boundary = self.points(0, mesh, FREE).tables.boundaries.index(self.restriction.boundary)
             found = fastest(points, self, in_flight, room, boundary)
             if found is not None and (best is None or found.time_s < best.time_s):
+                best = found
+        return best
+
+    def _stage_points(self, kind: int, mesh: Mesh, in_flight: int) -> StagePoints:
+        columns = tuple(int(column) for column in np.flatnonzero(self.counts[kind]))
+        phases = [FREE]
+        if self.restriction is None:
+            sums, room = self.sums(mesh, FREE), self.budget_bytes - self.fixed_bytes()
+            if sums.memory_bytes(in_flight)[kind].reshape(-1)[sums.fastest[kind]] > room:
+                phases.append(self._phase(in_flight))
+        numbers = tuple(int(self.counts[kind, column]) for column in columns)
+        found = {phase: [self.points(column, mesh, phase) for column in columns] for phase in phases}
+        return StagePoints.of(mesh, columns, numbers, found)
+
+    def mix(self, kind: int, in_flight: int, run: Finished) -> Finished:
+        """``run`` or, on its mesh, the proven best mix of frontier points that is faster."""
+        points = self._stage_points(kind, run.choice.mesh, in_flight)
+        best, room = run, self.budget_bytes - self.fixed_bytes()
+        overlap = self.blocks.execution.overlap
+        for boundary in range(points.totals.shape[2]):
+            found = best_mix(points, self, in_flight, room, boundary, self.num_microbatches, overlap)
+            if found is not None and found.time_s < best.time_s * (1 - 1e-9):
                 best = found
         return best
 

@@ -80,7 +80,7 @@ class Transfers:
         key = (cut, stage[:2], choice.mesh, choice.boundary, forward)
         if key not in self._known:
             graph, mesh = self.book.blocks.graph, choice.mesh
-            lie = Lying(graph, self.book.micro_batch // mesh.data)
+            lie = Lying(graph, self.book.micro_batch)
             axes = tuple(Axis(name=f"axis{at}", size=size) for at, size in enumerate(mesh.sizes))
             total = 0
             for value in self._values[cut - 1]:

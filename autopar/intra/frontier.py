@@ -264,42 +264,40 @@ def _totals(
 ) -> Floats:
     shape = choices.shape[1:]
     sums = np.zeros((*shape, tb.NUM_METRICS))
-    finite = np.nan_to_num  # cells without a solution are arbitrary here and set to inf by the caller
+    workspace = np.zeros(shape)
     for node, metrics in enumerate(tables.node_metrics):
         picked = metrics[choices[node]]
-        workspace = np.maximum(sums[..., tb.WORKSPACE], picked[..., tb.WORKSPACE])
+        np.maximum(workspace, picked[..., tb.WORKSPACE], out=workspace)
         sums += picked
-        sums[..., tb.WORKSPACE] = workspace
     # Costs charge a tensor to the first op that keeps it; solutions may keep it in two placements (`copies`).
     for at, tensors in enumerate(tables.kept):
         sums[..., [tb.SAVED, tb.CORE_SAVED]] -= tensors[choices[2 + at]]
     kept = tables.copies.kept(choices.reshape(len(choices), -1))
     sums[..., [tb.SAVED, tb.CORE_SAVED]] += kept.reshape(*shape, 2)
+    # a cell without a solution is arbitrary here, infinite at most, and set to inf by the caller
     for source, target, forward, backward in tables.edges:
         pair = (choices[source], choices[target])
-        sums[..., tb.FORWARD] += finite(forward[pair], posinf=0)
-        sums[..., tb.BACKWARD] += finite(backward[pair], posinf=0)
+        sums[..., tb.FORWARD] += forward[pair]
+        sums[..., tb.BACKWARD] += backward[pair]
     held = np.zeros((*shape, pm.NUM_PARAMETER_METRICS))
     row_at = np.arange(shape[0])[:, None]
     for at, (metrics, chosen) in enumerate(parameter_metrics):
         strategy = choices[2 + at]
         for use in range(len(metrics)):
-            held += np.nan_to_num(metrics[use][strategy, chosen[use][row_at, strategy]], posinf=0)
+            held += metrics[use][strategy, chosen[use][row_at, strategy]]
+    full, selective = (np.array([[row.mode == mode] for row in rows]) for mode in ("full", "selective"))
+    f, c, b = (sums[..., m] for m in (tb.FORWARD, tb.CORE_FORWARD, tb.BACKWARD))
+    saved, core, boundary = (sums[..., m] for m in (tb.SAVED, tb.CORE_SAVED, tb.BOUNDARY))
+    again = np.where(full, f + c, np.where(selective, c, 0.0))
+    forward_launch_s, backward_launch_s = (count * tables.launch_s for count in tables.num_kernels)
+    launch_s = backward_launch_s + np.where(full, forward_launch_s, 0.0)
     totals = np.zeros((*shape, NUM_TOTALS))
-    launch = tables.num_kernels
-    device_launch = tables.launch_s
-    for index, row in enumerate(rows):
-        f, c, b = (sums[index, :, m] for m in (tb.FORWARD, tb.CORE_FORWARD, tb.BACKWARD))
-        saved, core, boundary = (sums[index, :, m] for m in (tb.SAVED, tb.CORE_SAVED, tb.BOUNDARY))
-        again = {"none": 0.0 * f, "selective": c, "full": f + c}[row.mode]
-        launches = {"none": 0, "selective": 0, "full": launch[0]}[row.mode] + launch[1]
-        gather_f, gather_b = held[index, :, pm.GATHER_FORWARD], held[index, :, pm.GATHER_BACKWARD]
-        totals[index, :, FORWARD] = np.maximum(np.maximum(f + c, launch[0] * device_launch), gather_f)
-        totals[index, :, BACKWARD] = np.maximum(np.maximum(b + again, launches * device_launch), gather_b)
-        totals[index, :, STEP] = held[index, :, pm.STEP]
-        totals[index, :, STEP_EXPOSED] = held[index, :, pm.STEP_EXPOSED]
-        totals[index, :, STATE] = held[index, :, pm.STATE]
-        totals[index, :, SAVED] = {"none": saved + core, "selective": saved, "full": boundary}[row.mode]
-        passing = sums[index, :, tb.WORKSPACE] + 2 * held[index, :, pm.GATHERED]
-        totals[index, :, WORKSPACE] = passing + {"none": 0 * f, "selective": core, "full": saved + core}[row.mode]
+    totals[..., FORWARD] = np.maximum(np.maximum(f + c, forward_launch_s), held[..., pm.GATHER_FORWARD])
+    totals[..., BACKWARD] = np.maximum(np.maximum(b + again, launch_s), held[..., pm.GATHER_BACKWARD])
+    totals[..., STEP] = held[..., pm.STEP]
+    totals[..., STEP_EXPOSED] = held[..., pm.STEP_EXPOSED]
+    totals[..., STATE] = held[..., pm.STATE]
+    totals[..., SAVED] = np.where(full, boundary, np.where(selective, saved, saved + core))
+    passing = workspace + 2 * held[..., pm.GATHERED]
+    totals[..., WORKSPACE] = passing + np.where(full, saved + core, np.where(selective, core, 0.0))
     return totals

@@ -8,7 +8,8 @@ Placements are texts of ``mesh.parse_placements``, one token per axis of the sta
 seconds, sizes bytes (integers); ``micro_batch_size`` counts samples over all ranks of a stage.
 """
 
-from typing import Literal
+from importlib import import_module
+from typing import Any, Literal
 
 import msgspec
 
@@ -246,6 +247,11 @@ class Plan(Noun, frozen=True, kw_only=True):
     notes: tuple[str, ...]
     command: str
     versions: dict[str, str]
+
+    def apply(self, model: Any, **options: Any) -> Any:
+        """This rank's trainer: ``plan.apply(model, optimizer=lambda params: torch.optim.AdamW(params, lr=3e-4))``. The
+        keywords are those of ``autopar.runtime.apply.apply``, which is loaded here and not before."""
+        return import_module("autopar.runtime.apply").apply(self, model, **options)
 
     def program(self, id: str) -> BlockProgram:
         """The program of that id; KeyError when there is none."""
