@@ -10,16 +10,15 @@ from autopar.plan.plan import Plan
 
 
 def judged(plan: Plan, blocks: Blocks, cluster: Cluster) -> Plan:
-    """``plan`` with its collectives. CheckError where a searched plan's figures are not those of its placements, which is
-    a bug of the planner; a manual layout that no search made says so in its notes."""
-    verdict = judge(plan, blocks.graph, blocks.blocks, cluster, blocks.profile)
+    """``plan`` with its collectives. A plan whose figures are not those of its placements, or whose placements the judge
+    cannot follow, says so in its notes: what it cannot vouch for it does not hide, and does not withhold."""
+    try:
+        verdict = judge(plan, blocks.graph, blocks.blocks, cluster, blocks.profile)
+    except CheckError as error:
+        return msgspec.structs.replace(plan, notes=(*plan.notes, f"not judged from its placements: {error}"))
     found = list(differences(plan, verdict))
     notes = plan.notes
-    if found and plan.search.status == "fixed":
-        notes = (*notes, f"priced from its placements the layout differs: {found[0]}")
-    elif found:
-        raise CheckError(
-            "the plan's figures are not those of its placements (a bug of autopar):\n  " + "\n  ".join(found)
-        )
+    if found:
+        notes = (*notes, f"priced from its placements the plan differs: {found[0]}")
     estimate = msgspec.structs.replace(plan.estimate, collectives=verdict.collectives)
     return msgspec.structs.replace(plan, estimate=estimate, notes=notes)
