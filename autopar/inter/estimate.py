@@ -6,6 +6,7 @@ the search's; the schedule is simulated; memory is that of the fullest run of de
     sum over its chunks of (state + held * saved) + max workspace + fixed                 (``run_memory``)
 """
 
+import itertools
 import time
 from dataclasses import dataclass
 from math import inf
@@ -24,15 +25,15 @@ from autopar.inter.blocks import Blocks
 from autopar.inter.emit import Found, build_plan
 from autopar.inter.finish import Finished, add
 from autopar.inter.layouts import StageCut, cuts, restriction
-from autopar.inter.planner import DTYPES, GIB, cut_bytes_of
-from autopar.inter.schedule import held_by_chunk
+from autopar.inter.planner import DTYPES, GIB
 from autopar.inter.simulate import StageTimes, simulate
 from autopar.inter.stages import FREE, StageBook
-from autopar.inter.transfer import send_seconds
+from autopar.inter.transfer import cut_bytes_of, send_seconds
 from autopar.intra import frontier as fr
 from autopar.plan.errors import LayoutError
 from autopar.plan.layout import Layout, parse_layout
 from autopar.plan.plan import Plan
+from autopar.plan.schedule import held_by_chunk
 from autopar.workload.workload import Workload
 
 Floats = NDArray[np.float64]
@@ -166,7 +167,7 @@ class LayoutPricer:
         """Times of all stages, transfers included."""
         per_node = self.cluster.devices_per_node
         sends = []
-        for at, (cut, following) in enumerate(zip(stages, stages[1:], strict=False)):
+        for at, (cut, following) in enumerate(itertools.pairwise(stages)):
             choice = runs[at + 1].choice
             backwards = following.first_device <= cut.first_device  # from the last run of devices to the first
             sends.append(

@@ -9,8 +9,13 @@ each rank needs its part only:
 
 from math import prod
 
+import numpy as np
+from numpy.typing import NDArray
+
 from autopar.cluster.cluster import Cluster
 from autopar.cost.redistribute import MeshLinks
+from autopar.graph.blocks import crossing
+from autopar.graph.ir import Block, Graph
 
 
 def send_seconds(
@@ -35,3 +40,12 @@ def send_seconds(
         links = MeshLinks(cluster, prod(mesh_sizes), mesh_sizes, whole)
         time_s += float(links.collective_s("all_gather", local / shards, tuple(range(len(whole)))))
     return time_s
+
+
+def cut_bytes_of(graph: Graph, blocks: tuple[Block, ...]) -> NDArray[np.float64]:
+    """Bytes that cross the cut before each block, whole at the traced batch; (blocks + 1,)."""
+    sizes = np.zeros(len(blocks) + 1)
+    for at, values in enumerate(crossing(graph, blocks), 1):
+        tensors = [graph.values[value] for value in values]
+        sizes[at] = sum(float(prod(one.shape)) * one.itemsize for one in tensors if one.requires_grad)
+    return sizes
