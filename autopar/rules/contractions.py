@@ -69,13 +69,21 @@ def einsum(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
 
 
 def grouped_mm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """x[t, k], w[e, k, n], offsets[e] -> [t, n]: rows sorted by expert. Rows of one shard meet all experts."""
-    if len(inputs[0].shape) != 2 or len(inputs[1].shape) != 3:
+    """x[t, k], w[e, k, n], ends[e] -> [t, n]: rows sorted by expert, those of expert e end before row ends[e].
+
+    ``ends`` is whole on every rank. Local form: a rank that holds rows [r, r + len) uses clamp(ends - r, 0, len); one that
+    holds some experts computes their rows and has zeros elsewhere, so the result is partial."""
+    if len(inputs) != 3 or len(inputs[0].shape) != 2 or len(inputs[1].shape) != 3:
         return replicated(op, inputs, outputs, known=False)
     labels = Labels()
-    t, n, k, e = labels.new(), labels.new(), labels.new("sum"), labels.new("whole")
-    sides = [(t, k), (e, k, n), (e,)][: len(inputs)]
-    return labels.rule(sides, [(t, n)], compute="matmul", roles=((t, "m"), (n, "n"), (k, "k")))
+    t, n, k, e = labels.new(), labels.new(), labels.new("sum"), labels.new("sum")
+    return labels.rule(
+        [(t, k), (e, k, n), (NO_LABEL,)],
+        [(t, n)],
+        compute="matmul",
+        roles=((t, "m"), (n, "n"), (k, "k"), (e, "b")),
+        local_form=(t, e),
+    )
 
 
 def attention(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:

@@ -1,6 +1,7 @@
 """Rules of ops that work element by element, along one dim, or that reduce: pointwise, norms, softmax, losses, look-ups."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 
 from autopar.graph.ir import Op, Value
@@ -136,6 +137,33 @@ def cross_entropy(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> 
     )
 
 
+def log_softmax(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+    """As ``along``, but the dim itself may be cut where it is the last: maximum and sum of exponentials are exchanged, fp32
+    each, and in the backward the sum of the gradient. Local form: x - log(all-reduced sum of exp(x))."""
+    rule = along(op, inputs, outputs)
+    shape = inputs[0].shape
+    label = rule.inputs[0][-1] if shape else NO_LABEL
+    if label == NO_LABEL or rule.kinds[label] != "whole":
+        return rule
+    rows = prod(shape[:-1]) * 4
+    kinds = tuple("inside" if at == label else kind for at, kind in enumerate(rule.kinds))
+    inside = Inside(
+        forward_bytes=2 * rows, backward_bytes=rows, labels=tuple(at for at in rule.inputs[0][:-1] if at != NO_LABEL)
+    )
+    return replace(rule, kinds=kinds, inside=inside, local_form=(label,))
+
+
+def nll_loss(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+    """log-probabilities[t, v], target[t] -> loss. Local form: a rank adds up what it has of the tokens' log-probabilities,
+    zero for targets in another part of the vocabulary, over the count of all tokens that are not ignored."""
+    if len(inputs[0].shape) != 2 or len(inputs) != 2 or inputs[1].shape != inputs[0].shape[:1]:
+        return replicated(op, inputs, outputs, known=False)
+    labels = Labels()
+    t = labels.new("parallel" if outputs[0].shape else "sum")
+    v = labels.new("sum")
+    return labels.rule([(t, v), (t,)], [(t,)] if outputs[0].shape else [()], local_form=(t, v))
+
+
 def loss(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     """mse_loss and kin over equal shapes."""
     labels = Labels()
@@ -152,20 +180,23 @@ def pool(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     return labels.rule([(*lead, *space)], outs)
 
 
-def routing(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """Ops that route tokens (sort by expert, gather and scatter rows by that order, histogram): every rank routes the
-    tokens it holds, which permutes them among themselves and changes no result; other dims of rows are parallel."""
-    labels = Labels()
-    grown = max((value.shape[0] for value in (*inputs, *outputs) if value.shape), default=0)
-    tokens = labels.new()
-    rows = {value.shape[0] for value in (*inputs, *outputs) if value.shape and value.shape[0] * 64 > grown}
-    widths: dict[int, int] = {}
+def index(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+    """x[v, ...], index[...] -> x[index]: the rows that are asked for are independent, and so are the other dims.
 
-    def dims(value: Value) -> tuple[int, ...]:
-        first = () if not value.shape else (tokens if value.shape[0] in rows else NO_LABEL,)
-        rest = tuple(widths.setdefault(size, labels.new()) if size > 1 else NO_LABEL for size in value.shape[1:])
-        return (*first, *rest)
-
-    if len(rows) > 1 or prod(inputs[0].shape) == 0:
+    Local form of cut rows v: as a look-up in a part of a vocabulary, zeros for the rows that others hold."""
+    places = op.args[1] if len(op.args) > 1 and isinstance(op.args[1], tuple) else ()
+    if len(places) != 1 or len(inputs) != 2 or inputs[1].dtype == "bool":
         return replicated(op, inputs, outputs, known=True)
-    return labels.rule([dims(value) for value in inputs], [dims(value) for value in outputs])
+    labels = Labels()
+    asked = labels.dims(inputs[1].shape)
+    rest = labels.dims(inputs[0].shape[1:])
+    floats = inputs[0].dtype.startswith(("float", "bfloat"))
+    rows = labels.new("sum" if floats else "whole") if inputs[0].shape[0] > 1 else NO_LABEL
+    return labels.rule([(rows, *rest), asked], [(*asked, *rest)], local_form=(rows,) if rows != NO_LABEL else ())
+
+
+def histogram(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+    """histc(x, bins, min, max): counts of parts add up, unless the range is that of x itself (min = max)."""
+    labels = Labels()
+    fixed = argument(op, 2, "min", 0) != argument(op, 3, "max", 0)
+    return labels.rule([labels.dims(inputs[0].shape, "sum" if fixed else "whole")], [(NO_LABEL,)])
