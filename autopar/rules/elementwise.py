@@ -1,4 +1,4 @@
-"""Rules of ops that work element by element, along one dim, or that reduce: pointwise, norms, softmax, losses, look-ups."""
+"""Rules of ops that work element by element, along one dim, or that reduce: pointwise, norms, softmax, losses."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -113,14 +113,6 @@ def extremum(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRul
     return OpRule(inputs=rule.inputs, outputs=rule.outputs * len(outputs), kinds=kinds)
 
 
-def embedding(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """weight[v, h], ids[...] -> [..., h]: a shard of the vocabulary looks up what it has, zero otherwise."""
-    labels = Labels()
-    ids = labels.dims(inputs[1].shape)
-    v, h = labels.new("sum"), labels.new()
-    return labels.rule([(v, h), ids], [(*ids, h)])
-
-
 def cross_entropy(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     """logits[t, v], target[t] -> loss: tokens give partial losses; a sharded vocabulary exchanges maximum, sum of
     exponentials and the target's logit, fp32 each (Shoeybi et al., "Megatron-LM", 2019, section 3)."""
@@ -178,25 +170,3 @@ def pool(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     space = labels.dims(inputs[0].shape[2:], "whole")
     outs = [(*lead, *labels.dims(value.shape[2:], "whole")) for value in outputs]
     return labels.rule([(*lead, *space)], outs)
-
-
-def index(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """x[v, ...], index[...] -> x[index]: the rows that are asked for are independent, and so are the other dims.
-
-    Local form of cut rows v: as a look-up in a part of a vocabulary, zeros for the rows that others hold."""
-    places = op.args[1] if len(op.args) > 1 and isinstance(op.args[1], tuple) else ()
-    if len(places) != 1 or len(inputs) != 2 or inputs[1].dtype == "bool":
-        return replicated(op, inputs, outputs, known=True)
-    labels = Labels()
-    asked = labels.dims(inputs[1].shape)
-    rest = labels.dims(inputs[0].shape[1:])
-    floats = inputs[0].dtype.startswith(("float", "bfloat"))
-    rows = labels.new("sum" if floats else "whole") if inputs[0].shape[0] > 1 else NO_LABEL
-    return labels.rule([(rows, *rest), asked], [(*asked, *rest)], local_form=(rows,) if rows != NO_LABEL else ())
-
-
-def histogram(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """histc(x, bins, min, max): counts of parts add up, unless the range is that of x itself (min = max)."""
-    labels = Labels()
-    fixed = argument(op, 2, "min", 0) != argument(op, 3, "max", 0)
-    return labels.rule([labels.dims(inputs[0].shape, "sum" if fixed else "whole")], [(NO_LABEL,)])

@@ -98,8 +98,12 @@ CASES: dict[str, tuple[Forward, tuple[int, ...], tuple[int, ...], int]] = {
     "padded_embedding": (lambda x, t, w, b: x * F.embedding(t, w, padding_idx=1), (8,), (8, 8), 1),
     "one_hot": (lambda x, t, w, b: x * F.one_hot(t, 8), (8,), (1,), 1),
     "gather": (lambda x, t, w, b: x.gather(1, t.unsqueeze(1)), (8,), (1,), 1),
+    "scatter": (lambda x, t, w, b: torch.zeros_like(x).scatter(2, x.argmax(-1, True), 1.0) * b + x, (4, 8), (1,), 8),
+    "scatter_add": (lambda x, t, w, b: (x * b).scatter_add(1, x.argsort(1), x), (4, 8), (1,), 8),
+    "gather_inner": (lambda x, t, w, b: x.gather(1, x.argsort(1)) * b, (4, 8), (1,), 8),
+    "roll": (lambda x, t, w, b: x.roll(1, 1) * b, (4, 8), (1,), 8),
     "masked": (lambda x, t, w, b: torch.where(x > 0, x, b) + x.masked_fill(x < 0, 0.0), (4, 8), (1,), 8),
-    "roll_flip": (lambda x, t, w, b: x.flip(1) * b, (4, 8), (1,), 8),
+    "flip": (lambda x, t, w, b: x.flip(1) * b, (4, 8), (1,), 8),
     "repeat": (lambda x, t, w, b: x.repeat_interleave(2, dim=1) * b, (4, 8), (1,), 8),
     "triangle": (lambda x, t, w, b: x.tril() * b, (8, 8), (1,), 8),
 }  # fmt: skip
@@ -107,6 +111,7 @@ CASES: dict[str, tuple[Forward, tuple[int, ...], tuple[int, ...], int]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_option_of_the_op(name: str) -> None:
-    faults, _, tried = wrong_options(traced(*CASES[name]))
+    faults, unknown, tried = wrong_options(traced(*CASES[name]))
     assert tried > 5
     assert not faults, "\n".join(faults[:6])
+    assert not unknown
