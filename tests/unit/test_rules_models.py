@@ -134,9 +134,10 @@ def wrong_options(traced: Traced) -> tuple[list[str], set[str], int]:
     return faults, unknown, tried
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "gpt" else pytest.mark.slow) for name in MODELS]
-)
+SLOW = {"gpt_untied", "moe", "wide_resnet", "t5"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in MODELS])
 def test_every_option_of_the_model(name: str) -> None:
     faults, unknown, tried = wrong_options(trace(MODELS[name](), dtype="float32"))
     assert tried > 50
