@@ -57,6 +57,7 @@ def batch_norm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpR
         [dims, *((channel,) for _ in inputs[1:])],
         [dims],
         inside=Inside(forward_bytes=exchanged, backward_bytes=exchanged, labels=(channel,)),
+        local_form=(batch,),
     )
 
 
@@ -89,7 +90,7 @@ def along(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
 
 
 def reduce(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """sum and mean: reduced dims give partial results; means of equal shards are partial averages."""
+    """sum and mean: reduced dims give partial results. Local form of a mean: the sum of the rank's part over the whole count."""
     shape = inputs[0].shape
     given = argument(op, 1, "dim", None)
     if isinstance(given, str) or given is None or isinstance(given, bool):
@@ -103,7 +104,8 @@ def reduce(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
         out = tuple(NO_LABEL if at in reduced else label for at, label in enumerate(dims))
     else:
         out = tuple(label for at, label in enumerate(dims) if at not in reduced)
-    return labels.rule([dims], [out])
+    averaged = tuple(label for label in dims if label != NO_LABEL and labels.kinds[label] == "sum")
+    return labels.rule([dims], [out], local_form=averaged if op.target.startswith("aten.mean") else ())
 
 
 def extremum(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
@@ -115,7 +117,8 @@ def extremum(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRul
 
 def cross_entropy(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     """logits[t, v], target[t] -> loss: tokens give partial losses; a sharded vocabulary exchanges maximum, sum of
-    exponentials and the target's logit, fp32 each (Shoeybi et al., "Megatron-LM", 2019, section 3)."""
+    exponentials and the target's logit, fp32 each (Shoeybi et al., "Megatron-LM", 2019, section 3). Local form of a mean
+    over cut tokens: the sum of the rank's losses over the count of all targets that are not ignored."""
     if len(inputs[0].shape) != 2 or len(inputs) != 2 or inputs[1].shape != inputs[0].shape[:1]:
         return replicated(op, inputs, outputs, known=False)
     labels = Labels()
@@ -126,6 +129,7 @@ def cross_entropy(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> 
         [(t, v), (t,)],
         [(t,)] if outputs[0].shape else [()],
         inside=Inside(forward_bytes=exchanged, backward_bytes=0, labels=(t,)),
+        local_form=(t, v) if not outputs[0].shape and argument(op, 3, "reduction", 1) == 1 else (v,),
     )
 
 
@@ -157,10 +161,14 @@ def nll_loss(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRul
 
 
 def loss(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """mse_loss and kin over equal shapes."""
+    """mse_loss and kin over equal shapes. Local form of a mean: the sum of the rank's part over the whole count."""
     labels = Labels()
-    dims = labels.dims(inputs[0].shape, "parallel" if outputs[0].shape else "sum")
-    return labels.rule([dims for _ in inputs], [dims if outputs[0].shape else ()])
+    scalar = not outputs[0].shape
+    if any(value.shape != inputs[0].shape for value in inputs):
+        return replicated(op, inputs, outputs, known=False)
+    dims = labels.dims(inputs[0].shape, "sum" if scalar else "parallel")
+    averaged = tuple(label for label in dims if label != NO_LABEL) if scalar else ()
+    return labels.rule([dims for _ in inputs], [() if scalar else dims], local_form=averaged)
 
 
 def pool(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:

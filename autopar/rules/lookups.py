@@ -11,11 +11,11 @@ from autopar.rules.rule import NO_LABEL, OpRule
 
 
 def embedding(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """weight[v, h], ids[...] -> [..., h]: a shard of the vocabulary looks up what it has, zero otherwise."""
+    """weight[v, h], ids[...] -> [..., h]: a shard of the vocabulary looks up what it has, zero otherwise (its local form)."""
     labels = Labels()
     ids = labels.dims(inputs[1].shape)
     v, h = labels.new("sum"), labels.new()
-    return labels.rule([(v, h), ids], [(*ids, h)])
+    return labels.rule([(v, h), ids], [(*ids, h)], local_form=(v,))
 
 
 def index(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:

@@ -103,7 +103,7 @@ def _widened(argument: Any) -> Any:
     return WIDE if isinstance(argument, torch.dtype) and argument.is_floating_point else argument
 
 
-def check_option(case: Case, option: Option, ranks: int, seed: int = 0) -> str:
+def check_option(case: Case, option: Option, rule: OpRule, ranks: int, seed: int = 0) -> str:
     """ "" where the option holds on ``ranks`` ranks, else what is wrong with it."""
     generator = torch.Generator().manual_seed(seed)
     whole = [
@@ -119,7 +119,8 @@ def check_option(case: Case, option: Option, ranks: int, seed: int = 0) -> str:
         for t, token, value in zip(whole, option.inputs, case.inputs, strict=True)
     ]
     per_rank = [[parts[rank] for parts in local] for rank in range(ranks)]
-    simulate = KERNELS.get(case.name, _each)
+    own = case.name in SIZED or not set(option.labels).isdisjoint(rule.local_form)
+    simulate = KERNELS[case.name] if own and case.name in KERNELS else _each
     try:
         outputs = simulate(case, option, per_rank)
     except (RuntimeError, IndexError, ValueError) as error:
@@ -383,6 +384,10 @@ KERNELS: dict[str, Callable[[Case, Option, Ranks], Simulated]] = {
     **dict.fromkeys(("_grouped_mm", "grouped_mm", "grouped_mm_fallback"), _grouped_mm),
     **dict.fromkeys(("softmax", "_softmax", "log_softmax", "_log_softmax"), _softmax),
 }
+
+
+# Ops with sizes among their literals: on a rank these follow from the shape of its part of the output.
+SIZED = frozenset(name for name, kernel in KERNELS.items() if kernel in (_reshape, _expand, _split))
 
 
 def ranks_to_try(option: Option, rule: OpRule) -> list[int]:

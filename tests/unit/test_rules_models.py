@@ -129,7 +129,7 @@ def wrong_options(traced: Traced) -> tuple[list[str], set[str], int]:
                         continue
                     seen.add(key)
                     tried += 1
-                    if wrong := check_option(case, option, ranks):
+                    if wrong := check_option(case, option, node.rule, ranks):
                         faults.append(f"{op.name} {op.target} {op.args} {types} over {ranks}: {option}: {wrong}")
     return faults, unknown, tried
 
