@@ -177,8 +177,9 @@ class _Builder:
             compute, rest = parse(planned.compute), parse(planned.parameter)
             gradient, optimizer = parse(planned.gradient), parse(planned.optimizer)
             axes = tuple(axis for axis, (at, used) in enumerate(zip(optimizer, compute, strict=True)) if at != used)
+            trained = value.kind == "parameter" and value.requires_grad
             zero = 0
-            if axes and value.shape:
+            if axes and value.shape and trained:
                 zero = 3 if rest[axes[0]] != compute[axes[0]] else 2 if isinstance(gradient[axes[0]], Cut) else 1
             yield (
                 value.id,
@@ -186,7 +187,7 @@ class _Builder:
                     value=value.id,
                     shape=value.shape,
                     compute=compute,
-                    gradient=tuple("P" if axis in axes else token for axis, token in enumerate(gradient)),
+                    gradient=tuple("P" if axis in axes and zero else token for axis, token in enumerate(gradient)),
                     zero=zero,
                     zero_axes=axes if zero else (),
                     trained=value.kind == "parameter" and value.requires_grad,
