@@ -187,7 +187,7 @@ class _Builder:
                     value=value.id,
                     shape=value.shape,
                     compute=compute,
-                    gradient=tuple("P" if axis in axes and zero else token for axis, token in enumerate(gradient)),
+                    gradient=tuple("P" if axis in axes else token for axis, token in enumerate(gradient)),
                     zero=zero,
                     zero_axes=axes if zero else (),
                     trained=value.kind == "parameter" and value.requires_grad,
