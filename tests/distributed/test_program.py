@@ -70,3 +70,26 @@ def test_collectives_of_the_graph_are_those_that_run(pool: Pool, name: str) -> N
         assert {names.get(kind, kind): count for kind, count in ran.items()} == held
         assert held["all_gather"] > 0
         assert held["reduce_scatter"] > 0
+
+
+def saved_bytes(plan_json: bytes, name: str) -> int:
+    """Bytes that the forward of one micro-batch leaves for its backward, parameters and inputs aside."""
+    plan = msgspec.json.decode(plan_json, type=Plan)
+    one = MODELS[name]
+    workload = one.workload()
+    trainer = apply(plan, parity.real_model(workload, 0), workload=workload)
+    stage = trainer.stages[0]
+    assert stage.lowered is not None
+    data = trainer._slices(parity.random_batch(workload, plan.global_batch, 0, one.classes))
+    stage.forward(0, data[0], {})
+    saved = stage._kept[0][len(stage.lowered.kept_arguments) :]
+    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in saved}.values())
+
+
+@pytest.mark.parametrize(("name", "recompute"), [("gpt-tied", "none"), ("llama", "none"), ("gpt-tied", "full")])
+def test_saved_tensors_are_those_the_plan_charges_for(pool: Pool, name: str, recompute: str) -> None:
+    one = MODELS[name]
+    plan = make_plan(one.workload(), "1", 0, recompute, one.batch)
+    charged = plan.stages[0].memory.saved_activations_bytes / plan.stages[0].in_flight
+    (saved,) = pool.run(1, saved_bytes, msgspec.json.encode(plan), name)
+    assert abs(saved - charged) < 0.03 * charged
