@@ -16,6 +16,7 @@ from autopar.graph.trace import trace
 from autopar.plan.errors import AutoparError, PlanFileError, UsageError
 from autopar.plan.plan import Plan
 from autopar.runtime.collectives import sequence_of
+from autopar.runtime.initialise import DeferredInitialisation
 from autopar.runtime.mesh import make_meshes
 from autopar.runtime.parameters import MakeOptimizer, StageParameters, tie
 from autopar.runtime.program import build_programs
@@ -43,8 +44,10 @@ def apply(
 ) -> Trainer:
     """This rank's trainer of ``plan``; collective over the world, which must have as many ranks as the plan GPUs.
 
-    ``model`` holds the initial weights, alike on every rank; each keeps only its parts of them. ``optimizer`` makes a
-    torch optimizer that works element by element (AdamW, SGD) on a list of fp32 parameters. ``seed`` is dropout's; ``workload`` is only needed for
+    ``model`` holds the initial weights, alike on every rank; each keeps only its parts of them. One on the meta device is
+    initialised tensor by tensor, as its file, Hugging Face or its modules do it. ``optimizer`` makes a
+    torch optimizer that works element by element (AdamW, SGD) on a list of fp32 parameters. ``seed`` is that of
+    dropout and initial weights; ``workload`` is only needed for
     a model built in Python. ``dtype`` ("float64") computes in another dtype than the plan's; ``twin`` takes a
     model of the plan's structure in other sizes. Raises UsageError (world size, differing plans), PlanFileError (the model is another)."""
     check_world(plan)
@@ -65,8 +68,12 @@ def apply(
     names = {value.id: value.names for value in graph.values if value.kind in ("parameter", "buffer")}
     dtypes = {value.id: getattr(torch, value.dtype) for value in graph.values} | {KEY: torch.int64}
 
+    deferred = None
+    if any(tensor.is_meta for tensor in tensors.values()):
+        deferred = DeferredInitialisation(model, workload, seed)
+
     def source(value: int) -> Tensor:
-        return _real(tensors, names[value])
+        return _initial(tensors, names[value], deferred)
 
     stages, stored = {}, {}
     for program, mesh in zip(programs, meshes, strict=True):
@@ -151,14 +158,12 @@ def _own_device() -> torch.device:
     return torch.device("cpu")
 
 
-def _real(tensors: dict[str, Tensor], names: tuple[str, ...]) -> Tensor:
-    """The tensor of any of these names; UsageError for one that was never initialised."""
-    for name in names:
-        found = tensors.get(name)
-        if found is not None:
-            if found.is_meta:
-                raise UsageError(
-                    f"parameter {name} has no values (it is on the meta device); initialise the model first"
-                )
-            return found.detach()
-    raise UsageError(f"the model has no parameter {names[0]}, which the plan places")
+def _initial(tensors: dict[str, Tensor], names: tuple[str, ...], deferred: DeferredInitialisation | None) -> Tensor:
+    """The initial value of the tensor of these names."""
+    found = next((name for name in names if name in tensors), None)
+    if found is None:
+        raise UsageError(f"the model has no parameter {names[0]}, which the plan places")
+    if tensors[found].is_meta:
+        assert deferred is not None
+        return deferred.tensor(found)
+    return tensors[found].detach()

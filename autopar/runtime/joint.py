@@ -18,19 +18,27 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.graph import _BoxedCodeGen  # private; tried on torch 2.13.0
 
 from autopar.runtime.stage import GATHER, StageFunction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Lowered:
-    """``forward(*arguments)`` returns ``num_outputs`` outputs, then ``num_saved`` tensors for ``backward``, which takes the
-    arguments ``kept_arguments``, those, and the tangents, and returns the gradients."""
+    """``run_forward(arguments)`` returns ``num_outputs`` outputs, then the tensors saved for ``run_backward``, which takes
+    the arguments ``kept_arguments``, those, and the tangents, and returns the gradients. Both empty the list they are given,
+    so that a tensor lives until its last reader has run."""
 
     forward: fx.GraphModule
     backward: fx.GraphModule
     num_outputs: int
     kept_arguments: tuple[int, ...]
+
+    def run_forward(self, arguments: list[Tensor]) -> list[Tensor]:
+        return list(self.forward.forward(arguments))
+
+    def run_backward(self, arguments: list[Tensor]) -> list[Tensor]:
+        return list(self.backward.forward(arguments))
 
 
 def lower(stage: StageFunction, shapes: Sequence[tuple[tuple[int, ...], torch.dtype]], device: torch.device) -> Lowered:
@@ -86,6 +94,7 @@ def partition(module: fx.GraphModule, num_arguments: int, num_outputs: int) -> L
     kept = sorted((node for node in saved if node in arguments), key=order.__getitem__)
     held = sorted((node for node in saved if node.op != "placeholder"), key=order.__getitem__)
     first = fx.Graph()
+    first.set_codegen(_BoxedCodeGen())
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         if node in forward or node in arguments:
@@ -109,6 +118,7 @@ def _backward(
     graph: fx.Graph, wanted: set[fx.Node], forward: set[fx.Node], inputs: Sequence[fx.Node], gradients: Sequence[Any]
 ) -> fx.Graph:
     second = fx.Graph()
+    second.set_codegen(_BoxedCodeGen())
     copies = {node: second.placeholder(node.name) for node in inputs}
 
     def emit(wanted_node: fx.Node) -> None:

@@ -22,7 +22,7 @@ from autopar.runtime.layout import Cut, held
 from autopar.runtime.mesh import Mesh
 from autopar.runtime.move import all_gather, all_reduce, reduce_scatter
 from autopar.runtime.program import StageParameter, StageProgram
-from autopar.runtime.transfer import Channel, Held, Mailbox
+from autopar.runtime.transfer import Channel, Held, Mailbox, make_lanes
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -221,6 +221,7 @@ def tie(
         for stored in program.parameters:
             if stored.trained:
                 holders.setdefault(stored.value, []).append(program)
+    lanes = make_lanes()
     ties = []
     for value, holding in sorted(holders.items()):
         layouts = {}
@@ -232,7 +233,7 @@ def tie(
         for source in layouts:
             for target in layouts:
                 if source != target:
-                    ties.append((value, source, target, Channel(layouts[source], layouts[target], rank, 0)))
+                    ties.append((value, source, target, Channel(layouts[source], layouts[target], rank, 0, lanes)))
     return Ties(ties=ties, stages=dict(stages))
 
 

@@ -177,8 +177,9 @@ class _Builder:
             compute, rest = parse(planned.compute), parse(planned.parameter)
             gradient, optimizer = parse(planned.gradient), parse(planned.optimizer)
             axes = tuple(axis for axis, (at, used) in enumerate(zip(optimizer, compute, strict=True)) if at != used)
+            trained = value.kind == "parameter" and value.requires_grad
             zero = 0
-            if axes and value.shape:
+            if axes and value.shape and trained:
                 zero = 3 if rest[axes[0]] != compute[axes[0]] else 2 if isinstance(gradient[axes[0]], Cut) else 1
             yield (
                 value.id,

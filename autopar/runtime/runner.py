@@ -49,8 +49,8 @@ class StageRunner:
             self._kept[microbatch] = (leaves, outputs)
             sent, loss, buffers = outputs.sent, outputs.loss, outputs.buffers
         else:
-            results = list(self.lowered.forward(*arguments))
             kept = [arguments[at] for at in self.lowered.kept_arguments]
+            results = self.lowered.run_forward(arguments)
             self._kept[microbatch] = [*kept, *results[self.lowered.num_outputs :]]
             count = len(self.program.sent)
             sent = tuple(results[:count])
@@ -70,7 +70,7 @@ class StageRunner:
         else:
             arguments = [*kept, *tangents]
             kept.clear()
-            gradients = self.lowered.backward(*arguments)
+            gradients = self.lowered.run_backward(arguments)
         back = {}
         for value, gradient in zip(self.function.differentiated, gradients, strict=True):
             if value in self.parameters.parameters:

@@ -23,7 +23,7 @@ from autopar.runtime.randomness import step_key
 from autopar.runtime.runner import StageRunner
 from autopar.runtime.scaling import LossScale
 from autopar.runtime.stage import KEY
-from autopar.runtime.transfer import Channel, Mailbox, mesh_layout
+from autopar.runtime.transfer import Channel, Mailbox, make_lanes, mesh_layout
 
 _LOST = ("Connection closed", "Connection reset", "Timed out", "Broken pipe", "Read error", "Write error", "NCCL error")
 
@@ -61,6 +61,7 @@ class Trainer:
         self.optimizer: torch.optim.Optimizer | None = None
         if make_optimizer is not None and masters:
             self.optimizer = make_optimizer(masters)
+        self._lanes = (make_lanes(), make_lanes())
         self._channels = [self._channel(crossing, at) for at, crossing in enumerate(crossings)]
         self.schedule = self._actions()
 
@@ -176,8 +177,8 @@ class Trainer:
         reader = mesh_layout(crossing.shape, crossing.received, self.meshes[crossing.reader])
         return (
             crossing,
-            Channel(maker, reader, self.rank, 2 * at + 1),
-            Channel(reader, maker, self.rank, 2 * at + 2),
+            Channel(maker, reader, self.rank, 2 * at + 1, self._lanes[0]),
+            Channel(reader, maker, self.rank, 2 * at + 2, self._lanes[1]),
         )
 
     def _slices(self, batch: Mapping[str, Any]) -> list[dict[int, Tensor]]:

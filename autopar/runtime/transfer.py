@@ -82,15 +82,41 @@ def put(whole: Tensor, positions: Held, part: Tensor) -> None:
     whole[tuple(shaped)] = part
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Lanes:
+    """The process groups that messages up and down the ranks go by; None is the world's own.
+
+    NCCL knows no tags and runs the messages of a pair of ranks in the order posted, which differs at both ends between
+    activations and gradients, and between the two directions: each then has a group of its own."""
+
+    up: dist.ProcessGroup | None = None
+    down: dist.ProcessGroup | None = None
+
+    def of(self, route: Route) -> dist.ProcessGroup | None:
+        return self.up if route.source < route.target else self.down
+
+
+def make_lanes() -> Lanes:
+    """Lanes for one sort of message; collective over the world."""
+    if dist.get_backend() != "nccl":
+        return Lanes()
+    return Lanes(up=dist.new_group(), down=dist.new_group())
+
+
 class Channel:
     """One tensor's way between two layouts, used again and again; ``tag`` tells its messages from others'.
 
     Sends do not block: ``sent`` holds their buffers until ``Mailbox.flush``."""
 
     def __init__(
-        self, sources: Sequence[tuple[int, Held]], targets: Sequence[tuple[int, Held]], rank: int, tag: int
+        self,
+        sources: Sequence[tuple[int, Held]],
+        targets: Sequence[tuple[int, Held]],
+        rank: int,
+        tag: int,
+        lanes: Lanes,
     ) -> None:
-        self.rank, self.tag = rank, tag
+        self.rank, self.tag, self.lanes = rank, tag, lanes
         found = routes(sources, targets, rank)
         self.outgoing = [route for route in found if route.source == rank]
         self.incoming = [route for route in found if route.target == rank]
@@ -104,7 +130,7 @@ class Channel:
             if route.target == self.rank:
                 mailbox.own.setdefault(self.tag, []).append(message)
             else:
-                work = dist.isend(message, route.target, tag=self.tag)
+                work = dist.isend(message, route.target, group=self.lanes.of(route), tag=self.tag)
                 assert work is not None
                 mailbox.pending.append((work, message))
 
@@ -118,7 +144,7 @@ class Channel:
                 put(whole, route.put, mailbox.own[self.tag].pop(0))
                 continue
             message = torch.empty([len(index) for index in route.put], dtype=dtype, device=device)
-            work = dist.irecv(message, route.source, tag=self.tag)
+            work = dist.irecv(message, route.source, group=self.lanes.of(route), tag=self.tag)
             assert work is not None
             works.append((work, message, route))
         for work, message, route in works:

@@ -4,6 +4,7 @@ The oracle is the user's own model under torch's autograd, micro-batch by micro-
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from autopar.plan.plan import Plan
 from autopar.runtime.apply import apply
+from autopar.runtime.oracle import Widened
 from autopar.runtime.parameters import pick, rest_held
 from autopar.workload.load import load_workload
 from autopar.workload.workload import Workload, accepted_settings
@@ -70,14 +72,17 @@ def random_batch(workload: Workload, size: int, seed: int, classes: int) -> dict
 
 
 def reference_gradients(model: nn.Module, workload: Workload, batch: dict[str, Tensor], count: int) -> Tensor:
-    """Loss of one process over ``count`` micro-batches; gradients are left in ``.grad``."""
+    """Loss of one process over ``count`` micro-batches; gradients are left in ``.grad``. A model in fp64 computes all in
+    fp64, whatever dtype its code casts to."""
+    double = next(model.parameters()).dtype == torch.float64
     from autopar.graph.export import scalar_loss
 
     parts = {name: tensor.chunk(count) for name, tensor in batch.items()}
     total = torch.zeros((), dtype=torch.float64)
     for at in range(count):
         inputs = {name: part[at] for name, part in parts.items()}
-        loss = scalar_loss(model(**inputs), workload.loss_fn, inputs) / count
+        with Widened() if double else nullcontext():
+            loss = scalar_loss(model(**inputs), workload.loss_fn, inputs) / count
         loss.backward()
         total = total + loss.detach()
     return total

@@ -47,7 +47,7 @@ class Pool:
             except queue.Empty:
                 missing = sorted(set(range(world)) - set(found) - set(errors))
                 raise RuntimeError(f"ranks {missing} hang; errors: {errors}") from None
-            if count == self.count:
+            if count in (0, self.count):  # 0: the task itself could not be read
                 (errors if error else found)[rank] = error or result
         if errors:
             raise RuntimeError("\n".join(f"rank {rank}: {error}" for rank, error in sorted(errors.items())))
@@ -81,9 +81,10 @@ def _work(rank: int, tasks: Any, results: Any) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    while (item := tasks.get()) is not None:
-        count, world, path, task, args = item
+    while True:
+        count = 0
         try:
+            count, world, path, task, args = tasks.get()
             store = dist.FileStore(path, world)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
             result, error = task(*args), None

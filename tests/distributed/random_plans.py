@@ -17,11 +17,11 @@ from autopar.rules.options import Option, Token
 from autopar.workload.workload import Workload
 
 
-def random_plan(workload: Workload, seed: int, max_ranks: int = 4) -> Plan:
+def random_plan(workload: Workload, seed: int, max_ranks: int = 4, batch: int = 8) -> Plan:
     """One or two stages on meshes of one or two axes of 1 to ``max_ranks`` ranks in all."""
     draw = random.Random(seed)
-    batch = 8
-    base = estimate(workload, cluster="cpu-gloo", gpus=1, layout="mbs=4", global_batch=batch, dtype="fp32")
+    layout = f"mbs={batch // 2}"
+    base = estimate(workload, cluster="cpu-gloo", gpus=1, layout=layout, global_batch=batch, dtype="fp32")
     graph = order_for_blocks(trace(workload, dtype="float32").graph)
     blocks = cut_blocks(graph)
     num_stages = draw.choice((1, 1, 2)) if len(blocks) > 1 and max_ranks > 1 else 1

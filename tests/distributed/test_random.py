@@ -10,6 +10,7 @@ from tests.distributed import parity
 from tests.distributed.pool import Pool
 from tests.distributed.random_models import random_workload
 from tests.distributed.random_plans import random_plan
+from tests.distributed.test_parity import MODELS
 
 TOLERANCE = 1e-9  # in fp64, where a wrong term shows and rounding does not
 
@@ -26,6 +27,30 @@ def check_seed(pool: Pool, seed: int, mode: str) -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_random_plan(pool: Pool, seed: int) -> None:
     check_seed(pool, seed, "reference" if seed % 2 else "lowered")
+
+
+def check_example(pool: Pool, name: str, seed: int, mode: str) -> None:
+    """A real model under a random plan, all in fp64."""
+    one = MODELS[name]
+    plan = random_plan(one.workload(), seed, batch=one.batch)
+    found = pool.run(
+        plan.gpus, parity.check_gradients, one.workload, msgspec.json.encode(plan), mode, one.classes, seed, True
+    )
+    loss, parameter, error = parity.worst(found)
+    assert loss <= TOLERANCE, f"{name}, seed {seed}: loss is off by {loss:.1e}"
+    assert error <= TOLERANCE, f"{name}, seed {seed}: gradient of {parameter} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize(("name", "seed"), [("moe", 1), ("llama", 2)])
+def test_random_plan_of_an_example(pool: Pool, name: str, seed: int) -> None:
+    check_example(pool, name, seed, "reference")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("seed", range(10, 20))
+def test_random_plans_of_examples(pool: Pool, name: str, seed: int) -> None:
+    check_example(pool, name, seed, "lowered" if seed % 3 == 0 else "reference")
 
 
 def check_steps(pool: Pool, seed: int, mode: str) -> None:

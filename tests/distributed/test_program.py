@@ -1,0 +1,95 @@
+"""Programs follow their plans: placements op by op, and the collectives that run are those of the graphs."""
+
+from collections import Counter
+
+import msgspec
+import pytest
+from torch.distributed.tensor.debug import CommDebugMode
+
+from autopar.graph.blocks import cut_blocks, order_for_blocks
+from autopar.graph.trace import trace
+from autopar.plan.plan import Plan
+from autopar.runtime.apply import apply
+from autopar.runtime.collectives import collectives_of
+from autopar.runtime.layout import parse, text_of
+from autopar.runtime.program import build_programs
+from autopar.runtime.usage import settled
+from tests.distributed import parity
+from tests.distributed.pool import Pool
+from tests.distributed.test_parity import MODELS, make_plan
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("shape", ["dp2tp2", "three"])
+def test_every_op_runs_as_planned(name: str, shape: str) -> None:
+    """No op needs other placements than its plan names: nothing is converted that was not priced."""
+    one = MODELS[name]
+    graph = order_for_blocks(trace(one.workload(), dtype="float32").graph)
+    blocks = cut_blocks(graph)
+    plan = make_plan(one.workload(), shape, 1, "none", one.batch)
+    programs, _ = build_programs(plan, graph, blocks)
+    planned = {ref.index: plan.program(ref.program) for stage in plan.stages for ref in stage.blocks}
+    for program in programs:
+        sizes = [axis.size for axis in program.plan.axes]
+        for op in program.ops:
+            if op.block < 0:
+                continue
+            text = planned[op.block].ops[op.op.id - blocks[op.block].first_op]
+            said = [settled(parse(each), sizes) for each in (*text.inputs, *text.outputs)]
+            runs = [settled(each, sizes) for each in (*op.usage.inputs, *op.usage.outputs)]
+            assert list(map(text_of, runs)) == list(map(text_of, said)), op.op.name
+
+
+def count_collectives(plan_json: bytes, name: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Per kind: what torch counts while the micro-batches of a step run, and what the graphs hold."""
+    plan = msgspec.json.decode(plan_json, type=Plan)
+    one = MODELS[name]
+    workload = one.workload()
+    trainer = apply(plan, parity.real_model(workload, 0), workload=workload)
+    stage = trainer.stages[0]
+    data = trainer._slices(parity.random_batch(workload, plan.global_batch, 0, one.classes))
+    with CommDebugMode() as counter:
+        for microbatch, inputs in enumerate(data):
+            made = stage.forward(microbatch, inputs, {})
+            assert made.loss is not None
+            stage.backward(microbatch, [made.loss / plan.microbatches])
+    ran = Counter({str(op).split(".")[1]: count for op, count in counter.get_comm_counts().items()})
+    assert stage.lowered is not None
+    held: Counter[str] = Counter()
+    for found, count in collectives_of(stage.lowered, stage.function.mesh).items():
+        held[found.kind] += count * plan.microbatches
+    return dict(ran), dict(held)
+
+
+@pytest.mark.parametrize("name", ["moe"])
+def test_collectives_of_the_graph_are_those_that_run(pool: Pool, name: str) -> None:
+    one = MODELS[name]
+    plan = make_plan(one.workload(), "dp2tp2", 3, "none", one.batch)
+    names = {"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter"}
+    for ran, held in pool.run(4, count_collectives, msgspec.json.encode(plan), name):
+        assert {names.get(kind, kind): count for kind, count in ran.items()} == held
+        assert held["all_gather"] > 0
+        assert held["reduce_scatter"] > 0
+
+
+def saved_bytes(plan_json: bytes, name: str) -> int:
+    """Bytes that the forward of one micro-batch leaves for its backward, parameters and inputs aside."""
+    plan = msgspec.json.decode(plan_json, type=Plan)
+    one = MODELS[name]
+    workload = one.workload()
+    trainer = apply(plan, parity.real_model(workload, 0), workload=workload)
+    stage = trainer.stages[0]
+    assert stage.lowered is not None
+    data = trainer._slices(parity.random_batch(workload, plan.global_batch, 0, one.classes))
+    stage.forward(0, data[0], {})
+    saved = stage._kept[0][len(stage.lowered.kept_arguments) :]
+    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in saved}.values())
+
+
+@pytest.mark.parametrize(("name", "recompute"), [("gpt-tied", "none"), ("llama", "none"), ("gpt-tied", "full")])
+def test_saved_tensors_are_those_the_plan_charges_for(pool: Pool, name: str, recompute: str) -> None:
+    one = MODELS[name]
+    plan = make_plan(one.workload(), "1", 0, recompute, one.batch)
+    charged = plan.stages[0].memory.saved_activations_bytes / plan.stages[0].in_flight
+    (saved,) = pool.run(1, saved_bytes, msgspec.json.encode(plan), name)
+    assert abs(saved - charged) < 0.03 * charged
