@@ -1,6 +1,6 @@
 """One GPU (or CPU rank): its memory, peaks and how long a kernel takes on it.
 
-matmul     t = max(T(m, n, k) / sustained_fraction, bytes / bandwidth, kernel_latency_s)
+matmul     t = max(T(m, n, k) / sustained_fraction, bytes / bandwidth, kernel_latency_s)    T / unaligned_matmul_speed for odd rows
            T: measured, interpolated in log time over log (m, n, k); beyond the table work grows at its last efficiency
 flash      t = FLOPs / (peak * E(seq, batch * heads) * sustained_fraction * relative speeds)   (causal counts half)
 math       t = FLOPs / (peak * math_attention_efficiency) + scores * bytes per score / sustained bandwidth
@@ -78,6 +78,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     kernel_latency_s: float
     context_bytes: int
     sustained_fraction: float
+    unaligned_matmul_speed: float
     matmul: MatmulTable
     flash_attention: AttentionTable
     flash_speed: float
@@ -98,6 +99,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             require_positive(f"peak_flops_per_s[{dtype}]", peak)
         for key in ("memory_efficiency", "sustained_fraction", "flash_speed", "flash_backward_speed"):
             require_fraction(key, getattr(self, key))
+        require_fraction("unaligned_matmul_speed", self.unaligned_matmul_speed)
         require_fraction("math_attention_efficiency", self.math_attention_efficiency)
         for key in ("memory_bytes", "memory_bytes_per_s"):
             require_positive(key, getattr(self, key))
@@ -123,8 +125,18 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """Seconds to move ``num_bytes`` through the device's memory in a kernel that does little else."""
         return np.asarray(num_bytes, float) / (self.memory_bytes_per_s * self.memory_efficiency)
 
-    def matmul_s(self, m: ArrayLike, n: ArrayLike, k: ArrayLike, batch: ArrayLike = 1, *, dtype: str) -> Floats:
-        """Seconds of ``batch`` products (m, k) @ (k, n). A batch of matrices fills the device like one tall matrix."""
+    def matmul_s(
+        self,
+        m: ArrayLike,
+        n: ArrayLike,
+        k: ArrayLike,
+        batch: ArrayLike = 1,
+        *,
+        dtype: str,
+        aligned: ArrayLike = True,
+    ) -> Floats:
+        """Seconds of ``batch`` products (m, k) @ (k, n). A batch of matrices fills the device like one tall matrix.
+        ``aligned``: every row begins at a multiple of 16 bytes, as vector loads need."""
         peak = self.peak(dtype)
         m_, n_, k_, b_ = np.broadcast_arrays(*(np.maximum(np.asarray(x, float), 1.0) for x in (m, n, k, batch)))
         rows = np.where(b_ > 1, b_ * np.maximum(m_, ROW_TILE), m_)
@@ -134,6 +146,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             table_s = np.maximum(table_s, flops / (peak * max(self.matmul.efficiency)))
         num_bytes = ITEMSIZE[dtype] * b_ * (m_ * k_ + k_ * n_ + m_ * n_)
         floor_s = np.maximum(num_bytes / self.memory_bytes_per_s, self.kernel_latency_s)
+        table_s = np.where(aligned, table_s, table_s / self.unaligned_matmul_speed)
         return np.asarray(np.maximum(table_s / self.sustained_fraction, floor_s), float)
 
     def attention_s(

@@ -64,6 +64,11 @@ def load_cluster(cluster: "str | Path | Cluster", **overrides: Any) -> Cluster:
     return _overridden(found, overrides) if overrides else found
 
 
+def software_document(name: str) -> Any:
+    """The shipped table of a training program, as it stands in the file."""
+    return _document(tables_folder() / f"software.{name}.json")
+
+
 def save_cluster(cluster: Cluster, path: str | Path) -> None:
     """Write a cluster with its device; ``load_cluster(path)`` gives it back."""
     Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(cluster), indent=1))

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.cluster.device import Device
+from autopar.cluster.device import ITEMSIZE, Device
 from autopar.cost.execution import ExecutionModel
 from autopar.graph.flops import flops_at
 from autopar.graph.ir import Batch, Graph, Op, OpProfile
@@ -34,7 +34,7 @@ def label_sizes(graph: Graph, op: Op, rule: OpRule, local_batch: int) -> dict[in
     return sizes
 
 
-def bytes_at(num_bytes: int, batch: Batch, local_batch: int, grows: bool) -> float:
+def bytes_at(num_bytes: float, batch: Batch, local_batch: int, grows: bool) -> float:
     """Bytes traced at ``batch.traced`` samples, at ``local_batch`` samples where the op grows with the batch."""
     return num_bytes * local_batch / batch.traced if grows else float(num_bytes)
 
@@ -58,32 +58,102 @@ def op_seconds(
     for degree in degrees.values():
         share = share * degree
     grows = any(graph.batch.grows(size) for v in (*op.inputs, *op.outputs) for size in graph.values[v].shape)
-    forward_bytes = bytes_at(max(profile.forward_bytes - int(fused_bytes[0]), 0), graph.batch, local_batch, grows)
-    backward_bytes = bytes_at(max(profile.backward_bytes - int(fused_bytes[1]), 0), graph.batch, local_batch, grows)
+    traffic = (profile.forward_bytes, profile.backward_bytes)
+    forward_bytes, backward_bytes = (
+        one * bytes_at(max(whole - saved, 0.0), graph.batch, local_batch, grows)
+        for whole, saved in zip(traffic, fused_bytes, strict=True)
+    )
+    if op.target.startswith("aten.cross_entropy_loss"):
+        cut = _vocabulary_cut(rule, degrees, one)
+        chain = math.prod(graph.values[op.inputs[0]].shape) * local_batch / graph.batch.traced
+        software = execution.software
+        forward_bytes = np.where(cut, chain * software.loss_forward_bytes_per_logit, forward_bytes)
+        backward_bytes = np.where(cut, chain * software.loss_backward_bytes_per_logit, backward_bytes)
     forward = np.asarray(device.memory_bound_s(forward_bytes / share), float)
     backward = np.asarray(device.memory_bound_s(backward_bytes / share), float)
     if not profile.forward_flops:
         return forward, backward
-    roles: dict[str, Floats] = {}
-    for label, role in rule.roles:
-        local = np.ceil(sizes.get(label, 1) / degrees.get(label, one))
-        roles[role] = roles.get(role, one) * local
+    roles = _local_roles(rule, sizes, degrees, one)
     if rule.compute == "attention":
         return _attention(op, roles, graph, forward, backward, profile, device, execution)
     b, m, n, k = (roles.get(role, one) for role in "bmnk")
+    dtype = _dtype(op, graph)
+    aligned = _aligned(rule, sizes, degrees, one, dtype)
     whole = 2.0 * math.prod(sizes.get(label, 1) for label, role in rule.roles if role in "bmnk")
     scale = flops_at(profile.forward_flops, graph.batch, local_batch) / max(whole, 1.0)
     if not rule.roles:  # a matmul-like op without a rule: a square matmul of its FLOPs
         m = n = k = one * (flops_at(profile.forward_flops, graph.batch, local_batch) / 2 / share) ** (1 / 3)
         b, scale = one, 1.0
-    forward = forward + scale * np.asarray(device.matmul_s(m, n, k, b, dtype=_dtype(op, graph)), float)
+    forward = forward + scale * np.asarray(device.matmul_s(m, n, k, b, dtype=dtype, aligned=aligned), float)
     ratio = profile.backward_flops / profile.forward_flops
     wanted = [bool(graph.values[value].requires_grad) for value in op.inputs[:2]]
     shapes = [shape for shape, want in zip(((m, k, n), (n, k, m)), wanted, strict=False) if want] or [(m, n, k)]
     for shape in shapes:
-        part = np.asarray(device.matmul_s(*shape, b, dtype=_dtype(op, graph)), float)
+        part = np.asarray(device.matmul_s(*shape, b, dtype=dtype, aligned=aligned), float)
         backward = backward + scale * part * ratio / len(shapes)
     return forward, backward
+
+
+def _vocabulary_cut(rule: OpRule, degrees: Mapping[int, Floats], one: Floats) -> NDArray[np.bool_]:
+    """Whether a cross entropy sees part of the vocabulary: then it is a chain of fp32 kernels around its exchanges."""
+    cut = one < 0
+    for label, kind in enumerate(rule.kinds):
+        if kind == "inside":
+            cut = cut | (degrees.get(label, one) > 1)
+    return cut
+
+
+def host_calls(op: Op, profile: OpProfile, execution: ExecutionModel, is_core: bool) -> tuple[float, float]:
+    """What the host does for an op, forward and backward, counted in kernel launches."""
+    software = execution.software
+    if is_core and execution.attn == "math":
+        return software.math_attention_forward_calls, software.math_attention_backward_calls
+    views = software.view_calls if not profile.forward_kernels else 0.0
+    return profile.forward_kernels + views, profile.backward_kernels
+
+
+def weight_gradient_s(
+    graph: Graph,
+    op: Op,
+    rule: OpRule,
+    local_batch: int,
+    degrees: Mapping[int, Floats],
+    device: Device,
+    count: int,
+) -> Floats:
+    """Seconds of a linear op's weight gradient, (count,) strategies: what may hide its input gradient's collective."""
+    weights = [graph.values[value] for value in op.inputs[1:2] if graph.values[value].kind == "parameter"]
+    if rule.compute != "matmul" or not rule.roles or not weights or not weights[0].requires_grad:
+        return np.zeros(count)
+    sizes, one = label_sizes(graph, op, rule, local_batch), np.ones(count)
+    roles = _local_roles(rule, sizes, degrees, one)
+    b, m, n, k = (roles.get(role, one) for role in "bmnk")
+    dtype = _dtype(op, graph)
+    aligned = _aligned(rule, sizes, degrees, one, dtype)
+    return np.asarray(device.matmul_s(n, k, m, b, dtype=dtype, aligned=aligned), float)
+
+
+def _local_roles(
+    rule: OpRule, sizes: Mapping[int, int], degrees: Mapping[int, Floats], one: Floats
+) -> dict[str, Floats]:
+    """Role -> product of the local sizes of its labels, per strategy."""
+    roles: dict[str, Floats] = {}
+    for label, role in rule.roles:
+        roles[role] = roles.get(role, one) * np.ceil(sizes.get(label, 1) / degrees.get(label, one))
+    return roles
+
+
+def _aligned(
+    rule: OpRule, sizes: Mapping[int, int], degrees: Mapping[int, Floats], one: Floats, dtype: str
+) -> NDArray[np.bool_]:
+    """Whether rows of all operands begin at 16 bytes. What an axis cuts is padded so that they do (a vocabulary of 50257 to
+    a multiple of 128 per rank); what none cuts runs as the model has it."""
+    elements = 16 // ITEMSIZE[dtype]
+    aligned = one > 0
+    for label, role in rule.roles:
+        if role in "nk" and sizes.get(label, 1) % elements and sizes.get(label, 1) > elements:
+            aligned = aligned & (degrees.get(label, one) > 1)
+    return aligned
 
 
 def _attention(

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from autopar.cluster.software import Software, load_software
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecutionModel:
@@ -18,10 +20,21 @@ class ExecutionModel:
     overlap: bool = True
     fusion: Literal["none", "megatron", "compiler"] = "megatron"
     fp32_grads: bool = True
+    accumulate: bool = False
+
+    @property
+    def software(self) -> Software:
+        """The table of the program that ``fusion`` names."""
+        return load_software(self.fusion)
 
     def gradient_bytes(self, itemsize: int) -> int:
         """Bytes of one gradient element at rest of a parameter of ``itemsize`` bytes."""
         return 4 if self.fp32_grads else itemsize
+
+    def reduced_bytes(self, itemsize: int) -> int:
+        """Bytes of one gradient element on its way between ranks: fp16 programs reduce in fp16 (Megatron-LM's and
+        DeepSpeed's default), the others what they keep."""
+        return itemsize if self.dtype == "float16" else self.gradient_bytes(itemsize)
 
     def optimizer_bytes(self, itemsize: int) -> int:
         """Bytes of optimizer state per element: master copy and moments."""

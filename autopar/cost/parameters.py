@@ -20,8 +20,9 @@ from autopar.cost.execution import ExecutionModel
 from autopar.cost.redistribute import MeshLinks
 
 Floats = NDArray[np.float64]
-GATHER_FORWARD, GATHER_BACKWARD, STEP, STEP_EXPOSED, STATE, GATHERED = range(6)
-NUM_PARAMETER_METRICS = 6
+GATHER_FORWARD, GATHER_BACKWARD, STEP, STEP_EXPOSED, STATE, GATHERED, ACCUMULATE = range(7)
+NUM_PARAMETER_METRICS = 7
+BUCKET_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,16 +45,16 @@ def storages(axes: tuple[int, ...]) -> tuple[Storage, ...]:
 def storage_metrics(
     storage: Storage, axes: tuple[int, ...], elements: int, itemsize: int, links: MeshLinks, execution: ExecutionModel
 ) -> Floats:
-    """The six metrics above of ``elements`` trainable elements (local to one rank as its op uses them), replicated with
-    partial gradient over ``axes``: seconds, seconds, seconds that backward can hide, seconds, bytes, bytes."""
+    """The seven metrics above of ``elements`` trainable elements (local to one rank as its op uses them), replicated with
+    partial gradient over ``axes``: seconds, seconds, seconds that backward can hide, seconds, bytes, bytes, seconds per
+    micro-batch of adding up gradients."""
     shards = int(np.prod([links.sizes[axis] for axis in storage.axes], dtype=int))
     rest = tuple(axis for axis in axes if axis not in storage.axes)
-    parameter, gradient = float(elements * itemsize), float(elements * execution.gradient_bytes(itemsize))
-    optimizer = float(elements * execution.optimizer_bytes(itemsize))
+    parameter, sent = float(elements * itemsize), float(elements * execution.reduced_bytes(itemsize))
     metrics = np.zeros(NUM_PARAMETER_METRICS)
     if storage.axes:
-        gather = float(links.collective_s("all_gather", parameter, storage.axes))
-        scatter = float(links.collective_s("reduce_scatter", gradient, storage.axes))
+        gather = bucketed_s(links, "all_gather", parameter, storage.axes)
+        scatter = bucketed_s(links, "reduce_scatter", sent, storage.axes)
         if storage.stage == 3:
             metrics[GATHER_FORWARD] = gather
             metrics[GATHER_BACKWARD] = gather + scatter
@@ -62,12 +63,27 @@ def storage_metrics(
             metrics[STEP_EXPOSED] += gather
             metrics[GATHER_BACKWARD if storage.stage == 2 else STEP] += scatter
     if rest:
-        metrics[STEP] += float(links.collective_s("all_reduce", gradient / shards, rest))
-    # the optimizer reads gradient and state, writes state and parameter
-    traffic = (gradient + 2 * optimizer + (2 if execution.optimizer_bytes(itemsize) == 0 else 1) * parameter) / shards
-    metrics[STEP_EXPOSED] += float(links.cluster.device.memory_bound_s(traffic))
+        metrics[STEP] += bucketed_s(links, "all_reduce", sent / shards, rest)
+    metrics[STEP_EXPOSED] += float(
+        links.cluster.device.memory_bound_s(elements / shards * _step_bytes(execution, itemsize))
+    )
+    if execution.accumulate:  # the new gradient is read and added to the sum, every micro-batch
+        added = float(elements * (itemsize + 2 * execution.gradient_bytes(itemsize)))
+        metrics[ACCUMULATE] = float(links.cluster.device.memory_bound_s(added / (shards if storage.stage >= 2 else 1)))
     metrics[STATE] = sum(state_bytes(storage, shards, elements, itemsize, execution))
     return metrics
+
+
+def bucketed_s(links: MeshLinks, kind: str, num_bytes: float, axes: tuple[int, ...]) -> float:
+    """Seconds of a parameter's part in the collective of a bucket: programs join the tensors of a block or more."""
+    return float(links.collective_s(kind, BUCKET_BYTES, axes)) * num_bytes / BUCKET_BYTES
+
+
+def _step_bytes(execution: ExecutionModel, itemsize: int) -> float:
+    """Bytes that the optimizer step moves per element; plain SGD keeps no moments to read and write."""
+    software = execution.software
+    num_bytes = software.optimizer_bytes_half if itemsize < 4 else software.optimizer_bytes_full
+    return num_bytes - (16.0 if execution.optimizer == "sgd" else 0.0)
 
 
 def state_bytes(

@@ -1,17 +1,18 @@
 """The blocks of one graph and what they cost per mesh and micro-batch, computed once and kept."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from autopar.cluster.cluster import Cluster
 from autopar.cost.execution import ExecutionModel
+from autopar.cost.fusion import fused_bytes
 from autopar.cost.redistribute import MeshLinks
 from autopar.graph.ir import Block, Graph
 from autopar.graph.profile import GraphProfile, profile_graph
 from autopar.intra.frontier import BlockPoints, ParameterPrices, PriceRow, block_points
 from autopar.intra.space import BlockSpace, block_space, data_values
-from autopar.intra.tables import Allowed, BlockTables, TableBuilder
+from autopar.intra.tables import Allowed, BlockTables, TableBuilder, exchanges_batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +45,13 @@ class Mesh:
 class Restriction:
     """What a manual layout fixes: the one mesh of every stage, the options each inner axis allows, the ZeRO stage over
     the data axis, and the boundary placement (a role per inner axis). ``allowed`` must depend on the boundary only, by
-    which tables are shared."""
+    which tables are shared, and on ``names``, the inner axes' own."""
 
     mesh: Mesh
     allowed: Allowed = field(compare=False)
     zero: int
     boundary: tuple[str, ...]
+    names: tuple[str, ...] = ()
 
 
 class Blocks:
@@ -58,9 +60,17 @@ class Blocks:
     The kinds are extended by one per block whose tied parameters an earlier block of the same stage may already store.
     """
 
-    def __init__(self, graph: Graph, blocks: tuple[Block, ...], cluster: Cluster, execution: ExecutionModel) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        blocks: tuple[Block, ...],
+        cluster: Cluster,
+        execution: ExecutionModel,
+        profile: GraphProfile | None = None,
+    ) -> None:
         self.graph, self.blocks, self.cluster, self.execution = graph, blocks, cluster, execution
-        self.profile: GraphProfile = profile_graph(graph)
+        self.profile: GraphProfile = profile_graph(graph) if profile is None else profile
+        self.fused = fused_bytes(graph, self.profile, execution.software.fuses)
         self._data = data_values(graph)
         self.kinds: dict[int, Block] = {}
         for block in blocks:
@@ -103,7 +113,11 @@ class Blocks:
             links = self._inner_links(mesh)
             local = micro_batch // mesh.data
             groups = tuple(links.group((axis,)) for axis in range(len(mesh.inner)))
-            table_key = (kind, local, mesh.inner, groups, restriction.boundary if restriction else None)
+            whole = MeshLinks(self.cluster, num_devices, mesh.sizes, tuple(range(len(mesh.sizes))))
+            exchanged = any(exchanges_batch(node, self.graph) for node in self.space(kind).ops)
+            over_data = tuple(whole.group(axes) for axes in ((0,), (0, 1))[: len(mesh.sizes)]) if exchanged else ()
+            layout = (restriction.boundary, restriction.names) if restriction else None
+            table_key = (kind, local, mesh.inner, groups, over_data, layout)
             if table_key not in self._tables:
                 self._tables[table_key] = TableBuilder(
                     self.space(kind),
@@ -113,12 +127,15 @@ class Blocks:
                     local,
                     links,
                     self.execution,
+                    whole,
                     restriction.allowed if restriction else None,
+                    self.fused,
                 ).build()
             if mesh not in self._prices:
-                full = MeshLinks(self.cluster, num_devices, mesh.sizes, tuple(range(len(mesh.sizes))))
-                self._prices[mesh] = ParameterPrices(full, self.execution)
+                self._prices[mesh] = ParameterPrices(whole, self.execution)
             tables = self._tables[table_key]
+            if self.kinds[kind].name in ("embedding", "head"):  # programs wrap their layers in checkpoints, not these
+                rows = tuple(replace(row, mode="none") for row in rows)
             self._points[key] = block_points(
                 tables,
                 self._prices[mesh],
@@ -148,16 +165,23 @@ class Blocks:
         return float(device.memory_bound_s(float(device.memory_bytes))) / float(device.memory_bytes)
 
 
-def _savers(graph: Graph, profile: GraphProfile, core: frozenset[int]) -> dict[int, tuple[tuple[int, bool], ...]]:
-    """Per op, the positions (inputs, then outputs) whose memory it is the first to keep, and whether attention made it."""
+def _savers(
+    graph: Graph, profile: GraphProfile, core: frozenset[int]
+) -> dict[int, tuple[tuple[tuple[int, ...], bool], ...]]:
+    """Per op, for each memory that it is the first to keep: the positions (inputs, then outputs) of the values that share
+    it, and whether attention made it."""
     made = {value: op.id for op in graph.ops for value in op.outputs}
     seen: set[int] = set()
-    found: dict[int, list[tuple[int, bool]]] = {}
+    found: dict[int, tuple[tuple[tuple[int, ...], bool], ...]] = {}
     for op in graph.ops:
         kept = profile.ops[op.id]
+        values = (*op.inputs, *op.outputs)
+        by_owner: dict[int, dict[int, int]] = {}
         for position in (*kept.saved_inputs, *(len(op.inputs) + at for at in kept.saved_outputs)):
-            owner = profile.owners[(*op.inputs, *op.outputs)[position]]
+            owner = profile.owners[values[position]]
             if owner not in seen and graph.values[owner].kind not in ("parameter", "buffer"):
-                seen.add(owner)
-                found.setdefault(op.id, []).append((position, made.get(owner) in core))
-    return {op: tuple(positions) for op, positions in found.items()}
+                by_owner.setdefault(owner, {}).setdefault(values[position], position)
+        seen.update(by_owner)
+        if by_owner:
+            found[op.id] = tuple((tuple(at.values()), made.get(owner) in core) for owner, at in by_owner.items())
+    return found

@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 
 import numpy as np
@@ -13,8 +13,11 @@ from autopar.cost.compute import op_seconds
 from autopar.graph.flops import model_flops, num_parameters
 from autopar.inter.blocks import Mesh
 from autopar.inter.finish import Finished, PointRef, StageChoice
+from autopar.inter.judged import judged
+from autopar.inter.lying import Lying
 from autopar.inter.simulate import StageTimes, simulate
 from autopar.inter.stages import StageBook
+from autopar.inter.transfers import first_devices
 from autopar.intra import frontier as fr
 from autopar.intra.frontier import BlockPoints
 from autopar.plan.mesh import Axis
@@ -34,6 +37,7 @@ from autopar.plan.plan import (
     SearchOutcome,
     StagePlan,
     TimeParts,
+    device_memory,
     recompute_summary,
 )
 from autopar.rules.atoms import Atom
@@ -45,7 +49,8 @@ SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Found:
-    """What the search hands over: per stage its run, and its times with transfers."""
+    """What the search hands over: per stage its run, and its times with transfers. A layout's stages may have a book each
+    (of one model and micro-batch) and, interleaved, come back to a run of devices; ``first_devices`` says where."""
 
     workload: Workload
     cluster: Cluster
@@ -62,6 +67,9 @@ class Found:
     runner_up: str | None
     times: Sequence[StageTimes]
     fixed: bool = False
+    books: tuple[StageBook, ...] = ()
+    first_devices: tuple[int, ...] = ()
+    num_chunks: int = 1
 
 
 def build_plan(found: Found) -> Plan:
@@ -69,9 +77,13 @@ def build_plan(found: Found) -> Plan:
     book, graph = found.book, found.book.blocks.graph
     programs: dict[tuple[object, ...], BlockProgram] = {}
     stages = []
-    device = 0
+    firsts = found.first_devices or first_devices(
+        [devices for _, _, devices in found.stages], found.cluster.devices_per_node
+    )
     totals_of_slowest: tuple[float, dict[str, float]] = (-1.0, {})
     for at, (first, end, devices) in enumerate(found.stages):
+        if found.books:
+            book = found.books[at]
         held, choice = found.held[at], found.runs[at].choice
         uses = _uses(book, choice, first, end)
         axes = _axes(book, choice.mesh, uses)
@@ -88,9 +100,10 @@ def build_plan(found: Found) -> Plan:
         stages.append(
             StagePlan(
                 blocks=tuple(refs),
-                first_device=device,
+                first_device=firsts[at],
                 num_devices=devices,
                 axes=axes,
+                chunk=at * found.num_chunks // len(found.stages),
                 forward_s=found.times[at].forward_s,
                 backward_s=found.times[at].backward_s,
                 step_s=found.times[at].step_s,
@@ -100,15 +113,16 @@ def build_plan(found: Found) -> Plan:
                 memory=_memory(book, uses, held),
             )
         )
-        device += devices
     simulation = simulate(
         found.schedule,
         found.times,
         book.num_microbatches,
-        num_devices=[devices for _, _, devices in found.stages],  # type: ignore[arg-type]
+        found.num_chunks,
+        num_devices=[devices for _, _, devices in found.stages[: len(found.stages) // found.num_chunks]],
     )
     estimate = _estimate(found, stages, simulation.step_time_s, simulation.bubble_fraction, totals_of_slowest[1])
-    gap = max(0.0, 1 - found.lower_bound_s / simulation.step_time_s)
+    bound_s = min(found.lower_bound_s, simulation.step_time_s)
+    gap = 1 - bound_s / simulation.step_time_s
     unknown = sorted(
         {
             node.op.target
@@ -118,7 +132,7 @@ def build_plan(found: Found) -> Plan:
         }
     )
     listed = tuple(programs.values())
-    return Plan(
+    plan = Plan(
         format_version=FORMAT_VERSION,
         model=ModelRef(
             path=str(found.workload.path) if found.workload.path is not None else None,
@@ -133,7 +147,7 @@ def build_plan(found: Found) -> Plan:
             optimizer=book.blocks.execution.optimizer,
             attn=book.blocks.execution.attn,
             overlap=book.blocks.execution.overlap,
-            fusion="none",
+            fusion=book.blocks.execution.fusion,
             grads="fp32" if book.blocks.execution.fp32_grads else "same",
         ),
         gpus=found.gpus,
@@ -141,7 +155,7 @@ def build_plan(found: Found) -> Plan:
         microbatches=book.num_microbatches,
         micro_batch_size=book.micro_batch,
         schedule=found.schedule,
-        num_chunks=1,
+        num_chunks=found.num_chunks,
         recompute=recompute_summary(listed),
         programs=listed,
         stages=tuple(stages),
@@ -149,7 +163,7 @@ def build_plan(found: Found) -> Plan:
         search=SearchOutcome(
             seconds=found.seconds,
             status="fixed" if found.fixed else "optimal" if gap <= 1e-4 else "feasible",
-            lower_bound_s=found.lower_bound_s,
+            lower_bound_s=bound_s,
             gap=gap,
             runner_up=found.runner_up,
         ),
@@ -161,6 +175,7 @@ def build_plan(found: Found) -> Plan:
             "python": platform.python_version(),
         },
     )
+    return judged(plan, book.blocks, found.cluster)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -205,41 +220,16 @@ def _uses(book: StageBook, choice: StageChoice, first: int, end: int) -> list[_U
     ]
 
 
-def _tokens(book: StageBook, data: str, inner: Sequence[Token]) -> str:
-    """Placement text at the plan's micro-batch (pieces of an atom were counted at the traced batch); ``data`` is empty
-    where the mesh has no data axis."""
-    batch, size = book.blocks.graph.batch, book.micro_batch
-    return data + "".join(
-        replace(token, repeats=batch.scale(token.repeats, size)).text
-        if isinstance(token, Atom)
-        else "R"
-        if token == "G"
-        else token
-        for token in inner
-    )
-
-
 def _program(book: StageBook, use: _Use, name: str) -> BlockProgram:
     points = use.points
     tables, graph = points.tables, book.blocks.graph
-    axes = len(use.mesh.named)
+    lie = Lying(graph, book.micro_batch, use.mesh.has_data_axis)
     placements: dict[int, OpPlan] = {}
     parameters: dict[int, ParameterPlan] = {}
     for at, node in enumerate(tables.space.ops):
         strategy = use.strategy(at)
         options = tables.strategies[at][strategy]
-
-        def text(value: int, tokens: Sequence[Token]) -> str:
-            found = graph.values[value]
-            grows = next((dim for dim, size in enumerate(found.shape) if graph.batch.grows(size)), None)
-            data = f"S({grows})" if grows is not None else "P" if not found.shape and found.requires_grad else "R"
-            return _tokens(book, data if use.mesh.has_data_axis else "", tokens)
-
-        placements[node.op.id] = OpPlan(
-            name=node.op.name,
-            inputs=tuple(text(v, [o.inputs[i] for o in options]) for i, v in enumerate(node.op.inputs)),
-            outputs=tuple(text(v, [o.outputs[i] for o in options]) for i, v in enumerate(node.op.outputs)),
-        )
+        placements[node.op.id] = lie.op_plan(node.op, options)
         names, chosen = points.storages[at]
         for number, position in enumerate(node.parameters):
             value = graph.values[node.op.inputs[position]]
@@ -247,14 +237,15 @@ def _program(book: StageBook, use: _Use, name: str) -> BlockProgram:
             tokens = [option.inputs[position] for option in options]
             parameters.setdefault(value.id, _parameter(value.names or (value.name,), tokens, storage, use.mesh))
     for op in tables.space.data_ops:
-        placements[op.id] = OpPlan(
-            name=op.name, inputs=tuple("R" * axes for _ in op.inputs), outputs=tuple("R" * axes for _ in op.outputs)
-        )
+        placements[op.id] = lie.data_op_plan(op, len(use.mesh.inner))
     kind, _ = book.columns[use.column]
     return BlockProgram(
         id=name,
         kind=kind,
         recompute=points.rows[use.row].mode,  # type: ignore[arg-type]
+        inputs=lie.at_boundary(tables, tables.space.block.inputs, use.boundary),
+        outputs=lie.at_boundary(tables, tables.space.block.outputs, use.boundary),
+        shared=lie.shared(tables, points.choices[:, use.row, use.boundary]),
         ops=tuple(placements[op] for op in sorted(placements)),
         parameters=tuple(parameters[v] for v in book.blocks.kinds[kind].parameters if v in parameters),
     )
@@ -287,6 +278,9 @@ def _axes(book: StageBook, mesh: Mesh, uses: list[_Use]) -> tuple[Axis, ...]:
     """The data axis, and the inner axis named after what most FLOPs are sharded by on it."""
     if not mesh.inner:
         return (Axis(name="dp", size=mesh.data),)
+    if book.restriction is not None:
+        inner = tuple(Axis(name=name, size=size) for name, size in zip(book.restriction.names, mesh.inner, strict=True))
+        return (Axis(name="dp", size=mesh.data), *inner) if mesh.has_data_axis else inner
     weights: dict[str, float] = {}
     for use in uses:
         tables = use.points.tables
@@ -390,7 +384,11 @@ def _estimate(
     flops = model_flops(graph, found.global_batch).total
     tokens = _tokens_per_sample(found)
     exposed = count * parts["activations"] + max(0.0, parts["reduction"] - max(stage.backward_s for stage in stages))
-    peak = max(stage.memory.total for stage in stages)
+    runs: dict[int, list[StagePlan]] = {}
+    for stage in stages:
+        runs.setdefault(stage.first_device, []).append(stage)
+    memory = [device_memory(tuple(run)) for run in runs.values()]
+    peak = max(one.total for one in memory)
     return Estimate(
         step_time_s=step_time_s,
         tokens_per_s=tokens * found.global_batch / step_time_s,
@@ -398,7 +396,7 @@ def _estimate(
         mfu=flops / (step_time_s * found.gpus * found.cluster.device.peak(book.blocks.execution.dtype)),
         flops_per_step=flops,
         peak_memory_bytes=peak,
-        peak_tensor_bytes=max(stage.memory.tensor_bytes for stage in stages),
+        peak_tensor_bytes=max(one.tensor_bytes for one in memory),
         budget_bytes=found.budget_bytes,
         fits=peak <= found.budget_bytes,
         bubble_fraction=bubble,

@@ -4,7 +4,7 @@ import itertools
 import time
 
 from autopar.cluster.cluster import Cluster
-from autopar.inter.estimate import LayoutPricer, Priced
+from autopar.inter.estimate import LayoutPricer, Priced, model_graph
 from autopar.plan.comparison import Comparison
 from autopar.plan.errors import LayoutError, PlanFileError
 from autopar.plan.layout import Layout, parse_layout
@@ -21,11 +21,10 @@ def compare_megatron(plan: Plan, workload: Workload, cluster: Cluster, layout_te
     """
     started = time.perf_counter()
     pricer = LayoutPricer(
-        workload,
+        model_graph(workload, dtype=plan.execution.dtype),
         cluster=cluster,
         gpus=plan.gpus,
         global_batch=plan.global_batch,
-        dtype=plan.execution.dtype,
         memory_gib=plan.estimate.budget_bytes / GIB,
         optimizer=plan.execution.optimizer,
     )

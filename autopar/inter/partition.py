@@ -101,7 +101,7 @@ class Pipeline:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineResult:
     """``status``: "optimal" = nothing is better than ``best`` by more than the tolerance; "feasible" = stopped by a
-    limit; "infeasible" = no pipeline is below the problem's upper bound by more than the tolerance; "failed" =
+    limit, or the times are relaxed and the bound of an evaluated pipeline is below its time; "infeasible" = no pipeline is below the problem's upper bound by more than the tolerance; "failed" =
     a limit came before any pipeline. No pipeline at all is below ``lower_bound_s``."""
 
     best: Pipeline | None
@@ -226,7 +226,9 @@ class _Progress:
     tolerance: float
     deadline_s: float
     max_evaluations: float
+    bound_of: Callable[[tuple[Stage, ...]], float] | None = None  # of one pipeline, where times are relaxed
     best: Pipeline | None = None
+    least_evaluated_s: float = math.inf
     known: set[tuple[Stage, ...]] = field(default_factory=set)
     num_dives: int = 0
 
@@ -248,6 +250,8 @@ class _Progress:
     def consider(self, stages: tuple[Stage, ...]) -> None:
         if stages not in self.known:
             self.known.add(stages)
+            if self.bound_of is not None:  # another way to run the same stages may be faster than the one evaluated
+                self.least_evaluated_s = min(self.least_evaluated_s, self.bound_of(stages))
             step_time_s = self.evaluate(stages)
             if step_time_s < self.best_s:
                 self.best = Pipeline(stages=stages, step_time_s=step_time_s)
@@ -278,7 +282,10 @@ def search(
         max_evaluations=(math.inf if small else 200) if max_evaluations is None else max_evaluations,
     )
     levels = levels_of(problem)
+    if levels is not None and levels.relaxed:
+        progress.bound_of = lambda stages: _relaxed_bound_s(levels, stages)
     bound_s = min(_search(levels, progress) if levels is not None else math.inf, progress.best_s)
+    bound_s = min(bound_s, progress.least_evaluated_s)
     status: Status
     if progress.best is not None:
         status = "optimal" if bound_s >= progress.below_s else "feasible"
@@ -401,6 +408,23 @@ def _bound_s(levels: Levels, stages: tuple[Stage, ...]) -> float:
         )
         behind -= levels.sizes[k]
     return lower_bound_s(levels.schedule, times, levels.num_microbatches)
+
+
+def _relaxed_bound_s(levels: Levels, stages: tuple[Stage, ...]) -> float:
+    """What no way to run these stages is below, by the recursion of `bounds` on relaxed times."""
+    assert levels.busy_s is not None
+    trip = finish = total = np.zeros(())
+    behind = 0
+    for s, (i, j, k) in enumerate(reversed(stages), 1):
+        forward, backward = (values[s, i, j, k] for values in (levels.forward_s, levels.backward_s))
+        way = np.asarray(trip + levels.cut_s[j, behind])
+        own = own_s(levels.schedule, levels.num_microbatches, np.array(s), forward, backward, way, True)
+        finish = np.maximum(own, forward + backward + levels.cut_s[j, behind] + finish)
+        trip = way + forward + backward
+        stepped = np.maximum(finish + levels.step_s[s, i, j, k], levels.busy_s[s, i, j, k])
+        total = np.maximum(stepped, forward + total)
+        behind += levels.sizes[k]
+    return float(total)
 
 
 def _explore(tree: _Tree, least_s: float, threshold_s: float, progress: _Progress) -> float:

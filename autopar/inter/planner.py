@@ -10,7 +10,7 @@ import numpy as np
 from autopar.cluster.cluster import Cluster
 from autopar.cluster.load import load_cluster
 from autopar.cost.execution import ExecutionModel
-from autopar.graph.blocks import crossing, cut_blocks, order_for_blocks
+from autopar.graph.blocks import cut_blocks, order_for_blocks
 from autopar.graph.trace import trace
 from autopar.inter.blocks import Blocks
 from autopar.inter.bounds import max_in_flight
@@ -89,10 +89,14 @@ def plan(
     found: list[Best] = []
     books: list[StageBook] = []
     bound = np.inf
-    cut_bytes = cut_bytes_of(graph, blocks)
     candidates = [micro_batch] if micro_batch else micro_batches(batch)
     for accumulate in (True, False):
-        execution = ExecutionModel(dtype=long, optimizer=optimizer, fp32_grads=accumulate)  # type: ignore[arg-type]
+        execution = ExecutionModel(
+            dtype=long,
+            optimizer=optimizer,  # type: ignore[arg-type]
+            fp32_grads=accumulate,
+            accumulate=accumulate,
+        )
         shared = Blocks(graph, blocks, machine, execution)
         for size in candidates:
             if batch % size == 0 and (batch // size > 1) == accumulate:
@@ -101,7 +105,7 @@ def plan(
                     books.append(book)
     searches = []
     for at, book in enumerate(books):
-        searches.append(_Search(book, sizes, order, cut_bytes * book.micro_batch / graph.batch.traced, deadline))
+        searches.append(_Search(book, sizes, order, deadline))
         say("tables", f"micro-batch {book.micro_batch}, {at + 1} of {len(books)}", None, None)
     searches.sort(key=lambda one: one.free_bound_s)
     for at, one in enumerate(searches):
@@ -128,6 +132,7 @@ def plan(
     found.sort(key=lambda candidate: candidate.step_time_s)
     runs = finished(found[0].book, found[0].stages, order)
     assert runs is not None, "the best pipeline was evaluated"
+    runs = mixed(found[0].book, found[0].stages, runs, order)
     return build_plan(
         Found(
             workload=workload,
@@ -143,9 +148,7 @@ def plan(
             lower_bound_s=min(bound, found[0].step_time_s),
             seconds=time.perf_counter() - started,
             runner_up=_runner_up(found),
-            times=pipeline_times(
-                found[0].book, found[0].stages, runs, cut_bytes * found[0].book.micro_batch / graph.batch.traced
-            ),
+            times=pipeline_times(found[0].book, found[0].stages, runs),
         )
     )
 
@@ -184,12 +187,14 @@ def _infeasible(
 
 
 def submesh_sizes(gpus: int, per_node: int) -> tuple[int, ...]:
-    """Divisors of a node, whole nodes, and all GPUs: the device counts of a stage.
+    """Divisors of a node, whole nodes, and all GPUs: the device counts of a stage. Within one node divisors of the GPUs
+    do, too; of several, they would lie across two nodes and be priced as if they did not.
 
-    >>> submesh_sizes(24, 8)
-    (1, 2, 4, 8, 16, 24)
+    >>> submesh_sizes(24, 8), submesh_sizes(6, 8)
+    ((1, 2, 4, 8, 16, 24), (1, 2, 3, 4, 6))
     """
-    sizes = {size for size in range(1, min(per_node, gpus) + 1) if per_node % size == 0 or gpus % size == 0}
+    inside = gpus if gpus <= per_node else per_node
+    sizes = {size for size in range(1, min(per_node, gpus) + 1) if per_node % size == 0 or inside % size == 0}
     nodes = gpus // per_node
     sizes |= {per_node * count for count in range(1, nodes + 1) if nodes % count == 0 or count & (count - 1) == 0}
     return tuple(sorted(sizes | {gpus}))
@@ -198,23 +203,6 @@ def submesh_sizes(gpus: int, per_node: int) -> tuple[int, ...]:
 def micro_batches(global_batch: int) -> list[int]:
     """Divisors of the global batch, all powers of two times one of its small odd divisors."""
     return [size for size in range(1, global_batch + 1) if global_batch % size == 0]
-
-
-def cut_bytes_of(graph, blocks) -> np.ndarray:  # type: ignore[no-untyped-def, type-arg]
-    """Bytes that cross the cut before each block, whole at the traced batch; (blocks + 1,)."""
-    sizes = [0.0]
-    for values in crossing(graph, blocks):
-        sizes.append(
-            float(
-                sum(
-                    np.prod(graph.values[value].shape) * graph.values[value].itemsize
-                    for value in values
-                    if graph.values[value].requires_grad
-                )
-            )
-        )
-    sizes += [0.0] * (len(blocks) + 1 - len(sizes))
-    return np.array(sizes)
 
 
 def finished(
@@ -230,29 +218,45 @@ def finished(
     return tuple(found)
 
 
+def mixed(
+    book: StageBook,
+    stages: tuple[tuple[int, int, int], ...],
+    runs: tuple[Finished, ...],
+    schedule: Schedule,
+) -> tuple[Finished, ...]:
+    """The runs of a pipeline, each replaced by the proven best mix of frontier points where the simulated step is then
+    no longer."""
+
+    def step_s(candidate: tuple[Finished, ...]) -> float:
+        times = pipeline_times(book, stages, candidate)
+        return simulate(schedule, times, book.num_microbatches).step_time_s  # type: ignore[arg-type]
+
+    best_s = step_s(runs)
+    slowest_first = sorted(range(len(stages)), key=lambda at: -runs[at].time_s)
+    held = held_microbatches(book, stages, schedule)
+    for at in slowest_first:
+        first, end, _ = stages[at]
+        one = book.mix(int(book.type_of[first, end]), held[at], runs[at])
+        candidate = (*runs[:at], one, *runs[at + 1 :])
+        if one is not runs[at] and (found_s := step_s(candidate)) <= best_s:
+            runs, best_s = candidate, found_s
+    return runs
+
+
 def pipeline_times(
     book: StageBook,
     stages: tuple[tuple[int, int, int], ...],
     runs: tuple[Finished, ...],
-    cut_bytes: np.ndarray,  # type: ignore[type-arg]
 ) -> list[StageTimes]:
     """Times of a pipeline, transfers included: a rank of the next stage receives its own part of what crosses."""
-    cluster = book.blocks.cluster
-    sends = []
-    device = 0
-    for at, (_first, end, devices) in enumerate(stages[:-1]):
-        device += devices
-        local = cut_bytes[end] / runs[at + 1].choice.mesh.data
-        same_node = device % cluster.devices_per_node != 0
-        senders = min(devices, cluster.devices_per_node)
-        sends.append(float(cluster.transfer_s(local, same_node=same_node, sharers=senders)))
+    forward, backward = book.transfers.seconds(stages, [run.choice for run in runs])
     return [
         StageTimes(
             forward_s=run.forward_s,
             backward_s=run.backward_s,
             step_s=run.step_s,
-            send_forward_s=sends[at] if at < len(sends) else 0.0,
-            send_backward_s=sends[at - 1] if at else 0.0,
+            send_forward_s=forward[at],
+            send_backward_s=backward[at],
         )
         for at, run in enumerate(runs)
     ]
@@ -275,10 +279,9 @@ class _Search:
         book: StageBook,
         sizes: tuple[int, ...],
         schedule: Schedule,
-        cut_bytes: np.ndarray,  # type: ignore[type-arg]
         deadline_s: float | None,
     ) -> None:
-        self.book, self.schedule, self.cut_bytes, self.deadline_s = book, schedule, cut_bytes, deadline_s
+        self.book, self.schedule, self.deadline_s = book, schedule, deadline_s
         self.sizes = tuple(size for size in sizes if book.meshes(size))
         free = book.free_table(self.sizes)
         self.free_bound_s = max(
@@ -306,7 +309,7 @@ class _Search:
         runs = finished(self.book, named, self.schedule)
         if runs is None:
             return np.inf
-        times = pipeline_times(self.book, named, runs, self.cut_bytes)
+        times = pipeline_times(self.book, named, runs)
         return simulate(self.schedule, times, self.book.num_microbatches).step_time_s  # type: ignore[arg-type]
 
     def _run(self, table: Callable[[int], StageTable], below_s: float, evaluations: int | None) -> PipelineResult:

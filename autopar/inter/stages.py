@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 
 from autopar.inter.blocks import Blocks, Mesh, Restriction
 from autopar.inter.finish import Finished, StagePoints, fastest
+from autopar.inter.mix import best_mix
 from autopar.inter.partition import StageTable
+from autopar.inter.transfers import Transfers
 from autopar.intra import frontier as fr
 from autopar.intra.frontier import BlockPoints, PriceRow, free_rows, lean_rows, priced_rows
 
@@ -82,6 +84,7 @@ class StageBook:
         self.budget_bytes = budget_bytes
         self.modes = modes if blocks.core else tuple(mode for mode in modes if mode != "selective") or ("none",)
         self.cutoff_s = np.inf
+        self.transfers = Transfers(self)
         self.columns: list[tuple[int, frozenset[int]]] = []
         self._rows: dict[tuple[int, ...], int] = {}
         count = len(blocks.blocks)
@@ -266,8 +269,8 @@ class StageBook:
         )
 
     def _launch_floor_s(self, column: int, mesh: Mesh, phase: int) -> float:
-        tables = self.points(column, mesh, phase).tables
-        return sum(tables.num_kernels) * tables.launch_s
+        forward, _, backward = self.points(column, mesh, phase).tables.host_s
+        return forward + backward
 
     def time_s(self, totals: Floats) -> Floats:
         """Seconds per micro-batch with its share of the step."""
@@ -276,9 +279,17 @@ class StageBook:
 
     def times_s(self, totals: Floats) -> tuple[Floats, Floats, Floats]:
         """Forward, backward, and exposed step seconds of stage totals."""
-        hidden = totals[..., fr.BACKWARD] if self.blocks.execution.overlap else 0.0
-        step = np.maximum(totals[..., fr.STEP] - hidden, 0.0) + totals[..., fr.STEP_EXPOSED]
-        return totals[..., fr.FORWARD], totals[..., fr.BACKWARD], step
+        execution, cluster = self.blocks.execution, self.blocks.cluster
+        contention = cluster.overlap_contention if execution.overlap else 1.0
+        backward, reduction = totals[..., fr.BACKWARD], totals[..., fr.STEP]
+        reduction = np.maximum(reduction - backward, 0.0) + contention * np.minimum(reduction, backward)
+        loop_s = execution.software.microbatch_calls * cluster.device.launch_s / 2
+        step = reduction + totals[..., fr.STEP_EXPOSED] + execution.software.step_calls * cluster.device.launch_s
+        return totals[..., fr.FORWARD] + loop_s, backward + loop_s, step
+
+    def roles(self, boundary: int, mesh: Mesh) -> tuple[str, ...]:
+        """How the inner axes place what crosses blocks under a boundary placement."""
+        return self.points(0, mesh, FREE).tables.boundaries[boundary]
 
     def finish(self, kind: int, num_devices: int, in_flight: int) -> Finished | None:
         """The fastest choice for stage type ``kind`` that fits; None when there is none."""
@@ -288,8 +299,6 @@ class StageBook:
         return self._finished[key]
 
     def _finish(self, kind: int, num_devices: int, in_flight: int) -> Finished | None:
-        columns = tuple(int(column) for column in np.flatnonzero(self.counts[kind]))
-        numbers = tuple(int(self.counts[kind, column]) for column in columns)
         room = self.budget_bytes - self.fixed_bytes()
         best: Finished | None = None
         meshes = self.meshes(num_devices)
@@ -299,19 +308,34 @@ class StageBook:
         for mesh in sorted(lower, key=lambda mesh: lower[mesh]):
             if best is not None and lower[mesh] >= self.num_microbatches * best.time_s:
                 break
-            phases = [FREE]
-            if self.restriction is None:
-                sums = self.sums(mesh, FREE)
-                if sums.memory_bytes(in_flight)[kind].reshape(-1)[sums.fastest[kind]] > room:
-                    phases.append(self._phase(in_flight))
-            points = StagePoints.of(
-                mesh, columns, numbers, {phase: [self.points(c, mesh, phase) for c in columns] for phase in phases}
-            )
+            points = self._stage_points(kind, mesh, in_flight)
             boundary = None
             if self.restriction is not None:
                 boundary = self.points(0, mesh, FREE).tables.boundaries.index(self.restriction.boundary)
             found = fastest(points, self, in_flight, room, boundary)
             if found is not None and (best is None or found.time_s < best.time_s):
+                best = found
+        return best
+
+    def _stage_points(self, kind: int, mesh: Mesh, in_flight: int) -> StagePoints:
+        columns = tuple(int(column) for column in np.flatnonzero(self.counts[kind]))
+        phases = [FREE]
+        if self.restriction is None:
+            sums, room = self.sums(mesh, FREE), self.budget_bytes - self.fixed_bytes()
+            if sums.memory_bytes(in_flight)[kind].reshape(-1)[sums.fastest[kind]] > room:
+                phases.append(self._phase(in_flight))
+        numbers = tuple(int(self.counts[kind, column]) for column in columns)
+        found = {phase: [self.points(column, mesh, phase) for column in columns] for phase in phases}
+        return StagePoints.of(mesh, columns, numbers, found)
+
+    def mix(self, kind: int, in_flight: int, run: Finished) -> Finished:
+        """``run`` or, on its mesh, the proven best mix of frontier points that is faster."""
+        points = self._stage_points(kind, run.choice.mesh, in_flight)
+        best, room = run, self.budget_bytes - self.fixed_bytes()
+        overlap = self.blocks.execution.overlap
+        for boundary in range(points.totals.shape[2]):
+            found = best_mix(points, self, in_flight, room, boundary, self.num_microbatches, overlap)
+            if found is not None and found.time_s < best.time_s * (1 - 1e-9):
                 best = found
         return best
 

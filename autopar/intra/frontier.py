@@ -126,7 +126,9 @@ def block_points(
     the stage; ``zero`` pins the ZeRO stage over the data axis."""
     beta = np.array([1.0 - 1.0 / num_microbatches if row.family == "reduced" else 1.0 for row in rows])
     weights = np.array([_weights(row, late) for row, late in zip(rows, beta, strict=True)])
-    parameter_weights = np.array([_parameter_weights(row, num_microbatches) for row in rows])
+    parameter_weights = np.array(
+        [_parameter_weights(row, num_microbatches, late) for row, late in zip(rows, beta, strict=True)]
+    )
     node_costs: list[Floats] = [weights @ metrics.T for metrics in tables.node_metrics]
     storages = []
     parameter_metrics: list[tuple[Floats, NDArray[np.integer]]] = []
@@ -178,13 +180,14 @@ def _least(
     return forward, workspace, step
 
 
-def _parameter_weights(row: PriceRow, num_microbatches: int) -> list[float]:
+def _parameter_weights(row: PriceRow, num_microbatches: int, beta: float) -> list[float]:
     weights = [0.0] * pm.NUM_PARAMETER_METRICS
     gathers = {"priced": 1.0, "tenth": 0.1}.get(row.family, 0.0)
     weights[pm.GATHER_FORWARD] = weights[pm.GATHER_BACKWARD] = gathers
     weights[pm.STEP] = 1.0 / num_microbatches if row.family in ("priced", "reduced") else 0.0
     weights[pm.STEP_EXPOSED] = 0.0 if row.family in ("path", "tenth") else 1.0 / num_microbatches
     weights[pm.STATE] = row.price_s_per_byte
+    weights[pm.ACCUMULATE] = _compute_share(row) * beta
     return weights
 
 
@@ -269,11 +272,19 @@ def _totals(
         picked = metrics[choices[node]]
         np.maximum(workspace, picked[..., tb.WORKSPACE], out=workspace)
         sums += picked
+    # Costs charge a tensor to the first op that keeps it; solutions may keep it in two placements (`copies`).
+    for at, tensors in enumerate(tables.kept):
+        sums[..., [tb.SAVED, tb.CORE_SAVED]] -= tensors[choices[2 + at]]
+    kept = tables.copies.kept(choices.reshape(len(choices), -1))
+    sums[..., [tb.SAVED, tb.CORE_SAVED]] += kept.reshape(*shape, 2)
     # a cell without a solution is arbitrary here, infinite at most, and set to inf by the caller
+    waits = np.zeros((*shape, 2))  # collectives, forward and backward
     for source, target, forward, backward in tables.edges:
         pair = (choices[source], choices[target])
-        sums[..., tb.FORWARD] += forward[pair]
-        sums[..., tb.BACKWARD] += backward[pair]
+        for way, metric, table in ((0, tb.FORWARD, forward), (1, tb.BACKWARD, backward)):
+            time_s = table[pair]
+            sums[..., metric] += time_s
+            waits[..., way] += time_s > 0
     held = np.zeros((*shape, pm.NUM_PARAMETER_METRICS))
     row_at = np.arange(shape[0])[:, None]
     for at, (metrics, chosen) in enumerate(parameter_metrics):
@@ -284,11 +295,16 @@ def _totals(
     f, c, b = (sums[..., m] for m in (tb.FORWARD, tb.CORE_FORWARD, tb.BACKWARD))
     saved, core, boundary = (sums[..., m] for m in (tb.SAVED, tb.CORE_SAVED, tb.BOUNDARY))
     again = np.where(full, f + c, np.where(selective, c, 0.0))
-    forward_launch_s, backward_launch_s = (count * tables.launch_s for count in tables.num_kernels)
-    launch_s = backward_launch_s + np.where(full, forward_launch_s, 0.0)
     totals = np.zeros((*shape, NUM_TOTALS))
-    totals[..., FORWARD] = np.maximum(np.maximum(f + c, forward_launch_s), held[..., pm.GATHER_FORWARD])
-    totals[..., BACKWARD] = np.maximum(np.maximum(b + again, launch_s), held[..., pm.GATHER_BACKWARD])
+    launch_f = tables.host_s[0] + tables.sync_s * waits[..., 0]
+    launches_again = np.where(full, launch_f, np.where(selective, tables.host_s[1], 0.0))
+    launch_b = tables.host_s[2] + tables.sync_s * waits[..., 1] + launches_again
+    for total, computing, launching, gather in (
+        (FORWARD, f + c, launch_f, held[..., pm.GATHER_FORWARD]),
+        (BACKWARD, b + held[..., pm.ACCUMULATE] + again, launch_b, held[..., pm.GATHER_BACKWARD]),
+    ):
+        busy = np.maximum(computing, launching)
+        totals[..., total] = np.maximum(busy, gather) + tables.contention * np.minimum(busy, gather)
     totals[..., STEP] = held[..., pm.STEP]
     totals[..., STEP_EXPOSED] = held[..., pm.STEP_EXPOSED]
     totals[..., STATE] = held[..., pm.STATE]

@@ -27,11 +27,25 @@ class Noun(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class OpPlan(Noun, frozen=True, kw_only=True):
-    """One op of a block: placements of each tensor input and output, in the order of ``graph.ir.Op``."""
+    """One op of a block: placements of each tensor input and output, in the order of ``graph.ir.Op``.
+
+    ``input_gradients`` say how the op's backward leaves the gradient of each input, ``output_gradients`` how it takes
+    that of each output; "" where there is none. An ``R`` input of an op that is sharded on an axis has gradient ``P``."""
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    input_gradients: tuple[str, ...] = ()
+    output_gradients: tuple[str, ...] = ()
+
+
+class ValuePlan(Noun, frozen=True, kw_only=True):
+    """How an activation lies between ops, and its gradient ("" where it has none); ``name`` is that of the value in the
+    first block of the program's kind."""
+
+    name: str
+    placement: str
+    gradient: str
 
 
 class ParameterPlan(Noun, frozen=True, kw_only=True):
@@ -48,13 +62,20 @@ class ParameterPlan(Noun, frozen=True, kw_only=True):
 
 
 class BlockProgram(Noun, frozen=True, kw_only=True):
-    """How blocks of one ``kind`` run: ``ops`` and ``parameters`` align by position with those of each such block."""
+    """How blocks of one ``kind`` run: ``ops`` and ``parameters`` align by position with those of each such block.
+
+    ``inputs`` and ``outputs`` are the block's own, as they lie where blocks meet. ``shared`` are the activations that
+    several readers (ops, or the block's end) take: each is brought to this placement once, and from there to every
+    other placement that some reader wants."""
 
     id: str
     kind: int
     recompute: Recompute
     ops: tuple[OpPlan, ...]
     parameters: tuple[ParameterPlan, ...]
+    inputs: tuple[ValuePlan, ...] = ()
+    outputs: tuple[ValuePlan, ...] = ()
+    shared: tuple[ValuePlan, ...] = ()
 
 
 class BlockRef(Noun, frozen=True, kw_only=True):

@@ -8,21 +8,23 @@ from autopar.rules.rule import NO_LABEL, OpRule
 
 
 def linear(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """x[..., k], w[n, k], bias[n] -> [..., n]."""
+    """x[..., k], w[n, k], bias[n] -> [..., n]. Local form along k: the bias is added on the first rank only."""
     labels = Labels()
     rows = labels.dims(inputs[0].shape[:-1])
     n, k = labels.new(), labels.new("sum")
     roles = (*tuple((row, "m") for row in rows if row != NO_LABEL), (n, "n"), (k, "k"))
     sides = [(*rows, k), (n, k), (n,)][: len(inputs)]
-    return labels.rule(sides, [(*rows, n)], compute="matmul", roles=roles)
+    once = (k,) if len(inputs) > 2 else ()
+    return labels.rule(sides, [(*rows, n)], compute="matmul", roles=roles, local_form=once)
 
 
 def addmm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """bias, x[m, k], w[k, n] -> [m, n]."""
+    """bias, x[m, k], w[k, n] -> [m, n]. Local form along k: the bias is added on the first rank only."""
     labels = Labels()
     m, n, k = labels.new(), labels.new(), labels.new("sum")
     bias = broadcast(inputs[0].shape, outputs[0].shape, (m, n))
-    return labels.rule([bias, (m, k), (k, n)], [(m, n)], compute="matmul", roles=((m, "m"), (n, "n"), (k, "k")))
+    roles = ((m, "m"), (n, "n"), (k, "k"))
+    return labels.rule([bias, (m, k), (k, n)], [(m, n)], compute="matmul", roles=roles, local_form=(k,))
 
 
 def matmul(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
@@ -69,19 +71,28 @@ def einsum(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
 
 
 def grouped_mm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """x[t, k], w[e, k, n], offsets[e] -> [t, n]: rows sorted by expert. Rows of one shard meet all experts."""
-    if len(inputs[0].shape) != 2 or len(inputs[1].shape) != 3:
+    """x[t, k], w[e, k, n], ends[e] -> [t, n]: rows sorted by expert, those of expert e end before row ends[e].
+
+    ``ends`` is whole on every rank. Local form: a rank that holds rows [r, r + len) uses clamp(ends - r, 0, len); one that
+    holds some experts computes their rows and has zeros elsewhere, so the result is partial."""
+    if len(inputs) != 3 or len(inputs[0].shape) != 2 or len(inputs[1].shape) != 3:
         return replicated(op, inputs, outputs, known=False)
     labels = Labels()
-    t, n, k, e = labels.new(), labels.new(), labels.new("sum"), labels.new("whole")
-    sides = [(t, k), (e, k, n), (e,)][: len(inputs)]
-    return labels.rule(sides, [(t, n)], compute="matmul", roles=((t, "m"), (n, "n"), (k, "k")))
+    t, n, k, e = labels.new(), labels.new(), labels.new("sum"), labels.new("sum")
+    return labels.rule(
+        [(t, k), (e, k, n), (NO_LABEL,)],
+        [(t, n)],
+        compute="matmul",
+        roles=((t, "m"), (n, "n"), (k, "k"), (e, "b")),
+        local_form=(t, e),
+    )
 
 
 def attention(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     """q[..., h, q, d], k[..., g, s, d], v[..., g, s, d], mask: g key/value heads each serve h / g query heads.
 
     Queries may be sharded by position: keys and values are then whole, which prices the gather of context parallelism.
+    Local form of cut queries under a causal mask: the mask starts at the position of the rank's first query.
     """
     query, key = inputs[0].shape, inputs[1].shape
     labels = Labels()
@@ -98,12 +109,23 @@ def attention(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRu
     scores = (*query[:-1], key[-2])
     sides += [broadcast(mask.shape, scores, (*lead, heads, q, s)) for mask in inputs[3:]]
     roles = (*((label, "b") for label in lead if label != NO_LABEL), (heads, "h"), (q, "q"), (s, "k"), (d, "d"))
-    return labels.rule(sides, [(*lead, heads, q, dv)], compute="attention", roles=roles, groups=groups, sizes=sizes)
+    return labels.rule(
+        sides,
+        [(*lead, heads, q, dv)],
+        compute="attention",
+        roles=roles,
+        groups=groups,
+        sizes=sizes,
+        local_form=(q,) if argument(op, 5, "is_causal", False) else (),
+    )
 
 
 def convolution(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """x[b, c_in, ...], w[c_out, c_in / groups, ...], bias[c_out] -> [b, c_out, ...]; space is not sharded (halos)."""
+    """x[b, c_in, ...], w[c_out, c_in / groups, ...], bias[c_out] -> [b, c_out, ...]; space is not sharded (halos).
+
+    Local form: along c_in the bias is added on the first rank only; depthwise, a rank has as many groups as channels."""
     num_groups = argument(op, 6, "groups", 1)
+    local_form: tuple[int, ...]
     labels = Labels()
     batch = labels.new()
     space = labels.dims(inputs[0].shape[2:], "whole")
@@ -113,15 +135,22 @@ def convolution(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> Op
     if num_groups == 1:
         c_in = labels.new("sum")
         sides = [(batch, c_in, *space), (c_out, c_in, *kernel), (c_out,)]
+        local_form = (c_in,) if len(inputs) > 2 else ()
     elif num_groups == inputs[0].shape[1] == outputs[0].shape[1]:
         c_in = NO_LABEL
         sides = [(batch, c_out, *space), (c_out, NO_LABEL, *kernel), (c_out,)]
+        local_form = (c_out,)
     else:
         c_in = labels.new("whole")
         labels.kinds[c_out] = "whole"
         sides = [(batch, c_in, *space), (c_out, labels.new("whole"), *kernel), (c_out,)]
+        local_form = ()
     ks = tuple((label, "k") for label in (c_in, *kernel) if label != NO_LABEL)
     ms = tuple((label, "m") for label in (batch, *out_space) if label != NO_LABEL)
     return labels.rule(
-        sides[: len(inputs)], [(batch, c_out, *out_space)], compute="matmul", roles=(*ms, (c_out, "n"), *ks)
+        sides[: len(inputs)],
+        [(batch, c_out, *out_space)],
+        compute="matmul",
+        roles=(*ms, (c_out, "n"), *ks),
+        local_form=local_form,
     )

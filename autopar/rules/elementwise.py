@@ -1,6 +1,7 @@
-"""Rules of ops that work element by element, along one dim, or that reduce: pointwise, norms, softmax, losses, look-ups."""
+"""Rules of ops that work element by element, along one dim, or that reduce: pointwise, norms, softmax, losses."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 
 from autopar.graph.ir import Op, Value
@@ -56,6 +57,7 @@ def batch_norm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpR
         [dims, *((channel,) for _ in inputs[1:])],
         [dims],
         inside=Inside(forward_bytes=exchanged, backward_bytes=exchanged, labels=(channel,)),
+        local_form=(batch,),
     )
 
 
@@ -88,7 +90,7 @@ def along(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
 
 
 def reduce(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """sum and mean: reduced dims give partial results; means of equal shards are partial averages."""
+    """sum and mean: reduced dims give partial results. Local form of a mean: the sum of the rank's part over the whole count."""
     shape = inputs[0].shape
     given = argument(op, 1, "dim", None)
     if isinstance(given, str) or given is None or isinstance(given, bool):
@@ -102,7 +104,8 @@ def reduce(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
         out = tuple(NO_LABEL if at in reduced else label for at, label in enumerate(dims))
     else:
         out = tuple(label for at, label in enumerate(dims) if at not in reduced)
-    return labels.rule([dims], [out])
+    averaged = tuple(label for label in dims if label != NO_LABEL and labels.kinds[label] == "sum")
+    return labels.rule([dims], [out], local_form=averaged if op.target.startswith("aten.mean") else ())
 
 
 def extremum(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
@@ -112,17 +115,10 @@ def extremum(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRul
     return OpRule(inputs=rule.inputs, outputs=rule.outputs * len(outputs), kinds=kinds)
 
 
-def embedding(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """weight[v, h], ids[...] -> [..., h]: a shard of the vocabulary looks up what it has, zero otherwise."""
-    labels = Labels()
-    ids = labels.dims(inputs[1].shape)
-    v, h = labels.new("sum"), labels.new()
-    return labels.rule([(v, h), ids], [(*ids, h)])
-
-
 def cross_entropy(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     """logits[t, v], target[t] -> loss: tokens give partial losses; a sharded vocabulary exchanges maximum, sum of
-    exponentials and the target's logit, fp32 each (Shoeybi et al., "Megatron-LM", 2019, section 3)."""
+    exponentials and the target's logit, fp32 each (Shoeybi et al., "Megatron-LM", 2019, section 3). Local form of a mean
+    over cut tokens: the sum of the rank's losses over the count of all targets that are not ignored."""
     if len(inputs[0].shape) != 2 or len(inputs) != 2 or inputs[1].shape != inputs[0].shape[:1]:
         return replicated(op, inputs, outputs, known=False)
     labels = Labels()
@@ -133,14 +129,46 @@ def cross_entropy(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> 
         [(t, v), (t,)],
         [(t,)] if outputs[0].shape else [()],
         inside=Inside(forward_bytes=exchanged, backward_bytes=0, labels=(t,)),
+        local_form=(t, v) if not outputs[0].shape and argument(op, 3, "reduction", 1) == 1 else (v,),
     )
 
 
-def loss(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """mse_loss and kin over equal shapes."""
+def log_softmax(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+    """As ``along``, but the dim itself may be cut where it is the last: maximum and sum of exponentials are exchanged, fp32
+    each, and in the backward the sum of the gradient. Local form: x - log(all-reduced sum of exp(x))."""
+    rule = along(op, inputs, outputs)
+    shape = inputs[0].shape
+    label = rule.inputs[0][-1] if shape else NO_LABEL
+    if label == NO_LABEL or rule.kinds[label] != "whole":
+        return rule
+    rows = prod(shape[:-1]) * 4
+    kinds = tuple("inside" if at == label else kind for at, kind in enumerate(rule.kinds))
+    inside = Inside(
+        forward_bytes=2 * rows, backward_bytes=rows, labels=tuple(at for at in rule.inputs[0][:-1] if at != NO_LABEL)
+    )
+    return replace(rule, kinds=kinds, inside=inside, local_form=(label,))
+
+
+def nll_loss(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+    """log-probabilities[t, v], target[t] -> loss. Local form: a rank adds up what it has of the tokens' log-probabilities,
+    zero for targets in another part of the vocabulary, over the count of all tokens that are not ignored."""
+    if len(inputs[0].shape) != 2 or len(inputs) != 2 or inputs[1].shape != inputs[0].shape[:1]:
+        return replicated(op, inputs, outputs, known=False)
     labels = Labels()
-    dims = labels.dims(inputs[0].shape, "parallel" if outputs[0].shape else "sum")
-    return labels.rule([dims for _ in inputs], [dims if outputs[0].shape else ()])
+    t = labels.new("parallel" if outputs[0].shape else "sum")
+    v = labels.new("sum")
+    return labels.rule([(t, v), (t,)], [(t,)] if outputs[0].shape else [()], local_form=(t, v))
+
+
+def loss(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+    """mse_loss and kin over equal shapes. Local form of a mean: the sum of the rank's part over the whole count."""
+    labels = Labels()
+    scalar = not outputs[0].shape
+    if any(value.shape != inputs[0].shape for value in inputs):
+        return replicated(op, inputs, outputs, known=False)
+    dims = labels.dims(inputs[0].shape, "sum" if scalar else "parallel")
+    averaged = tuple(label for label in dims if label != NO_LABEL) if scalar else ()
+    return labels.rule([dims for _ in inputs], [() if scalar else dims], local_form=averaged)
 
 
 def pool(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
@@ -150,22 +178,3 @@ def pool(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     space = labels.dims(inputs[0].shape[2:], "whole")
     outs = [(*lead, *labels.dims(value.shape[2:], "whole")) for value in outputs]
     return labels.rule([(*lead, *space)], outs)
-
-
-def routing(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """Ops that route tokens (sort by expert, gather and scatter rows by that order, histogram): every rank routes the
-    tokens it holds, which permutes them among themselves and changes no result; other dims of rows are parallel."""
-    labels = Labels()
-    grown = max((value.shape[0] for value in (*inputs, *outputs) if value.shape), default=0)
-    tokens = labels.new()
-    rows = {value.shape[0] for value in (*inputs, *outputs) if value.shape and value.shape[0] * 64 > grown}
-    widths: dict[int, int] = {}
-
-    def dims(value: Value) -> tuple[int, ...]:
-        first = () if not value.shape else (tokens if value.shape[0] in rows else NO_LABEL,)
-        rest = tuple(widths.setdefault(size, labels.new()) if size > 1 else NO_LABEL for size in value.shape[1:])
-        return (*first, *rest)
-
-    if len(rows) > 1 or prod(inputs[0].shape) == 0:
-        return replicated(op, inputs, outputs, known=True)
-    return labels.rule([dims(value) for value in inputs], [dims(value) for value in outputs])

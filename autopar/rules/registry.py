@@ -9,7 +9,7 @@ import torch
 
 from autopar.graph.ir import Op, Value
 from autopar.graph.literals import resolve
-from autopar.rules import contractions, elementwise, views
+from autopar.rules import contractions, elementwise, lookups, views
 from autopar.rules.labels import replicated
 from autopar.rules.rule import OpRule
 
@@ -20,7 +20,7 @@ MAKERS: dict[str, Maker] = {
     **dict.fromkeys(("addmm",), contractions.addmm),
     **dict.fromkeys(("mm", "bmm", "matmul"), contractions.matmul),
     "einsum": contractions.einsum,
-    "_grouped_mm": contractions.grouped_mm,
+    **dict.fromkeys(("_grouped_mm", "grouped_mm", "grouped_mm_fallback"), contractions.grouped_mm),
     "scaled_dot_product_attention": contractions.attention,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), contractions.convolution),
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"), views.reshape),
@@ -33,34 +33,48 @@ MAKERS: dict[str, Maker] = {
     **dict.fromkeys(("layer_norm", "rms_norm", "_fused_rms_norm"), elementwise.norm),
     "group_norm": elementwise.group_norm,
     "batch_norm": elementwise.batch_norm,
-    **dict.fromkeys(
-        ("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "sort", "topk"), elementwise.along
-    ),
+    **dict.fromkeys(("softmax", "_softmax", "cumsum", "sort", "argsort", "topk"), elementwise.along),
+    **dict.fromkeys(("log_softmax", "_log_softmax"), elementwise.log_softmax),
+    **dict.fromkeys(("nll_loss", "nll_loss_nd"), elementwise.nll_loss),
     **dict.fromkeys(("sum", "mean"), elementwise.reduce),
     **dict.fromkeys(("argmax", "argmin", "amax", "amin", "max", "min"), elementwise.extremum),
-    "embedding": elementwise.embedding,
+    "embedding": lookups.embedding,
     "cross_entropy_loss": elementwise.cross_entropy,
     **dict.fromkeys(("mse_loss", "l1_loss", "smooth_l1_loss", "binary_cross_entropy_with_logits"), elementwise.loss),
     **dict.fromkeys(("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "max_pool1d", "avg_pool1d"), elementwise.pool),
-    **dict.fromkeys(("index", "index_put", "histc"), elementwise.routing),
+    "index": lookups.index,
+    "histc": lookups.histogram,
+    **dict.fromkeys(("gather", "scatter", "scatter_add", "scatter_reduce"), lookups.gather),
+    "one_hot": lookups.one_hot,
+    **dict.fromkeys(("flip", "roll", "tril", "triu", "repeat_interleave"), lookups.mirrored),
 }
 POINTWISE = frozenset({"dropout", "gelu", "silu", "relu", "tanh", "where", "masked_fill", "copy", "fill", "full_like"})
-POINTWISE |= {"zeros_like", "ones_like", "empty_like", "copy_", "add_", "mul_", "relu_", "silu_"}
+POINTWISE |= {
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+    "copy_",
+    "add_",
+    "mul_",
+    "relu_",
+    "silu_",
+    "floor_divide",
+    "broadcast_tensors",
+}
+WHOLE = frozenset({"index_put", "index_put_"})  # known, and of no use in pieces: every rank does it all
 NOTHING = frozenset({"arange", "zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "empty", "scalar_tensor"})
 
 
 def rule_of(op: Op, values: Sequence[Value]) -> OpRule:
-    """The rule of an op; ``values`` are the graph's. One-dimensional sorts are routing (see ``elementwise.routing``).
+    """The rule of an op; ``values`` are the graph's.
 
     >>> rule_of(linear, graph.values).roles  # x[b, s, k] w[n, k]  # doctest: +SKIP
     ((0, 'm'), (1, 'm'), (2, 'n'), (3, 'k'))
     """
     inputs, outputs = [values[value] for value in op.inputs], [values[value] for value in op.outputs]
     name = op.target.split(".")[1]
-    if not inputs or name in NOTHING:
+    if not inputs or name in NOTHING or name in WHOLE:
         return replicated(op, inputs, outputs, known=True)
-    if name == "sort" and len(inputs[0].shape) == 1:
-        return elementwise.routing(op, inputs, outputs)
     if name in ("max", "min") and len(inputs) == 2:
         return elementwise.pointwise(op, inputs, outputs)
     if name in MAKERS:

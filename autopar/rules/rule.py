@@ -39,6 +39,8 @@ class OpRule:
     "b", "h", "q", "k", "d". ``passes_gradient``: a replicated input may have a partial gradient if the output has
     (true of every op that is linear in the gradient of one input). ``passes_partial``: the op is linear in that input, so a
     partial sum may pass through. ``carrier`` is the input these two speak of. ``known`` is False for the last resort.
+    ``local_form``: labels along which a rank runs something else than the op itself on its shards; the function that made
+    the rule says what.
     """
 
     inputs: tuple[tuple[int, ...], ...]
@@ -54,3 +56,4 @@ class OpRule:
     carrier: int = 0
     pointwise: bool = False
     known: bool = True
+    local_form: tuple[int, ...] = ()

@@ -68,7 +68,8 @@ def expand(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
 
 
 def split(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """split, chunk, unbind: equal parts of a dim are cut together (strided in the whole); unequal parts are not."""
+    """split, chunk, unbind: equal parts of a dim are cut together (strided in the whole); unequal parts are not, and no
+    rank may hold some of the parts only."""
     shape = inputs[0].shape
     dim = argument(op, 1 if "unbind" in op.target else 2, "dim", 0) % len(shape)
     labels = Labels()
@@ -79,7 +80,7 @@ def split(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
         out = tuple(label for at, label in enumerate(dims) if at != dim)
         return labels.rule([tuple(dims)], [out] * len(outputs), compute="free", **PASSES)
     if len({value.shape for value in outputs}) == 1 and len(outputs) * outputs[0].shape[dim] == shape[dim]:
-        part, inner = labels.new(), labels.new()
+        part, inner = labels.new("whole"), labels.new()
         out = tuple(inner if at == dim else label for at, label in enumerate(dims))
         return labels.rule(
             [tuple(dims)],

@@ -40,22 +40,23 @@ OPS = {
 
 # name: (row of hardware.json, usable GiB, matmul sibling, attention sibling, sustained, flash speed, missing peaks)
 DEVICES: dict[str, tuple[str, float | None, str, str, float, float, dict[str, float]]] = {
-    "V100-SXM-16GB": ("V100-SXM2-16GB", None, "A100", "a100", 0.94, 0.70, {}),
-    "V100-SXM-32GB": ("V100-SXM2-32GB", None, "A100", "a100", 0.94, 0.70, {}),
-    "A100-SXM-40GB": ("A100-SXM4-40GB", None, "A100", "a100", 0.90, 0.85, {}),
-    "A100-SXM-80GB": ("A100-SXM4-80GB", None, "A100", "a100", 0.90, 0.85, {}),
-    "H100-SXM-80GB": ("H100-SXM5-80GB", None, "H100", "h100", 0.97, 0.70, {}),
-    "H100-PCIe": ("H100-PCIe-80GB", 79.1, "H100", "h100", 0.85, 0.70, {"float32": 51.2}),
-    "H200-SXM-141GB": ("H200-SXM-141GB", 139.8, "H200", "h100", 0.97, 0.70, {"float32": 67.0}),
-    "B200-SXM-180GB": ("B200-SXM-180GB", 178.3, "H200", "h100", 0.97, 0.70, {"float32": 80.0}),
-    "A40": ("A40-48GB", 44.4, "A100", "a100", 0.90, 0.85, {}),
-    "L40S": ("L40S-48GB", 44.5, "L40S", "a100", 0.90, 0.85, {"float32": 91.6}),
+    "V100-SXM-16GB": ("V100-SXM2-16GB", None, "A100", "a100", 0.90, 0.70, {}),
+    "V100-SXM-32GB": ("V100-SXM2-32GB", None, "A100", "a100", 0.90, 0.70, {}),
+    "A100-SXM-40GB": ("A100-SXM4-40GB", None, "A100", "a100", 0.92, 0.55, {}),
+    "A100-SXM-80GB": ("A100-SXM4-80GB", None, "A100", "a100", 0.97, 0.55, {}),
+    "H100-SXM-80GB": ("H100-SXM5-80GB", None, "H100", "h100", 1.0, 0.32, {}),
+    "H100-PCIe": ("H100-PCIe-80GB", 79.1, "H100", "h100", 0.85, 0.33, {"float32": 51.2}),
+    "H200-SXM-141GB": ("H200-SXM-141GB", 139.8, "H200", "h100", 1.0, 0.32, {"float32": 67.0}),
+    "B200-SXM-180GB": ("B200-SXM-180GB", 178.3, "H200", "h100", 1.0, 0.32, {"float32": 80.0}),
+    "A40": ("A40-48GB", 44.4, "A100", "a100", 0.90, 0.57, {}),
+    "L40S": ("L40S-48GB", 44.5, "L40S", "a100", 0.90, 0.57, {"float32": 91.6}),
     "T4": ("T4-16GB", 14.7, "A100", "a100", 0.60, 0.70, {}),
 }
 
 # name: (device, devices per node, Gbit/s per node, NICs, latency between nodes, p2p bytes/s in the node, curves)
 CLUSTERS: dict[str, tuple[str, int, float, int, float, float, str]] = {
     "p3.16xlarge": ("V100-SXM-16GB", 8, 25, 1, 50e-6, 42.4e9, "v100"),
+    "dgx-2": ("V100-SXM-32GB", 16, 800, 8, 15e-6, 120e9, "nvswitch2"),
     "dgx-a100": ("A100-SXM-80GB", 8, 1600, 8, 15e-6, 163.7e9, "a100"),
     "dgx-a100-40g": ("A100-SXM-40GB", 8, 1600, 8, 15e-6, 163.7e9, "a100"),
     "dgx-h100": ("H100-SXM-80GB", 8, 3200, 8, 15e-6, 280e9, "h100"),
@@ -65,7 +66,12 @@ CLUSTERS: dict[str, tuple[str, int, float, int, float, float, str]] = {
     "t4": ("T4", 8, 50, 1, 50e-6, 10e9, "pcie3"),
     "cpu-gloo": ("CPU", 8, 10, 1, 50e-6, 2e9, "gloo"),
 }
-PCIE = {"pcie4": (4, 24e9 * 0.7, 10e-6), "pcie3": (8, 24e9 * 0.7 / 2, 15e-6), "gloo": (8, 1e9, 100e-6)}
+MODELLED = {
+    "nvswitch2": (16, 122e9, 10e-6),
+    "pcie4": (4, 24e9 * 0.7, 10e-6),
+    "pcie3": (8, 24e9 * 0.7 / 2, 15e-6),
+    "gloo": (8, 1e9, 100e-6),
+}
 
 
 def source(text: str, status: str) -> dict[str, str]:
@@ -161,17 +167,18 @@ def device_document(name: str, folder: Path, hardware: dict[str, dict[str, Any]]
         "memory_bytes": int((row["mem_usable_gib"] or usable_gib) * GIB),
         "peak_flops_per_s": {dtype: peak for dtype, peak in peaks.items() if peak},
         "memory_bytes_per_s": row["hbm_gbytes_s"] * 1e9,
-        "memory_efficiency": 0.8,
-        "launch_s": 30e-6,
+        "memory_efficiency": 0.72,
+        "launch_s": 37e-6,
         "kernel_latency_s": 2.5e-6,
         "context_bytes": 512 * MIB,
         "sustained_fraction": sustained,
+        "unaligned_matmul_speed": 0.42,
         "matmul": tables[sibling],
         "flash_attention": attention_table(attention_rows, {"a100": 312e12, "h100": 989e12}[attention]),
         "flash_speed": flash_speed,
         "flash_backward_speed": 0.85,
         "flash_head_dim_exponent": 0.23,
-        "math_attention_efficiency": 0.45,
+        "math_attention_efficiency": 0.42,
         "math_forward_bytes_per_score": 9.0,
         "math_backward_bytes_per_score": 11.0,
         "provenance": {
@@ -185,6 +192,9 @@ def device_document(name: str, folder: Path, hardware: dict[str, dict[str, Any]]
             "kernel_latency_s": source(f"shortest matmuls of {AICONFIGURATOR}", "measured"),
             "context_bytes": source("nvidia-smi shows 0.5-1.5 GB more than torch; low end", "assumed"),
             "sustained_fraction": source(LAYERS, "measured" if sustained_is_fitted else "assumed"),
+            "unaligned_matmul_speed": source(
+                "Megatron-DeepSpeed with an odd vocabulary of 50257 and tp=1: the head takes 2.1-2.5 times as long (vTrain "
+                "single node); Karpathy, 2023: padding it makes nanoGPT 25 % faster", "measured"),
             "matmul": sibling_source(sibling, own_gemm),
             "flash_attention": sibling_source(attention.upper(), own_attention),
             "flash_speed": source(
@@ -204,7 +214,7 @@ def cpu_document() -> dict[str, Any]:
     """One rank of a developer's machine: round numbers, for tests that run without a GPU."""
     numbers = {"memory_bytes": 4 * GIB, "peak_flops_per_s": {"float32": 5e10}, "memory_bytes_per_s": 1e10,
                "memory_efficiency": 0.8, "launch_s": 5e-6, "kernel_latency_s": 5e-6, "context_bytes": 0,
-               "sustained_fraction": 0.9, "matmul": {"m": [1], "n": [1], "k": [1], "efficiency": [0.8]},
+               "sustained_fraction": 0.9, "unaligned_matmul_speed": 1.0, "matmul": {"m": [1], "n": [1], "k": [1], "efficiency": [0.8]},
                "flash_attention": {"seq": [128], "batch_heads": [1], "efficiency": [0.4]}, "flash_speed": 1.0,
                "flash_backward_speed": 0.85, "flash_head_dim_exponent": 0.0, "math_attention_efficiency": 0.45,
                "math_forward_bytes_per_score": 9.0, "math_backward_bytes_per_score": 11.0}  # fmt: skip
@@ -278,12 +288,16 @@ def cluster_document(name: str, folder: Path, collectives: list[dict[str, Any]])
         origin = source(lookup, "measured")
         p2p = source("microsoft/SuperScaler@fa80ad0, p2p in a V100 node", "measured")
     elif curves == "gloo":
-        table, origin = modelled_curves(*PCIE[curves]), source("alpha-beta over loopback, round numbers", "assumed")
+        table, origin = modelled_curves(*MODELLED[curves]), source("alpha-beta over loopback, round numbers", "assumed")
         p2p = origin
-    elif curves in PCIE:
-        table = modelled_curves(*PCIE[curves])
+    elif curves in MODELLED:
+        table = modelled_curves(*MODELLED[curves])
         slide = "NVIDIA GTC24 slide in stas00/ml-engineering@744d01e: PCIe gen4 nodes 24 GB/s bus bandwidth"
-        origin = source(f"alpha-beta; {slide}, 0.7 of it, half on gen3", "modelled")
+        if curves == "nvswitch2":
+            slide = "NVIDIA GTC24 slide in stas00/ml-engineering@744d01e: NVLink2 nodes 122 GB/s bus bandwidth"
+        origin = source(
+            f"alpha-beta; {slide}" + ("" if curves == "nvswitch2" else ", 0.7 of it, half on gen3"), "modelled"
+        )
         p2p = origin
     else:
         table = nvswitch_curves(rows_of(folder / f"components/nccl_{curves}_sxm.csv"))
@@ -295,6 +309,7 @@ def cluster_document(name: str, folder: Path, collectives: list[dict[str, Any]])
     status = "measured" if gpu else "assumed"
     network = {
         "p3.16xlarge": ("AWS table (infoq.cn copy): 25 Gb/s, one ENA", "published"),
+        "dgx-2": ("NVIDIA DGX-2 data sheet: 8x 100 Gb/s", "recalled"),
         "dgx-a100": ("Korthikanti et al. 2022: 8x HDR200", "published"),
         "dgx-a100-40g": ("Korthikanti et al. 2022: 8x HDR200", "published"),
         "dgx-h100": ("NVIDIA GTC24 slide; torchtitan 2024-12: 8x 400 Gb/s", "published"),
@@ -310,10 +325,13 @@ def cluster_document(name: str, folder: Path, collectives: list[dict[str, Any]])
         "inter_node_gbits_per_s": float(gbits),
         "nics_per_node": nics,
         "inter_node_efficiency": 0.7,
+        "inter_node_transfer_efficiency": 0.43,
+        "inter_node_ramp_bytes": 60.0 * MIB if gpu else 0.0,
         "inter_node_latency_s": latency_s,
         "link_bytes_per_s": link,
         "link_latency_s": 8e-6 if gpu else 50e-6,
         "training_slowdown": 1.15 if gpu else 1.0,
+        "overlap_contention": 0.5,
         "first_communicator_bytes": 392 * MIB if gpu else 0,
         "next_communicator_bytes": 64 * MIB if gpu else 0,
         "collectives": table,
@@ -322,13 +340,21 @@ def cluster_document(name: str, folder: Path, collectives: list[dict[str, Any]])
             "inter_node_gbits_per_s": rate,
             "nics_per_node": rate,
             "inter_node_efficiency": source(f"just below {slower}", "assumed"),
+            "inter_node_transfer_efficiency": source(
+                "Aceso, two V100 nodes at 100 Gb/s: 5.4 GB/s point to point (Galvatron: 8 GB/s between A100 nodes)",
+                status,
+            ),
+            "inter_node_ramp_bytes": source(
+                "aws-samples nccl-tests, 16 ranks of 2 nodes: half of the rate at 40-90 MB on p4de and p5", status
+            ),
             "inter_node_latency_s": source(
                 "16 ranks of 2 nodes, small messages: 70 us on H100, 161 us on A100 with EFA; InfiniBand less",
                 "assumed",
             ),
             "link_bytes_per_s": p2p,
             "link_latency_s": source("small messages among 2 ranks", status),
-            "training_slowdown": source(f"{LAYERS}; vTrain reports up to 1.3", status),
+            "training_slowdown": source(f"vTrain: about 30 % slower inside training; {LAYERS}", status),
+            "overlap_contention": source(f"FSDP on 8 A100 and H100; {LAYERS}", status),
             "first_communicator_bytes": source(f"{AICONFIGURATOR}: 342 MiB among 2, 392 among 4 and 8", status),
             "next_communicator_bytes": source("buffers NCCL allocates lazily, per further communicator", "assumed"),
             "collectives": origin,

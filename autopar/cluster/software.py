@@ -1,0 +1,57 @@
+"""What the training program adds to its kernels: how it fuses, launches, overlaps, and what its optimizer moves.
+
+Three programs ship, named as a layout's ``fusion=`` names them: "none" (eager PyTorch), "megatron" (Megatron-LM's fused
+kernels around eager PyTorch) and "compiler" (torch.compile, XLA). A block takes max(GPU time, host calls x launch time).
+"""
+
+import functools
+from typing import Literal
+
+import msgspec
+
+from autopar.cluster.load import software_document
+from autopar.cluster.source import Source, require_fraction, require_not_negative, require_sources
+
+Chain = Literal["pointwise", "norm"]
+
+
+class Software(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``fuses``: what joins its neighbours in one kernel. Host calls count kernels; a view, which only makes Python and
+    the dispatcher work, counts ``view_calls``; materialised attention counts ``math_attention_*_calls``; ``fixed_calls``
+    are paid once per block and pass (hooks, checkpoints, Python between modules), ``collective_calls`` per collective and
+    further rank, as ranks wait for the slowest host; ``microbatch_calls`` per micro-batch on every stage and ``step_calls``
+    per step (data, loss, synchronisation), which nothing hides.
+
+    ``loss_*_bytes_per_logit``: traffic of the cross entropy alone, logits in fp32. ``optimizer_bytes_*``: traffic per
+    element of the optimizer step, clipping and loss scaling included, of a half precision weight and of an fp32 one.
+    ``tensor_overlap``: the part of a linear op's backward collective that its weight gradient may hide."""
+
+    name: str
+    fuses: tuple[Chain, ...]
+    view_calls: float
+    fixed_calls: float
+    collective_calls: float
+    microbatch_calls: float
+    step_calls: float
+    math_attention_forward_calls: float
+    math_attention_backward_calls: float
+    loss_forward_bytes_per_logit: float
+    loss_backward_bytes_per_logit: float
+    optimizer_bytes_half: float
+    optimizer_bytes_full: float
+    tensor_overlap: float
+    provenance: dict[str, Source]
+
+    def __post_init__(self) -> None:
+        for key in self.__struct_fields__:
+            if isinstance(getattr(self, key), float):
+                require_not_negative(key, getattr(self, key))
+        if self.tensor_overlap:
+            require_fraction("tensor_overlap", self.tensor_overlap)
+        require_sources(self, self.provenance, ())
+
+
+@functools.cache
+def load_software(name: str) -> Software:
+    """The shipped table of a program: "none", "megatron" or "compiler"."""
+    return msgspec.convert(software_document(name), Software)

@@ -1,0 +1,61 @@
+"""Memory traffic that fused kernels save: a tensor that passes from op to op inside one kernel is neither written nor read.
+
+A value v made by op A and read by op B, both fusable:
+
+    B's forward does not read v; A's forward does not write it when no other op reads v and the backward does not keep it
+    B's backward does not write v's gradient nor A's read it, when B alone reads v
+
+Which ops are fusable is the program's: "pointwise" chains (bias, activation, dropout, residual additions: Megatron-LM's
+fused kernels), and "norm", which adds normalisations and softmax as a compiler's reductions do.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from math import prod
+
+from autopar.graph.ir import Graph, Op
+from autopar.graph.profile import GraphProfile
+
+POINTWISE = frozenset(
+    (
+        "add", "add_", "sub", "rsub", "mul", "mul_", "div", "neg", "pow", "sqrt", "rsqrt", "exp", "tanh", "sigmoid", "relu",
+        "relu_", "gelu", "silu", "silu_", "leaky_relu", "hardtanh", "dropout", "native_dropout", "to", "_to_copy", "where",
+        "clamp", "erf", "cos", "sin", "reciprocal", "type_as",
+    )
+)  # fmt: skip
+NORM = frozenset(("layer_norm", "native_layer_norm", "rms_norm", "group_norm", "softmax", "_softmax", "mean", "sum"))
+
+
+def fused_bytes(graph: Graph, profile: GraphProfile, fuses: Sequence[str]) -> dict[int, tuple[float, float]]:
+    """Op id -> bytes saved forward and backward, whole at the traced batch; ops that save nothing are left out."""
+    kinds = (POINTWISE if "pointwise" in fuses else frozenset()) | (NORM if "norm" in fuses else frozenset())
+    if not kinds:
+        return {}
+    fusable = {op.id: op for op in graph.ops if _packet(op) in kinds}
+    makers = {value: op for op in graph.ops for value in op.outputs}
+    readers: dict[int, list[Op]] = defaultdict(list)
+    kept: set[int] = set()
+    for op in graph.ops:
+        held = profile.ops[op.id]
+        for value in op.inputs:
+            readers[value].append(op)
+        kept.update(profile.owners[op.inputs[i]] for i in held.saved_inputs)
+        kept.update(profile.owners[op.outputs[i]] for i in held.saved_outputs)
+    saved: dict[int, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for op in fusable.values():
+        for value in set(op.inputs):
+            maker = makers.get(value)
+            if maker is None or maker.id not in fusable or maker.module.split(".")[:2] != op.module.split(".")[:2]:
+                continue
+            size = float(prod(graph.values[value].shape) * graph.values[value].itemsize)
+            saved[op.id][0] += size
+            if all(reader.id in fusable for reader in readers[value]) and profile.owners[value] not in kept:
+                saved[maker.id][0] += size / len(readers[value])
+            if len(readers[value]) == 1 and graph.values[value].requires_grad:
+                saved[op.id][1] += size
+                saved[maker.id][1] += size
+    return {op: (forward, backward) for op, (forward, backward) in saved.items()}
+
+
+def _packet(op: Op) -> str:
+    return op.target.split(".")[1] if "." in op.target else op.target

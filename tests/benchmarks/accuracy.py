@@ -1,0 +1,229 @@
+"""Predicted against measured training runs, set by set.
+
+python -m tests.benchmarks.accuracy FILE.jsonl [--only SET] [--csv OUT.csv] [--figure OUT.png]
+
+error  e = predicted / measured - 1          MAPE = mean |e|, bias = mean e, median and p90 of |e|
+rank   Spearman within groups of >= 4 rows of one model, GPU count and batch; regret = measured time of the run that
+       the model calls fastest / that of the fastest, - 1
+cover  share of runs inside their 90 % interval, width = mean (high - low) / 2 / predicted
+base   MAPE of FLOPs / one utilisation, the median of the set's other models: what knowing nothing reaches
+"""
+
+import argparse
+import csv
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from autopar.graph.flops import model_flops
+from autopar.inter.estimate import LayoutPricer, ModelGraph, model_graph
+from autopar.plan.errors import AutoparError
+from autopar.plan.layout import parse_layout
+from autopar.workload.load import load_workload
+from tests.benchmarks.runs import GIB, Run, read_runs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """A run with what the model says of it; ``reference_s`` is its FLOPs at the peak of all its GPUs."""
+
+    run: Run
+    time_s: float
+    low_s: float
+    high_s: float
+    memory_bytes: float
+    tensor_bytes: float
+    fits: bool
+    reference_s: float
+
+    @property
+    def error(self) -> float:
+        return self.time_s / (self.run.time_s or np.nan) - 1
+
+
+class Pricers:
+    """One traced model and one pricer per model and cluster, shared by all runs."""
+
+    def __init__(self) -> None:
+        self._graphs: dict[tuple[Any, ...], ModelGraph] = {}
+        self._pricers: dict[tuple[Any, ...], LayoutPricer] = {}
+
+    def of(self, run: Run) -> LayoutPricer:
+        from autopar.cluster.load import load_cluster
+
+        model = (run.model_file, run.settings, run.dtype)
+        if model not in self._graphs:
+            workload = load_workload(run.model_file, **dict(run.settings))
+            self._graphs[model] = model_graph(workload, dtype=run.dtype)
+        key = (*model, run.cluster, run.overrides, run.gpus)
+        if key not in self._pricers:
+            self._pricers[key] = LayoutPricer(
+                self._graphs[model],
+                cluster=load_cluster(run.cluster, **dict(run.overrides)),
+                gpus=run.gpus,
+                global_batch=None,
+                memory_gib=None,
+                optimizer="adamw",
+            )
+        return self._pricers[key]
+
+
+def outcome(run: Run, pricers: Pricers) -> Outcome:
+    """Price one run."""
+    pricer = pricers.of(run)
+    priced = pricer.price(parse_layout(run.layout))
+    time_s = priced.step_time_s
+    if run.kind == "layer":
+        time_s = sum(pricer.block_times(priced, "layers.0"))
+    flops = model_flops(pricer.graph, run.gbs).total
+    return Outcome(
+        run=run,
+        time_s=time_s,
+        low_s=time_s,
+        high_s=time_s,
+        memory_bytes=priced.memory_bytes,
+        tensor_bytes=priced.memory_bytes,
+        fits=priced.fits,
+        reference_s=flops / (run.gpus * pricer.cluster.device.peak(pricer.dtype)),
+    )
+
+
+def outcomes(runs: Iterable[Run]) -> tuple[list[Outcome], list[tuple[str, str]]]:
+    """All runs priced, and (id, reason) of those refused."""
+    pricers, found, refused = Pricers(), [], []
+    for run in runs:
+        try:
+            found.append(outcome(run, pricers))
+        except AutoparError as error:
+            refused.append((run.id, str(error)))
+    return found, refused
+
+
+def baseline_errors(found: list[Outcome]) -> np.ndarray:
+    """Errors of one utilisation, fitted on the set's other models (other rows, where there is one model only)."""
+    errors = []
+    for one in found:
+        others = [o for o in found if o.run.model != one.run.model] or [o for o in found if o is not one] or [one]
+        slowdown = np.median([(o.run.time_s or np.nan) / o.reference_s for o in others])
+        errors.append(slowdown * one.reference_s / (one.run.time_s or np.nan) - 1)
+    return np.array(errors)
+
+
+def spearman(one: np.ndarray, other: np.ndarray) -> float:
+    """Rank correlation; ties share their mean rank."""
+    ranks = [np.array([(v > x).sum() * 0 + (v < x).sum() + 0.5 * (v == x).sum() for x in v]) for v in (one, other)]
+    return float(np.corrcoef(*ranks)[0, 1]) if min(rank.std() for rank in ranks) > 0 else 0.0
+
+
+def groups(found: list[Outcome]) -> list[list[Outcome]]:
+    """Runs to choose between: at least four of one model, GPU count and batch."""
+    by: dict[tuple[Any, ...], list[Outcome]] = defaultdict(list)
+    for one in found:
+        by[one.run.group].append(one)
+    return [rows for rows in by.values() if len(rows) >= 4]
+
+
+def regret(rows: list[Outcome]) -> float:
+    picked = min(rows, key=lambda one: one.time_s)
+    return (picked.run.time_s or np.nan) / min(one.run.time_s or np.nan for one in rows) - 1
+
+
+def set_line(name: str, found: list[Outcome]) -> str:
+    errors = np.array([one.error for one in found])
+    sizes = np.abs(errors)
+    ranked = groups(found)
+    spear = [
+        spearman(np.array([o.time_s for o in rows]), np.array([o.run.time_s for o in rows], float)) for rows in ranked
+    ]
+    regrets = [regret(rows) for rows in ranked]
+    inside = [one.low_s <= (one.run.time_s or np.nan) <= one.high_s for one in found]
+    width = np.mean([(one.high_s - one.low_s) / 2 / one.time_s for one in found])
+    rank = (
+        f"{len(ranked):3d} {np.mean(spear):5.2f} {100 * np.mean(regrets):6.1f} {100 * max(regrets):6.1f}"
+        if ranked
+        else f"{0:3d} {'-':>5} {'-':>6} {'-':>6}"
+    )
+    return (
+        f"{name:26.26} {len(found):4d} {100 * sizes.mean():6.1f} {100 * np.median(sizes):6.1f} "
+        f"{100 * np.quantile(sizes, 0.9):6.1f} {100 * errors.mean():+6.1f}  {rank}  "
+        f"{100 * np.mean(inside):4.0f} {100 * width:5.1f}  {100 * np.abs(baseline_errors(found)).mean():5.1f}"
+    )
+
+
+HEADER = (
+    f"{'set':26} {'n':>4} {'MAPE%':>6} {'med%':>6} {'p90%':>6} {'bias%':>6}  {'grp':>3} {'rho':>5} {'regr%':>6} "
+    f"{'max%':>6}  {'cov%':>4} {'wid%':>5}  {'base%':>5}"
+)
+
+
+def memory_lines(found: list[Outcome]) -> list[str]:
+    """Published peaks, and whether what ran fits and what did not does not."""
+    lines = []
+    by: dict[str, list[float]] = defaultdict(list)
+    for one in found:
+        if one.run.memory_bytes:
+            by[one.run.set].append(one.memory_bytes / one.run.memory_bytes - 1)
+    for name, values in by.items():
+        errors = np.array(values)
+        lines.append(
+            f"{name:26.26} {len(errors):4d} peaks: mean |error| {100 * np.abs(errors).mean():.1f} %, "
+            f"bias {100 * errors.mean():+.1f} %"
+        )
+    for one in found:
+        if one.fits != one.run.ran:
+            lines.append(
+                f"  {one.run.id}: {'ran' if one.run.ran else 'ran out of memory'}, predicted "
+                f"{one.memory_bytes / GIB:.2f} GiB ({one.run.layout})"
+            )
+    return lines
+
+
+def write_csv(path: Path, found: list[Outcome]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "set", "gpus", "layout", "measured_s", "predicted_s", "error", "memory_gib", "peak_gib"])
+        for one in found:
+            run = one.run
+            peak = "" if run.memory_bytes is None else f"{run.memory_bytes / GIB:.2f}"
+            error = "" if run.time_s is None else f"{one.error:+.4f}"
+            row = [run.id, run.set, run.gpus, run.layout, run.time_s, f"{one.time_s:.6g}", error]
+            writer.writerow([*row, f"{one.memory_bytes / GIB:.2f}", peak])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--only", help="a set, or the beginning of an id")
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--figure", type=Path, help="draw predicted against measured (needs matplotlib)")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    runs, skipped = read_runs(options.file)
+    if options.only:
+        runs = [run for run in runs if run.id.startswith(options.only)]
+    found, refused = outcomes(runs)
+    for name, reason in [*skipped, *refused]:
+        print(f"skipped {name}: {reason}")
+    print(HEADER)
+    timed = [one for one in found if one.run.time_s is not None]
+    for name in dict.fromkeys(one.run.set for one in timed):
+        print(set_line(name, [one for one in timed if one.run.set == name]))
+    print("\n".join(["", "memory", *memory_lines(found)]))
+    print(f"\n{len(found)} runs in {time.perf_counter() - started:.0f} s")
+    if options.csv:
+        write_csv(options.csv, found)
+    if options.figure:
+        from tests.benchmarks.figure import draw
+
+        draw(options.figure, timed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Every option of ops that the models lack, or have in one form only, against the whole op (see ``rule_oracle``)."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autopar.graph.trace import Traced, trace
+from autopar.workload import Workload
+from tests.unit.test_rules_models import wrong_options
+
+torch.set_num_threads(1)
+Forward = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class Model(nn.Module):
+    """``forward(a linear of x, labels, w, b)``; w and b are parameters, so gradients of all float inputs are checked."""
+
+    def __init__(self, forward: Forward, x: int, w: tuple[int, ...], b: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(x, x)
+        self.w, self.b = nn.Parameter(torch.empty(w)), nn.Parameter(torch.empty(b))
+        self.function = forward
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        y = self.function(self.project(x), labels, self.w, self.b)
+        return y if y.dim() == 0 else y.sum()
+
+
+def traced(forward: Forward, x: tuple[int, ...], w: tuple[int, ...], b: int) -> Traced:
+    load = Workload(
+        build_model=lambda: Model(forward, x[-1], w, b),
+        example_inputs=lambda batch_size: {
+            "x": torch.empty(batch_size, *x),
+            "labels": torch.empty(batch_size, dtype=torch.long),
+        },
+    )
+    return trace(load, dtype="float32")
+
+
+CASES: dict[str, tuple[Forward, tuple[int, ...], tuple[int, ...], int]] = {
+    "cross_entropy_ignored": (lambda x, t, w, b: F.cross_entropy(x * b, t, ignore_index=1), (12,), (1,), 12),
+    "cross_entropy_smooth": (lambda x, t, w, b: F.cross_entropy(x * b, t, label_smoothing=0.1), (12,), (1,), 12),
+    "cross_entropy_sum": (lambda x, t, w, b: F.cross_entropy(x, t, ignore_index=0, reduction="sum"), (8,), (1,), 1),
+    "cross_entropy_none": (lambda x, t, w, b: F.cross_entropy(x, t, ignore_index=0, reduction="none"), (8,), (1,), 1),
+    "nll_ignored": (lambda x, t, w, b: F.nll_loss(F.log_softmax(x, 1), t, ignore_index=1), (12,), (1,), 1),
+    "nll_sum": (lambda x, t, w, b: F.nll_loss(F.log_softmax(x, -1), t, reduction="sum"), (8,), (1,), 1),
+    "log_softmax_inner": (lambda x, t, w, b: F.log_softmax(x, 1) * b, (4, 8), (1,), 8),
+    "mse": (lambda x, t, w, b: F.mse_loss(x * b, (x * b).detach() + 1), (4, 8), (1,), 8),
+    "mean": (lambda x, t, w, b: (x * b).mean((1, 2)), (4, 8), (1,), 8),
+    "mean_all": (lambda x, t, w, b: (x * b).mean(), (4, 8), (1,), 8),
+    "mean_keep": (lambda x, t, w, b: x * x.mean(-1, keepdim=True), (4, 8), (1,), 8),
+    "amax": (lambda x, t, w, b: x.amax(1) * b, (4, 8), (1,), 8),
+    "bias": (lambda x, t, w, b: F.linear(x, w, b), (4, 8), (12, 8), 12),
+    "matmul": (lambda x, t, w, b: x @ w, (4, 8), (8, 12), 1),
+    "matmul_batched": (lambda x, t, w, b: (x @ x.transpose(-1, -2)).softmax(-1) @ x, (2, 4, 8), (1,), 1),
+    "einsum": (lambda x, t, w, b: torch.einsum("bsk,ksn->bn", x, w), (4, 8), (8, 4, 12), 1),
+    "conv": (lambda x, t, w, b: F.conv2d(x, w, b, stride=2, padding=1), (4, 6, 6), (8, 4, 3, 3), 8),
+    "depthwise": (lambda x, t, w, b: F.conv2d(x, w, b, groups=8), (8, 6, 6), (8, 1, 3, 3), 8),
+    "depthwise_double": (lambda x, t, w, b: F.conv2d(x, w, b, groups=4), (4, 6, 6), (8, 1, 3, 3), 8),
+    "grouped_conv": (lambda x, t, w, b: F.conv2d(x, w, b, groups=2), (4, 6, 6), (8, 2, 3, 3), 8),
+    "conv1d": (lambda x, t, w, b: F.conv1d(x, w, b), (4, 9), (8, 4, 3), 8),
+    "group_norm": (lambda x, t, w, b: F.group_norm(x, 2, b, b), (8, 6), (1,), 8),
+    "batch_norm": (lambda x, t, w, b: F.batch_norm(x, None, None, b, b, training=True), (8, 3, 3), (1,), 8),
+    "batch_norm_flat": (lambda x, t, w, b: F.batch_norm(x, None, None, b, b, training=True), (8,), (1,), 8),
+    "layer_norm_two": (lambda x, t, w, b: F.layer_norm(x, (4, 8), w, w), (2, 4, 8), (4, 8), 1),
+    "rms_norm": (lambda x, t, w, b: F.rms_norm(x, (8,), b), (4, 8), (1,), 8),
+    "max_pool": (lambda x, t, w, b: F.max_pool2d(x * w, 2), (8, 6, 6), (6,), 1),
+    "avg_pool": (lambda x, t, w, b: F.adaptive_avg_pool2d(x * w, 1), (8, 6, 6), (6,), 1),
+    "split_equal": (lambda x, t, w, b: torch.stack([p * b for p in x.chunk(3, -1)]), (4, 24), (1,), 8),
+    "split_unequal": (lambda x, t, w, b: torch.cat([p * 2 for p in x.split([8, 4, 4], -1)], -1), (4, 16), (1,), 1),
+    "unbind": (lambda x, t, w, b: x.unbind(1)[0] * x.unbind(1)[1], (2, 8), (1,), 1),
+    "stack_last": (lambda x, t, w, b: torch.stack([x, x * b], -1), (4, 8), (1,), 8),
+    "fused_qkv": (
+        lambda x, t, w, b: F.scaled_dot_product_attention(
+            *F.linear(x, w).view(-1, 8, 3, 4, 4).permute(2, 0, 3, 1, 4).unbind(0), is_causal=True
+        ),
+        (8, 12), (48, 12), 1,
+    ),
+    "fused_qkv_split": (
+        lambda x, t, w, b: F.scaled_dot_product_attention(
+            *(p.view(-1, 8, 4, 4).transpose(1, 2) for p in F.linear(x, w).split(16, -1))
+        ).transpose(1, 2).reshape(-1, 8, 16),
+        (8, 12), (48, 12), 1,
+    ),
+    "slice": (lambda x, t, w, b: x[:, 1:5] * b, (8, 8), (1,), 8),
+    "slice_to_one": (lambda x, t, w, b: x[:, :1] + x, (8, 8), (1,), 8),
+    "select": (lambda x, t, w, b: x[:, 0] * b, (8, 8), (1,), 8),
+    "pad": (lambda x, t, w, b: F.pad(x, (0, 0, 1, 1)) * b, (8, 8), (1,), 8),
+    "expand": (lambda x, t, w, b: x.unsqueeze(1).expand(-1, 4, -1, -1) * b, (2, 8), (1,), 8),
+    "cumsum": (lambda x, t, w, b: x.cumsum(1) * b, (4, 8), (1,), 8),
+    "topk": (lambda x, t, w, b: x.topk(2, -1)[0] * x.sort(-1)[0][..., :2], (4, 8), (1,), 8),
+    "flatten": (lambda x, t, w, b: x.flatten(1) * b, (4, 8), (1,), 32),
+    "squeeze": (lambda x, t, w, b: x.mean(1, keepdim=True).squeeze(1) * b, (4, 8), (1,), 8),
+    "rows": (lambda x, t, w, b: x * w[t], (8,), (8, 8), 1),
+    "padded_embedding": (lambda x, t, w, b: x * F.embedding(t, w, padding_idx=1), (8,), (8, 8), 1),
+    "one_hot": (lambda x, t, w, b: x * F.one_hot(t, 8), (8,), (1,), 1),
+    "gather": (lambda x, t, w, b: x.gather(1, t.unsqueeze(1)), (8,), (1,), 1),
+    "scatter": (lambda x, t, w, b: torch.zeros_like(x).scatter(2, x.argmax(-1, True), 1.0) * b + x, (4, 8), (1,), 8),
+    "scatter_add": (lambda x, t, w, b: (x * b).scatter_add(1, x.argsort(1), x), (4, 8), (1,), 8),
+    "gather_inner": (lambda x, t, w, b: x.gather(1, x.argsort(1)) * b, (4, 8), (1,), 8),
+    "roll": (lambda x, t, w, b: x.roll(1, 1) * b, (4, 8), (1,), 8),
+    "masked": (lambda x, t, w, b: torch.where(x > 0, x, b) + x.masked_fill(x < 0, 0.0), (4, 8), (1,), 8),
+    "flip": (lambda x, t, w, b: x.flip(1) * b, (4, 8), (1,), 8),
+    "repeat": (lambda x, t, w, b: x.repeat_interleave(2, dim=1) * b, (4, 8), (1,), 8),
+    "triangle": (lambda x, t, w, b: x.tril() * b, (8, 8), (1,), 8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_option_of_the_op(name: str) -> None:
+    faults, unknown, tried = wrong_options(traced(*CASES[name]))
+    assert tried > 5
+    assert not faults, "\n".join(faults[:6])
+    assert not unknown
