@@ -37,15 +37,18 @@ def own_s(
     forward: Floats,
     backward: Floats,
     round_trip: Floats,
+    relaxed: bool = False,
 ) -> Floats:
     """own_s of the module's docstring for stages number ``num_from_last`` = n counted from the last (1); arrays (n and
-    seconds) that broadcast, ``round_trip`` is R_s (0 for the last stage)."""
+    seconds) that broadcast, ``round_trip`` is R_s (0 for the last stage). ``relaxed``: only the sum of forward and
+    backward is known to be a bound, so the larger of them is at least half of it."""
     B, w = num_microbatches, np.minimum(num_from_last, num_microbatches)
     total = forward + backward
     trip = total + round_trip
     if schedule == "gpipe":
         return np.asarray(trip + (B - 1) * total)
-    own = np.maximum(B * total, trip + ((B - w) * total + (w - 1) * np.maximum(forward, backward)))
+    larger = total / 2 if relaxed else np.maximum(forward, backward)
+    own = np.maximum(B * total, trip + ((B - w) * total + (w - 1) * larger))
     between = np.maximum(B - 1 - w, 0)
     twice = np.where(w < B, 2.0, 0.0)
     stalled = np.maximum(twice * trip + between * total, (twice + between // w) * trip + between % w * total)

@@ -44,10 +44,16 @@ class Levels:
     backward_s: Floats
     step_s: Floats
     least_s: Floats  # (L + 1, L + 1, K): the least t of any level
+    busy_s: Floats | None  # (S + 1, L + 1, L + 1, K), with relaxed times only
 
     @property
     def num_stages(self) -> int:
         return self.forward_s.shape[0] - 1
+
+    @property
+    def relaxed(self) -> bool:
+        """Whether forward times are bounds of their own and only the sum with backward is one of the whole."""
+        return self.busy_s is not None
 
     @property
     def num_blocks(self) -> int:
@@ -56,7 +62,14 @@ class Levels:
     def first(self, num_stages: int) -> "Levels":
         """The same with at most ``num_stages`` stages."""
         kept = slice(0, num_stages + 1)
-        return replace(self, forward_s=self.forward_s[kept], backward_s=self.backward_s[kept], step_s=self.step_s[kept])
+        busy_s = None if self.busy_s is None else self.busy_s[kept]
+        return replace(
+            self,
+            forward_s=self.forward_s[kept],
+            backward_s=self.backward_s[kept],
+            step_s=self.step_s[kept],
+            busy_s=busy_s,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -94,8 +107,10 @@ def make_levels(
     num_devices: int,
     cut_s: Floats,
     tables: Sequence[tuple[Floats, Floats, Floats]],
+    busy_s: Sequence[Floats] | None = None,
 ) -> Levels:
-    """``tables``: (forward_s, backward_s, step_s) of stage number 1, 2, ... from the last."""
+    """``tables``: (forward_s, backward_s, step_s) of stage number 1, 2, ... from the last; ``busy_s`` where they are
+    relaxed times, the least from a stage's first forward to the end of its step."""
     impossible = np.full_like(tables[0][0], np.inf)
     forward = np.stack([impossible, *(table[0] for table in tables)])
     backward = np.stack([impossible, *(table[1] for table in tables)])
@@ -109,6 +124,7 @@ def make_levels(
         backward_s=backward,
         step_s=np.stack([impossible, *(table[2] for table in tables)]),
         least_s=np.asarray((forward + backward).min(axis=0)),
+        busy_s=None if busy_s is None else np.stack([impossible, *busy_s]),
     )
 
 
@@ -172,10 +188,13 @@ def tail_tables(levels: Levels, band: Band, head_s: Floats) -> Tails:
             cut = levels.cut_s[first:end, None]
             round_trip = trip[before] + cut
             through = (forward + backward) + cut
-            own = own_s(levels.schedule, B, place[:depth], forward, backward, round_trip)
+            own = own_s(levels.schedule, B, place[:depth], forward, backward, round_trip, levels.relaxed)
             ended = np.maximum(own, through + finish[before])
             ended[~(ended < allowed[after][:, None])] = np.inf  # not-a-number where an impossible time met a factor 0
-            whole = np.maximum(ended + step, forward + total[before])
+            stepped = ended + step
+            if levels.busy_s is not None:
+                stepped = np.maximum(stepped, levels.busy_s[1 : depth + 1, i, first:end, k, None])
+            whole = np.maximum(stepped, forward + total[before])
             passed = np.where(np.isfinite(ended), round_trip + (forward + backward), np.inf)
             np.minimum(trip[after], passed.min(axis=1), out=trip[after])
             np.minimum(finish[after], ended.min(axis=1), out=finish[after])
@@ -206,9 +225,13 @@ def head_tables(levels: Levels, band: Band, tails: Tails) -> Heads:
             after = (slice(1, depth + 1), i, slice(low, high))
             cut = float(levels.cut_s[i])
             through = (forward + backward) + cut
-            own = own_s(levels.schedule, B, place[1 : depth + 1], forward, backward, tails.trip_s[after][:, None] + cut)
+            way = tails.trip_s[after][:, None] + cut
+            own = own_s(levels.schedule, B, place[1 : depth + 1], forward, backward, way, levels.relaxed)
             ended = np.maximum(own, through + tails.finish_s[after][:, None])
-            bound = np.maximum(np.maximum(trip[before] + ended, down[before] + (ended + step)), worst[before])
+            stepped = ended + step
+            if levels.busy_s is not None:
+                stepped = np.maximum(stepped, levels.busy_s[2 : depth + 2, first:end, i, k, None])
+            bound = np.maximum(np.maximum(trip[before] + ended, down[before] + stepped), worst[before])
             possible = bound < band.threshold_s
             if first == 0:  # the first stage's per-step time follows the last backward of all
                 through = through + np.where(np.arange(end)[:, None] == 0, step, 0.0)

@@ -11,8 +11,10 @@ from autopar.cluster.cluster import Cluster
 from autopar.cost import parameters as pm
 from autopar.cost.compute import op_seconds
 from autopar.graph.flops import model_flops, num_parameters
+from autopar.inter.blocks import Mesh
+from autopar.inter.finish import Finished, PointRef, StageChoice
 from autopar.inter.simulate import StageTimes, simulate
-from autopar.inter.stages import Mesh, StageBook, StageChoice
+from autopar.inter.stages import StageBook
 from autopar.intra import frontier as fr
 from autopar.intra.frontier import BlockPoints
 from autopar.plan.mesh import Axis
@@ -32,6 +34,7 @@ from autopar.plan.plan import (
     SearchOutcome,
     StagePlan,
     TimeParts,
+    device_memory,
     recompute_summary,
 )
 from autopar.rules.atoms import Atom
@@ -43,12 +46,15 @@ SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Found:
-    """What the search hands over; ``times`` are the stages' times with transfers."""
+    """What the search hands over: per stage its run, and its times with transfers. A layout's stages may have a book each
+    (of one model and micro-batch) and, interleaved, come back to a run of devices; ``first_devices`` says where."""
 
     workload: Workload
     cluster: Cluster
     book: StageBook
     stages: tuple[tuple[int, int, int], ...]
+    runs: tuple[Finished, ...]
+    held: tuple[int, ...]
     schedule: Schedule
     gpus: int
     global_batch: int
@@ -58,6 +64,9 @@ class Found:
     runner_up: str | None
     times: Sequence[StageTimes]
     fixed: bool = False
+    books: tuple[StageBook, ...] = ()
+    first_devices: tuple[int, ...] = ()
+    num_chunks: int = 1
 
 
 def build_plan(found: Found) -> Plan:
@@ -68,20 +77,18 @@ def build_plan(found: Found) -> Plan:
     device = 0
     totals_of_slowest: tuple[float, dict[str, float]] = (-1.0, {})
     for at, (first, end, devices) in enumerate(found.stages):
-        held = (
-            book.num_microbatches if found.schedule == "gpipe" else min(len(found.stages) - at, book.num_microbatches)
-        )
-        choice = book.costs(devices, held).choices[int(book.type_of[first, end])]
-        assert choice is not None
-        columns = [book._column(b.kind, book.blocks.held(b, first)) for b in book.blocks.blocks[first:end]]
-        axes = _axes(book, choice.mesh, columns, choice)
+        if found.books:
+            book, device = found.books[at], found.first_devices[at]
+        held, choice = found.held[at], found.runs[at].choice
+        uses = _uses(book, choice, first, end)
+        axes = _axes(book, choice.mesh, uses)
         refs = []
-        for block, column in zip(book.blocks.blocks[first:end], columns, strict=True):
-            key = (column, choice, devices)
+        for block, use in zip(book.blocks.blocks[first:end], uses, strict=True):
+            key = (use.column, use.ref, choice.boundary, choice.mesh)
             if key not in programs:
-                programs[key] = _program(book, column, choice, f"p{len(programs)}")
+                programs[key] = _program(book, use, f"p{len(programs)}")
             refs.append(BlockRef(index=block.index, name=block.name, program=programs[key].id))
-        parts = _time_parts(book, columns, choice)
+        parts = _time_parts(book, uses)
         busy = found.times[at].forward_s + found.times[at].backward_s
         if busy > totals_of_slowest[0]:
             totals_of_slowest = (busy, parts)
@@ -91,13 +98,14 @@ def build_plan(found: Found) -> Plan:
                 first_device=device,
                 num_devices=devices,
                 axes=axes,
+                chunk=at * found.num_chunks // len(found.stages),
                 forward_s=found.times[at].forward_s,
                 backward_s=found.times[at].backward_s,
                 step_s=found.times[at].step_s,
                 send_forward_s=found.times[at].send_forward_s,
                 send_backward_s=found.times[at].send_backward_s,
                 in_flight=held,
-                memory=_memory(book, columns, choice, held),
+                memory=_memory(book, uses, held),
             )
         )
         device += devices
@@ -105,7 +113,8 @@ def build_plan(found: Found) -> Plan:
         found.schedule,
         found.times,
         book.num_microbatches,
-        num_devices=[devices for _, _, devices in found.stages],  # type: ignore[arg-type]
+        found.num_chunks,
+        num_devices=[devices for _, _, devices in found.stages[: len(found.stages) // found.num_chunks]],
     )
     estimate = _estimate(found, stages, simulation.step_time_s, simulation.bubble_fraction, totals_of_slowest[1])
     gap = max(0.0, 1 - found.lower_bound_s / simulation.step_time_s)
@@ -141,7 +150,7 @@ def build_plan(found: Found) -> Plan:
         microbatches=book.num_microbatches,
         micro_batch_size=book.micro_batch,
         schedule=found.schedule,
-        num_chunks=1,
+        num_chunks=found.num_chunks,
         recompute=recompute_summary(listed),
         programs=listed,
         stages=tuple(stages),
@@ -163,29 +172,68 @@ def build_plan(found: Found) -> Plan:
     )
 
 
-def _points(book: StageBook, column: int, choice: StageChoice) -> BlockPoints:
-    return book.points(column, choice.mesh)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Use:
+    """A block of a stage: its column, and the point of its frontier that it takes."""
+
+    column: int
+    ref: PointRef
+    points: BlockPoints
+    boundary: int
+    mesh: Mesh
+
+    @property
+    def row(self) -> int:
+        return self.ref[1]
+
+    def strategy(self, at: int) -> int:
+        """The strategy of the block's op ``at``."""
+        return int(self.points.choices[2 + at, self.row, self.boundary])
+
+    @property
+    def totals(self) -> np.ndarray:  # type: ignore[type-arg]
+        return self.points.totals[self.row, self.boundary]
+
+
+def stage_memory(book: StageBook, choice: StageChoice, first: int, end: int, in_flight: int) -> MemoryParts:
+    """What a stage holds on its fullest device."""
+    return _memory(book, _uses(book, choice, first, end), in_flight)
+
+
+def _uses(book: StageBook, choice: StageChoice, first: int, end: int) -> list[_Use]:
+    columns = book.columns_of(first, end)
+    return [
+        _Use(
+            column=column,
+            ref=ref,
+            points=book.points(column, choice.mesh, ref[0]),
+            boundary=choice.boundary,
+            mesh=choice.mesh,
+        )
+        for column, ref in zip(columns, choice.per_block(columns), strict=True)
+    ]
 
 
 def _tokens(data: str, inner: Sequence[Token]) -> str:
+    """Placement text; ``data`` is empty where the mesh has no data axis."""
     return data + "".join(token.text if isinstance(token, Atom) else "R" if token == "G" else token for token in inner)
 
 
-def _program(book: StageBook, column: int, choice: StageChoice, name: str) -> BlockProgram:
-    points = _points(book, column, choice)
+def _program(book: StageBook, use: _Use, name: str) -> BlockProgram:
+    points = use.points
     tables, graph = points.tables, book.blocks.graph
-    axes = 1 + len(choice.mesh.inner)
+    axes = len(use.mesh.named)
     placements: dict[int, OpPlan] = {}
     parameters: dict[int, ParameterPlan] = {}
     for at, node in enumerate(tables.space.ops):
-        strategy = int(points.choices[2 + at, choice.row, choice.boundary])
+        strategy = use.strategy(at)
         options = tables.strategies[at][strategy]
 
         def text(value: int, tokens: Sequence[Token]) -> str:
             found = graph.values[value]
             grows = next((dim for dim, size in enumerate(found.shape) if graph.batch.grows(size)), None)
             data = f"S({grows})" if grows is not None else "P" if not found.shape and found.requires_grad else "R"
-            return _tokens(data, tokens)
+            return _tokens(data if use.mesh.has_data_axis else "", tokens)
 
         placements[node.op.id] = OpPlan(
             name=node.op.name,
@@ -193,56 +241,62 @@ def _program(book: StageBook, column: int, choice: StageChoice, name: str) -> Bl
             outputs=tuple(text(v, [o.outputs[i] for o in options]) for i, v in enumerate(node.op.outputs)),
         )
         names, chosen = points.storages[at]
-        for use, position in enumerate(node.parameters):
+        for number, position in enumerate(node.parameters):
             value = graph.values[node.op.inputs[position]]
-            storage = names[use * len(tables.strategies[at]) + strategy][int(chosen[use][choice.row, strategy])]
+            storage = names[number * len(tables.strategies[at]) + strategy][int(chosen[number][use.row, strategy])]
             tokens = [option.inputs[position] for option in options]
-            parameters.setdefault(value.id, _parameter(value.names or (value.name,), tokens, storage, axes))
+            parameters.setdefault(value.id, _parameter(value.names or (value.name,), tokens, storage, use.mesh))
     for op in tables.space.data_ops:
         placements[op.id] = OpPlan(
             name=op.name, inputs=tuple("R" * axes for _ in op.inputs), outputs=tuple("R" * axes for _ in op.outputs)
         )
-    kind, _ = book.columns[column]
+    kind, _ = book.columns[use.column]
     return BlockProgram(
         id=name,
         kind=kind,
-        recompute=points.rows[choice.row].mode,  # type: ignore[arg-type]
+        recompute=points.rows[use.row].mode,  # type: ignore[arg-type]
         ops=tuple(placements[op] for op in sorted(placements)),
         parameters=tuple(parameters[v] for v in book.blocks.kinds[kind].parameters if v in parameters),
     )
 
 
-def _parameter(names: Sequence[str], tokens: Sequence[Token], storage: pm.Storage, axes: int) -> ParameterPlan:
+def _parameter(names: Sequence[str], tokens: Sequence[Token], storage: pm.Storage, mesh: Mesh) -> ParameterPlan:
     compute = ["R", *(token.text if isinstance(token, Atom) else "R" for token in tokens)]
     cut = ["S(0)" if axis in storage.axes else token for axis, token in enumerate(compute)]
     gradient = [
         "P" if storage.stage < 2 and (token == "R" and (axis == 0 or tokens[axis - 1] == "G")) else token
         for axis, token in enumerate(cut if storage.stage >= 2 else compute)
     ]
+    first = 0 if mesh.has_data_axis else 1
     return ParameterPlan(
         name=names[0],
-        compute="".join(compute),
-        parameter="".join(cut if storage.stage == 3 else compute),
-        gradient="".join(gradient),
-        optimizer="".join(cut if storage.stage >= 1 else compute),
+        compute="".join(compute[first:]),
+        parameter="".join((cut if storage.stage == 3 else compute)[first:]),
+        gradient="".join(gradient[first:]),
+        optimizer="".join((cut if storage.stage >= 1 else compute)[first:]),
     )
 
 
-def _axes(book: StageBook, mesh: Mesh, columns: list[int], choice: StageChoice) -> tuple[Axis, ...]:
+def _axes(book: StageBook, mesh: Mesh, uses: list[_Use]) -> tuple[Axis, ...]:
     """The data axis, and the inner axis named after what most FLOPs are sharded by on it."""
     if not mesh.inner:
         return (Axis(name="dp", size=mesh.data),)
+    if book.restriction is not None:
+        inner = tuple(Axis(name=name, size=size) for name, size in zip(book.restriction.names, mesh.inner, strict=True))
+        return (Axis(name="dp", size=mesh.data), *inner) if mesh.has_data_axis else inner
     weights: dict[str, float] = {}
-    for column in columns:
-        points = _points(book, column, choice)
-        for at, node in enumerate(points.tables.space.ops):
+    for use in uses:
+        tables = use.points.tables
+        for at, node in enumerate(tables.space.ops):
             flops = book.blocks.profile.ops[node.op.id].forward_flops
-            option = points.tables.strategies[at][int(points.choices[2 + at, choice.row, choice.boundary])][0]
+            option = tables.strategies[at][use.strategy(at)][0]
             if flops:
                 weights[_axis_name(book, node.op.inputs, option.inputs)] = flops + weights.get(
                     _axis_name(book, node.op.inputs, option.inputs), 0.0
                 )
     name = max(weights, key=lambda key: weights[key]) if weights else "tp"
+    if not mesh.has_data_axis:
+        return (Axis(name=name, size=mesh.inner[0]),)
     return (Axis(name="dp", size=mesh.data), Axis(name="dp_inner" if name == "dp" else name, size=mesh.inner[0]))
 
 
@@ -258,28 +312,26 @@ def _axis_name(book: StageBook, inputs: Sequence[int], tokens: Sequence[Token]) 
     return "tp"
 
 
-def _memory(book: StageBook, columns: list[int], choice: StageChoice, in_flight: int) -> MemoryParts:
+def _memory(book: StageBook, uses: list[_Use], in_flight: int) -> MemoryParts:
     sums = np.zeros(3)
     saved = workspace = 0.0
     execution = book.blocks.execution
-    for column in columns:
-        points = _points(book, column, choice)
-        totals = points.totals[choice.row, choice.boundary]
-        saved += totals[fr.SAVED]
-        workspace = max(workspace, float(totals[fr.WORKSPACE]))
-        held = book.columns[column][1]
-        for at, uses in enumerate(points.tables.parameter_uses):
-            strategy = int(points.choices[2 + at, choice.row, choice.boundary])
-            names, chosen = points.storages[at]
-            for use, (value, per_strategy) in enumerate(uses):
+    for use in uses:
+        saved += use.totals[fr.SAVED]
+        workspace = max(workspace, float(use.totals[fr.WORKSPACE]))
+        held = book.columns[use.column][1]
+        for at, of_op in enumerate(use.points.tables.parameter_uses):
+            strategy = use.strategy(at)
+            names, chosen = use.points.storages[at]
+            for number, (value, per_strategy) in enumerate(of_op):
                 if value.id in held:
                     continue
                 elements = per_strategy[strategy][0]
                 if value.kind == "buffer" or not value.requires_grad:
                     sums[0] += elements * value.itemsize
                     continue
-                storage = names[use * len(per_strategy) + strategy][int(chosen[use][choice.row, strategy])]
-                shards = int(np.prod([choice.mesh.sizes[axis] for axis in storage.axes], dtype=int))
+                storage = names[number * len(per_strategy) + strategy][int(chosen[number][use.row, strategy])]
+                shards = int(np.prod([use.mesh.sizes[axis] for axis in storage.axes], dtype=int))
                 sums += pm.state_bytes(storage, shards, elements, value.itemsize, execution)
     return MemoryParts(
         parameters_bytes=round(sums[0]),
@@ -291,17 +343,16 @@ def _memory(book: StageBook, columns: list[int], choice: StageChoice, in_flight:
     )
 
 
-def _time_parts(book: StageBook, columns: list[int], choice: StageChoice) -> dict[str, float]:
+def _time_parts(book: StageBook, uses: list[_Use]) -> dict[str, float]:
     """Seconds per micro-batch of a stage by what computes, and by what communicates; ``step`` parts once per step."""
     parts = dict.fromkeys(("matmul", "attention", "memory", "activations", "gathers", "reduction", "optimizer"), 0.0)
     graph, device = book.blocks.graph, book.blocks.cluster.device
-    for column in columns:
-        points = _points(book, column, choice)
-        tables = points.tables
+    for use in uses:
+        tables = use.points.tables
         for at, node in enumerate(tables.space.ops):
-            strategy = int(points.choices[2 + at, choice.row, choice.boundary])
+            strategy = use.strategy(at)
             degrees: dict[int, np.ndarray] = {}  # type: ignore[type-arg]
-            for option, size in zip(tables.strategies[at][strategy], choice.mesh.inner, strict=True):
+            for option, size in zip(tables.strategies[at][strategy], use.mesh.inner, strict=True):
                 for label in option.labels:
                     degrees[label] = degrees.get(label, np.ones(1)) * size
             forward, backward = op_seconds(
@@ -321,11 +372,10 @@ def _time_parts(book: StageBook, columns: list[int], choice: StageChoice) -> dic
             name = {"matmul": "matmul", "attention": "attention"}.get(node.rule.compute, "memory")
             parts[name] += float(forward[0] + backward[0])
         for source, target, forward, backward in tables.edges:
-            pair = tuple(int(points.choices[node, choice.row, choice.boundary]) for node in (source, target))
+            pair = tuple(int(use.points.choices[node, use.row, use.boundary]) for node in (source, target))
             parts["activations"] += float(forward[pair] + backward[pair])
-        totals = points.totals[choice.row, choice.boundary]
-        parts["reduction"] += float(totals[fr.STEP])
-        parts["optimizer"] += float(totals[fr.STEP_EXPOSED])
+        parts["reduction"] += float(use.totals[fr.STEP])
+        parts["optimizer"] += float(use.totals[fr.STEP_EXPOSED])
     return parts
 
 
@@ -337,7 +387,11 @@ def _estimate(
     flops = model_flops(graph, found.global_batch).total
     tokens = _tokens_per_sample(found)
     exposed = count * parts["activations"] + max(0.0, parts["reduction"] - max(stage.backward_s for stage in stages))
-    peak = max(stage.memory.total for stage in stages)
+    runs: dict[int, list[StagePlan]] = {}
+    for stage in stages:
+        runs.setdefault(stage.first_device, []).append(stage)
+    memory = [device_memory(tuple(run)) for run in runs.values()]
+    peak = max(one.total for one in memory)
     return Estimate(
         step_time_s=step_time_s,
         tokens_per_s=tokens * found.global_batch / step_time_s,
@@ -345,7 +399,7 @@ def _estimate(
         mfu=flops / (step_time_s * found.gpus * found.cluster.device.peak(book.blocks.execution.dtype)),
         flops_per_step=flops,
         peak_memory_bytes=peak,
-        peak_tensor_bytes=max(stage.memory.tensor_bytes for stage in stages),
+        peak_tensor_bytes=max(one.tensor_bytes for one in memory),
         budget_bytes=found.budget_bytes,
         fits=peak <= found.budget_bytes,
         bubble_fraction=bubble,

@@ -1,15 +1,18 @@
 """`estimate`: the price of a manual layout, as a plan with everything fixed, from the same tables as the search.
 
-What the layout leaves open follows Megatron's program (Shoeybi et al., 2019; Korthikanti et al., 2022): on the tensor axis
-every matmul and look-up with weights shards its weights, attention its heads; without sequence parallelism nothing
-is sharded by sequence and what crosses blocks is replicated. The choices left (column or row, ...) are the fastest.
+What a layout leaves open is filled in by `layouts`. A stage (with an interleaved schedule a chunk) is priced like any of
+the search's; the schedule is simulated; memory is that of the fullest run of devices:
+
+    sum over its chunks of (state + held * saved) + max workspace + fixed                 (``run_memory``)
 """
 
+import itertools
 import time
 from dataclasses import dataclass
 from math import inf
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autopar.cluster.cluster import Cluster
 from autopar.cluster.load import load_cluster
@@ -18,29 +21,34 @@ from autopar.graph.blocks import cut_blocks, order_for_blocks
 from autopar.graph.ir import Block, Graph
 from autopar.graph.profile import GraphProfile, profile_graph
 from autopar.graph.trace import trace
+from autopar.inter.blocks import Blocks
 from autopar.inter.emit import Found, build_plan
-from autopar.inter.planner import DTYPES, GIB, cut_bytes_of, held_microbatches, pipeline_times
+from autopar.inter.finish import Finished, add
+from autopar.inter.layouts import StageCut, cuts, restriction
+from autopar.inter.planner import DTYPES, GIB, cut_bytes_of
+from autopar.inter.schedule import held_by_chunk
 from autopar.inter.simulate import StageTimes, simulate
-from autopar.inter.stages import Blocks, Mesh, Restriction, StageBook
+from autopar.inter.stages import FREE, StageBook
+from autopar.inter.transfer import send_seconds
 from autopar.intra import frontier as fr
-from autopar.intra.space import OpNode
-from autopar.intra.tables import Allowed
-from autopar.plan.errors import LayoutError, UsageError
+from autopar.plan.errors import LayoutError
 from autopar.plan.layout import Layout, parse_layout
-from autopar.plan.plan import Plan, Schedule
-from autopar.rules.atoms import Atom
-from autopar.rules.options import Option
+from autopar.plan.plan import Plan
 from autopar.workload.workload import Workload
+
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Priced:
-    """A resolved layout with its stages (first, end, devices), their times, the simulated step, and whether it fits."""
+    """A resolved layout: its stages with their books, how each runs, what it holds, its times, and the simulated step.
+    ``memory_bytes`` is that of the fullest device."""
 
     layout: Layout
-    book: StageBook
-    stages: tuple[tuple[int, int, int], ...]
-    schedule: Schedule
+    cuts: tuple[StageCut, ...]
+    books: tuple[StageBook, ...]
+    runs: tuple[Finished, ...]
+    held: tuple[int, ...]
     times: tuple[StageTimes, ...]
     step_time_s: float
     memory_bytes: float
@@ -86,73 +94,111 @@ class LayoutPricer:
         self.graph, self.blocks, self.profile = model.graph, model.blocks, model.profile
         self.heads, self.kv_heads = head_counts(self.graph)
         self.budget_bytes = memory_gib * GIB if memory_gib is not None else float(self.cluster.device.memory_bytes)
+        self._cut_bytes = cut_bytes_of(self.graph, self.blocks) / self.graph.batch.traced
         self._shared: dict[ExecutionModel, Blocks] = {}
 
     def price(self, layout: Layout) -> Priced:
         """Resolve and price; LayoutError lists all faults."""
         resolved = layout.resolve(self.gpus, self.global_batch, heads=self.heads, kv_heads=self.kv_heads)
-        assert resolved.gbs is not None
-        assert resolved.dp is not None
-        if resolved.cp > 1 or resolved.ep > 1 or resolved.vpp > 1 or resolved.stages:
-            raise UsageError(
-                "layouts with cp, ep, vpp or stages= cannot be priced yet; use tp, pp, dp, mbs, sp, zero, recompute"
-            )
-        execution = ExecutionModel(
-            dtype=self.dtype,
-            optimizer=self.optimizer,  # type: ignore[arg-type]
-            attn=resolved.attn,
-            overlap=resolved.overlap,
-            fusion=resolved.fusion,
-            fp32_grads=resolved.grads == "fp32",
-            accumulate=resolved.num_microbatches > 1,
-        )
-        if execution not in self._shared:
-            self._shared[execution] = Blocks(self.graph, self.blocks, self.cluster, execution, self.profile)
-        mesh = Mesh(data=resolved.dp, inner=(resolved.tp,) if resolved.tp > 1 else ())
-        restriction = Restriction(
-            mesh=mesh,
-            allowed=_megatron(self.graph, self.blocks, resolved),
-            zero=resolved.zero,
-            boundary=("S" if resolved.sp else "R",) * len(mesh.inner),
-        )
-        stages = even_stages(self.blocks, resolved.pp, self.gpus // resolved.pp)
-        size = resolved.micro_batch_size
-        book = StageBook(
-            self._shared[execution], size, resolved.num_microbatches, inf, (resolved.recompute,), restriction
-        )
-        if not book.whole(resolved.mbs) or not all(
-            np.isfinite(book.costs(n, 1).forward_s[int(book.type_of[i, j])]) for i, j, n in stages
-        ):
-            raise LayoutError([f"mbs={resolved.mbs} samples per rank cannot be run by the model with these degrees"])
-        schedule: Schedule = "gpipe" if resolved.schedule == "gpipe" else "1f1b"
-        times = pipeline_times(
-            book, stages, schedule, cut_bytes_of(self.graph, self.blocks) * size / self.graph.batch.traced
-        )
-        memory = max(
-            float(book.costs(n, held).memory_bytes[int(book.type_of[i, j])])
-            for (i, j, n), held in zip(stages, held_microbatches(book, stages, schedule), strict=True)
-        )
+        stages = cuts(self.blocks, resolved, self.gpus)
+        books = self._books(resolved, stages)
+        held = held_by_chunk(resolved.schedule, resolved.num_stages, resolved.num_microbatches, resolved.vpp)
+        runs = []
+        for cut, book, count in zip(stages, books, held, strict=True):
+            run = book.finish(int(book.type_of[cut.first, cut.end]), cut.spec.num_gpus, count)
+            if run is None:
+                raise LayoutError(
+                    [f"mbs={resolved.mbs} samples per rank cannot be run by the model with these degrees"]
+                )
+            runs.append(run)
+        times = self._times(resolved, stages, books, runs)
+        devices = [cut.spec.num_gpus for cut in stages[: resolved.num_stages]]
+        memory = max(run_memory(stages, books, runs, held).values())
         return Priced(
             layout=resolved,
-            book=book,
-            stages=stages,
-            schedule=schedule,
+            cuts=stages,
+            books=books,
+            runs=tuple(runs),
+            held=held,
             times=tuple(times),
-            step_time_s=simulate(schedule, times, book.num_microbatches).step_time_s,
+            step_time_s=simulate(
+                resolved.schedule, times, resolved.num_microbatches, resolved.vpp, num_devices=devices
+            ).step_time_s,
             memory_bytes=memory,
             fits=memory <= self.budget_bytes,
         )
 
+    def _books(self, layout: Layout, stages: tuple[StageCut, ...]) -> tuple[StageBook, ...]:
+        """The book of every stage; stages of one mesh share theirs."""
+        execution = ExecutionModel(
+            dtype=self.dtype,
+            optimizer=self.optimizer,  # type: ignore[arg-type]
+            attn=layout.attn,
+            overlap=layout.overlap,
+            fusion=layout.fusion,
+            fp32_grads=layout.grads == "fp32",
+            accumulate=layout.num_microbatches > 1,
+        )
+        if execution not in self._shared:
+            self._shared[execution] = Blocks(self.graph, self.blocks, self.cluster, execution, self.profile)
+        found: dict[tuple[int, int, int], StageBook] = {}
+        for cut in stages:
+            key = (cut.spec.dp, cut.spec.cp, cut.spec.tp)
+            if key not in found:
+                book = StageBook(
+                    self._shared[execution],
+                    layout.micro_batch_size,
+                    layout.num_microbatches,
+                    inf,
+                    (layout.recompute,),
+                    self.gpus,
+                    restriction(self.graph, layout, cut.spec),
+                )
+                if not book.whole(layout.micro_batch_size // cut.spec.dp):
+                    raise LayoutError(
+                        [f"mbs={layout.mbs} samples per rank cannot be run by the model with dp={key[0]}"]
+                    )
+                found[key] = book
+        return tuple(found[cut.spec.dp, cut.spec.cp, cut.spec.tp] for cut in stages)
+
+    def _times(
+        self, layout: Layout, stages: tuple[StageCut, ...], books: tuple[StageBook, ...], runs: list[Finished]
+    ) -> list[StageTimes]:
+        """Times of all stages, transfers included."""
+        per_node = self.cluster.devices_per_node
+        sends = []
+        for at, (cut, following) in enumerate(itertools.pairwise(stages)):
+            choice = runs[at + 1].choice
+            backwards = following.first_device <= cut.first_device  # from the last run of devices to the first
+            sends.append(
+                send_seconds(
+                    self.cluster,
+                    float(self._cut_bytes[cut.end]) * layout.micro_batch_size,
+                    choice.mesh.sizes,
+                    books[at + 1].roles(choice.boundary, choice.mesh),
+                    senders=min(cut.spec.num_gpus, per_node),
+                    same_node=self.gpus <= per_node if backwards else following.first_device % per_node != 0,
+                )
+            )
+        return [
+            StageTimes(
+                forward_s=run.forward_s,
+                backward_s=run.backward_s,
+                step_s=run.step_s,
+                send_forward_s=sends[at] if at < len(sends) else 0.0,
+                send_backward_s=sends[at - 1] if at else 0.0,
+            )
+            for at, run in enumerate(runs)
+        ]
+
     def block_times(self, priced: Priced, name: str) -> tuple[float, float]:
-        """Forward and backward seconds of one micro-batch in the block of that name."""
-        for at, (first, end, devices) in enumerate(priced.stages):
-            for block in self.blocks[first:end]:
+        """Forward and backward seconds of one micro-batch in the block of that name; KeyError for another."""
+        for cut, book, run in zip(priced.cuts, priced.books, priced.runs, strict=True):
+            for block, column in zip(
+                self.blocks[cut.first : cut.end], book.columns_of(cut.first, cut.end), strict=True
+            ):
                 if block.name == name:
-                    held = held_microbatches(priced.book, priced.stages, priced.schedule)[at]
-                    choice = priced.book.costs(devices, held).choices[int(priced.book.type_of[first, end])]
-                    assert choice is not None
-                    column = priced.book._column(block.kind, priced.book.blocks.held(block, first))
-                    totals = priced.book.points(column, choice.mesh).totals[choice.row, choice.boundary]
+                    totals = book.points(column, run.choice.mesh, FREE).totals[0, run.choice.boundary]
                     return float(totals[fr.FORWARD]), float(totals[fr.BACKWARD])
         raise KeyError(name)
 
@@ -162,9 +208,14 @@ class LayoutPricer:
             Found(
                 workload=self.workload,
                 cluster=self.cluster,
-                book=priced.book,
-                stages=priced.stages,
-                schedule=priced.schedule,
+                book=priced.books[0],
+                books=priced.books,
+                stages=tuple((cut.first, cut.end, cut.spec.num_gpus) for cut in priced.cuts),
+                first_devices=tuple(cut.first_device for cut in priced.cuts),
+                num_chunks=priced.layout.vpp,
+                runs=priced.runs,
+                held=priced.held,
+                schedule=priced.layout.schedule,
                 gpus=self.gpus,
                 global_batch=priced.layout.gbs or 0,
                 budget_bytes=int(self.budget_bytes),
@@ -175,6 +226,22 @@ class LayoutPricer:
                 fixed=True,
             )
         )
+
+
+def run_memory(
+    stages: tuple[StageCut, ...], books: tuple[StageBook, ...], runs: list[Finished], held: tuple[int, ...]
+) -> dict[int, float]:
+    """First device of each run of devices -> bytes on each of its devices."""
+    found: dict[int, tuple[float, float]] = {}
+    for cut, book, run, count in zip(stages, books, runs, held, strict=True):
+        columns = book.columns_of(cut.first, cut.end)
+        totals = add([(book.points(c, run.choice.mesh, FREE).totals[0, run.choice.boundary], 1.0) for c in columns])
+        num_bytes, workspace = found.get(cut.first_device, (book.fixed_bytes(), 0.0))
+        found[cut.first_device] = (
+            num_bytes + float(totals[fr.STATE] + count * totals[fr.SAVED]),
+            max(workspace, float(totals[fr.WORKSPACE])),
+        )
+    return {device: num_bytes + workspace for device, (num_bytes, workspace) in found.items()}
 
 
 def estimate(
@@ -211,50 +278,3 @@ def head_counts(graph: Graph) -> tuple[tuple[int, ...], tuple[int, ...]]:
             heads.add(graph.values[op.inputs[0]].shape[-3])
             kv_heads.add(graph.values[op.inputs[1]].shape[-3])
     return tuple(sorted(heads)), tuple(sorted(kv_heads))
-
-
-def even_stages(blocks: tuple[Block, ...], num_stages: int, devices: int) -> tuple[tuple[int, int, int], ...]:
-    """(first, end, devices): layers as even as possible, earlier stages take what is left over; the embedding stays
-    with the first stage and the head with the last."""
-    first = 1 if blocks[0].name == "embedding" else 0
-    last = len(blocks) - (1 if blocks[-1].name == "head" else 0)
-    if last - first < num_stages:
-        raise LayoutError([f"pp={num_stages} is more than the {last - first} layers of the model"])
-    share, rest = divmod(last - first, num_stages)
-    ends = [first + share * (at + 1) + min(at + 1, rest) for at in range(num_stages)]
-    ends[-1] = len(blocks)
-    return tuple((begin, end, devices) for begin, end in zip([0, *ends], ends, strict=False))
-
-
-def _megatron(graph: Graph, blocks: tuple[Block, ...], layout: Layout) -> Allowed:
-    shapes = [graph.values[value].shape for block in blocks for value in block.inputs]
-    sequences = {shape[1] for shape in shapes if len(shape) == 3}
-
-    def by_sequence(node: OpNode, option: Option) -> bool:
-        tensors = zip((*node.op.inputs, *node.op.outputs), (*option.inputs, *option.outputs), strict=True)
-        return any(
-            isinstance(token, Atom)
-            and token.size in sequences
-            and graph.values[value].kind == "activation"
-            and (token.dim == 1 or token.repeats > 1)
-            and len(graph.values[value].shape) < 4
-            for value, token in tensors
-        )
-
-    def shards_weights(node: OpNode, option: Option) -> bool:
-        weights = [i for i in node.parameters if len(graph.values[node.op.inputs[i]].shape) > 1]
-        tokens = [option.inputs[i] for i in weights]
-        if node.op.target.startswith("aten.embedding"):
-            return any(isinstance(token, Atom) and token.dim == 0 for token in tokens)
-        return any(isinstance(token, Atom) for token in tokens)
-
-    def allowed(axis: int, node: OpNode, option: Option) -> bool:
-        if option.sharded and graph.batch.grows(option.size):
-            return False
-        if node.rule.compute == "matmul" and node.parameters and any(shards_weights(node, o) for o in node.options):
-            return shards_weights(node, option)
-        if node.rule.compute == "attention":
-            return "h" in {dict(node.rule.roles).get(label) for label in option.labels}
-        return layout.sp or not by_sequence(node, option)
-
-    return allowed

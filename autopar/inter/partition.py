@@ -14,7 +14,7 @@ the bounds, tighter.
 import heapq
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,11 +48,16 @@ MAX_ROUNDS = 4
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StageTable:
     """Seconds of every possible stage: each (L + 1, L + 1, K), [i, j, k] = blocks i..j-1 on submesh class k, per
-    micro-batch (``step_s``: once per step, exposed); ``numpy.inf`` where it does not fit or is not allowed."""
+    micro-batch (``step_s``: once per step, exposed); ``numpy.inf`` where it does not fit or is not allowed.
+
+    With ``busy_s`` the times are *relaxed*: bounds over many ways to run the stage, each reached by another of them, of
+    the forward, of forward + backward, of the step, and (``busy_s``) of all micro-batches and the step together.
+    """
 
     forward_s: Floats
     backward_s: Floats
     step_s: Floats
+    busy_s: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -189,13 +194,17 @@ class _Tree:
         if not len(rows):
             return None
         forward, backward, step, time_s = forward[fits], backward[fits], step[fits], time_s[fits]
-        own = own_s(levels.schedule, B, np.array(place), forward, backward, np.array(tail.trip_s + cut))
+        way = np.array(tail.trip_s + cut)
+        own = own_s(levels.schedule, B, np.array(place), forward, backward, way, levels.relaxed)
         finish = np.maximum(own, time_s + (cut + tail.finish_s))
         trip = time_s + (cut + tail.trip_s)
         slow_f, slow_b = np.maximum(forward, tail.slowest_forward_s), np.maximum(backward, tail.slowest_backward_s)
-        if levels.schedule == "gpipe":
+        if levels.schedule == "gpipe" and not levels.relaxed:
             finish = np.maximum(finish, trip + (B - 1) * (slow_f + slow_b))
-        total = np.maximum(finish + step, forward + tail.total_s)
+        stepped = finish + step
+        if levels.busy_s is not None:
+            stepped = np.maximum(stepped, levels.busy_s[place, :end, end][fits])
+        total = np.maximum(stepped, forward + tail.total_s)
         bound = np.maximum(np.maximum(finish + head_trip[fits], total + heads.down_s[at][fits]), heads.step_s[at][fits])
         order = np.argsort(bound, kind="stable")
         order = order[: int(np.searchsorted(bound[order], below_s))]
@@ -305,7 +314,15 @@ def levels_of(problem: PipelineProblem) -> Levels | None:
         num_devices=problem.num_devices // unit,
         cut_s=cut_s,
         tables=[(tables[c].forward_s, tables[c].backward_s, tables[c].step_s) for c in held],
+        busy_s=busy_of([tables[c] for c in held]),
     )
+
+
+def busy_of(tables: Sequence[StageTable]) -> list[Floats] | None:
+    """``busy_s`` of all tables; None when the times are exact."""
+    found = [table.busy_s for table in tables if table.busy_s is not None]
+    assert len(found) in (0, len(tables)), "either all stage tables are relaxed or none"
+    return found or None
 
 
 def _search(levels: Levels, progress: _Progress) -> float:
@@ -351,7 +368,7 @@ def _climb(levels: Levels, progress: _Progress) -> None:
         for stages in neighbours(levels, best.stages):
             if progress.stopped or 2 * len(progress.known) >= progress.max_evaluations:
                 return
-            if _bound_s(levels, stages) < progress.below_s:
+            if levels.relaxed or _bound_s(levels, stages) < progress.below_s:
                 progress.consider(stages)
                 if progress.best is not best:
                     climbing = True

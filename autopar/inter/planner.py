@@ -1,5 +1,6 @@
 """`plan`: from a workload to the best plan found, over micro-batch sizes, stages, meshes and everything inside them."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,10 +12,14 @@ from autopar.cluster.load import load_cluster
 from autopar.cost.execution import ExecutionModel
 from autopar.graph.blocks import crossing, cut_blocks, order_for_blocks
 from autopar.graph.trace import trace
-from autopar.inter.emit import Found, build_plan
-from autopar.inter.partition import PipelineProblem, search
+from autopar.inter.blocks import Blocks
+from autopar.inter.bounds import max_in_flight
+from autopar.inter.emit import Found, build_plan, stage_memory
+from autopar.inter.finish import Finished
+from autopar.inter.partition import PipelineProblem, PipelineResult, StageTable, search
 from autopar.inter.simulate import StageTimes, simulate
-from autopar.inter.stages import Blocks, StageBook, StageChoice
+from autopar.inter.smallest import smallest_budget
+from autopar.inter.stages import StageBook
 from autopar.inter.transfer import send_seconds
 from autopar.plan.errors import InfeasibleError, TimeLimitError, UsageError
 from autopar.plan.plan import Plan, Schedule
@@ -23,6 +28,10 @@ from autopar.workload.workload import Workload
 Progress = Callable[[str, str, float | None, float | None], None]
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 GIB = 2**30
+MAX_STAGES = 32
+"""Pipelines are at most this deep."""
+EVEN_EVALUATIONS = 60
+"""Pipelines simulated at most in the first of the two searches of a micro-batch size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +86,7 @@ def plan(
     sizes = submesh_sizes(gpus, machine.devices_per_node)
     deadline = started + time_limit_s if time_limit_s is not None else None
     found: list[Best] = []
-    smallest = np.inf
+    books: list[StageBook] = []
     bound = np.inf
     cut_bytes = cut_bytes_of(graph, blocks)
     candidates = [micro_batch] if micro_batch else micro_batches(batch)
@@ -94,12 +103,12 @@ def plan(
                 continue
             if deadline is not None and time.perf_counter() > deadline:
                 break
-            book = StageBook(shared, size, batch // size, budget, modes)
+            book = StageBook(shared, size, batch // size, budget, modes, gpus)
             if not any(book.meshes(submesh) for submesh in sizes):
                 continue
+            books.append(book)
             known = min((best.step_time_s for best in found), default=np.inf)
             best, least = _search_one(book, sizes, gpus, order, cut_bytes * size / graph.batch.traced, known, deadline)
-            smallest = min(smallest, book.smallest_bytes)
             bound = min(bound, least)
             if best is not None:
                 found.append(best)
@@ -108,17 +117,18 @@ def plan(
     if not found:
         if deadline is not None and time.perf_counter() > deadline:
             raise TimeLimitError(f"no plan within {time_limit_s} s; raise --time-limit")
-        raise InfeasibleError(
-            f"no plan fits {budget / GIB:.2f} GiB per device on {gpus} GPUs: the leanest stage tried needs "
-            f"{smallest / GIB:.2f} GiB; use more GPUs, more memory (--memory) or a smaller global batch"
-        )
+        raise InfeasibleError(_infeasible(books, sizes, budget, gpus, order))
     found.sort(key=lambda candidate: candidate.step_time_s)
+    runs = finished(found[0].book, found[0].stages, order)
+    assert runs is not None, "the best pipeline was evaluated"
     return build_plan(
         Found(
             workload=workload,
             cluster=machine,
             book=found[0].book,
             stages=found[0].stages,
+            runs=runs,
+            held=held_microbatches(found[0].book, found[0].stages, order),
             schedule=order,
             gpus=gpus,
             global_batch=batch,
@@ -127,9 +137,42 @@ def plan(
             seconds=time.perf_counter() - started,
             runner_up=_runner_up(found),
             times=pipeline_times(
-                found[0].book, found[0].stages, order, cut_bytes * found[0].book.micro_batch / graph.batch.traced
+                found[0].book, found[0].stages, runs, cut_bytes * found[0].book.micro_batch / graph.batch.traced
             ),
         )
+    )
+
+
+def _infeasible(
+    books: list[StageBook], sizes: tuple[int, ...], budget_bytes: float, gpus: int, schedule: Schedule
+) -> str:
+    """What the leanest plan needs, what fills it, and the way out."""
+    leanest = None
+    for book in books:
+        count = min(len(book.blocks.blocks), gpus, MAX_STAGES)
+        held = tuple(max_in_flight(schedule, book.num_microbatches, place) for place in range(1, count + 1))
+        one = smallest_budget(book, tuple(size for size in sizes if book.meshes(size)), held)
+        if one is not None and (leanest is None or one.num_bytes < leanest.num_bytes):
+            leanest = one
+    if leanest is None:
+        return f"no pipeline of this model can be laid out on {gpus} GPUs; try another --gpus or --global-batch"
+    first, end, size = leanest.stage
+    blocks = leanest.book.blocks.blocks
+    parts = stage_memory(leanest.book, leanest.choice, first, end, leanest.in_flight)
+    named = {
+        "parameters": parts.parameters_bytes,
+        "gradients": parts.gradients_bytes,
+        "optimizer": parts.optimizer_bytes,
+        "saved activations": parts.saved_activations_bytes,
+        "workspace": parts.workspace_bytes,
+        "context and buffers": parts.fixed_bytes,
+    }
+    fills = ", ".join(f"{name} {num_bytes / GIB:.2f}" for name, num_bytes in named.items())
+    return (
+        f"no plan fits {budget_bytes / GIB:.2f} GiB per device on {gpus} GPUs: the leanest found needs "
+        f"{math.ceil(leanest.num_bytes / GIB * 100) / 100:.2f} GiB (micro-batch {leanest.book.micro_batch}, "
+        f"{blocks[first].name} to {blocks[end - 1].name} on {size} GPUs; GiB: {fills}); raise --memory to that, or use "
+        "more GPUs, a smaller global batch or --optimizer sgd"
     )
 
 
@@ -167,53 +210,52 @@ def cut_bytes_of(graph, blocks) -> np.ndarray:  # type: ignore[no-untyped-def, t
     return np.array(sizes)
 
 
-def _choice(book: StageBook, stage: tuple[int, int, int], in_flight: int) -> tuple[StageChoice, int]:
-    first, end, devices = stage
-    at = int(book.type_of[first, end])
-    choice = book.costs(devices, in_flight).choices[at]
-    assert choice is not None
-    return choice, at
+def finished(
+    book: StageBook, stages: tuple[tuple[int, int, int], ...], schedule: Schedule
+) -> tuple[Finished, ...] | None:
+    """How each stage of a pipeline runs; None when one does not fit."""
+    found = []
+    for (first, end, devices), held in zip(stages, held_microbatches(book, stages, schedule), strict=True):
+        one = book.finish(int(book.type_of[first, end]), devices, held)
+        if one is None:
+            return None
+        found.append(one)
+    return tuple(found)
 
 
 def pipeline_times(
     book: StageBook,
     stages: tuple[tuple[int, int, int], ...],
-    schedule: Schedule,
+    runs: tuple[Finished, ...],
     cut_bytes: np.ndarray,  # type: ignore[type-arg]
 ) -> list[StageTimes]:
     """Times of a pipeline, transfers included: a rank of the next stage receives its own part of what crosses."""
     cluster = book.blocks.cluster
-    found: list[StageTimes] = []
     sends = []
     device = 0
-    for at, (_first, end, devices) in enumerate(stages):
+    for at, (_first, end, devices) in enumerate(stages[:-1]):
         device += devices
-        if at + 1 < len(stages):
-            following, _ = _choice(book, stages[at + 1], _held(book, stages, at + 1, schedule))
-            sends.append(
-                send_seconds(
-                    cluster,
-                    float(cut_bytes[end]),
-                    following.mesh.sizes,
-                    book.points(0, following.mesh).tables.boundaries[following.boundary],
-                    senders=min(devices, cluster.devices_per_node),
-                    same_node=device % cluster.devices_per_node != 0,
-                )
-            )
-    for at, stage in enumerate(stages):
-        held = _held(book, stages, at, schedule)
-        costs = book.costs(stage[2], held)
-        _, row = _choice(book, stage, held)
-        found.append(
-            StageTimes(
-                forward_s=float(costs.forward_s[row]),
-                backward_s=float(costs.backward_s[row]),
-                step_s=float(costs.step_s[row]),
-                send_forward_s=sends[at] if at < len(sends) else 0.0,
-                send_backward_s=sends[at - 1] if at else 0.0,
+        following = runs[at + 1].choice
+        sends.append(
+            send_seconds(
+                cluster,
+                float(cut_bytes[end]),
+                following.mesh.sizes,
+                book.roles(following.boundary, following.mesh),
+                senders=min(devices, cluster.devices_per_node),
+                same_node=device % cluster.devices_per_node != 0,
             )
         )
-    return found
+    return [
+        StageTimes(
+            forward_s=run.forward_s,
+            backward_s=run.backward_s,
+            step_s=run.step_s,
+            send_forward_s=sends[at] if at < len(sends) else 0.0,
+            send_backward_s=sends[at - 1] if at else 0.0,
+        )
+        for at, run in enumerate(runs)
+    ]
 
 
 def _held(book: StageBook, stages: tuple[tuple[int, int, int], ...], at: int, schedule: str) -> int:
@@ -235,41 +277,42 @@ def _search_one(
     deadline_s: float | None,
 ) -> tuple[Best | None, float]:
     usable = tuple(size for size in sizes if book.meshes(size))
-    work_s = book.work_bound_s(usable, gpus)
-    if work_s >= known_s:
+    if book.work_bound_s(usable, gpus) >= known_s:
         return None, known_s
+    book.cutoff_s = known_s
 
     def evaluate(stages: tuple[tuple[int, int, int], ...]) -> float:
         named = tuple((first, end, usable[k]) for first, end, k in stages)
-        times = pipeline_times(book, named, schedule, cut_bytes)
+        runs = finished(book, named, schedule)
+        if runs is None:
+            return np.inf
+        times = pipeline_times(book, named, runs, cut_bytes)
         return simulate(schedule, times, book.num_microbatches).step_time_s  # type: ignore[arg-type]
 
-    remaining = None if deadline_s is None else max(deadline_s - time.perf_counter(), 0.1)
-    result = search(
-        PipelineProblem(
+    def run(table: Callable[[int], StageTable], below_s: float, evaluations: int | None) -> PipelineResult:
+        remaining = None if deadline_s is None else max(deadline_s - time.perf_counter(), 0.1)
+        problem = PipelineProblem(
             num_blocks=len(book.blocks.blocks),
             num_devices=gpus,
             num_microbatches=book.num_microbatches,
             submesh_sizes=usable,
-            stage_times=lambda in_flight: book.table(usable, in_flight),
+            stage_times=table,
             schedule=schedule,  # type: ignore[arg-type]
-            max_stages=min(len(book.blocks.blocks), gpus, 32),
-            upper_bound_s=known_s,
-        ),
-        evaluate=evaluate,
-        deadline_s=remaining,
-    )
-    if result.best is None:
-        return None, result.lower_bound_s if np.isfinite(result.lower_bound_s) else known_s
-    stages = tuple((first, end, usable[k]) for first, end, k in result.best.stages)
-    # Where memory binds, stages were compared at the given prices only: the outer bound speaks of those, not of all.
-    loose = all(
-        book.memory_free(first, end, devices, _held(book, stages, at, schedule))
-        for at, (first, end, devices) in enumerate(stages)
-    )
-    bound = result.lower_bound_s if loose else min(work_s, result.lower_bound_s)
-    best = Best(book=book, stages=stages, step_time_s=result.best.step_time_s, lower_bound_s=bound)
-    return best, bound
+            max_stages=min(len(book.blocks.blocks), gpus, MAX_STAGES),
+            upper_bound_s=below_s,
+        )
+        return search(problem, evaluate=evaluate, deadline_s=remaining, max_evaluations=evaluations)
+
+    # First by times that are reached, which finds good pipelines; then by bounds, which proves or finds better ones.
+    even = run(lambda in_flight: book.even_table(usable, in_flight), known_s, EVEN_EVALUATIONS).best
+    below_s = even.step_time_s if even is not None else known_s
+    result = run(lambda in_flight: book.table(usable, in_flight), below_s, None)
+    best = result.best or even
+    if best is None:
+        return None, min(result.lower_bound_s, known_s)
+    stages = tuple((first, end, usable[k]) for first, end, k in best.stages)
+    bound_s = min(result.lower_bound_s, best.step_time_s)
+    return Best(book=book, stages=stages, step_time_s=best.step_time_s, lower_bound_s=bound_s), bound_s
 
 
 def _runner_up(found: list[Best]) -> str | None:

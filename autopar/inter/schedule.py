@@ -135,3 +135,23 @@ def in_flight(schedule: Schedule, num_stages: int, num_microbatches: int, num_ch
         is_forward, _ = _rank_order(warmup, num_steps)
         peaks.append(int(np.cumsum(np.where(is_forward, 1, -1)).max()))
     return tuple(peaks)
+
+
+def held_by_chunk(schedule: Schedule, num_stages: int, num_microbatches: int, num_chunks: int = 1) -> tuple[int, ...]:
+    """Micro-batches that each of the S v chunks, in model order, holds when its rank holds most of all; at least 1.
+
+    >>> held_by_chunk("1f1b", 4, 8), held_by_chunk("interleaved", 2, 4, 2)
+    ((4, 3, 2, 1), (3, 2, 2, 1))
+    """
+    if num_chunks == 1:
+        return in_flight(schedule, num_stages, num_microbatches)
+    held = [1] * (num_stages * num_chunks)
+    for rank, order in enumerate(actions(schedule, num_stages, num_microbatches, num_chunks)):
+        counts = np.zeros((len(order) + 1, num_chunks), np.int64)
+        for at, action in enumerate(order):
+            counts[at + 1] = counts[at]
+            counts[at + 1, action.stage // num_stages] += 1 if action.kind == "F" else -1
+        peak = counts[counts.sum(axis=1).argmax()]
+        for chunk, count in enumerate(peak.tolist()):
+            held[chunk * num_stages + rank] = max(count, 1)
+    return tuple(held)

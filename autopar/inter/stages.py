@@ -1,193 +1,68 @@
-"""What every possible stage costs: blocks i..j-1 on a submesh, at a number of micro-batches in flight.
+"""What every possible stage costs: blocks i..j-1 on a submesh, at a number s of micro-batches in flight.
 
-A stage runs all its blocks on one mesh (data axis, inner axis), with one boundary placement and one price row; its totals are
-the sums over its blocks, with what overlaps applied once:
+A stage runs all its blocks on one mesh with one boundary placement; its totals are the sums over its blocks, with what
+overlaps applied once:
 
     forward, backward    sums over blocks                                      seconds per micro-batch
     step                 max(reduction - last backward, 0) + optimizer         seconds per step
-    memory               state + in flight * saved + max workspace + fixed     bytes
+    memory               state + s * saved + max workspace + fixed             bytes, at most the budget M
 
-Stages with the same count of each kind of block cost the same, so costs are computed once per distinct count vector.
+Two prices are made of the rows of `intra.frontier` (D_c: a row's optimum for a block of column c, n_c of them):
+
+    bounds    max over rows of [sum_c n_c min_mode D_c - price * (M - fixed - workspace)], for rows with a weight of saved
+              bytes of at most s; then the least over boundary placements and meshes. No choice at all is below it.
+    finish    the fastest choice that fits (`finish`), made when a pipeline that holds the stage is evaluated.
+
+Stages with the same count of each kind of block cost the same, so prices are made once per distinct count vector.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.cluster.cluster import Cluster
-from autopar.cost.execution import ExecutionModel
-from autopar.cost.fusion import fused_bytes
-from autopar.cost.redistribute import MeshLinks
-from autopar.graph.ir import Block, Graph
-from autopar.graph.profile import GraphProfile, profile_graph
+from autopar.inter.blocks import Blocks, Mesh, Restriction
+from autopar.inter.finish import Finished, StagePoints, fastest
 from autopar.inter.partition import StageTable
 from autopar.intra import frontier as fr
-from autopar.intra.frontier import BlockPoints, ParameterPrices, block_points, price_rows
-from autopar.intra.space import BlockSpace, block_space, data_values
-from autopar.intra.tables import Allowed, BlockTables, TableBuilder
+from autopar.intra.frontier import BlockPoints, PriceRow, free_rows, lean_rows, priced_rows
 
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mesh:
-    """``data`` ranks along the batch (outermost) times ``inner`` axes that every op may use as it likes."""
-
-    data: int
-    inner: tuple[int, ...]
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        return (self.data, *self.inner)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Restriction:
-    """What a manual layout fixes: the one mesh of every stage, the options each inner axis allows, the ZeRO stage over
-    the data axis, and the boundary placement (a role per inner axis). ``allowed`` must depend on the boundary only, by
-    which tables are shared."""
-
-    mesh: Mesh
-    allowed: Allowed = field(compare=False)
-    zero: int
-    boundary: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageChoice:
-    """How a stage runs: mesh, price row and boundary placement (positions)."""
-
-    mesh: Mesh
-    row: int
-    boundary: int
+FREE, LEAN = 0, -1
+WEIGHTS = (16, 4, 1)
+"""Weights of saved bytes for which rows are made where memory binds: the largest not above s serves s in flight."""
+BOUNDS = ("forward_s", "through_s", "step_s", "busy_s")
+HUGE = 1e30  # stands for "impossible" in sums, where inf times zero would be undefined
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class StageCosts:
-    """Best totals per distinct stage: seconds, seconds, seconds per step, bytes; and the choice (None: does not fit)."""
+class MeshSums:
+    """Per stage type, row and boundary placement: the seven ``totals``, and the ``bound_s`` of the rows."""
+
+    rows: tuple[PriceRow, ...]
+    totals: Floats
+    bound_s: Floats
+
+    def memory_bytes(self, in_flight: int) -> Floats:
+        """All but the fixed share, (types, rows, boundaries)."""
+        return self.totals[..., fr.STATE] + in_flight * self.totals[..., fr.SAVED] + self.totals[..., fr.WORKSPACE]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StageBounds:
+    """Seconds that no choice for a stage type is below: of its forward, forward + backward (``through_s``), what it does
+    once per step, and B micro-batches with the step (``busy_s``); inf where nothing fits. ``even_s`` (3, types) are
+    forward, backward and step of the fastest choice whose blocks all take one point: a good start."""
 
     forward_s: Floats
-    backward_s: Floats
+    through_s: Floats
     step_s: Floats
-    memory_bytes: Floats
-    choices: tuple[StageChoice | None, ...]
-
-
-class Blocks:
-    """The blocks of one graph, their spaces per kind, and their points per mesh and micro-batch (cached).
-
-    The kinds are extended by one per block whose tied parameters an earlier block of the same stage may already store.
-    """
-
-    def __init__(
-        self,
-        graph: Graph,
-        blocks: tuple[Block, ...],
-        cluster: Cluster,
-        execution: ExecutionModel,
-        profile: GraphProfile | None = None,
-    ) -> None:
-        self.graph, self.blocks, self.cluster, self.execution = graph, blocks, cluster, execution
-        self.profile: GraphProfile = profile_graph(graph) if profile is None else profile
-        self.fused = fused_bytes(graph, self.profile, execution.software.fuses)
-        self._data = data_values(graph)
-        self.kinds: dict[int, Block] = {}
-        for block in blocks:
-            self.kinds.setdefault(block.kind, block)
-        self._spaces: dict[int, BlockSpace] = {}
-        self.core = frozenset(op.id for op in graph.ops if "scaled_dot_product" in op.target)
-        self.savers = _savers(graph, self.profile, self.core)
-        self.first_user: dict[int, int] = {}
-        for block in blocks:
-            for value in block.parameters:
-                self.first_user.setdefault(value, block.index)
-        self._tables: dict[tuple[object, ...], BlockTables] = {}
-        self._points: dict[tuple[object, ...], BlockPoints] = {}
-        self._prices: dict[Mesh, ParameterPrices] = {}
-
-    def held(self, block: Block, first: int) -> frozenset[int]:
-        """Parameters of ``block`` that an earlier block of a stage beginning at block ``first`` stores."""
-        return frozenset(v for v in block.parameters if first <= self.first_user[v] < block.index)
-
-    def space(self, kind: int) -> BlockSpace:
-        if kind not in self._spaces:
-            self._spaces[kind] = block_space(self.graph, self.kinds[kind], self._data)
-        return self._spaces[kind]
-
-    def points(
-        self,
-        kind: int,
-        held: frozenset[int],
-        mesh: Mesh,
-        micro_batch: int,
-        num_microbatches: int,
-        modes: tuple[str, ...],
-        restriction: Restriction | None = None,
-    ) -> BlockPoints:
-        """The frontier of a kind on a mesh; ``micro_batch`` counts samples over the whole mesh."""
-        key = (kind, held, mesh, micro_batch, num_microbatches, modes, restriction)
-        if key not in self._points:
-            num_devices = mesh.data * int(np.prod(mesh.inner, dtype=int))
-            links = MeshLinks(self.cluster, num_devices, mesh.sizes, tuple(range(1, len(mesh.sizes))))
-            local = micro_batch // mesh.data
-            groups = tuple(links.group((axis,)) for axis in range(len(mesh.inner)))
-            table_key = (kind, local, mesh.inner, groups, restriction.boundary if restriction else None)
-            if table_key not in self._tables:
-                self._tables[table_key] = TableBuilder(
-                    self.space(kind),
-                    self.profile,
-                    self.savers,
-                    self.core,
-                    local,
-                    links,
-                    self.execution,
-                    restriction.allowed if restriction else None,
-                    self.fused,
-                ).build()
-            if mesh not in self._prices:
-                full = MeshLinks(self.cluster, num_devices, mesh.sizes, tuple(range(len(mesh.sizes))))
-                self._prices[mesh] = ParameterPrices(full, self.execution)
-            tables = self._tables[table_key]
-            rows = price_rows(*self._scale(tables), modes)
-            if self.kinds[kind].name in ("embedding", "head"):  # programs wrap their layers in checkpoints, not these
-                rows = tuple(replace(row, mode="none") for row in rows)
-            if restriction is not None:  # memory has no say in a layout
-                rows = rows[:1]
-            self._points[key] = block_points(
-                tables,
-                self._prices[mesh],
-                rows,
-                num_microbatches,
-                mesh.data > 1,
-                held,
-                restriction.zero if restriction else None,
-            )
-        return self._points[key]
-
-    def _scale(self, tables: BlockTables) -> tuple[float, float]:
-        """Seconds and bytes that set the range of prices: what the device computes while it streams its memory."""
-        device = self.cluster.device
-        return float(device.memory_bound_s(float(device.memory_bytes))), float(device.memory_bytes)
-
-
-def _savers(graph: Graph, profile: GraphProfile, core: frozenset[int]) -> dict[int, tuple[tuple[int, bool], ...]]:
-    """Per op, the positions (inputs, then outputs) whose memory it is the first to keep, and whether attention made it."""
-    made = {value: op.id for op in graph.ops for value in op.outputs}
-    seen: set[int] = set()
-    found: dict[int, list[tuple[int, bool]]] = {}
-    for op in graph.ops:
-        kept = profile.ops[op.id]
-        for position in (*kept.saved_inputs, *(len(op.inputs) + at for at in kept.saved_outputs)):
-            owner = profile.owners[(*op.inputs, *op.outputs)[position]]
-            if owner not in seen and graph.values[owner].kind not in ("parameter", "buffer"):
-                seen.add(owner)
-                found.setdefault(op.id, []).append((position, made.get(owner) in core))
-    return {op: tuple(positions) for op, positions in found.items()}
+    busy_s: Floats
+    even_s: Floats
 
 
 class StageBook:
-    """Costs of all stages at one micro-batch size."""
+    """Costs of all stages at one micro-batch size. Stages busy for ``cutoff_s`` seconds or longer are of no interest."""
 
     def __init__(
         self,
@@ -196,11 +71,13 @@ class StageBook:
         num_microbatches: int,
         budget_bytes: float,
         modes: tuple[str, ...],
+        gpus: int,
         restriction: Restriction | None = None,
     ) -> None:
-        self.restriction = restriction
+        self.restriction, self.gpus = restriction, gpus
         self.blocks, self.micro_batch, self.num_microbatches = blocks, micro_batch, num_microbatches
         self.budget_bytes, self.modes = budget_bytes, modes
+        self.cutoff_s = np.inf
         self.columns: list[tuple[int, frozenset[int]]] = []
         self._rows: dict[tuple[int, ...], int] = {}
         count = len(blocks.blocks)
@@ -209,7 +86,7 @@ class StageBook:
             counts: dict[int, int] = {}
             for end in range(first + 1, count + 1):
                 block = blocks.blocks[end - 1]
-                column = self._column(block.kind, blocks.held(block, first))
+                column = self.column(block.kind, blocks.held(block, first))
                 counts[column] = counts.get(column, 0) + 1
                 key = tuple(sorted((column << 16) + number for column, number in counts.items()))
                 self.type_of[first, end] = self._rows.setdefault(key, len(self._rows))
@@ -217,139 +94,280 @@ class StageBook:
         for key, row in self._rows.items():
             for packed in key:
                 self.counts[row, packed >> 16] = packed & 0xFFFF
-        self.smallest_bytes = np.inf
-        self._costs: dict[tuple[int, int], StageCosts] = {}
-        self._stacked: dict[Mesh, Floats] = {}
+        graph = blocks.graph
+        self._growing = {size for value in graph.values for size in value.shape if graph.batch.grows(size)}
+        self._meshes: dict[int, list[Mesh]] = {}
+        self._bounds: dict[tuple[int, int], StageBounds] = {}
+        self._finished: dict[tuple[int, int, int], Finished | None] = {}
+        self._sums: dict[tuple[Mesh, int], MeshSums] = {}
+        self._by_mesh: dict[tuple[Mesh, int], StageBounds] = {}
 
-    def _column(self, kind: int, held: frozenset[int]) -> int:
+    def column(self, kind: int, held: frozenset[int]) -> int:
+        """The position of a kind of block whose parameters ``held`` another block of the stage stores."""
         if (kind, held) not in self.columns:
             self.columns.append((kind, held))
         return self.columns.index((kind, held))
 
+    def columns_of(self, first: int, end: int) -> list[int]:
+        """The columns of blocks first..end-1 of one stage."""
+        return [self.column(b.kind, self.blocks.held(b, first)) for b in self.blocks.blocks[first:end]]
+
     def meshes(self, num_devices: int) -> list[Mesh]:
         """All data x inner meshes whose data axis divides the micro-batch; of a layout, its own."""
-        if self.restriction is not None:
-            mesh = self.restriction.mesh
-            return [mesh] if mesh.data * int(np.prod(mesh.inner, dtype=int)) == num_devices else []
-        found = []
-        for inner in range(1, num_devices + 1):
-            if num_devices % inner == 0 and self.micro_batch % (num_devices // inner) == 0:
-                found.append(Mesh(data=num_devices // inner, inner=(inner,) if inner > 1 else ()))
-        return [mesh for mesh in found if self.whole(self.micro_batch // mesh.data)]
+        if num_devices not in self._meshes:
+            if self.restriction is not None:
+                found = [self.restriction.mesh] if self.restriction.mesh.num_devices == num_devices else []
+            else:
+                found = [
+                    Mesh(data=num_devices // inner, inner=(inner,) if inner > 1 else ())
+                    for inner in range(1, num_devices + 1)
+                    if num_devices % inner == 0 and self.micro_batch % (num_devices // inner) == 0
+                ]
+                found = [mesh for mesh in found if self.whole(self.micro_batch // mesh.data)]
+            self._meshes[num_devices] = found
+        return self._meshes[num_devices]
 
     def whole(self, local_batch: int) -> bool:
         """Whether every size of the model is a whole number at this many samples per data rank."""
-        batch = self.blocks.graph.batch
-        return all((size * local_batch) % batch.traced == 0 for size in self._growing())
+        traced = self.blocks.graph.batch.traced
+        return all((size * local_batch) % traced == 0 for size in self._growing)
 
-    def _growing(self) -> set[int]:
-        graph = self.blocks.graph
-        if not hasattr(self, "_growing_sizes"):
-            self._growing_sizes = {s for v in graph.values for s in v.shape if graph.batch.grows(s)}
-        return self._growing_sizes
+    def rows(self, phase: int) -> tuple[PriceRow, ...]:
+        """The price rows of a phase: ``FREE``, the weight of saved bytes where memory binds, or ``LEAN``, where time has
+        next to no say."""
+        rate = self.blocks.rate_s_per_byte
+        if phase == LEAN:
+            return tuple(row for weight in (1.0, 8.0) for row in lean_rows(rate, self.modes, weight))
+        if self.restriction is not None:  # memory has no say in a layout
+            return free_rows(rate, self.modes, ("priced",))
+        return free_rows(rate, self.modes) if phase == FREE else priced_rows(rate, self.modes, float(phase))
 
-    def points(self, column: int, mesh: Mesh) -> BlockPoints:
+    def points(self, column: int, mesh: Mesh, phase: int) -> BlockPoints:
         kind, held = self.columns[column]
         return self.blocks.points(
-            kind, held, mesh, self.micro_batch, self.num_microbatches, self.modes, self.restriction
+            kind, held, mesh, self.micro_batch, self.num_microbatches, self.rows(phase), self.restriction
         )
 
-    def stacked(self, mesh: Mesh) -> Floats:
-        """Totals of all columns, (columns, rows, boundaries, totals)."""
-        if mesh not in self._stacked:
-            self._stacked[mesh] = np.stack([self.points(column, mesh).totals for column in range(len(self.columns))])
-        return self._stacked[mesh]
+    def sums(self, mesh: Mesh, phase: int) -> MeshSums:
+        """The rows' totals and bounds for every stage type."""
+        if (mesh, phase) not in self._sums:
+            points = [self.points(column, mesh, phase) for column in range(len(self.columns))]
+            totals = np.stack([np.where(np.isfinite(one.totals), one.totals, HUGE) for one in points])
+            bounds = np.stack([np.where(np.isfinite(one.bound_s), one.bound_s, HUGE) for one in points])
+            sums = np.einsum("tc,crbm->trbm", self.counts, totals)
+            sums[..., fr.WORKSPACE] = 0.0
+            for column, present in enumerate((self.counts > 0).T):
+                held = np.where(present[:, None, None], totals[None, column, :, :, fr.WORKSPACE], 0.0)
+                np.maximum(sums[..., fr.WORKSPACE], held, out=sums[..., fr.WORKSPACE])
+            bound = np.einsum("tc,crb->trb", self.counts, _least_over_modes(self.rows(phase), bounds))
+            self._sums[mesh, phase] = MeshSums(rows=self.rows(phase), totals=sums, bound_s=bound)
+        return self._sums[mesh, phase]
 
-    def costs(self, num_devices: int, in_flight: int) -> StageCosts:
-        """The best way to run every distinct stage on ``num_devices`` devices."""
+    def bounds(self, num_devices: int, in_flight: int) -> StageBounds:
+        """Bounds of every stage type on ``num_devices`` devices with ``in_flight`` micro-batches held."""
         key = (num_devices, in_flight)
-        if key not in self._costs:
-            self._costs[key] = self._best(num_devices, in_flight)
-        return self._costs[key]
+        if key not in self._bounds:
+            self._bounds[key] = self._make_bounds(num_devices, in_flight)
+        return self._bounds[key]
 
-    def _best(self, num_devices: int, in_flight: int) -> StageCosts:
-        num_types = len(self.counts)
-        best = np.full(num_types, np.inf)
-        numbers = np.full((4, num_types), np.inf)
-        choices: list[StageChoice | None] = [None] * num_types
-        fixed = self.fixed_bytes()
+    def _make_bounds(self, num_devices: int, in_flight: int) -> StageBounds:
+        B, meshes, room = self.num_microbatches, self.meshes(num_devices), self.budget_bytes - self.fixed_bytes()
+        found = [self._mesh_bounds(mesh, FREE) for mesh in meshes]
+        best = np.full(len(self.counts), np.inf)
+        even = np.full((3, len(self.counts)), np.inf)
+        fits_free = []
+        for mesh in meshes:
+            sums = self.sums(mesh, FREE)
+            flat = self.time_s(sums.totals).reshape(len(best), -1)
+            at = flat.argmin(axis=1)[:, None]
+            memory = sums.memory_bytes(in_flight).reshape(flat.shape)
+            fits_free.append(np.take_along_axis(memory, at, axis=1)[:, 0] <= room)
+            self._improve(best, even, sums, in_flight, room)
+        phase = self._phase(in_flight)
+        needed = np.zeros(len(self.counts), bool)
+        needed[self.type_of[self._possible(num_devices, in_flight)]] = True
+        for at in sorted(range(len(meshes)), key=lambda at: float(found[at].busy_s.min())):
+            lower = found[at].busy_s
+            wanted = needed & ~fits_free[at] & (lower < B * best) & (lower < self.cutoff_s)
+            if wanted.any():
+                self._improve(best, even, self.sums(meshes[at], phase), in_flight, room)
+                found[at] = _larger(found[at], self._mesh_bounds(meshes[at], phase))
+        impossible = ~(best < HUGE / 2)
+        least = {
+            name: np.where(impossible, np.inf, np.min([getattr(one, name) for one in found], axis=0)) for name in BOUNDS
+        }
+        return StageBounds(even_s=np.where(impossible, np.inf, even), **least)
+
+    def _improve(self, best: Floats, even: Floats, sums: MeshSums, in_flight: int, room_bytes: float) -> None:
+        """Take the fastest point that fits, for each type where it is below ``best`` (seconds)."""
+        time = np.where(sums.memory_bytes(in_flight) <= room_bytes, self.time_s(sums.totals), np.inf)
+        flat = time.reshape(len(best), -1)
+        at = flat.argmin(axis=1)
+        rows = np.arange(len(best))
+        better = flat[rows, at] < best
+        best[better] = flat[rows, at][better]
+        for number, seconds in enumerate(self.times_s(sums.totals)):
+            even[number, better] = seconds.reshape(flat.shape)[rows, at][better]
+
+    def _phase(self, in_flight: int) -> int:
+        return next(weight for weight in WEIGHTS if weight <= in_flight)
+
+    def _mesh_bounds(self, mesh: Mesh, phase: int) -> StageBounds:
+        if (mesh, phase) not in self._by_mesh:
+            self._by_mesh[mesh, phase] = self._make_mesh_bounds(mesh, phase)
+        return self._by_mesh[mesh, phase]
+
+    def _make_mesh_bounds(self, mesh: Mesh, phase: int) -> StageBounds:
+        sums, B = self.sums(mesh, phase), self.num_microbatches
+        least = np.array([self.points(column, mesh, phase).least for column in range(len(self.columns))])
         present = self.counts > 0
-        for mesh in self.meshes(num_devices):
-            totals = self.stacked(mesh)
-            finite = np.where(np.isfinite(totals), totals, 1e30)
-            sums = np.einsum("tc,crbm->trbm", self.counts, finite[..., : fr.WORKSPACE])
-            workspace = np.zeros(sums.shape[:3])
-            for column in range(len(self.columns)):
-                held = np.where(present[:, column, None, None], finite[None, column, :, :, fr.WORKSPACE], 0.0)
-                workspace = np.maximum(workspace, held)
-            memory = sums[..., fr.STATE] + in_flight * sums[..., fr.SAVED] + workspace + fixed
-            contention = self.blocks.cluster.overlap_contention if self.blocks.execution.overlap else 1.0
-            software, launch_s = self.blocks.execution.software, self.blocks.cluster.device.launch_s
-            sums[..., [fr.FORWARD, fr.BACKWARD]] += software.microbatch_calls * launch_s / 2
-            backward, reduction = sums[..., fr.BACKWARD], sums[..., fr.STEP]
-            reduction = np.maximum(reduction - backward, 0.0) + contention * np.minimum(reduction, backward)
-            step = reduction + sums[..., fr.STEP_EXPOSED] + software.step_calls * launch_s
-            time = sums[..., fr.FORWARD] + sums[..., fr.BACKWARD] + step / self.num_microbatches
-            if self.restriction is not None:
-                time = self._pinned(time, mesh)
-            self.smallest_bytes = min(self.smallest_bytes, float(memory[-1].min()))
-            time = np.where((memory <= self.budget_bytes) & (time < 1e20), time, np.inf)
-            flat = time.reshape(num_types, -1)
-            at = flat.argmin(axis=1)
-            value = flat[np.arange(num_types), at]
-            for row in np.flatnonzero(value < best):
-                price, boundary = divmod(int(at[row]), time.shape[2])
-                best[row] = value[row]
-                where = (row, price, boundary)
-                numbers[:, row] = sums[(*where, fr.FORWARD)], sums[(*where, fr.BACKWARD)], step[where], memory[where]
-                choices[row] = StageChoice(mesh=mesh, row=price, boundary=boundary)
-        return StageCosts(
-            forward_s=numbers[0],
-            backward_s=numbers[1],
-            step_s=numbers[2],
-            memory_bytes=numbers[3],
-            choices=tuple(choices),
+        workspace = np.where(present, least[:, 1], 0.0).max(axis=1)
+        room = np.maximum(self.budget_bytes - self.fixed_bytes() - workspace, 0.0)
+        price = np.array([row.price_s_per_byte for row in sums.rows])
+        value = sums.bound_s - (price[:, None] * room[:, None, None] if np.isfinite(self.budget_bytes) else 0.0)
+        forward, step = self.counts @ least[:, 0], self.counts @ least[:, 2]
+        launches = self.counts @ np.array([self._launch_floor_s(c, mesh, phase) for c in range(len(self.columns))])
+        best = {family: np.full(value.shape[::2], -np.inf) for family in fr.FAMILIES}
+        for row, family in enumerate(r.family for r in sums.rows):
+            best[family] = np.maximum(best[family], value[:, row])
+        path = np.maximum(np.maximum(best["path"], best["tenth"]), np.maximum(launches, forward)[:, None])
+        busy = B * np.maximum(np.maximum(best["hidden"], best["reduced"]), path)
+        busy = np.maximum(busy, B * path + step[:, None])
+        return StageBounds(
+            forward_s=forward, through_s=path.min(axis=1), step_s=step, busy_s=busy.min(axis=1), even_s=np.zeros(0)
         )
 
-    def _pinned(self, time: Floats, mesh: Mesh) -> Floats:
-        """Only the layout's boundary placement, and only the lowest price of memory, which it has no say in."""
-        assert self.restriction is not None
-        pinned = np.full_like(time, np.inf)
-        boundaries = self.points(0, mesh).tables.boundaries
-        at = boundaries.index(self.restriction.boundary)
-        pinned[:, 0, at] = time[:, 0, at]
-        return pinned
+    def _launch_floor_s(self, column: int, mesh: Mesh, phase: int) -> float:
+        forward, _, backward = self.points(column, mesh, phase).tables.host_s
+        return forward + backward
+
+    def time_s(self, totals: Floats) -> Floats:
+        """Seconds per micro-batch with its share of the step."""
+        forward, backward, step = self.times_s(totals)
+        return forward + backward + step / self.num_microbatches
+
+    def times_s(self, totals: Floats) -> tuple[Floats, Floats, Floats]:
+        """Forward, backward, and exposed step seconds of stage totals."""
+        execution, cluster = self.blocks.execution, self.blocks.cluster
+        contention = cluster.overlap_contention if execution.overlap else 1.0
+        backward, reduction = totals[..., fr.BACKWARD], totals[..., fr.STEP]
+        reduction = np.maximum(reduction - backward, 0.0) + contention * np.minimum(reduction, backward)
+        loop_s = execution.software.microbatch_calls * cluster.device.launch_s / 2
+        step = reduction + totals[..., fr.STEP_EXPOSED] + execution.software.step_calls * cluster.device.launch_s
+        return totals[..., fr.FORWARD] + loop_s, backward + loop_s, step
+
+    def roles(self, boundary: int, mesh: Mesh) -> tuple[str, ...]:
+        """How the inner axes place what crosses blocks under a boundary placement."""
+        return self.points(0, mesh, FREE).tables.boundaries[boundary]
+
+    def finish(self, kind: int, num_devices: int, in_flight: int) -> Finished | None:
+        """The fastest choice for stage type ``kind`` that fits; None when there is none."""
+        key = (kind, num_devices, in_flight)
+        if key not in self._finished:
+            self._finished[key] = self._finish(kind, num_devices, in_flight)
+        return self._finished[key]
+
+    def _finish(self, kind: int, num_devices: int, in_flight: int) -> Finished | None:
+        columns = tuple(int(column) for column in np.flatnonzero(self.counts[kind]))
+        numbers = tuple(int(self.counts[kind, column]) for column in columns)
+        room = self.budget_bytes - self.fixed_bytes()
+        best: Finished | None = None
+        meshes = self.meshes(num_devices)
+        lower = dict.fromkeys(meshes, 0.0)
+        if len(meshes) > 1:
+            lower = {mesh: float(self._mesh_bounds(mesh, FREE).busy_s[kind]) for mesh in meshes}
+        for mesh in sorted(lower, key=lambda mesh: lower[mesh]):
+            if best is not None and lower[mesh] >= self.num_microbatches * best.time_s:
+                break
+            phases = [FREE]
+            if self.restriction is None:
+                time, memory = (
+                    values[kind].reshape(-1)
+                    for values in (
+                        self.time_s(self.sums(mesh, FREE).totals),
+                        self.sums(mesh, FREE).memory_bytes(in_flight),
+                    )
+                )
+                if memory[time.argmin()] > room:
+                    phases.append(self._phase(in_flight))
+            points = StagePoints.of(
+                mesh, columns, numbers, {phase: [self.points(c, mesh, phase) for c in columns] for phase in phases}
+            )
+            boundary = None
+            if self.restriction is not None:
+                boundary = self.points(0, mesh, FREE).tables.boundaries.index(self.restriction.boundary)
+            found = fastest(points, self, in_flight, room, boundary)
+            if found is not None and (best is None or found.time_s < best.time_s):
+                best = found
+        return best
 
     def work_bound_s(self, sizes: tuple[int, ...], gpus: int) -> float:
         """No plan of this micro-batch is faster, whatever its memory: the least device-seconds of every block, spread
-        over all GPUs. Rows are compared by their compute and exposed communication alone."""
+        over all GPUs."""
         least = np.full(len(self.columns), np.inf)
         for size in sizes:
             for mesh in self.meshes(size):
-                totals = self.stacked(mesh)
-                seconds = (
-                    (totals[..., fr.FORWARD] + totals[..., fr.BACKWARD]).reshape(len(self.columns), -1).min(axis=1)
-                )
-                least = np.minimum(least, size * seconds)
+                for column in range(len(self.columns)):
+                    points = self.points(column, mesh, FREE)
+                    path = [at for at, row in enumerate(points.rows) if row.family == "path"]
+                    room_s = max(row.price_s_per_byte for row in points.rows) * self.budget_bytes
+                    seconds = max(float(points.bound_s[path].min()) - room_s, self._launch_floor_s(column, mesh, FREE))
+                    least[column] = min(least[column], size * seconds)
         whole = self.counts[int(self.type_of[0, len(self.blocks.blocks)])]
         return float(self.num_microbatches * np.where(whole > 0, whole * least, 0.0).sum() / gpus)
-
-    def memory_free(self, first: int, end: int, num_devices: int, in_flight: int) -> bool:
-        """Whether the stage runs at the lowest price of memory, so that a larger budget would change nothing."""
-        choice = self.costs(num_devices, in_flight).choices[int(self.type_of[first, end])]
-        return choice is not None and choice.row == 0
 
     def fixed_bytes(self) -> float:
         """What torch's allocator does not count: context, and the buffers of two communicators."""
         return float(self.blocks.cluster.device.context_bytes + self.blocks.cluster.communication_buffer_bytes(2))
 
     def table(self, sizes: tuple[int, ...], in_flight: int) -> StageTable:
-        """Arrays over (first block, end block, submesh size) as the outer search reads them."""
-        arrays = []
-        for name in ("forward_s", "backward_s", "step_s"):
-            planes = [
-                np.where(self.type_of >= 0, getattr(self.costs(size, in_flight), name)[self.type_of], np.inf)
-                for size in sizes
-            ]
-            arrays.append(np.stack(planes, axis=-1))
-        return StageTable(forward_s=arrays[0], backward_s=arrays[1], step_s=arrays[2])
+        """Bounds over (first block, end block, submesh size) as the outer search reads them; inf for stages that cannot
+        stand where ``in_flight`` micro-batches are held (1F1B, stage number ``in_flight`` from the last)."""
+        found = [self.bounds(size, in_flight) for size in sizes]
+        backward = [one.through_s - np.where(np.isfinite(one.through_s), one.forward_s, 0.0) for one in found]
+        return StageTable(
+            forward_s=self._planes(sizes, in_flight, [one.forward_s for one in found]),
+            backward_s=self._planes(sizes, in_flight, backward),
+            step_s=self._planes(sizes, in_flight, [one.step_s for one in found]),
+            busy_s=self._planes(sizes, in_flight, [one.busy_s for one in found]),
+        )
+
+    def even_table(self, sizes: tuple[int, ...], in_flight: int) -> StageTable:
+        """The same of the fastest choices whose blocks all take one point: times that are reached, no bounds."""
+        found = [self.bounds(size, in_flight).even_s for size in sizes]
+        forward, backward, step = (self._planes(sizes, in_flight, [one[at] for one in found]) for at in range(3))
+        return StageTable(forward_s=forward, backward_s=backward, step_s=step)
+
+    def _planes(self, sizes: tuple[int, ...], in_flight: int, values: list[Floats]) -> Floats:
+        planes = [
+            np.where(self._possible(size, in_flight), of_type[self.type_of], np.inf)
+            for size, of_type in zip(sizes, values, strict=True)
+        ]
+        return np.stack(planes, axis=-1)
+
+    def _possible(self, size: int, in_flight: int) -> NDArray[np.bool_]:
+        """Which (first, end) can stand there: with fewer micro-batches held than there are, 1F1B says how many stages
+        follow, each of a block at least."""
+        count = len(self.blocks.blocks)
+        first, end = np.indices((count + 1, count + 1))
+        if size == self.gpus:
+            return np.asarray((first == 0) & (end == count))
+        if in_flight >= self.num_microbatches:
+            return self.type_of >= 0
+        return np.asarray((self.type_of >= 0) & ((end == count) if in_flight == 1 else end <= count + 1 - in_flight))
+
+
+def _least_over_modes(rows: tuple[PriceRow, ...], bounds: Floats) -> Floats:
+    """(columns, rows, boundaries): every row's value replaced by the least among the rows that differ in mode only."""
+    groups: dict[tuple[str, float, float], list[int]] = {}
+    for at, row in enumerate(rows):
+        groups.setdefault((row.family, row.price_s_per_byte, row.saved_weight), []).append(at)
+    least = bounds.copy()
+    for group in groups.values():
+        least[:, group] = bounds[:, group].min(axis=1, keepdims=True)
+    return least
+
+
+def _larger(one: StageBounds, other: StageBounds) -> StageBounds:
+    larger = {name: np.maximum(getattr(one, name), getattr(other, name)) for name in BOUNDS}
+    return StageBounds(even_s=one.even_s, **larger)

@@ -1,17 +1,25 @@
 """The frontier of a block on a mesh: one optimal solution for every way of weighing time against memory.
 
-A *price row* fixes a recompute mode and prices per byte; the problem it gives is pairwise, so elimination solves all rows
-and all boundary placements at once and exactly:
+A *price row* fixes a recompute mode, prices per byte, and what communication costs; the problem it gives is pairwise, so
+elimination solves all rows and all boundary placements at once and exactly. Per micro-batch, B of them in a step:
 
-    none        minimise F + C + B                      + price * (state + weight * (saved + core))
-    selective   minimise F + 2 C + B                    + price * (state + weight * saved)
-    full        minimise 2 F + 2 C + B                  + price * (state + weight * boundary)
+    none        minimise F + C + beta W                     + price * (state + weight * (saved + core))
+    selective   minimise F + (1 + beta) C + beta W          + price * (state + weight * saved)
+    full        minimise (1 + beta) (F + C) + beta W        + price * (state + weight * boundary)
 
-    F, C, B     forward outside and inside attention, backward; communication inside them      (tables)
-    + what parameters cost per micro-batch and, divided by the micro-batches, per step          (cost.parameters)
+    F, C, W     forward outside and inside attention, backward; communication inside them      (tables)
+    family      beta       ZeRO-3 gathers   reductions / B   rest of the step / B
+    priced      1          charged          charged          charged     nothing is hidden: a good solution
+    hidden      1          free             free             charged     all that can be hidden is: a bound on t + step/B
+    reduced     1 - 1/B    free             charged          charged     the last backward hides reductions: a bound too
+    path        1          free             free             free        a bound on t alone
+    tenth       1          a tenth          free             free        the same, with nine tenths of F, C and W
 
 Parameters are leaves: for each row and strategy the cheapest storage is taken. What the solutions cost is then summed per
-metric, with what overlaps (ZeRO-3 gathers behind one block's compute) applied to the block as a whole.
+metric, with what overlaps (ZeRO-3 gathers behind one block's compute) applied to the block as a whole. Because
+max(a, b) >= (1 - x) a + x b and step >= reductions - last backward, the optimum of a hidden, reduced, path or tenth row is
+never above the true time plus price * memory of any choice of its mode. Tenth is the better bound where gathers take far
+longer than compute, as over slow links between nodes.
 """
 
 from collections.abc import Sequence
@@ -30,6 +38,9 @@ from autopar.intra.tables import BlockTables
 
 Floats = NDArray[np.float64]
 MODES = ("none", "selective", "full")
+FAMILIES = ("priced", "hidden", "reduced", "path", "tenth")
+PRICES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
+"""Prices of a byte tried where memory binds, in units of the time the device takes to stream it."""
 FORWARD, BACKWARD, STEP, STEP_EXPOSED, STATE, SAVED, WORKSPACE = range(7)
 NUM_TOTALS = 7
 
@@ -41,13 +52,16 @@ class PriceRow:
     mode: str
     price_s_per_byte: float
     saved_weight: float
+    family: str = "priced"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BlockPoints:
     """``totals[row, boundary]`` are the seven sums above (seconds, seconds, seconds once per step that backward may hide,
     seconds once per step, bytes, bytes per micro-batch in flight, bytes), inf where there is no solution; the boundary
-    placement is the same on both sides. ``choices[node, row, boundary]`` and ``storage[op][row]`` say which."""
+    placement is the same on both sides. ``choices[node, row, boundary]`` and ``storage[op][row]`` say which;
+    ``bound_s[row, boundary]`` is the row's optimum. ``least`` holds the least forward seconds, workspace and seconds
+    once per step of any choice."""
 
     tables: BlockTables
     rows: tuple[PriceRow, ...]
@@ -55,6 +69,7 @@ class BlockPoints:
     choices: NDArray[np.integer]
     storages: tuple[tuple[tuple[tuple[pm.Storage, ...], ...], NDArray[np.integer]], ...]
     bound_s: Floats
+    least: tuple[float, float, float]
 
 
 class ParameterPrices:
@@ -75,15 +90,29 @@ class ParameterPrices:
         return self._cache[key]
 
 
-def price_rows(time_s: float, num_bytes: float, modes: Sequence[str] = MODES) -> tuple[PriceRow, ...]:
-    """Rows around the block's own exchange rate of seconds for bytes, from free to a hundred times that."""
-    rate = time_s / max(num_bytes, 1.0)
-    rows = []
-    for mode in modes:
-        rows.append(PriceRow(mode=mode, price_s_per_byte=1e-6 * rate, saved_weight=1.0))
-        for factor in (0.01, 0.1, 1.0, 10.0):
-            rows += [PriceRow(mode=mode, price_s_per_byte=factor * rate, saved_weight=weight) for weight in (1.0, 16.0)]
-    return tuple(rows)
+def free_rows(
+    rate_s_per_byte: float, modes: Sequence[str], families: Sequence[str] = FAMILIES[:4]
+) -> tuple[PriceRow, ...]:
+    """Rows for memory that does not bind: so low a price that it only breaks ties. Recomputing never pays there, so the
+    mode is the first of ``modes``."""
+    low = 1e-6 * rate_s_per_byte
+    return tuple(PriceRow(mode=modes[0], price_s_per_byte=low, saved_weight=1.0, family=family) for family in families)
+
+
+def priced_rows(rate_s_per_byte: float, modes: Sequence[str], saved_weight: float) -> tuple[PriceRow, ...]:
+    """Rows for memory that binds, for stages that hold ``saved_weight`` micro-batches or more."""
+    return tuple(
+        PriceRow(mode=mode, price_s_per_byte=factor * rate_s_per_byte, saved_weight=saved_weight, family=family)
+        for mode in modes
+        for family in ("priced", "path", "tenth")
+        for factor in PRICES
+    )
+
+
+def lean_rows(rate_s_per_byte: float, modes: Sequence[str], saved_weight: float) -> tuple[PriceRow, ...]:
+    """Rows whose solutions need next to the least memory there is."""
+    price = 1e4 * rate_s_per_byte
+    return tuple(PriceRow(mode=mode, price_s_per_byte=price, saved_weight=saved_weight) for mode in modes)
 
 
 def block_points(
@@ -97,21 +126,27 @@ def block_points(
 ) -> BlockPoints:
     """Solve all rows. ``data_axis``: mesh axis 0 has several ranks. ``held`` parameters are stored by another block of
     the stage; ``zero`` pins the ZeRO stage over the data axis."""
-    weights = np.array([_weights(row) for row in rows])
-    per_byte = np.array([[row.price_s_per_byte] for row in rows])
+    beta = np.array([1.0 - 1.0 / num_microbatches if row.family == "reduced" else 1.0 for row in rows])
+    weights = np.array([_weights(row, late) for row, late in zip(rows, beta, strict=True)])
+    parameter_weights = np.array(
+        [_parameter_weights(row, num_microbatches, late) for row, late in zip(rows, beta, strict=True)]
+    )
     node_costs: list[Floats] = [weights @ metrics.T for metrics in tables.node_metrics]
     storages = []
     parameter_metrics: list[tuple[Floats, NDArray[np.integer]]] = []
     for at, uses in enumerate(tables.parameter_uses):
         cost, chosen, metrics, names = _parameter_costs(
-            uses, prices, per_byte, num_microbatches, data_axis, held, zero, len(tables.strategies[at])
+            uses, prices, parameter_weights, data_axis, held, zero, len(tables.strategies[at])
         )
         node_costs[2 + at] = node_costs[2 + at] + cost
         parameter_metrics.append((metrics, chosen))
         storages.append((names, chosen))
-    repeat = np.array([2.0 if row.mode == "full" else 1.0 for row in rows])[:, None, None]
+    late = beta[:, None, None]
+    repeat = np.array([1.0 + b if row.mode == "full" else 1.0 for row, b in zip(rows, beta, strict=True)])[
+        :, None, None
+    ]
     pairs = [(source, target) for source, target, _, _ in tables.edges]
-    edge_costs = [repeat * forward + backward for _, _, forward, backward in tables.edges]
+    edge_costs = [_scaled(forward, repeat) + _scaled(backward, late) for _, _, forward, backward in tables.edges]
     eliminator = Eliminator(tuple(len(metrics) for metrics in tables.node_metrics), tuple(pairs), keep=(IN, OUT))
     table = eliminator.solve(node_costs, edge_costs)
     diagonal = np.arange(len(tables.boundaries))
@@ -120,16 +155,57 @@ def block_points(
     totals = _totals(tables, rows, choices, parameter_metrics)
     totals[~np.isfinite(values)] = np.inf
     return BlockPoints(
-        tables=tables, rows=rows, totals=totals, choices=choices, storages=tuple(storages), bound_s=values.min(axis=1)
+        tables=tables,
+        rows=rows,
+        totals=totals,
+        choices=choices,
+        storages=tuple(storages),
+        bound_s=values,
+        least=_least(tables, parameter_metrics),
     )
 
 
-def _weights(row: PriceRow) -> list[float]:
+def _scaled(seconds: Floats, factor: Floats) -> Floats:
+    """(rows, choices, choices): factor times seconds; what is impossible stays so with a factor of zero."""
+    impossible = np.isinf(seconds)
+    return np.where(impossible, np.inf, factor * np.where(impossible, 0.0, seconds))
+
+
+def _least(
+    tables: BlockTables, parameter_metrics: Sequence[tuple[Floats, NDArray[np.integer]]]
+) -> tuple[float, float, float]:
+    forward = sum(float((m[:, tb.FORWARD] + m[:, tb.CORE_FORWARD]).min()) for m in tables.node_metrics)
+    workspace = max(float(m[:, tb.WORKSPACE].min()) for m in tables.node_metrics)
+    step = sum(
+        float(np.where(np.isfinite(use[..., pm.STEP_EXPOSED]), use[..., pm.STEP_EXPOSED], np.inf).min())
+        for metrics, _ in parameter_metrics
+        for use in metrics
+    )
+    return forward, workspace, step
+
+
+def _parameter_weights(row: PriceRow, num_microbatches: int, beta: float) -> list[float]:
+    weights = [0.0] * pm.NUM_PARAMETER_METRICS
+    gathers = {"priced": 1.0, "tenth": 0.1}.get(row.family, 0.0)
+    weights[pm.GATHER_FORWARD] = weights[pm.GATHER_BACKWARD] = gathers
+    weights[pm.STEP] = 1.0 / num_microbatches if row.family in ("priced", "reduced") else 0.0
+    weights[pm.STEP_EXPOSED] = 0.0 if row.family in ("path", "tenth") else 1.0 / num_microbatches
+    weights[pm.STATE] = row.price_s_per_byte
+    weights[pm.ACCUMULATE] = _compute_share(row) * beta
+    return weights
+
+
+def _compute_share(row: PriceRow) -> float:
+    return 0.9 if row.family == "tenth" else 1.0
+
+
+def _weights(row: PriceRow, beta: float) -> list[float]:
     saved = row.price_s_per_byte * row.saved_weight
+    share = _compute_share(row)
     weights = [0.0] * tb.NUM_METRICS
-    weights[tb.FORWARD] = 2.0 if row.mode == "full" else 1.0
-    weights[tb.CORE_FORWARD] = 1.0 if row.mode == "none" else 2.0
-    weights[tb.BACKWARD] = 1.0
+    weights[tb.FORWARD] = share * (1.0 + beta if row.mode == "full" else 1.0)
+    weights[tb.CORE_FORWARD] = share * (1.0 if row.mode == "none" else 1.0 + beta)
+    weights[tb.BACKWARD] = share * beta
     weights[tb.SAVED] = 0.0 if row.mode == "full" else saved
     weights[tb.CORE_SAVED] = saved if row.mode == "none" else 0.0
     weights[tb.BOUNDARY] = saved if row.mode == "full" else 0.0
@@ -139,15 +215,14 @@ def _weights(row: PriceRow) -> list[float]:
 def _parameter_costs(
     uses: tuple,  # type: ignore[type-arg]
     prices: ParameterPrices,
-    per_byte: Floats,
-    num_microbatches: int,
+    weight: Floats,
     data_axis: bool,
     held: frozenset[int],
     zero: int | None,
     num_strategies: int,
 ) -> tuple[Floats, NDArray[np.integer], Floats, tuple[tuple[pm.Storage, ...], ...]]:
     """(rows, strategies) cost; (uses, rows, strategies) chosen storage; (uses, strategies, storages, metrics)."""
-    num_rows = len(per_byte)
+    num_rows = len(weight)
     cost = np.zeros((num_rows, num_strategies))
     chosen = np.zeros((len(uses), num_rows, num_strategies), int)
     width = 1
@@ -173,10 +248,6 @@ def _parameter_costs(
         width = max(width, *(len(options) for options, _ in row))
         found.append(row)
     table = np.full((len(uses), num_strategies, width, pm.NUM_PARAMETER_METRICS), 0.0)
-    weight = np.zeros((num_rows, pm.NUM_PARAMETER_METRICS))
-    weight[:, [pm.GATHER_FORWARD, pm.GATHER_BACKWARD, pm.ACCUMULATE]] = 1.0
-    weight[:, [pm.STEP, pm.STEP_EXPOSED]] = 1.0 / num_microbatches
-    weight[:, pm.STATE] = per_byte[:, 0]
     for use, row in enumerate(found):
         for strategy, (options, metrics) in enumerate(row):
             table[use, strategy, : len(options)] = metrics

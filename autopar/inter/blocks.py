@@ -1,0 +1,170 @@
+"""The blocks of one graph and what they cost per mesh and micro-batch, computed once and kept."""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from autopar.cluster.cluster import Cluster
+from autopar.cost.execution import ExecutionModel
+from autopar.cost.fusion import fused_bytes
+from autopar.cost.redistribute import MeshLinks
+from autopar.graph.ir import Block, Graph
+from autopar.graph.profile import GraphProfile, profile_graph
+from autopar.intra.frontier import BlockPoints, ParameterPrices, PriceRow, block_points
+from autopar.intra.space import BlockSpace, block_space, data_values
+from autopar.intra.tables import Allowed, BlockTables, TableBuilder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mesh:
+    """``data`` ranks along the batch (outermost) times ``inner`` axes that every op may use as it likes."""
+
+    data: int
+    inner: tuple[int, ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return (self.data, *self.inner)
+
+    @property
+    def has_data_axis(self) -> bool:
+        """Whether a plan names the data axis: one of size 1 beside inner axes says nothing."""
+        return self.data > 1 or not self.inner
+
+    @property
+    def named(self) -> tuple[int, ...]:
+        """Sizes of the axes that a plan names."""
+        return self.sizes if self.has_data_axis else self.inner
+
+    @property
+    def num_devices(self) -> int:
+        return self.data * int(np.prod(self.inner, dtype=int))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restriction:
+    """What a manual layout fixes: the one mesh of every stage, the options each inner axis allows, the ZeRO stage over
+    the data axis, and the boundary placement (a role per inner axis). ``allowed`` must depend on the boundary only, by
+    which tables are shared, and on ``names``, the inner axes' own."""
+
+    mesh: Mesh
+    allowed: Allowed = field(compare=False)
+    zero: int
+    boundary: tuple[str, ...]
+    names: tuple[str, ...] = ()
+
+
+class Blocks:
+    """The blocks of one graph, their spaces per kind, and their points per mesh and micro-batch (cached).
+
+    The kinds are extended by one per block whose tied parameters an earlier block of the same stage may already store.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        blocks: tuple[Block, ...],
+        cluster: Cluster,
+        execution: ExecutionModel,
+        profile: GraphProfile | None = None,
+    ) -> None:
+        self.graph, self.blocks, self.cluster, self.execution = graph, blocks, cluster, execution
+        self.profile: GraphProfile = profile_graph(graph) if profile is None else profile
+        self.fused = fused_bytes(graph, self.profile, execution.software.fuses)
+        self._data = data_values(graph)
+        self.kinds: dict[int, Block] = {}
+        for block in blocks:
+            self.kinds.setdefault(block.kind, block)
+        self._spaces: dict[int, BlockSpace] = {}
+        self.core = frozenset(op.id for op in graph.ops if "scaled_dot_product" in op.target)
+        self.savers = _savers(graph, self.profile, self.core)
+        self.first_user: dict[int, int] = {}
+        for block in blocks:
+            for value in block.parameters:
+                self.first_user.setdefault(value, block.index)
+        self._tables: dict[tuple[object, ...], BlockTables] = {}
+        self._points: dict[tuple[object, ...], BlockPoints] = {}
+        self._prices: dict[Mesh, ParameterPrices] = {}
+
+    def held(self, block: Block, first: int) -> frozenset[int]:
+        """Parameters of ``block`` that an earlier block of a stage beginning at block ``first`` stores."""
+        return frozenset(v for v in block.parameters if first <= self.first_user[v] < block.index)
+
+    def space(self, kind: int) -> BlockSpace:
+        if kind not in self._spaces:
+            self._spaces[kind] = block_space(self.graph, self.kinds[kind], self._data)
+        return self._spaces[kind]
+
+    def points(
+        self,
+        kind: int,
+        held: frozenset[int],
+        mesh: Mesh,
+        micro_batch: int,
+        num_microbatches: int,
+        rows: tuple[PriceRow, ...],
+        restriction: Restriction | None = None,
+    ) -> BlockPoints:
+        """The frontier of a kind on a mesh; ``micro_batch`` counts samples over the whole mesh."""
+        key = (kind, held, mesh, micro_batch, num_microbatches, rows, restriction)
+        if key not in self._points:
+            num_devices = mesh.num_devices
+            links = MeshLinks(self.cluster, num_devices, mesh.sizes, tuple(range(1, len(mesh.sizes))))
+            local = micro_batch // mesh.data
+            groups = tuple(links.group((axis,)) for axis in range(len(mesh.inner)))
+            table_key = (
+                kind,
+                local,
+                mesh.inner,
+                groups,
+                (restriction.boundary, restriction.names) if restriction else None,
+            )
+            if table_key not in self._tables:
+                self._tables[table_key] = TableBuilder(
+                    self.space(kind),
+                    self.profile,
+                    self.savers,
+                    self.core,
+                    local,
+                    links,
+                    self.execution,
+                    restriction.allowed if restriction else None,
+                    self.fused,
+                ).build()
+            if mesh not in self._prices:
+                full = MeshLinks(self.cluster, num_devices, mesh.sizes, tuple(range(len(mesh.sizes))))
+                self._prices[mesh] = ParameterPrices(full, self.execution)
+            tables = self._tables[table_key]
+            if self.kinds[kind].name in ("embedding", "head"):  # programs wrap their layers in checkpoints, not these
+                rows = tuple(replace(row, mode="none") for row in rows)
+            self._points[key] = block_points(
+                tables,
+                self._prices[mesh],
+                rows,
+                num_microbatches,
+                mesh.data > 1,
+                held,
+                restriction.zero if restriction else None,
+            )
+        return self._points[key]
+
+    @property
+    def rate_s_per_byte(self) -> float:
+        """What sets the range of prices: the time in which the device streams a byte of its memory."""
+        device = self.cluster.device
+        return float(device.memory_bound_s(float(device.memory_bytes))) / float(device.memory_bytes)
+
+
+def _savers(graph: Graph, profile: GraphProfile, core: frozenset[int]) -> dict[int, tuple[tuple[int, bool], ...]]:
+    """Per op, the positions (inputs, then outputs) whose memory it is the first to keep, and whether attention made it."""
+    made = {value: op.id for op in graph.ops for value in op.outputs}
+    seen: set[int] = set()
+    found: dict[int, list[tuple[int, bool]]] = {}
+    for op in graph.ops:
+        kept = profile.ops[op.id]
+        for position in (*kept.saved_inputs, *(len(op.inputs) + at for at in kept.saved_outputs)):
+            owner = profile.owners[(*op.inputs, *op.outputs)[position]]
+            if owner not in seen and graph.values[owner].kind not in ("parameter", "buffer"):
+                seen.add(owner)
+                found.setdefault(op.id, []).append((position, made.get(owner) in core))
+    return {op: tuple(positions) for op, positions in found.items()}

@@ -1,0 +1,187 @@
+"""The fastest way to run one stage on one mesh, within a budget: which point of its frontier each block takes.
+
+With one point p for all blocks, the stage's totals are sums over its columns c (n_c equal blocks each). Where the point
+that is fast does not fit and the one that fits is slow, the column m with most blocks may mix two of them,
+
+    k blocks at the lean point q, n_m - k at the fast point p, the other columns at p or at q,
+    k = ceil((memory at p - M) / (memory_m(p) - memory_m(q)))            the least k that fits
+
+(DESIGN: a stage as a mix of two neighbouring frontier points; the same as "recompute k layers" of Megatron-LM.)
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopar.inter.blocks import Mesh
+from autopar.intra import frontier as fr
+from autopar.intra.frontier import BlockPoints
+
+Floats = NDArray[np.float64]
+PointRef = tuple[int, int]  # phase of the price rows, and the row
+MAX_MIXED = 16  # points on the lower hull of (memory, time) that are mixed; hulls of real blocks have 5 to 11
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageChoice:
+    """How a stage runs: mesh, boundary placement (position), and per column how many of its blocks take which point."""
+
+    mesh: Mesh
+    boundary: int
+    points: tuple[tuple[int, tuple[tuple[PointRef, int], ...]], ...]
+
+    def per_block(self, columns: Sequence[int]) -> tuple[PointRef, ...]:
+        """The point of each block, in order; the first blocks of a column take its first point."""
+        left = {column: [ref for ref, count in mix for _ in range(count)] for column, mix in self.points}
+        return tuple(left[column].pop(0) for column in columns)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """Seconds per micro-batch, seconds per step, bytes on a device; ``time_s`` is per micro-batch with its share of
+    the step."""
+
+    forward_s: float
+    backward_s: float
+    step_s: float
+    memory_bytes: float
+    time_s: float
+    choice: StageChoice
+
+
+class Prices(Protocol):
+    """What a stage's totals cost (`StageBook`)."""
+
+    def times_s(self, totals: Floats) -> tuple[Floats, Floats, Floats]: ...
+
+    def time_s(self, totals: Floats) -> Floats: ...
+
+    def fixed_bytes(self) -> float: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StagePoints:
+    """``totals[column, point, boundary]`` (seven metrics) of the columns of one stage, and where each point is from."""
+
+    mesh: Mesh
+    columns: tuple[int, ...]
+    numbers: tuple[int, ...]
+    refs: tuple[PointRef, ...]
+    totals: Floats
+
+    @staticmethod
+    def of(
+        mesh: Mesh, columns: tuple[int, ...], numbers: tuple[int, ...], points: Mapping[int, Sequence[BlockPoints]]
+    ) -> "StagePoints":
+        refs = tuple((phase, row) for phase, found in points.items() for row in range(len(found[0].rows)))
+        stacked = np.concatenate([np.stack([one.totals for one in found]) for found in points.values()], axis=1)
+        return StagePoints(mesh=mesh, columns=columns, numbers=numbers, refs=refs, totals=stacked)
+
+
+def add(parts: Sequence[tuple[Floats, Floats | float]]) -> Floats:
+    """Totals of several blocks: (totals, how many), workspace by maximum of those that occur."""
+    summed = sum((totals * np.asarray(count)[..., None] for totals, count in parts), np.zeros(1))
+    workspace = np.zeros(summed.shape[:-1])
+    for totals, count in parts:
+        workspace = np.maximum(workspace, np.where(np.asarray(count) > 0, totals[..., fr.WORKSPACE], 0.0))
+    summed[..., fr.WORKSPACE] = workspace
+    return np.asarray(summed)
+
+
+def fastest(
+    points: StagePoints, prices: Prices, in_flight: int, room_bytes: float, boundary: int | None = None
+) -> Finished | None:
+    """The fastest choice whose memory without the fixed share is at most ``room_bytes``; None when none fits."""
+    best: Finished | None = None
+    for at in range(points.totals.shape[2]) if boundary is None else (boundary,):
+        found = _at_boundary(points, prices, in_flight, room_bytes, at)
+        if found is not None and (best is None or found.time_s < best.time_s):
+            best = found
+    return best
+
+
+def _memory(totals: Floats, in_flight: int) -> Floats:
+    return np.asarray(totals[..., fr.STATE] + in_flight * totals[..., fr.SAVED] + totals[..., fr.WORKSPACE])
+
+
+def _at_boundary(points: StagePoints, prices: Prices, in_flight: int, room_bytes: float, at: int) -> Finished | None:
+    usable = np.flatnonzero(np.isfinite(points.totals[:, :, at]).all(axis=(0, 2)))
+    if not len(usable):
+        return None
+    totals = points.totals[:, usable, at]
+    whole = add([(column, float(number)) for column, number in zip(totals, points.numbers, strict=True)])
+    time, memory = prices.time_s(whole), _memory(whole, in_flight)
+    fitting = np.where(memory <= room_bytes, time, np.inf)
+    if not np.isfinite(fitting).any():
+        return None
+    pick = int(fitting.argmin())
+
+    def build(values: Floats, mixes: Sequence[tuple[tuple[PointRef, int], ...]]) -> Finished:
+        forward, backward, step = prices.times_s(values)
+        return Finished(
+            forward_s=float(forward),
+            backward_s=float(backward),
+            step_s=float(step),
+            memory_bytes=float(_memory(values, in_flight)) + prices.fixed_bytes(),
+            time_s=float(prices.time_s(values)),
+            choice=StageChoice(mesh=points.mesh, boundary=at, points=tuple(zip(points.columns, mixes, strict=True))),
+        )
+
+    def ref(point: int) -> PointRef:
+        return points.refs[usable[point]]
+
+    best = build(whole[pick], [((ref(pick), number),) for number in points.numbers])
+    if time.min() >= best.time_s or max(points.numbers) < 2:
+        return best
+    main = int(np.argmax(points.numbers))
+    number = points.numbers[main]
+    hull = _hull(_memory(totals[main], in_flight), prices.time_s(totals[main]))
+    fast, lean = (grid.reshape(-1) for grid in np.meshgrid(hull, hull, indexing="ij"))
+    saving = totals[main, fast][:, [fr.STATE, fr.SAVED]] - totals[main, lean][:, [fr.STATE, fr.SAVED]]
+    per_block = saving[:, 0] + in_flight * saving[:, 1]
+    others = [at for at in range(len(points.numbers)) if at != main]
+    for side in (fast, lean):
+        rest = [(totals[other, side], float(points.numbers[other])) for other in others]
+        none = add([*rest, (totals[main, fast], float(number))])
+        # workspace of both points from the start: k is then enough whichever is the larger
+        start = _memory(none, in_flight) - none[:, fr.WORKSPACE]
+        start += np.maximum(none[:, fr.WORKSPACE], totals[main, lean][:, fr.WORKSPACE])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            k = np.ceil((start - room_bytes) / per_block)
+        valid = (per_block > 0) & (k >= 1) & (k <= number - 1)
+        k = np.where(valid, k, 0.0)
+        mixed = add([*rest, (totals[main, fast], number - k), (totals[main, lean], k)])
+        value = np.where(valid & (_memory(mixed, in_flight) <= room_bytes), prices.time_s(mixed), np.inf)
+        won = int(value.argmin())
+        if value[won] < best.time_s:
+            count = int(k[won])
+            mixes: list[tuple[tuple[PointRef, int], ...]] = [((ref(int(side[won])), n),) for n in points.numbers]
+            mixes[main] = ((ref(int(lean[won])), count), (ref(int(fast[won])), number - count))
+            best = build(mixed[won], mixes)
+    return best
+
+
+def _hull(memory: Floats, time: Floats) -> NDArray[np.integer]:
+    """Points that are fastest for some price of memory, at most ``MAX_MIXED``.
+
+    >>> _hull(np.array([4.0, 2.0, 1.0, 3.0]), np.array([1.0, 2.0, 8.0, 9.0])).tolist()
+    [0, 1, 2]
+    """
+    order = np.lexsort((time, memory))[::-1]
+    hull: list[int] = []
+    for point in order:  # from much memory to little: time must rise, and ever more steeply
+        while hull and time[point] <= time[hull[-1]]:
+            hull.pop()
+        while len(hull) > 1 and _slope(memory, time, hull[-2], hull[-1]) >= _slope(memory, time, hull[-1], point):
+            hull.pop()
+        if not hull or memory[point] < memory[hull[-1]]:
+            hull.append(int(point))
+    return np.array(hull[:MAX_MIXED], int)
+
+
+def _slope(memory: Floats, time: Floats, first: int, second: int) -> float:
+    saved = memory[first] - memory[second]
+    return float((time[second] - time[first]) / saved) if saved > 0 else np.inf

@@ -1,0 +1,174 @@
+"""What a manual layout leaves open, filled in as Megatron's program does (Shoeybi et al., 2019; Korthikanti et al., 2022).
+
+Stages are cut as even as possible (``cuts``); the mesh of a stage is (data, ep, cp, tp) with axes of one rank left out. On
+each axis ops are restricted (``restriction``), and what is still free (column or row) is the fastest:
+
+    tp   matmuls and look-ups shard their weights, attention its heads; without sp nothing is sharded by sequence and what
+         crosses blocks is replicated, with sp it is sharded by sequence
+    cp   everything is sharded by sequence; attention gathers keys and values
+    ep   dp inside dp: everything is sharded by batch but the experts, which are sharded by expert (all-to-all between)
+"""
+
+from dataclasses import dataclass
+
+from autopar.graph.ir import Block, Graph
+from autopar.inter.blocks import Mesh, Restriction
+from autopar.intra.space import OpNode
+from autopar.intra.tables import Allowed
+from autopar.plan.errors import LayoutError
+from autopar.plan.layout import Layout, StageSpec
+from autopar.rules.atoms import Atom
+from autopar.rules.options import Option
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageCut:
+    """Blocks first..end-1 as chunk ``chunk`` of the run of devices that begins at ``first_device``."""
+
+    first: int
+    end: int
+    first_device: int
+    spec: StageSpec
+    chunk: int = 0
+
+
+def cuts(blocks: tuple[Block, ...], layout: Layout, gpus: int) -> tuple[StageCut, ...]:
+    """The stages of a resolved layout in model order, interleaved ones chunk by chunk; LayoutError where there are fewer
+    layers than stages, or other blocks than ``stages=`` counts."""
+    if layout.stages:
+        ends = _listed_ends(blocks, layout)
+        specs = list(layout.stages)
+    else:
+        assert layout.dp is not None
+        ends = even_ends(blocks, layout.pp * layout.vpp)
+        specs = [StageSpec(blocks=1, dp=layout.dp, cp=layout.cp, tp=layout.tp)] * layout.pp
+    devices = [0]
+    for spec in specs:
+        devices.append(devices[-1] + spec.num_gpus)
+    return tuple(
+        StageCut(
+            first=begin,
+            end=end,
+            first_device=devices[at % len(specs)],
+            spec=specs[at % len(specs)],
+            chunk=at // len(specs),
+        )
+        for at, (begin, end) in enumerate(zip([0, *ends], ends, strict=False))
+    )
+
+
+def _layers(blocks: tuple[Block, ...]) -> tuple[int, int]:
+    """(first, end) of the blocks between embedding and head."""
+    return (1 if blocks[0].name == "embedding" else 0), len(blocks) - (1 if blocks[-1].name == "head" else 0)
+
+
+def even_ends(blocks: tuple[Block, ...], num_stages: int) -> list[int]:
+    """Where the stages end: the embedding with the first stage, the head with the last, layers as even as possible. Where
+    embedding and head, counted as a layer each, make the division even, they are; else the earlier stages take more.
+
+    Example: 70 layers on 12 stages are 5, then ten times 6, then 5 (BLOOM)."""
+    first, last = _layers(blocks)
+    count = last - first
+    if count < num_stages:
+        raise LayoutError([f"{num_stages} stages are more than the {count} layers of the model"])
+    share, rest = divmod(count, num_stages)
+    sizes = [share + (at < rest) for at in range(num_stages)]
+    if rest and num_stages > 2 and first and last < len(blocks) and (count + 2) % num_stages == 0:
+        sizes = [(count + 2) // num_stages] * num_stages
+        sizes[0] -= 1
+        sizes[-1] -= 1
+    ends = [first + sum(sizes[: at + 1]) for at in range(num_stages)]
+    ends[-1] = len(blocks)
+    return ends
+
+
+def _listed_ends(blocks: tuple[Block, ...], layout: Layout) -> list[int]:
+    first, last = _layers(blocks)
+    listed = [stage.blocks for stage in layout.stages]
+    if sum(listed) == len(blocks):
+        first, last = 0, len(blocks)
+    elif sum(listed) != last - first:
+        raise LayoutError(
+            [f"stages= lists {sum(listed)} blocks, the model has {last - first} layers ({len(blocks)} blocks in all)"]
+        )
+    ends = [first + sum(listed[: at + 1]) for at in range(len(listed))]
+    ends[-1] = len(blocks)
+    return ends
+
+
+def restriction(graph: Graph, layout: Layout, spec: StageSpec) -> Restriction:
+    """The mesh of a stage and what its axes allow."""
+    degrees = (("ep", layout.ep), ("cp", spec.cp), ("tp", spec.tp))
+    axes = tuple((name, size) for name, size in degrees if size > 1)
+    roles = {"ep": "B", "cp": "S", "tp": "S" if layout.sp else "R"}
+    names = tuple(name for name, _ in axes)
+    return Restriction(
+        mesh=Mesh(data=spec.dp // layout.ep, inner=tuple(size for _, size in axes)),
+        allowed=_allowed(graph, names, layout.sp),
+        zero=layout.zero,
+        boundary=tuple(roles[name] for name in names),
+        names=names,
+    )
+
+
+def _allowed(graph: Graph, names: tuple[str, ...], sp: bool) -> Allowed:
+    sequences = {
+        graph.values[value].shape[1]
+        for value in graph.inputs
+        if len(graph.values[value].shape) == 2 and graph.batch.grows(graph.values[value].shape[0])
+    }
+
+    def by_sequence(node: OpNode, option: Option) -> bool:
+        """Whether it cuts an activation along the sequence: dim 1, dim 2 behind heads, or tokens merged with the batch."""
+        tensors = zip((*node.op.inputs, *node.op.outputs), (*option.inputs, *option.outputs), strict=True)
+        return any(
+            isinstance(token, Atom)
+            and token.size in sequences
+            and graph.values[value].kind != "parameter"
+            and not graph.batch.grows(token.size)
+            and (token.dim == 1 or token.repeats > 1 or (token.dim == 2 and len(graph.values[value].shape) == 4))
+            for value, token in tensors
+        )
+
+    def weight_atoms(node: OpNode, option: Option) -> list[tuple[Atom, int]]:
+        """(atom, rank) of the weights that it cuts."""
+        shapes = [(i, len(graph.values[node.op.inputs[i]].shape)) for i in node.parameters]
+        return [(atom, rank) for i, rank in shapes if rank > 1 and isinstance(atom := option.inputs[i], Atom)]
+
+    def shards_weights(node: OpNode, option: Option) -> bool:
+        atoms = weight_atoms(node, option)
+        if node.op.target.startswith("aten.embedding"):
+            return any(atom.dim == 0 for atom, _ in atoms)
+        return any(rank == 2 or atom.dim > 0 for atom, rank in atoms)
+
+    def shards_experts(node: OpNode, option: Option) -> bool:
+        return any(rank == 3 and atom.dim == 0 for atom, rank in weight_atoms(node, option))
+
+    def shards_batch(option: Option) -> bool:
+        return option.sharded and graph.batch.grows(option.size)
+
+    def tp(node: OpNode, option: Option) -> bool:
+        if shards_batch(option):
+            return False
+        if node.rule.compute == "matmul" and node.parameters and any(shards_weights(node, o) for o in node.options):
+            return shards_weights(node, option)
+        if node.rule.compute == "attention":
+            return "h" in {dict(node.rule.roles).get(label) for label in option.labels}
+        return sp or len(graph.values[node.op.outputs[0]].shape) == 4 or not by_sequence(node, option)
+
+    def cp(node: OpNode, option: Option) -> bool:
+        if node.rule.compute == "attention":
+            return "q" in {dict(node.rule.roles).get(label) for label in option.labels}
+        if any(by_sequence(node, o) for o in node.options):
+            return by_sequence(node, option)
+        return not option.sharded
+
+    def ep(node: OpNode, option: Option) -> bool:
+        if any(shards_experts(node, o) for o in node.options):
+            return shards_experts(node, option)
+        if any(shards_batch(o) for o in node.options):
+            return shards_batch(option) or (not node.parameters and option.sharded)
+        return not option.sharded
+
+    rules = {"tp": tp, "cp": cp, "ep": ep}
+    return lambda axis, node, option: rules[names[axis]](node, option)
