@@ -12,7 +12,9 @@ from autopar.cli.cluster import cluster_group
 from autopar.cli.compare import compare_command
 from autopar.cli.estimate import estimate_command
 from autopar.cli.plan import plan_command
+from autopar.cli.run import run_command
 from autopar.cli.show import show_command
+from autopar.cli.verify import verify_command
 from autopar.plan.errors import AutoparError
 
 INTERRUPTED = 130
@@ -24,7 +26,15 @@ def autopar() -> None:
     """Plan how to train a PyTorch model on many GPUs."""
 
 
-for _command in (plan_command, estimate_command, compare_command, show_command, cluster_group):
+for _command in (
+    plan_command,
+    estimate_command,
+    compare_command,
+    show_command,
+    run_command,
+    verify_command,
+    cluster_group,
+):
     autopar.add_command(_command)
 
 

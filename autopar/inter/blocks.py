@@ -12,7 +12,7 @@ from autopar.graph.ir import Block, Graph
 from autopar.graph.profile import GraphProfile, profile_graph
 from autopar.intra.frontier import BlockPoints, ParameterPrices, PriceRow, block_points
 from autopar.intra.space import BlockSpace, block_space, data_values
-from autopar.intra.tables import Allowed, BlockTables, TableBuilder
+from autopar.intra.tables import Allowed, BlockTables, TableBuilder, exchanges_batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +85,7 @@ class Blocks:
         self._tables: dict[tuple[object, ...], BlockTables] = {}
         self._points: dict[tuple[object, ...], BlockPoints] = {}
         self._prices: dict[Mesh, ParameterPrices] = {}
+        self._links: dict[tuple[object, ...], MeshLinks] = {}
 
     def held(self, block: Block, first: int) -> frozenset[int]:
         """Parameters of ``block`` that an earlier block of a stage beginning at block ``first`` stores."""
@@ -109,16 +110,14 @@ class Blocks:
         key = (kind, held, mesh, micro_batch, num_microbatches, rows, restriction)
         if key not in self._points:
             num_devices = mesh.num_devices
-            links = MeshLinks(self.cluster, num_devices, mesh.sizes, tuple(range(1, len(mesh.sizes))))
+            links = self._inner_links(mesh)
             local = micro_batch // mesh.data
             groups = tuple(links.group((axis,)) for axis in range(len(mesh.inner)))
-            table_key = (
-                kind,
-                local,
-                mesh.inner,
-                groups,
-                (restriction.boundary, restriction.names) if restriction else None,
-            )
+            whole = MeshLinks(self.cluster, num_devices, mesh.sizes, tuple(range(len(mesh.sizes))))
+            exchanged = any(exchanges_batch(node, self.graph) for node in self.space(kind).ops)
+            over_data = tuple(whole.group(axes) for axes in ((0,), (0, 1))[: len(mesh.sizes)]) if exchanged else ()
+            fixed = (restriction.boundary, restriction.names) if restriction else None
+            table_key = (kind, local, mesh.inner, groups, over_data, fixed)
             if table_key not in self._tables:
                 self._tables[table_key] = TableBuilder(
                     self.space(kind),
@@ -128,12 +127,12 @@ class Blocks:
                     local,
                     links,
                     self.execution,
+                    whole,
                     restriction.allowed if restriction else None,
                     self.fused,
                 ).build()
             if mesh not in self._prices:
-                full = MeshLinks(self.cluster, num_devices, mesh.sizes, tuple(range(len(mesh.sizes))))
-                self._prices[mesh] = ParameterPrices(full, self.execution)
+                self._prices[mesh] = ParameterPrices(whole, self.execution)
             tables = self._tables[table_key]
             if self.kinds[kind].name in ("embedding", "head"):  # programs wrap their layers in checkpoints, not these
                 rows = tuple(replace(row, mode="none") for row in rows)
@@ -148,6 +147,17 @@ class Blocks:
             )
         return self._points[key]
 
+    def forget(self, micro_batch: int) -> None:
+        """Drop the frontiers of a micro-batch size; tables stay, other sizes share them."""
+        for key in [key for key in self._points if key[3] == micro_batch]:
+            del self._points[key]
+
+    def _inner_links(self, mesh: Mesh) -> MeshLinks:
+        """The links of the inner axes; meshes whose inner axes cross equal links share one object."""
+        links = MeshLinks(self.cluster, mesh.num_devices, mesh.sizes, tuple(range(1, len(mesh.sizes))))
+        groups = tuple(links.group((axis,)) for axis in range(len(mesh.inner)))
+        return self._links.setdefault((mesh.inner, groups), links)
+
     @property
     def rate_s_per_byte(self) -> float:
         """What sets the range of prices: the time in which the device streams a byte of its memory."""
@@ -155,16 +165,23 @@ class Blocks:
         return float(device.memory_bound_s(float(device.memory_bytes))) / float(device.memory_bytes)
 
 
-def _savers(graph: Graph, profile: GraphProfile, core: frozenset[int]) -> dict[int, tuple[tuple[int, bool], ...]]:
-    """Per op, the positions (inputs, then outputs) whose memory it is the first to keep, and whether attention made it."""
+def _savers(
+    graph: Graph, profile: GraphProfile, core: frozenset[int]
+) -> dict[int, tuple[tuple[tuple[int, ...], bool], ...]]:
+    """Per op, for each memory that it is the first to keep: the positions (inputs, then outputs) of the values that share
+    it, and whether attention made it."""
     made = {value: op.id for op in graph.ops for value in op.outputs}
     seen: set[int] = set()
-    found: dict[int, list[tuple[int, bool]]] = {}
+    found: dict[int, tuple[tuple[tuple[int, ...], bool], ...]] = {}
     for op in graph.ops:
         kept = profile.ops[op.id]
+        values = (*op.inputs, *op.outputs)
+        by_owner: dict[int, dict[int, int]] = {}
         for position in (*kept.saved_inputs, *(len(op.inputs) + at for at in kept.saved_outputs)):
-            owner = profile.owners[(*op.inputs, *op.outputs)[position]]
+            owner = profile.owners[values[position]]
             if owner not in seen and graph.values[owner].kind not in ("parameter", "buffer"):
-                seen.add(owner)
-                found.setdefault(op.id, []).append((position, made.get(owner) in core))
-    return {op: tuple(positions) for op, positions in found.items()}
+                by_owner.setdefault(owner, {}).setdefault(values[position], position)
+        seen.update(by_owner)
+        if by_owner:
+            found[op.id] = tuple((tuple(at.values()), made.get(owner) in core) for owner, at in by_owner.items())
+    return found

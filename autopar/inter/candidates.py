@@ -34,12 +34,12 @@ def shortest_sums(levels: Levels, band: Band, longest_s: float) -> Floats:
             if low >= high or not end:
                 continue
             stages = (slice(1, depth + 1), i, slice(first, end), k)
-            time_s = levels.forward_s[stages] + levels.backward_s[stages]
-            time_s = time_s + levels.cut_s[first:end]
+            time_s = (levels.forward_s[stages] + levels.backward_s[stages])[:, :, None]
+            behind = slice(low - size, high - size)
+            time_s = time_s + levels.cut_s[first:end, behind]
             time_s = np.where(time_s <= longest_s, time_s, np.inf)
-            before = sums[:depth, first:end, low - size : high - size]
             after = sums[1 : depth + 1, i, low:high]
-            np.minimum(after, (before + time_s[:, :, None]).min(axis=1), out=after)
+            np.minimum(after, (sums[:depth, first:end, behind] + time_s).min(axis=1), out=after)
     return sums
 
 
@@ -49,9 +49,10 @@ def path(levels: Levels, sums: Floats, num_stages: int, longest_s: float) -> tup
     i, devices = 0, levels.num_devices
     sizes = np.array(levels.sizes)
     for s in range(num_stages, 0, -1):
-        time_s = levels.forward_s[s, i] + levels.backward_s[s, i] + levels.cut_s[:, None]
+        behind = np.maximum(devices - sizes, 0)
+        time_s = levels.forward_s[s, i] + levels.backward_s[s, i] + levels.cut_s[:, behind]
         time_s = np.where((time_s <= longest_s) & (sizes <= devices), time_s, np.inf)
-        rest = sums[s - 1][:, np.maximum(devices - sizes, 0)]
+        rest = sums[s - 1][:, behind]
         j, k = np.unravel_index(int(np.argmin(time_s + rest)), time_s.shape)
         stages.append((i, int(j), int(k)))
         i, devices = int(j), devices - levels.sizes[k]
@@ -91,11 +92,11 @@ def candidates(levels: Levels, band: Band, *, num_passes: int = 10, num_counts: 
 
 
 def _longest_s(levels: Levels, stages: tuple[Stage, ...]) -> float:
-    places = range(len(stages), 0, -1)
-    return max(
-        float(levels.forward_s[s, i, j, k] + levels.backward_s[s, i, j, k] + levels.cut_s[j])
-        for s, (i, j, k) in zip(places, stages, strict=True)
-    )
+    longest, devices = 0.0, 0
+    for s, (i, j, k) in enumerate(reversed(stages), 1):
+        time_s = levels.forward_s[s, i, j, k] + levels.backward_s[s, i, j, k] + levels.cut_s[j, devices]
+        longest, devices = max(longest, float(time_s)), devices + levels.sizes[k]
+    return longest
 
 
 def neighbours(levels: Levels, stages: tuple[Stage, ...]) -> Iterator[tuple[Stage, ...]]:

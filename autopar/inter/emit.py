@@ -13,8 +13,11 @@ from autopar.cost.compute import op_seconds
 from autopar.graph.flops import model_flops, num_parameters
 from autopar.inter.blocks import Mesh
 from autopar.inter.finish import Finished, PointRef, StageChoice
+from autopar.inter.judged import judged
+from autopar.inter.lying import Lying
 from autopar.inter.simulate import StageTimes, simulate
 from autopar.inter.stages import StageBook
+from autopar.inter.transfers import first_devices
 from autopar.intra import frontier as fr
 from autopar.intra.frontier import BlockPoints
 from autopar.plan.mesh import Axis
@@ -74,11 +77,13 @@ def build_plan(found: Found) -> Plan:
     book, graph = found.book, found.book.blocks.graph
     programs: dict[tuple[object, ...], BlockProgram] = {}
     stages = []
-    device = 0
+    firsts = found.first_devices or first_devices(
+        [devices for _, _, devices in found.stages], found.cluster.devices_per_node
+    )
     totals_of_slowest: tuple[float, dict[str, float]] = (-1.0, {})
     for at, (first, end, devices) in enumerate(found.stages):
         if found.books:
-            book, device = found.books[at], found.first_devices[at]
+            book = found.books[at]
         held, choice = found.held[at], found.runs[at].choice
         uses = _uses(book, choice, first, end)
         axes = _axes(book, choice.mesh, uses)
@@ -95,7 +100,7 @@ def build_plan(found: Found) -> Plan:
         stages.append(
             StagePlan(
                 blocks=tuple(refs),
-                first_device=device,
+                first_device=firsts[at],
                 num_devices=devices,
                 axes=axes,
                 chunk=at * found.num_chunks // len(found.stages),
@@ -108,7 +113,6 @@ def build_plan(found: Found) -> Plan:
                 memory=_memory(book, uses, held),
             )
         )
-        device += devices
     simulation = simulate(
         found.schedule,
         found.times,
@@ -117,7 +121,8 @@ def build_plan(found: Found) -> Plan:
         num_devices=[devices for _, _, devices in found.stages[: len(found.stages) // found.num_chunks]],
     )
     estimate = _estimate(found, stages, simulation.step_time_s, simulation.bubble_fraction, totals_of_slowest[1])
-    gap = max(0.0, 1 - found.lower_bound_s / simulation.step_time_s)
+    bound_s = min(found.lower_bound_s, simulation.step_time_s)
+    gap = 1 - bound_s / simulation.step_time_s
     unknown = sorted(
         {
             node.op.target
@@ -127,7 +132,7 @@ def build_plan(found: Found) -> Plan:
         }
     )
     listed = tuple(programs.values())
-    return Plan(
+    plan = Plan(
         format_version=FORMAT_VERSION,
         model=ModelRef(
             path=str(found.workload.path) if found.workload.path is not None else None,
@@ -158,7 +163,7 @@ def build_plan(found: Found) -> Plan:
         search=SearchOutcome(
             seconds=found.seconds,
             status="fixed" if found.fixed else "optimal" if gap <= 1e-4 else "feasible",
-            lower_bound_s=found.lower_bound_s,
+            lower_bound_s=bound_s,
             gap=gap,
             runner_up=found.runner_up,
         ),
@@ -170,6 +175,7 @@ def build_plan(found: Found) -> Plan:
             "python": platform.python_version(),
         },
     )
+    return judged(plan, book.blocks, found.cluster)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -214,32 +220,16 @@ def _uses(book: StageBook, choice: StageChoice, first: int, end: int) -> list[_U
     ]
 
 
-def _tokens(data: str, inner: Sequence[Token]) -> str:
-    """Placement text; ``data`` is empty where the mesh has no data axis."""
-    return data + "".join(token.text if isinstance(token, Atom) else "R" if token == "G" else token for token in inner)
-
-
 def _program(book: StageBook, use: _Use, name: str) -> BlockProgram:
     points = use.points
     tables, graph = points.tables, book.blocks.graph
-    axes = len(use.mesh.named)
+    lie = Lying(graph, book.micro_batch, use.mesh.has_data_axis)
     placements: dict[int, OpPlan] = {}
     parameters: dict[int, ParameterPlan] = {}
     for at, node in enumerate(tables.space.ops):
         strategy = use.strategy(at)
         options = tables.strategies[at][strategy]
-
-        def text(value: int, tokens: Sequence[Token]) -> str:
-            found = graph.values[value]
-            grows = next((dim for dim, size in enumerate(found.shape) if graph.batch.grows(size)), None)
-            data = f"S({grows})" if grows is not None else "P" if not found.shape and found.requires_grad else "R"
-            return _tokens(data if use.mesh.has_data_axis else "", tokens)
-
-        placements[node.op.id] = OpPlan(
-            name=node.op.name,
-            inputs=tuple(text(v, [o.inputs[i] for o in options]) for i, v in enumerate(node.op.inputs)),
-            outputs=tuple(text(v, [o.outputs[i] for o in options]) for i, v in enumerate(node.op.outputs)),
-        )
+        placements[node.op.id] = lie.op_plan(node.op, options)
         names, chosen = points.storages[at]
         for number, position in enumerate(node.parameters):
             value = graph.values[node.op.inputs[position]]
@@ -247,24 +237,31 @@ def _program(book: StageBook, use: _Use, name: str) -> BlockProgram:
             tokens = [option.inputs[position] for option in options]
             parameters.setdefault(value.id, _parameter(value.names or (value.name,), tokens, storage, use.mesh))
     for op in tables.space.data_ops:
-        placements[op.id] = OpPlan(
-            name=op.name, inputs=tuple("R" * axes for _ in op.inputs), outputs=tuple("R" * axes for _ in op.outputs)
-        )
+        placements[op.id] = lie.data_op_plan(op, len(use.mesh.inner))
     kind, _ = book.columns[use.column]
     return BlockProgram(
         id=name,
         kind=kind,
         recompute=points.rows[use.row].mode,  # type: ignore[arg-type]
+        inputs=lie.at_boundary(tables, tables.space.block.inputs, use.boundary),
+        outputs=lie.at_boundary(tables, tables.space.block.outputs, use.boundary),
+        shared=lie.shared(tables, points.choices[:, use.row, use.boundary]),
         ops=tuple(placements[op] for op in sorted(placements)),
         parameters=tuple(parameters[v] for v in book.blocks.kinds[kind].parameters if v in parameters),
     )
 
 
 def _parameter(names: Sequence[str], tokens: Sequence[Token], storage: pm.Storage, mesh: Mesh) -> ParameterPlan:
+    """ZeRO cuts dim 0 of what the op's own cuts leave to a rank, so its pieces are those that they make."""
     compute = ["R", *(token.text if isinstance(token, Atom) else "R" for token in tokens)]
-    cut = ["S(0)" if axis in storage.axes else token for axis, token in enumerate(compute)]
+    pieces = 1
+    for token, size in zip(tokens, mesh.sizes[1:], strict=True):
+        if isinstance(token, Atom) and token.dim == 0:
+            pieces = max(pieces, token.repeats * size)
+    shard = "S(0)" if pieces == 1 else f"_S(0,{pieces})"
+    cut = [shard if axis in storage.axes else token for axis, token in enumerate(compute)]
     gradient = [
-        "P" if storage.stage < 2 and (token == "R" and (axis == 0 or tokens[axis - 1] == "G")) else token
+        "P" if token == "R" and (axis == 0 or tokens[axis - 1] == "G") else token
         for axis, token in enumerate(cut if storage.stage >= 2 else compute)
     ]
     first = 0 if mesh.has_data_axis else 1

@@ -25,15 +25,15 @@ from autopar.inter.blocks import Blocks
 from autopar.inter.emit import Found, build_plan
 from autopar.inter.finish import Finished, add
 from autopar.inter.layouts import StageCut, cuts, restriction
-from autopar.inter.planner import DTYPES, GIB, cut_bytes_of
-from autopar.inter.schedule import held_by_chunk
+from autopar.inter.planner import DTYPES, GIB
 from autopar.inter.simulate import StageTimes, simulate
 from autopar.inter.stages import FREE, StageBook
-from autopar.inter.transfer import send_seconds
+from autopar.inter.transfer import cut_bytes_of, send_seconds
 from autopar.intra import frontier as fr
 from autopar.plan.errors import LayoutError
 from autopar.plan.layout import Layout, parse_layout
 from autopar.plan.plan import Plan
+from autopar.plan.schedule import held_by_chunk
 from autopar.workload.workload import Workload
 
 Floats = NDArray[np.float64]

@@ -103,7 +103,8 @@ def fastest(
     return best
 
 
-def _memory(totals: Floats, in_flight: int) -> Floats:
+def memory_bytes(totals: Floats, in_flight: int) -> Floats:
+    """Bytes of stage totals with ``in_flight`` micro-batches held, without the fixed share."""
     return np.asarray(totals[..., fr.STATE] + in_flight * totals[..., fr.SAVED] + totals[..., fr.WORKSPACE])
 
 
@@ -113,7 +114,7 @@ def _at_boundary(points: StagePoints, prices: Prices, in_flight: int, room_bytes
         return None
     totals = points.totals[:, usable, at]
     whole = add([(column, float(number)) for column, number in zip(totals, points.numbers, strict=True)])
-    time, memory = prices.time_s(whole), _memory(whole, in_flight)
+    time, memory = prices.time_s(whole), memory_bytes(whole, in_flight)
     fitting = np.where(memory <= room_bytes, time, np.inf)
     if not np.isfinite(fitting).any():
         return None
@@ -125,7 +126,7 @@ def _at_boundary(points: StagePoints, prices: Prices, in_flight: int, room_bytes
             forward_s=float(forward),
             backward_s=float(backward),
             step_s=float(step),
-            memory_bytes=float(_memory(values, in_flight)) + prices.fixed_bytes(),
+            memory_bytes=float(memory_bytes(values, in_flight)) + prices.fixed_bytes(),
             time_s=float(prices.time_s(values)),
             choice=StageChoice(mesh=points.mesh, boundary=at, points=tuple(zip(points.columns, mixes, strict=True))),
         )
@@ -138,7 +139,7 @@ def _at_boundary(points: StagePoints, prices: Prices, in_flight: int, room_bytes
         return best
     main = int(np.argmax(points.numbers))
     number = points.numbers[main]
-    hull = _hull(_memory(totals[main], in_flight), prices.time_s(totals[main]))
+    hull = _hull(memory_bytes(totals[main], in_flight), prices.time_s(totals[main]))
     fast, lean = (grid.reshape(-1) for grid in np.meshgrid(hull, hull, indexing="ij"))
     saving = totals[main, fast][:, [fr.STATE, fr.SAVED]] - totals[main, lean][:, [fr.STATE, fr.SAVED]]
     per_block = saving[:, 0] + in_flight * saving[:, 1]
@@ -147,14 +148,14 @@ def _at_boundary(points: StagePoints, prices: Prices, in_flight: int, room_bytes
         rest = [(totals[other, side], float(points.numbers[other])) for other in others]
         none = add([*rest, (totals[main, fast], float(number))])
         # workspace of both points from the start: k is then enough whichever is the larger
-        start = _memory(none, in_flight) - none[:, fr.WORKSPACE]
+        start = memory_bytes(none, in_flight) - none[:, fr.WORKSPACE]
         start += np.maximum(none[:, fr.WORKSPACE], totals[main, lean][:, fr.WORKSPACE])
         with np.errstate(divide="ignore", invalid="ignore"):
             k = np.ceil((start - room_bytes) / per_block)
         valid = (per_block > 0) & (k >= 1) & (k <= number - 1)
         k = np.where(valid, k, 0.0)
         mixed = add([*rest, (totals[main, fast], number - k), (totals[main, lean], k)])
-        value = np.where(valid & (_memory(mixed, in_flight) <= room_bytes), prices.time_s(mixed), np.inf)
+        value = np.where(valid & (memory_bytes(mixed, in_flight) <= room_bytes), prices.time_s(mixed), np.inf)
         won = int(value.argmin())
         if value[won] < best.time_s:
             count = int(k[won])

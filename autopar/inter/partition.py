@@ -31,10 +31,10 @@ from autopar.inter.completion import (
     make_levels,
     tail_tables,
 )
-from autopar.inter.schedule import Schedule
 from autopar.inter.simulate import StageTimes
 from autopar.intra.problem import Status
 from autopar.plan.errors import UsageError
+from autopar.plan.schedule import Schedule
 
 Floats = NDArray[np.float64]
 SMALL_PROBLEM = 2_000
@@ -66,8 +66,8 @@ class PipelineProblem:
 
     ``submesh_sizes[k]`` is the number of devices of class k (several classes may have one size);
     ``stage_times(in_flight)`` the times of stages that hold the saved tensors of ``in_flight`` micro-batches, called
-    once for each value. ``cut_transfer_s`` (L + 1,), default 0, is the least time a micro-batch's activation and
-    gradient together take across the cut before block i. Steps of ``upper_bound_s`` or longer are of no interest.
+    once for each value. ``cut_transfer_s`` (L + 1,) or (L + 1, D + 1), default 0, is the least time a micro-batch's
+    activation and gradient together take across the cut before block i (with d devices behind it). Steps of ``upper_bound_s`` or longer are of no interest.
     """
 
     num_blocks: int
@@ -101,7 +101,7 @@ class Pipeline:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineResult:
     """``status``: "optimal" = nothing is better than ``best`` by more than the tolerance; "feasible" = stopped by a
-    limit; "infeasible" = no pipeline is below the problem's upper bound by more than the tolerance; "failed" =
+    limit, or the times are relaxed and the bound of an evaluated pipeline is below its time; "infeasible" = no pipeline is below the problem's upper bound by more than the tolerance; "failed" =
     a limit came before any pipeline. No pipeline at all is below ``lower_bound_s``."""
 
     best: Pipeline | None
@@ -186,7 +186,7 @@ class _Tree:
         at = (place, np.arange(end)[:, None], devices)
         B = levels.num_microbatches
         forward, backward = levels.forward_s[place, :end, end], levels.backward_s[place, :end, end]
-        step, cut = levels.step_s[place, :end, end], float(levels.cut_s[end])
+        step, cut = levels.step_s[place, :end, end], float(levels.cut_s[end, tail.devices])
         time_s = forward + backward
         head_trip = heads.trip_s[at]
         fits = np.isfinite(time_s) & np.isfinite(head_trip) & (tail.devices + sizes <= levels.num_devices)
@@ -226,7 +226,9 @@ class _Progress:
     tolerance: float
     deadline_s: float
     max_evaluations: float
+    bound_of: Callable[[tuple[Stage, ...]], float] | None = None  # of one pipeline, where times are relaxed
     best: Pipeline | None = None
+    least_evaluated_s: float = math.inf
     known: set[tuple[Stage, ...]] = field(default_factory=set)
     num_dives: int = 0
 
@@ -248,6 +250,8 @@ class _Progress:
     def consider(self, stages: tuple[Stage, ...]) -> None:
         if stages not in self.known:
             self.known.add(stages)
+            if self.bound_of is not None:  # another way to run the same stages may be faster than the one evaluated
+                self.least_evaluated_s = min(self.least_evaluated_s, self.bound_of(stages))
             step_time_s = self.evaluate(stages)
             if step_time_s < self.best_s:
                 self.best = Pipeline(stages=stages, step_time_s=step_time_s)
@@ -278,7 +282,10 @@ def search(
         max_evaluations=(math.inf if small else 200) if max_evaluations is None else max_evaluations,
     )
     levels = levels_of(problem)
+    if levels is not None and levels.relaxed:
+        progress.bound_of = lambda stages: _relaxed_bound_s(levels, stages)
     bound_s = min(_search(levels, progress) if levels is not None else math.inf, progress.best_s)
+    bound_s = min(bound_s, progress.least_evaluated_s)
     status: Status
     if progress.best is not None:
         status = "optimal" if bound_s >= progress.below_s else "feasible"
@@ -293,6 +300,15 @@ def search(
     )
 
 
+def least_s(problem: PipelineProblem) -> float:
+    """A bound on every pipeline that is quick to have: by the busiest stage and by the way through all of them."""
+    levels = levels_of(problem)
+    if levels is None:
+        return math.inf
+    tail, head = level_free(levels)
+    return float(max(tail[0, levels.num_devices], head[levels.num_blocks, 0]))
+
+
 def levels_of(problem: PipelineProblem) -> Levels | None:
     """The problem's arrays; None where no number of its submeshes makes up all devices with a stage each."""
     unit = math.gcd(*problem.submesh_sizes)
@@ -304,9 +320,10 @@ def levels_of(problem: PipelineProblem) -> Levels | None:
         return None
     held = [max_in_flight(problem.schedule, problem.num_microbatches, place) for place in range(1, num_stages + 1)]
     tables = {count: problem.stage_times(count) for count in sorted(set(held))}
-    cut_s = np.zeros(problem.num_blocks + 1)
+    cut_s = np.zeros((problem.num_blocks + 1, problem.num_devices // unit + 1))
     if problem.cut_transfer_s is not None:
-        cut_s[1:-1] = problem.cut_transfer_s[1:-1]
+        least = problem.cut_transfer_s
+        cut_s[1:-1] = least[1:-1, None] if least.ndim == 1 else least[1:-1, ::unit]
     return make_levels(
         schedule=problem.schedule,
         num_microbatches=problem.num_microbatches,
@@ -377,17 +394,37 @@ def _climb(levels: Levels, progress: _Progress) -> None:
 
 def _bound_s(levels: Levels, stages: tuple[Stage, ...]) -> float:
     """`lower_bound_s` of one whole pipeline."""
-    times = [
-        StageTimes(
-            forward_s=float(levels.forward_s[s, i, j, k]),
-            backward_s=float(levels.backward_s[s, i, j, k]),
-            step_s=float(levels.step_s[s, i, j, k]),
-            send_forward_s=0.0,
-            send_backward_s=float(levels.cut_s[i]),
+    times: list[StageTimes] = []
+    behind = levels.num_devices
+    for s, (i, j, k) in zip(range(len(stages), 0, -1), stages, strict=True):
+        times.append(
+            StageTimes(
+                forward_s=float(levels.forward_s[s, i, j, k]),
+                backward_s=float(levels.backward_s[s, i, j, k]),
+                step_s=float(levels.step_s[s, i, j, k]),
+                send_forward_s=0.0,
+                send_backward_s=float(levels.cut_s[i, behind]),
+            )
         )
-        for s, (i, j, k) in zip(range(len(stages), 0, -1), stages, strict=True)
-    ]
+        behind -= levels.sizes[k]
     return lower_bound_s(levels.schedule, times, levels.num_microbatches)
+
+
+def _relaxed_bound_s(levels: Levels, stages: tuple[Stage, ...]) -> float:
+    """What no way to run these stages is below, by the recursion of `bounds` on relaxed times."""
+    assert levels.busy_s is not None
+    trip = finish = total = np.zeros(())
+    behind = 0
+    for s, (i, j, k) in enumerate(reversed(stages), 1):
+        forward, backward = (values[s, i, j, k] for values in (levels.forward_s, levels.backward_s))
+        way = np.asarray(trip + levels.cut_s[j, behind])
+        own = own_s(levels.schedule, levels.num_microbatches, np.array(s), forward, backward, way, True)
+        finish = np.maximum(own, forward + backward + levels.cut_s[j, behind] + finish)
+        trip = way + forward + backward
+        stepped = np.maximum(finish + levels.step_s[s, i, j, k], levels.busy_s[s, i, j, k])
+        total = np.maximum(stepped, forward + total)
+        behind += levels.sizes[k]
+    return float(total)
 
 
 def _explore(tree: _Tree, least_s: float, threshold_s: float, progress: _Progress) -> float:

@@ -10,17 +10,16 @@ import numpy as np
 from autopar.cluster.cluster import Cluster
 from autopar.cluster.load import load_cluster
 from autopar.cost.execution import ExecutionModel
-from autopar.graph.blocks import crossing, cut_blocks, order_for_blocks
+from autopar.graph.blocks import cut_blocks, order_for_blocks
 from autopar.graph.trace import trace
 from autopar.inter.blocks import Blocks
 from autopar.inter.bounds import max_in_flight
 from autopar.inter.emit import Found, build_plan, stage_memory
 from autopar.inter.finish import Finished
-from autopar.inter.partition import PipelineProblem, PipelineResult, StageTable, search
+from autopar.inter.partition import PipelineProblem, PipelineResult, StageTable, least_s, search
 from autopar.inter.simulate import StageTimes, simulate
 from autopar.inter.smallest import smallest_budget
 from autopar.inter.stages import StageBook
-from autopar.inter.transfer import send_seconds
 from autopar.plan.errors import InfeasibleError, TimeLimitError, UsageError
 from autopar.plan.plan import Plan, Schedule
 from autopar.workload.workload import Workload
@@ -30,7 +29,9 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 GIB = 2**30
 MAX_STAGES = 32
 """Pipelines are at most this deep."""
-EVEN_EVALUATIONS = 60
+REACHES = (1.25, 1.6, 2.5, 6.0, math.inf)
+"""Steps are sought below these multiples of the bound without memory, one after the other."""
+EVEN_EVALUATIONS = 200
 """Pipelines simulated at most in the first of the two searches of a micro-batch size."""
 
 
@@ -88,7 +89,6 @@ def plan(
     found: list[Best] = []
     books: list[StageBook] = []
     bound = np.inf
-    cut_bytes = cut_bytes_of(graph, blocks)
     candidates = [micro_batch] if micro_batch else micro_batches(batch)
     for accumulate in (True, False):
         execution = ExecutionModel(
@@ -99,21 +99,32 @@ def plan(
         )
         shared = Blocks(graph, blocks, machine, execution)
         for size in candidates:
-            if batch % size or (batch // size > 1) != accumulate:
-                continue
-            if deadline is not None and time.perf_counter() > deadline:
-                break
-            book = StageBook(shared, size, batch // size, budget, modes, gpus)
-            if not any(book.meshes(submesh) for submesh in sizes):
-                continue
-            books.append(book)
-            known = min((best.step_time_s for best in found), default=np.inf)
-            best, least = _search_one(book, sizes, gpus, order, cut_bytes * size / graph.batch.traced, known, deadline)
-            bound = min(bound, least)
-            if best is not None:
-                found.append(best)
-            time_s = min((candidate.step_time_s for candidate in found), default=None)
-            say("search", f"micro-batch {size}", time_s, None if time_s is None else max(0.0, 1 - bound / time_s))
+            if batch % size == 0 and (batch // size > 1) == accumulate:
+                book = StageBook(shared, size, batch // size, budget, modes, gpus)
+                if any(book.meshes(submesh) for submesh in sizes):
+                    books.append(book)
+    searches = []
+    for at, book in enumerate(books):
+        searches.append(_Search(book, sizes, order, deadline))
+        say("tables", f"micro-batch {book.micro_batch}, {at + 1} of {len(books)}", None, None)
+    searches.sort(key=lambda one: one.free_bound_s)
+    for at, one in enumerate(searches):
+        if deadline is not None and time.perf_counter() > deadline and found:
+            bound = min(bound, one.free_bound_s)  # the least of those left: they are sorted
+            break
+        known = min((best.step_time_s for best in found), default=np.inf)
+        best, least = one.run(known)
+        bound = min(bound, least)
+        if best is not None:
+            found.append(best)
+        winner = min(found, key=lambda candidate: candidate.step_time_s, default=None)
+        for other in searches[: at + 1]:
+            if winner is None or other.book is not winner.book:
+                other.book.release()
+        time_s = min((candidate.step_time_s for candidate in found), default=None)
+        open_s = min([bound, *(other.free_bound_s for other in searches[at + 1 :])])
+        gap = None if time_s is None else max(0.0, 1 - open_s / time_s)
+        say("search", f"micro-batch {one.book.micro_batch}, {at + 1} of {len(searches)}", time_s, gap)
     if not found:
         if deadline is not None and time.perf_counter() > deadline:
             raise TimeLimitError(f"no plan within {time_limit_s} s; raise --time-limit")
@@ -121,6 +132,7 @@ def plan(
     found.sort(key=lambda candidate: candidate.step_time_s)
     runs = finished(found[0].book, found[0].stages, order)
     assert runs is not None, "the best pipeline was evaluated"
+    runs = mixed(found[0].book, found[0].stages, runs, order)
     return build_plan(
         Found(
             workload=workload,
@@ -136,9 +148,7 @@ def plan(
             lower_bound_s=min(bound, found[0].step_time_s),
             seconds=time.perf_counter() - started,
             runner_up=_runner_up(found),
-            times=pipeline_times(
-                found[0].book, found[0].stages, runs, cut_bytes * found[0].book.micro_batch / graph.batch.traced
-            ),
+            times=pipeline_times(found[0].book, found[0].stages, runs),
         )
     )
 
@@ -177,12 +187,14 @@ def _infeasible(
 
 
 def submesh_sizes(gpus: int, per_node: int) -> tuple[int, ...]:
-    """Divisors of a node, whole nodes, and all GPUs: the device counts of a stage.
+    """Divisors of a node, whole nodes, and all GPUs: the device counts of a stage. Within one node divisors of the GPUs
+    do, too; of several, they would lie across two nodes and be priced as if they did not.
 
-    >>> submesh_sizes(24, 8)
-    (1, 2, 4, 8, 16, 24)
+    >>> submesh_sizes(24, 8), submesh_sizes(6, 8)
+    ((1, 2, 4, 8, 16, 24), (1, 2, 3, 4, 6))
     """
-    sizes = {size for size in range(1, min(per_node, gpus) + 1) if per_node % size == 0 or gpus % size == 0}
+    inside = gpus if gpus <= per_node else per_node
+    sizes = {size for size in range(1, min(per_node, gpus) + 1) if per_node % size == 0 or inside % size == 0}
     nodes = gpus // per_node
     sizes |= {per_node * count for count in range(1, nodes + 1) if nodes % count == 0 or count & (count - 1) == 0}
     return tuple(sorted(sizes | {gpus}))
@@ -191,23 +203,6 @@ def submesh_sizes(gpus: int, per_node: int) -> tuple[int, ...]:
 def micro_batches(global_batch: int) -> list[int]:
     """Divisors of the global batch, all powers of two times one of its small odd divisors."""
     return [size for size in range(1, global_batch + 1) if global_batch % size == 0]
-
-
-def cut_bytes_of(graph, blocks) -> np.ndarray:  # type: ignore[no-untyped-def, type-arg]
-    """Bytes that cross the cut before each block, whole at the traced batch; (blocks + 1,)."""
-    sizes = [0.0]
-    for values in crossing(graph, blocks):
-        sizes.append(
-            float(
-                sum(
-                    np.prod(graph.values[value].shape) * graph.values[value].itemsize
-                    for value in values
-                    if graph.values[value].requires_grad
-                )
-            )
-        )
-    sizes += [0.0] * (len(blocks) + 1 - len(sizes))
-    return np.array(sizes)
 
 
 def finished(
@@ -223,36 +218,45 @@ def finished(
     return tuple(found)
 
 
+def mixed(
+    book: StageBook,
+    stages: tuple[tuple[int, int, int], ...],
+    runs: tuple[Finished, ...],
+    schedule: Schedule,
+) -> tuple[Finished, ...]:
+    """The runs of a pipeline, each replaced by the proven best mix of frontier points where the simulated step is then
+    no longer."""
+
+    def step_s(candidate: tuple[Finished, ...]) -> float:
+        times = pipeline_times(book, stages, candidate)
+        return simulate(schedule, times, book.num_microbatches).step_time_s  # type: ignore[arg-type]
+
+    best_s = step_s(runs)
+    slowest_first = sorted(range(len(stages)), key=lambda at: -runs[at].time_s)
+    held = held_microbatches(book, stages, schedule)
+    for at in slowest_first:
+        first, end, _ = stages[at]
+        one = book.mix(int(book.type_of[first, end]), held[at], runs[at])
+        candidate = (*runs[:at], one, *runs[at + 1 :])
+        if one is not runs[at] and (found_s := step_s(candidate)) <= best_s:
+            runs, best_s = candidate, found_s
+    return runs
+
+
 def pipeline_times(
     book: StageBook,
     stages: tuple[tuple[int, int, int], ...],
     runs: tuple[Finished, ...],
-    cut_bytes: np.ndarray,  # type: ignore[type-arg]
 ) -> list[StageTimes]:
     """Times of a pipeline, transfers included: a rank of the next stage receives its own part of what crosses."""
-    cluster = book.blocks.cluster
-    sends = []
-    device = 0
-    for at, (_first, end, devices) in enumerate(stages[:-1]):
-        device += devices
-        following = runs[at + 1].choice
-        sends.append(
-            send_seconds(
-                cluster,
-                float(cut_bytes[end]),
-                following.mesh.sizes,
-                book.roles(following.boundary, following.mesh),
-                senders=min(devices, cluster.devices_per_node),
-                same_node=device % cluster.devices_per_node != 0,
-            )
-        )
+    forward, backward = book.transfers.seconds(stages, [run.choice for run in runs])
     return [
         StageTimes(
             forward_s=run.forward_s,
             backward_s=run.backward_s,
             step_s=run.step_s,
-            send_forward_s=sends[at] if at < len(sends) else 0.0,
-            send_backward_s=sends[at - 1] if at else 0.0,
+            send_forward_s=forward[at],
+            send_backward_s=backward[at],
         )
         for at, run in enumerate(runs)
     ]
@@ -267,52 +271,73 @@ def held_microbatches(book: StageBook, stages: tuple[tuple[int, int, int], ...],
     return tuple(_held(book, stages, at, schedule) for at in range(len(stages)))
 
 
-def _search_one(
-    book: StageBook,
-    sizes: tuple[int, ...],
-    gpus: int,
-    schedule: Schedule,
-    cut_bytes: np.ndarray,  # type: ignore[type-arg]
-    known_s: float,
-    deadline_s: float | None,
-) -> tuple[Best | None, float]:
-    usable = tuple(size for size in sizes if book.meshes(size))
-    if book.work_bound_s(usable, gpus) >= known_s:
-        return None, known_s
-    book.cutoff_s = known_s
+class _Search:
+    """The search of one micro-batch size."""
 
-    def evaluate(stages: tuple[tuple[int, int, int], ...]) -> float:
-        named = tuple((first, end, usable[k]) for first, end, k in stages)
-        runs = finished(book, named, schedule)
-        if runs is None:
-            return np.inf
-        times = pipeline_times(book, named, runs, cut_bytes)
-        return simulate(schedule, times, book.num_microbatches).step_time_s  # type: ignore[arg-type]
+    def __init__(
+        self,
+        book: StageBook,
+        sizes: tuple[int, ...],
+        schedule: Schedule,
+        deadline_s: float | None,
+    ) -> None:
+        self.book, self.schedule, self.deadline_s = book, schedule, deadline_s
+        self.sizes = tuple(size for size in sizes if book.meshes(size))
+        free = book.free_table(self.sizes)
+        self.free_bound_s = max(
+            book.work_bound_s(self.sizes, book.gpus), least_s(self._problem(lambda in_flight: free, np.inf))
+        )
 
-    def run(table: Callable[[int], StageTable], below_s: float, evaluations: int | None) -> PipelineResult:
-        remaining = None if deadline_s is None else max(deadline_s - time.perf_counter(), 0.1)
-        problem = PipelineProblem(
+    def _problem(self, table: Callable[[int], StageTable], below_s: float) -> PipelineProblem:
+        book = self.book
+        return PipelineProblem(
             num_blocks=len(book.blocks.blocks),
-            num_devices=gpus,
+            num_devices=book.gpus,
             num_microbatches=book.num_microbatches,
-            submesh_sizes=usable,
+            submesh_sizes=self.sizes,
             stage_times=table,
-            schedule=schedule,  # type: ignore[arg-type]
-            max_stages=min(len(book.blocks.blocks), gpus, MAX_STAGES),
+            schedule=self.schedule,  # type: ignore[arg-type]
+            max_stages=min(len(book.blocks.blocks), book.gpus, MAX_STAGES),
             upper_bound_s=below_s,
         )
-        return search(problem, evaluate=evaluate, deadline_s=remaining, max_evaluations=evaluations)
 
-    # First by times that are reached, which finds good pipelines; then by bounds, which proves or finds better ones.
-    even = run(lambda in_flight: book.even_table(usable, in_flight), known_s, EVEN_EVALUATIONS).best
-    below_s = even.step_time_s if even is not None else known_s
-    result = run(lambda in_flight: book.table(usable, in_flight), below_s, None)
-    best = result.best or even
-    if best is None:
-        return None, min(result.lower_bound_s, known_s)
-    stages = tuple((first, end, usable[k]) for first, end, k in best.stages)
-    bound_s = min(result.lower_bound_s, best.step_time_s)
-    return Best(book=book, stages=stages, step_time_s=best.step_time_s, lower_bound_s=bound_s), bound_s
+    def _named(self, stages: tuple[tuple[int, int, int], ...]) -> tuple[tuple[int, int, int], ...]:
+        return tuple((first, end, self.sizes[k]) for first, end, k in stages)
+
+    def _evaluate(self, stages: tuple[tuple[int, int, int], ...]) -> float:
+        named = self._named(stages)
+        runs = finished(self.book, named, self.schedule)
+        if runs is None:
+            return np.inf
+        times = pipeline_times(self.book, named, runs)
+        return simulate(self.schedule, times, self.book.num_microbatches).step_time_s  # type: ignore[arg-type]
+
+    def _run(self, table: Callable[[int], StageTable], below_s: float, evaluations: int | None) -> PipelineResult:
+        remaining = None if self.deadline_s is None else max(self.deadline_s - time.perf_counter(), 0.1)
+        problem = self._problem(table, below_s)
+        return search(problem, evaluate=self._evaluate, deadline_s=remaining, max_evaluations=evaluations)
+
+    def run(self, known_s: float) -> tuple[Best | None, float]:
+        """The best pipeline below ``known_s`` seconds, and a bound on all of this size (at most ``known_s``)."""
+        book = self.book
+        for reach in REACHES if math.isinf(known_s) else (math.inf,):
+            below_s = min(known_s, reach * self.free_bound_s)
+            if self.free_bound_s >= below_s:
+                return None, known_s
+            book.ignore_from(below_s)
+            # First by times that are reached, which finds good pipelines; then by bounds, to prove or find better ones.
+            even = self._run(lambda in_flight: book.even_table(self.sizes, in_flight), below_s, EVEN_EVALUATIONS).best
+            target_s = even.step_time_s if even is not None else below_s
+            result = self._run(lambda in_flight: book.table(self.sizes, in_flight), target_s, None)
+            best = result.best or even
+            if best is not None or below_s == known_s:
+                break
+        if best is None:
+            return None, min(result.lower_bound_s, known_s)
+        bound_s = min(result.lower_bound_s, best.step_time_s)
+        return Best(
+            book=book, stages=self._named(best.stages), step_time_s=best.step_time_s, lower_bound_s=bound_s
+        ), bound_s
 
 
 def _runner_up(found: list[Best]) -> str | None:

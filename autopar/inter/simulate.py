@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.inter.schedule import Action, Schedule, actions, check_schedule, in_flight
 from autopar.plan.errors import UsageError
+from autopar.plan.schedule import Action, Schedule, actions, check_schedule, in_flight
 
 Floats = NDArray[np.float64]
 

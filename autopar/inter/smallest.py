@@ -86,8 +86,8 @@ def _lean_choice(book: StageBook, kind: int, size: int, held: int) -> StageChoic
     found = []
     for mesh in book.meshes(size):
         memory = book.sums(mesh, LEAN).memory_bytes(held)[kind]
-        least = np.unravel_index(int(memory.argmin()), memory.shape)
-        found.append((float(memory[least]), mesh, int(least[0]), int(least[1])))
+        row, boundary = divmod(int(memory.argmin()), memory.shape[1])
+        found.append((float(memory[row, boundary]), mesh, row, boundary))
     _, mesh, at, boundary = min(found, key=lambda one: one[0])
     points = tuple(
         (int(column), (((LEAN, at), int(book.counts[kind, column])),)) for column in np.flatnonzero(book.counts[kind])

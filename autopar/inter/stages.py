@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 
 from autopar.inter.blocks import Blocks, Mesh, Restriction
 from autopar.inter.finish import Finished, StagePoints, fastest
+from autopar.inter.mix import best_mix
 from autopar.inter.partition import StageTable
+from autopar.inter.transfers import Transfers
 from autopar.intra import frontier as fr
 from autopar.intra.frontier import BlockPoints, PriceRow, free_rows, lean_rows, priced_rows
 
@@ -37,11 +39,14 @@ HUGE = 1e30  # stands for "impossible" in sums, where inf times zero would be un
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MeshSums:
-    """Per stage type, row and boundary placement: the seven ``totals``, and the ``bound_s`` of the rows."""
+    """Per stage type, row and boundary placement: the seven ``totals``, ``time_s`` per micro-batch with its share of
+    the step, and the ``bound_s`` of the rows. ``fastest`` (types,) is the flat position of the least time."""
 
     rows: tuple[PriceRow, ...]
     totals: Floats
+    time_s: Floats
     bound_s: Floats
+    fastest: NDArray[np.integer]
 
     def memory_bytes(self, in_flight: int) -> Floats:
         """All but the fixed share, (types, rows, boundaries)."""
@@ -62,7 +67,7 @@ class StageBounds:
 
 
 class StageBook:
-    """Costs of all stages at one micro-batch size. Stages busy for ``cutoff_s`` seconds or longer are of no interest."""
+    """Costs of all stages at one micro-batch size."""
 
     def __init__(
         self,
@@ -76,8 +81,10 @@ class StageBook:
     ) -> None:
         self.restriction, self.gpus = restriction, gpus
         self.blocks, self.micro_batch, self.num_microbatches = blocks, micro_batch, num_microbatches
-        self.budget_bytes, self.modes = budget_bytes, modes
+        self.budget_bytes = budget_bytes
+        self.modes = modes if blocks.core else tuple(mode for mode in modes if mode != "selective") or ("none",)
         self.cutoff_s = np.inf
+        self.transfers = Transfers(self)
         self.columns: list[tuple[int, frozenset[int]]] = []
         self._rows: dict[tuple[int, ...], int] = {}
         count = len(blocks.blocks)
@@ -99,8 +106,21 @@ class StageBook:
         self._meshes: dict[int, list[Mesh]] = {}
         self._bounds: dict[tuple[int, int], StageBounds] = {}
         self._finished: dict[tuple[int, int, int], Finished | None] = {}
+        self._points: dict[tuple[int, tuple[int, ...], int], BlockPoints] = {}
         self._sums: dict[tuple[Mesh, int], MeshSums] = {}
         self._by_mesh: dict[tuple[Mesh, int], StageBounds] = {}
+
+    def release(self) -> None:
+        """Give back the memory of what was priced; asking again prices it again."""
+        for kept in (self._bounds, self._finished, self._points, self._sums, self._by_mesh):
+            kept.clear()
+        self.blocks.forget(self.micro_batch)
+
+    def ignore_from(self, cutoff_s: float) -> None:
+        """Steps of ``cutoff_s`` seconds or longer are of no interest: stages busy for that long need no exact price."""
+        if cutoff_s != self.cutoff_s:
+            self.cutoff_s = cutoff_s
+            self._bounds.clear()
 
     def column(self, kind: int, held: frozenset[int]) -> int:
         """The position of a kind of block whose parameters ``held`` another block of the stage stores."""
@@ -143,10 +163,14 @@ class StageBook:
         return free_rows(rate, self.modes) if phase == FREE else priced_rows(rate, self.modes, float(phase))
 
     def points(self, column: int, mesh: Mesh, phase: int) -> BlockPoints:
-        kind, held = self.columns[column]
-        return self.blocks.points(
-            kind, held, mesh, self.micro_batch, self.num_microbatches, self.rows(phase), self.restriction
-        )
+        """The frontier of a column's blocks by the rows of a phase."""
+        key = (column, mesh.sizes, phase)
+        if key not in self._points:
+            kind, held = self.columns[column]
+            self._points[key] = self.blocks.points(
+                kind, held, mesh, self.micro_batch, self.num_microbatches, self.rows(phase), self.restriction
+            )
+        return self._points[key]
 
     def sums(self, mesh: Mesh, phase: int) -> MeshSums:
         """The rows' totals and bounds for every stage type."""
@@ -160,7 +184,14 @@ class StageBook:
                 held = np.where(present[:, None, None], totals[None, column, :, :, fr.WORKSPACE], 0.0)
                 np.maximum(sums[..., fr.WORKSPACE], held, out=sums[..., fr.WORKSPACE])
             bound = np.einsum("tc,crb->trb", self.counts, _least_over_modes(self.rows(phase), bounds))
-            self._sums[mesh, phase] = MeshSums(rows=self.rows(phase), totals=sums, bound_s=bound)
+            time = self.time_s(sums)
+            self._sums[mesh, phase] = MeshSums(
+                rows=self.rows(phase),
+                totals=sums,
+                time_s=time,
+                bound_s=bound,
+                fastest=time.reshape(len(time), -1).argmin(axis=1),
+            )
         return self._sums[mesh, phase]
 
     def bounds(self, num_devices: int, in_flight: int) -> StageBounds:
@@ -178,10 +209,8 @@ class StageBook:
         fits_free = []
         for mesh in meshes:
             sums = self.sums(mesh, FREE)
-            flat = self.time_s(sums.totals).reshape(len(best), -1)
-            at = flat.argmin(axis=1)[:, None]
-            memory = sums.memory_bytes(in_flight).reshape(flat.shape)
-            fits_free.append(np.take_along_axis(memory, at, axis=1)[:, 0] <= room)
+            memory = sums.memory_bytes(in_flight).reshape(len(best), -1)
+            fits_free.append(np.take_along_axis(memory, sums.fastest[:, None], axis=1)[:, 0] <= room)
             self._improve(best, even, sums, in_flight, room)
         phase = self._phase(in_flight)
         needed = np.zeros(len(self.counts), bool)
@@ -200,14 +229,16 @@ class StageBook:
 
     def _improve(self, best: Floats, even: Floats, sums: MeshSums, in_flight: int, room_bytes: float) -> None:
         """Take the fastest point that fits, for each type where it is below ``best`` (seconds)."""
-        time = np.where(sums.memory_bytes(in_flight) <= room_bytes, self.time_s(sums.totals), np.inf)
+        time = np.where(sums.memory_bytes(in_flight) <= room_bytes, sums.time_s, np.inf)
         flat = time.reshape(len(best), -1)
         at = flat.argmin(axis=1)
         rows = np.arange(len(best))
         better = flat[rows, at] < best
         best[better] = flat[rows, at][better]
-        for number, seconds in enumerate(self.times_s(sums.totals)):
-            even[number, better] = seconds.reshape(flat.shape)[rows, at][better]
+        if better.any():
+            picked = sums.totals.reshape(*flat.shape, fr.NUM_TOTALS)[rows[better], at[better]]
+            for number, seconds in enumerate(self.times_s(picked)):
+                even[number, better] = seconds
 
     def _phase(self, in_flight: int) -> int:
         return next(weight for weight in WEIGHTS if weight <= in_flight)
@@ -246,10 +277,15 @@ class StageBook:
         forward, backward, step = self.times_s(totals)
         return forward + backward + step / self.num_microbatches
 
+    @property
+    def contention(self) -> float:
+        """What hiding communication behind compute costs of the shorter of the two; 1: nothing is hidden."""
+        return self.blocks.cluster.overlap_contention if self.blocks.execution.overlap else 1.0
+
     def times_s(self, totals: Floats) -> tuple[Floats, Floats, Floats]:
         """Forward, backward, and exposed step seconds of stage totals."""
         execution, cluster = self.blocks.execution, self.blocks.cluster
-        contention = cluster.overlap_contention if execution.overlap else 1.0
+        contention = self.contention
         backward, reduction = totals[..., fr.BACKWARD], totals[..., fr.STEP]
         reduction = np.maximum(reduction - backward, 0.0) + contention * np.minimum(reduction, backward)
         loop_s = execution.software.microbatch_calls * cluster.device.launch_s / 2
@@ -268,8 +304,6 @@ class StageBook:
         return self._finished[key]
 
     def _finish(self, kind: int, num_devices: int, in_flight: int) -> Finished | None:
-        columns = tuple(int(column) for column in np.flatnonzero(self.counts[kind]))
-        numbers = tuple(int(self.counts[kind, column]) for column in columns)
         room = self.budget_bytes - self.fixed_bytes()
         best: Finished | None = None
         meshes = self.meshes(num_devices)
@@ -279,20 +313,7 @@ class StageBook:
         for mesh in sorted(lower, key=lambda mesh: lower[mesh]):
             if best is not None and lower[mesh] >= self.num_microbatches * best.time_s:
                 break
-            phases = [FREE]
-            if self.restriction is None:
-                time, memory = (
-                    values[kind].reshape(-1)
-                    for values in (
-                        self.time_s(self.sums(mesh, FREE).totals),
-                        self.sums(mesh, FREE).memory_bytes(in_flight),
-                    )
-                )
-                if memory[time.argmin()] > room:
-                    phases.append(self._phase(in_flight))
-            points = StagePoints.of(
-                mesh, columns, numbers, {phase: [self.points(c, mesh, phase) for c in columns] for phase in phases}
-            )
+            points = self._stage_points(kind, mesh, in_flight)
             boundary = None
             if self.restriction is not None:
                 boundary = self.points(0, mesh, FREE).tables.boundaries.index(self.restriction.boundary)
@@ -300,6 +321,41 @@ class StageBook:
             if found is not None and (best is None or found.time_s < best.time_s):
                 best = found
         return best
+
+    def _stage_points(self, kind: int, mesh: Mesh, in_flight: int) -> StagePoints:
+        columns = tuple(int(column) for column in np.flatnonzero(self.counts[kind]))
+        phases = [FREE]
+        if self.restriction is None:
+            sums, room = self.sums(mesh, FREE), self.budget_bytes - self.fixed_bytes()
+            if sums.memory_bytes(in_flight)[kind].reshape(-1)[sums.fastest[kind]] > room:
+                phases.append(self._phase(in_flight))
+        numbers = tuple(int(self.counts[kind, column]) for column in columns)
+        found = {phase: [self.points(column, mesh, phase) for column in columns] for phase in phases}
+        return StagePoints.of(mesh, columns, numbers, found)
+
+    def mix(self, kind: int, in_flight: int, run: Finished) -> Finished:
+        """``run`` or, on its mesh, the proven best mix of frontier points that is faster."""
+        points = self._stage_points(kind, run.choice.mesh, in_flight)
+        best, room = run, self.budget_bytes - self.fixed_bytes()
+        for boundary in range(points.totals.shape[2]):
+            found = best_mix(points, self, in_flight, room, boundary, self.num_microbatches, self.contention)
+            if found is not None and found.time_s < best.time_s * (1 - 1e-9):
+                best = found
+        return best
+
+    def free_table(self, sizes: tuple[int, ...]) -> StageTable:
+        """Bounds over (first block, end block, submesh size) with memory left out of account."""
+        by_size = []
+        for size in sizes:
+            found = [self._mesh_bounds(mesh, FREE) for mesh in self.meshes(size)]
+            by_size.append({name: np.min([getattr(one, name) for one in found], axis=0) for name in BOUNDS})
+        one = self.num_microbatches  # held by all stages: every place is possible
+        return StageTable(
+            forward_s=self._planes(sizes, one, [bound["forward_s"] for bound in by_size]),
+            backward_s=self._planes(sizes, one, [bound["through_s"] - bound["forward_s"] for bound in by_size]),
+            step_s=self._planes(sizes, one, [bound["step_s"] for bound in by_size]),
+            busy_s=self._planes(sizes, one, [bound["busy_s"] for bound in by_size]),
+        )
 
     def work_bound_s(self, sizes: tuple[int, ...], gpus: int) -> float:
         """No plan of this micro-batch is faster, whatever its memory: the least device-seconds of every block, spread

@@ -32,8 +32,6 @@ from autopar.cost import parameters as pm
 from autopar.cost.execution import ExecutionModel
 from autopar.cost.redistribute import MeshLinks
 from autopar.intra import tables as tb
-from autopar.intra.elimination import Eliminator
-from autopar.intra.space import IN, OUT
 from autopar.intra.tables import BlockTables
 
 Floats = NDArray[np.float64]
@@ -145,10 +143,8 @@ def block_points(
     repeat = np.array([1.0 + b if row.mode == "full" else 1.0 for row, b in zip(rows, beta, strict=True)])[
         :, None, None
     ]
-    pairs = [(source, target) for source, target, _, _ in tables.edges]
     edge_costs = [_scaled(forward, repeat) + _scaled(backward, late) for _, _, forward, backward in tables.edges]
-    eliminator = Eliminator(tuple(len(metrics) for metrics in tables.node_metrics), tuple(pairs), keep=(IN, OUT))
-    table = eliminator.solve(node_costs, edge_costs)
+    table = tables.eliminator.solve(node_costs, edge_costs)
     diagonal = np.arange(len(tables.boundaries))
     values = table.values[:, diagonal, diagonal]
     choices = table.backtrack_all()[:, :, diagonal, diagonal]
@@ -271,17 +267,22 @@ def _totals(
 ) -> Floats:
     shape = choices.shape[1:]
     sums = np.zeros((*shape, tb.NUM_METRICS))
-    finite = np.nan_to_num  # cells without a solution are arbitrary here and set to inf by the caller
+    workspace = np.zeros(shape)
     for node, metrics in enumerate(tables.node_metrics):
         picked = metrics[choices[node]]
-        workspace = np.maximum(sums[..., tb.WORKSPACE], picked[..., tb.WORKSPACE])
+        np.maximum(workspace, picked[..., tb.WORKSPACE], out=workspace)
         sums += picked
-        sums[..., tb.WORKSPACE] = workspace
+    # Costs charge a tensor to the first op that keeps it; solutions may keep it in two placements (`copies`).
+    for at, tensors in enumerate(tables.kept):
+        sums[..., [tb.SAVED, tb.CORE_SAVED]] -= tensors[choices[2 + at]]
+    kept = tables.copies.kept(choices.reshape(len(choices), -1))
+    sums[..., [tb.SAVED, tb.CORE_SAVED]] += kept.reshape(*shape, 2)
     waits = np.zeros((*shape, 2))  # collectives, forward and backward
+    # a cell without a solution is arbitrary here, infinite at most, and set to inf by the caller
     for source, target, forward, backward in tables.edges:
         pair = (choices[source], choices[target])
         for way, metric, table in ((0, tb.FORWARD, forward), (1, tb.BACKWARD, backward)):
-            time_s = finite(table[pair], posinf=0)
+            time_s = table[pair]
             sums[..., metric] += time_s
             waits[..., way] += time_s > 0
     held = np.zeros((*shape, pm.NUM_PARAMETER_METRICS))
@@ -289,28 +290,25 @@ def _totals(
     for at, (metrics, chosen) in enumerate(parameter_metrics):
         strategy = choices[2 + at]
         for use in range(len(metrics)):
-            held += np.nan_to_num(metrics[use][strategy, chosen[use][row_at, strategy]], posinf=0)
+            held += metrics[use][strategy, chosen[use][row_at, strategy]]
+    full, selective = (np.array([[row.mode == mode] for row in rows]) for mode in ("full", "selective"))
+    f, c, b = (sums[..., m] for m in (tb.FORWARD, tb.CORE_FORWARD, tb.BACKWARD))
+    saved, core, boundary = (sums[..., m] for m in (tb.SAVED, tb.CORE_SAVED, tb.BOUNDARY))
+    again = np.where(full, f + c, np.where(selective, c, 0.0))
+    forward_host_s, core_host_s, backward_host_s = tables.host_s
+    forward_host = forward_host_s + tables.sync_s * waits[..., 0]
+    backward_host = backward_host_s + tables.sync_s * waits[..., 1]
+    backward_host = backward_host + np.where(full, forward_host, np.where(selective, core_host_s, 0.0))
     totals = np.zeros((*shape, NUM_TOTALS))
-    host = tables.host_s
-    for index, row in enumerate(rows):
-        f, c, b = (sums[index, :, m] for m in (tb.FORWARD, tb.CORE_FORWARD, tb.BACKWARD))
-        saved, core, boundary = (sums[index, :, m] for m in (tb.SAVED, tb.CORE_SAVED, tb.BOUNDARY))
-        again = {"none": 0.0 * f, "selective": c, "full": f + c}[row.mode]
-        sync_f, sync_b = (tables.sync_s * waits[index, :, way] for way in (0, 1))
-        launch_f = host[0] + sync_f
-        launches_again = {"none": 0.0 * f, "selective": host[1] + 0.0 * f, "full": launch_f}[row.mode]
-        launch_b = host[2] + sync_b + launches_again
-        b = b + held[index, :, pm.ACCUMULATE]
-        gather_f, gather_b = held[index, :, pm.GATHER_FORWARD], held[index, :, pm.GATHER_BACKWARD]
-        for total, busy, gather in (
-            (FORWARD, np.maximum(f + c, launch_f), gather_f),
-            (BACKWARD, np.maximum(b + again, launch_b), gather_b),
-        ):
-            totals[index, :, total] = np.maximum(busy, gather) + tables.contention * np.minimum(busy, gather)
-        totals[index, :, STEP] = held[index, :, pm.STEP]
-        totals[index, :, STEP_EXPOSED] = held[index, :, pm.STEP_EXPOSED]
-        totals[index, :, STATE] = held[index, :, pm.STATE]
-        totals[index, :, SAVED] = {"none": saved + core, "selective": saved, "full": boundary}[row.mode]
-        passing = sums[index, :, tb.WORKSPACE] + 2 * held[index, :, pm.GATHERED]
-        totals[index, :, WORKSPACE] = passing + {"none": 0 * f, "selective": core, "full": saved + core}[row.mode]
+    for total, busy, gather in (
+        (FORWARD, np.maximum(f + c, forward_host), held[..., pm.GATHER_FORWARD]),
+        (BACKWARD, np.maximum(b + held[..., pm.ACCUMULATE] + again, backward_host), held[..., pm.GATHER_BACKWARD]),
+    ):
+        totals[..., total] = np.maximum(busy, gather) + tables.contention * np.minimum(busy, gather)
+    totals[..., STEP] = held[..., pm.STEP]
+    totals[..., STEP_EXPOSED] = held[..., pm.STEP_EXPOSED]
+    totals[..., STATE] = held[..., pm.STATE]
+    totals[..., SAVED] = np.where(full, boundary, np.where(selective, saved, saved + core))
+    passing = workspace + 2 * held[..., pm.GATHERED]
+    totals[..., WORKSPACE] = passing + np.where(full, saved + core, np.where(selective, core, 0.0))
     return totals

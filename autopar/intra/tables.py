@@ -22,12 +22,14 @@ from numpy.typing import NDArray
 from autopar.cost.compute import host_calls, op_seconds, weight_gradient_s
 from autopar.cost.execution import ExecutionModel
 from autopar.cost.redistribute import MeshLinks, Placement, redistribute_s
-from autopar.graph.ir import Value
+from autopar.graph.ir import Graph, Value
 from autopar.graph.profile import GraphProfile
+from autopar.intra.copies import CopyCounter, LocalSizes
+from autopar.intra.elimination import Eliminator
 from autopar.intra.space import IN, OUT, BlockSpace, OpNode
 from autopar.rules.atoms import Atom
 from autopar.rules.options import Option, Token
-from autopar.rules.rule import OpRule
+from autopar.rules.rule import NO_LABEL, OpRule
 
 Floats = NDArray[np.float64]
 FORWARD, CORE_FORWARD, BACKWARD, SAVED, CORE_SAVED, BOUNDARY, WORKSPACE = range(7)
@@ -41,12 +43,14 @@ Allowed = Callable[[int, OpNode, Option], bool]
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BlockTables:
     """``strategies[at]`` of ``space.ops[at]``: (options per inner axis). ``states[n]``: placements of boundary or hub node
-    n's values. ``node_metrics[n]`` is (choices, metrics), ``edges`` are (node, node, (choices, choices) forward seconds,
+    n's values, and ``boundary_tokens`` those of a block input or output under each boundary placement. ``kept[at]``
+    are the bytes of tensors that SAVED and CORE_SAVED price for op ``at``, (strategies, 2); ``copies`` counts what a solution
+    really keeps instead. ``node_metrics[n]`` is (choices, metrics), ``edges`` are (node, node, (choices, choices) forward seconds,
     the same backward). ``parameter_uses[at]`` lists, for op ``at``, (value, per strategy: local elements, axes with a
     partial gradient); axes count the data axis as 0, inner axes from 1. ``host_s`` are the seconds that the host takes to
     launch the forward, attention's part of it (which selective recompute launches again), and the backward; every
     collective adds ``sync_s``, as ranks wait for the slowest host. Communication behind compute costs ``contention`` of the
-    shorter of the two (1: nothing overlaps)."""
+    shorter of the two (1: nothing overlaps). ``eliminator`` is made for the edges."""
 
     space: BlockSpace
     local_batch: int
@@ -56,9 +60,13 @@ class BlockTables:
     edges: tuple[tuple[int, int, Floats, Floats], ...]
     parameter_uses: tuple[tuple[tuple[Value, tuple[tuple[int, tuple[int, ...]], ...]], ...], ...]
     hub_states: tuple[tuple[tuple[Token, ...], ...], ...]
+    boundary_tokens: dict[int, tuple[tuple[Token, ...], ...]]
+    kept: tuple[Floats, ...]
+    copies: CopyCounter
     host_s: tuple[float, float, float]
     sync_s: float
     contention: float
+    eliminator: Eliminator
 
 
 def forward_placement(tokens: Sequence[Token]) -> Placement:
@@ -79,27 +87,42 @@ def _may_be_uneven(rule: OpRule, labels: tuple[int, ...]) -> bool:
     return any((*ins, *outs) == labels and len(ins) == len(outs) == 1 for ins, outs in rule.groups)
 
 
+def exchanges_batch(node: OpNode, graph: Graph) -> bool:
+    """Whether an op exchanges statistics over the batch (batch norm), and so over the data axis."""
+    return node.rule.inside is not None and any(
+        label != NO_LABEL and node.rule.kinds[label] == "inside" and graph.batch.grows(size)
+        for value, labels in zip(node.op.inputs, node.rule.inputs, strict=True)
+        for size, label in zip(graph.values[value].shape, labels, strict=True)
+        if label < len(node.rule.kinds)
+    )
+
+
 class TableBuilder:
-    """Builds the tables of one block for one inner mesh and local batch; ``links`` are the inner axes' links."""
+    """Builds the tables of one block for one inner mesh and local batch; ``links`` are the inner axes' links,
+    ``whole`` those of all axes, the data axis first."""
 
     def __init__(
         self,
         space: BlockSpace,
         profile: GraphProfile,
-        savers: dict[int, tuple[tuple[int, bool], ...]],
+        savers: dict[int, tuple[tuple[tuple[int, ...], bool], ...]],
         core: frozenset[int],
         local_batch: int,
         links: MeshLinks,
         execution: ExecutionModel,
+        whole: MeshLinks,
         allowed: Allowed | None = None,
         fused: dict[int, tuple[float, float]] | None = None,
     ) -> None:
         self.fused = fused or {}
         self._hiding: dict[int, Floats] = {}
         self.space, self.profile, self.local_batch = space, profile, local_batch
-        self.links, self.execution, self.allowed = links, execution, allowed
+        self.links, self.execution, self.allowed, self.whole = links, execution, allowed, whole
         self.graph, self.sizes = space.graph, links.sizes
         self.savers, self.core = savers, core
+        self.local = LocalSizes(space, self.sizes, local_batch)
+        self.kept: list[Floats] = []
+        self.redistributions: dict[tuple[tuple[Placement, ...], float], Floats] = {}
 
     def build(self) -> BlockTables:
         strategies = tuple(self._strategies(node) for node in self.space.ops)
@@ -119,23 +142,46 @@ class TableBuilder:
             calls += forward, forward * is_core, backward
         calls[[0, 2]] += self.execution.software.fixed_calls
         metrics += [np.zeros((len(states), NUM_METRICS)) for states in hub_states]
+        boundary_tokens = {
+            value: tuple(self.role_tokens(self.graph.values[value], roles) for roles in boundaries)
+            for value in (*self.space.block.inputs, *self.space.block.outputs)
+        }
+        edges = self._edges(strategies, hub_states, boundaries)
         return BlockTables(
             space=self.space,
             local_batch=self.local_batch,
             strategies=strategies,
             boundaries=boundaries,
             node_metrics=tuple(metrics),
-            edges=self._edges(strategies, hub_states, boundaries),
+            edges=edges,
             parameter_uses=tuple(
                 self._parameter_uses(node, chosen) for node, chosen in zip(self.space.ops, strategies, strict=True)
             ),
             hub_states=hub_states,
+            boundary_tokens=boundary_tokens,
+            kept=tuple(self.kept),
+            copies=CopyCounter(
+                self.space, self.profile, self._first_keeper(), self.core, strategies, boundary_tokens, self.local
+            ),
             host_s=tuple(float(count * self.links.cluster.device.launch_s) for count in calls),  # type: ignore[arg-type]
             sync_s=self.execution.software.collective_calls
             * self.links.cluster.device.launch_s
             * (math.prod(self.sizes) - 1),
             contention=self.links.cluster.overlap_contention if self.execution.overlap else 1.0,
+            eliminator=Eliminator(
+                tuple(len(choices) for choices in metrics),
+                tuple((source, target) for source, target, _, _ in edges),
+                keep=(IN, OUT),
+            ),
         )
+
+    def _first_keeper(self) -> dict[int, int]:
+        """Value whose memory is kept -> the first op of the graph that keeps it."""
+        return {
+            self.profile.owners[(*(op := self.graph.ops[number]).inputs, *op.outputs)[positions[0]]]: number
+            for number, memories in self.savers.items()
+            for positions, _ in memories
+        }
 
     def role_tokens(self, value: Value, roles: Sequence[str]) -> tuple[Token, ...]:
         """How ``value`` lies under a named boundary placement; a value without the dim is replicated (its gradient
@@ -194,13 +240,8 @@ class TableBuilder:
         return tuple(found)
 
     def _local_bytes(self, value: Value, tokens: Sequence[Token]) -> float:
-        """Bytes of a value on one rank at the local batch, per inner placement."""
-        elements = math.prod(value.shape) * value.itemsize
-        grows = any(self.graph.batch.grows(size) for size in value.shape)
-        size = elements * (self.local_batch / self.graph.batch.traced if grows else 1.0)
-        for token, degree in zip(tokens, self.sizes, strict=True):
-            size /= degree if isinstance(token, Atom) else 1
-        return size
+        """Bytes of a value on the fullest rank at the local batch, per inner placement."""
+        return self.local.num_bytes(value.id, tuple("R" if token == "G" else token for token in tokens))
 
     def _op_metrics(self, node: OpNode, chosen: tuple[tuple[Option, ...], ...]) -> Floats:
         op, profile = node.op, self.profile.ops[node.op.id]
@@ -236,24 +277,34 @@ class TableBuilder:
         metrics[:, BACKWARD] += backward
         self._add_inside(node, chosen, metrics)
         values = [self.graph.values[value] for value in (*op.inputs, *op.outputs)]
+        tensors = np.zeros((len(chosen), 2))
         for at, options in enumerate(chosen):
             tokens = [tuple(option.inputs[i] for option in options) for i in range(len(op.inputs))] + [
                 tuple(option.outputs[i] for option in options) for i in range(len(op.outputs))
             ]
             share = math.prod(size for option, size in zip(options, self.sizes, strict=True) if option.sharded)
-            for position, core in self.savers.get(op.id, ()):
-                owner = self.graph.values[self.profile.owners[values[position].id]]
-                held = self._local_bytes(owner, ()) if not self.sizes else self._owner_bytes(owner, tokens[position])
-                metrics[at, CORE_SAVED if core else SAVED] += held
+            for positions, core in self.savers.get(op.id, ()):
+                # Views of one memory keep all of it, or their own part where they were moved: never less than this.
+                owner = self.graph.values[self.profile.owners[values[positions[0]].id]]
+                parts = sum(self._local_bytes(values[i], tokens[i]) for i in positions)
+                tensors[at, int(core)] += min(self._owner_bytes(owner, tokens[positions[0]]), parts)
             internal = sum(math.prod(shape) * item for shape, item in profile.saved_internal)
             grows = any(self.graph.batch.grows(size) for shape, _ in profile.saved_internal for size in shape)
             scale = self.local_batch / self.graph.batch.traced if grows else 1.0
+            if not grows:  # statistics over the batch are whole where the batch is cut
+                share = math.prod(
+                    size
+                    for option, size in zip(options, self.sizes, strict=True)
+                    if option.sharded and not self.graph.batch.grows(option.size)
+                )
             metrics[at, CORE_SAVED if is_core else SAVED] += internal * scale / share
             metrics[at, WORKSPACE] = sum(
                 self._local_bytes(value, token)
                 for value, token in zip(values, tokens, strict=True)
                 if value.kind == "activation"
             )
+        metrics[:, [SAVED, CORE_SAVED]] += tensors
+        self.kept.append(tensors)
         return metrics
 
     def _owner_bytes(self, owner: Value, tokens: Sequence[Token]) -> float:
@@ -263,12 +314,15 @@ class TableBuilder:
         return size
 
     def _add_inside(self, node: OpNode, chosen: tuple[tuple[Option, ...], ...], metrics: Floats) -> None:
+        """What the op exchanges by itself, over the axes that cut its label; the data axis cuts the batch always."""
         inside = node.rule.inside
         if inside is None:
             return
+        links, first = (self.whole, 1) if exchanges_batch(node, self.graph) else (self.links, 0)
         scale = self.local_batch / self.graph.batch.traced
         for at, options in enumerate(chosen):
-            axes = tuple(axis for axis, option in enumerate(options) if option.inside)
+            axes = (0,) * first + tuple(first + axis for axis, option in enumerate(options) if option.inside)
+            axes = tuple(axis for axis in axes if links.sizes[axis] > 1)
             if axes:
                 share = math.prod(
                     size
@@ -277,7 +331,7 @@ class TableBuilder:
                 )
                 for metric, size in ((FORWARD, inside.forward_bytes), (BACKWARD, inside.backward_bytes)):
                     held = size * (scale if self.graph.batch.grows(size) else 1.0) / share
-                    metrics[at, metric] += float(self.links.collective_s("all_reduce", held, axes))
+                    metrics[at, metric] += float(links.collective_s("all_reduce", held, axes))
 
     def _parameter_uses(
         self, node: OpNode, chosen: tuple[tuple[Option, ...], ...]
@@ -344,7 +398,10 @@ class TableBuilder:
         for placement in itertools.product(tokens_seen, repeat=len(self.sizes)):
             placements.setdefault(placement, len(placements))
         whole = np.array([self._owner_bytes(value, ("R",) * len(self.sizes))])
-        table = redistribute_s(self.links, list(placements), whole)[0]
+        key = (tuple(placements), float(whole[0]))
+        if key not in self.redistributions:
+            self.redistributions[key] = redistribute_s(self.links, list(placements), whole)[0]
+        table = self.redistributions[key]
         at = {
             side: [placements[make(tokens)] for tokens in tokens_of]
             for side, tokens_of, make in (

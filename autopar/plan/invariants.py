@@ -13,7 +13,15 @@ import msgspec
 
 from autopar.plan.errors import PlanFileError
 from autopar.plan.mesh import num_ranks, parse_placements
-from autopar.plan.plan import FORMAT_VERSION, Plan, StagePlan, device_memory, device_runs, recompute_summary
+from autopar.plan.plan import (
+    FORMAT_VERSION,
+    BlockProgram,
+    Plan,
+    StagePlan,
+    device_memory,
+    device_runs,
+    recompute_summary,
+)
 
 RELATIVE_TOLERANCE = 1e-6
 MAX_LISTED = 20
@@ -112,11 +120,7 @@ def _programs_exist(plan: Plan) -> Iterator[str]:
 
 def _placements_per_axis(plan: Plan) -> Iterator[str]:
     """Every placement has one token for each axis of the stages that run its program."""
-    texts = {
-        program.id: {text for op in program.ops for text in (*op.inputs, *op.outputs)}
-        | {text for p in program.parameters for text in (p.compute, p.parameter, p.gradient, p.optimizer)}
-        for program in plan.programs
-    }
+    texts = {program.id: _placement_texts(program) for program in plan.programs}
     lengths: dict[str, dict[str, int]] = {}
     for id, placements in texts.items():
         lengths[id] = {}
@@ -134,6 +138,16 @@ def _placements_per_axis(plan: Plan) -> Iterator[str]:
             for text, length in lengths[id].items():
                 if length != len(stage.axes):
                     yield f"program {id!r} has placement {text!r} on the {len(stage.axes)} axes of stage {position}"
+
+
+def _placement_texts(program: BlockProgram) -> set[str]:
+    """All placements a program names; "" (no gradient) excepted."""
+    texts = {text for op in program.ops for text in (*op.inputs, *op.outputs)}
+    texts |= {text for p in program.parameters for text in (p.compute, p.parameter, p.gradient, p.optimizer)}
+    values = (*program.inputs, *program.outputs, *program.shared)
+    gradients = {text for op in program.ops for text in (*op.input_gradients, *op.output_gradients)}
+    gradients |= {value.gradient for value in values}
+    return texts | {value.placement for value in values} | (gradients - {""})
 
 
 def _parameters_whole(plan: Plan) -> Iterator[str]:

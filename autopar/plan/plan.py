@@ -8,7 +8,8 @@ Placements are texts of ``mesh.parse_placements``, one token per axis of the sta
 seconds, sizes bytes (integers); ``micro_batch_size`` counts samples over all ranks of a stage.
 """
 
-from typing import Literal
+from importlib import import_module
+from typing import Any, Literal
 
 import msgspec
 
@@ -26,11 +27,25 @@ class Noun(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class OpPlan(Noun, frozen=True, kw_only=True):
-    """One op of a block: placements of each tensor input and output, in the order of ``graph.ir.Op``."""
+    """One op of a block: placements of each tensor input and output, in the order of ``graph.ir.Op``.
+
+    ``input_gradients`` say how the op's backward leaves the gradient of each input, ``output_gradients`` how it takes
+    that of each output; "" where there is none. An ``R`` input of an op that is sharded on an axis has gradient ``P``."""
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    input_gradients: tuple[str, ...] = ()
+    output_gradients: tuple[str, ...] = ()
+
+
+class ValuePlan(Noun, frozen=True, kw_only=True):
+    """How an activation lies between ops, and its gradient ("" where it has none); ``name`` is that of the value in the
+    first block of the program's kind."""
+
+    name: str
+    placement: str
+    gradient: str
 
 
 class ParameterPlan(Noun, frozen=True, kw_only=True):
@@ -47,13 +62,20 @@ class ParameterPlan(Noun, frozen=True, kw_only=True):
 
 
 class BlockProgram(Noun, frozen=True, kw_only=True):
-    """How blocks of one ``kind`` run: ``ops`` and ``parameters`` align by position with those of each such block."""
+    """How blocks of one ``kind`` run: ``ops`` and ``parameters`` align by position with those of each such block.
+
+    ``inputs`` and ``outputs`` are the block's own, as they lie where blocks meet. ``shared`` are the activations that
+    several readers (ops, or the block's end) take: each is brought to this placement once, and from there to every
+    other placement that some reader wants."""
 
     id: str
     kind: int
     recompute: Recompute
     ops: tuple[OpPlan, ...]
     parameters: tuple[ParameterPlan, ...]
+    inputs: tuple[ValuePlan, ...] = ()
+    outputs: tuple[ValuePlan, ...] = ()
+    shared: tuple[ValuePlan, ...] = ()
 
 
 class BlockRef(Noun, frozen=True, kw_only=True):
@@ -225,6 +247,11 @@ class Plan(Noun, frozen=True, kw_only=True):
     notes: tuple[str, ...]
     command: str
     versions: dict[str, str]
+
+    def apply(self, model: Any, **options: Any) -> Any:
+        """This rank's trainer: ``plan.apply(model, optimizer=lambda params: torch.optim.AdamW(params, lr=3e-4))``. The
+        keywords are those of ``autopar.runtime.apply.apply``, which is loaded here and not before."""
+        return import_module("autopar.runtime.apply").apply(self, model, **options)
 
     def program(self, id: str) -> BlockProgram:
         """The program of that id; KeyError when there is none."""

@@ -33,9 +33,9 @@ class Workload:
     path: str | None = None
     source_hash: str | None = None
 
-    def build(self) -> nn.Module:
-        """The model on the meta device; raises ModelError where ``build_model`` fails."""
-        with torch.device("meta"):
+    def build(self, device: str = "meta") -> nn.Module:
+        """The model, without memory on the meta device; raises ModelError where ``build_model`` fails."""
+        with torch.device(device):
             model = self._call("build_model", self.build_model)
         if not isinstance(model, nn.Module):
             raise ModelError(f"build_model returned a {type(model).__name__}: it must return a torch.nn.Module")

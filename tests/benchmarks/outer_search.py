@@ -11,8 +11,8 @@ import time
 import numpy as np
 
 from autopar.inter.partition import PipelineProblem, Stage, StageTable, search
-from autopar.inter.schedule import Schedule
 from autopar.inter.simulate import StageTimes, simulate
+from autopar.plan.schedule import Schedule
 
 
 def run(

@@ -200,3 +200,72 @@ def test_impossible_device_counts_are_infeasible():
     assert search(odd, evaluate=case.evaluate).status == "infeasible"
     with pytest.raises(UsageError, match="interleaved"):
         case.problem(schedule="interleaved")
+
+
+class Ways(Case):
+    """Every stage can be run in three ways, of which none is the best in all of forward, backward and step."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        rng = random.Random(seed + 1)
+        self.max_stages = 3
+        shape = self.forward.shape
+        self.factors = [
+            [np.array([rng.uniform(0.6, 1.6) for _ in range(math.prod(shape))]).reshape(shape) for _ in range(3)]
+            for _ in range(3)
+        ]
+
+    def ways(self, in_flight: int) -> list[StageTable]:
+        table = self.table(in_flight)
+        return [
+            StageTable(forward_s=table.forward_s * f, backward_s=table.backward_s * b, step_s=table.step_s * s)
+            for f, b, s in self.factors
+        ]
+
+    def relaxed(self, in_flight: int) -> StageTable:
+        ways, B = self.ways(in_flight), self.num_microbatches
+        forward = np.min([way.forward_s for way in ways], axis=0)
+        through = np.min([way.forward_s + way.backward_s for way in ways], axis=0)
+        return StageTable(
+            forward_s=forward,
+            backward_s=through - np.where(np.isfinite(forward), forward, 0.0),
+            step_s=np.min([way.step_s for way in ways], axis=0),
+            busy_s=np.min([B * (way.forward_s + way.backward_s) + way.step_s for way in ways], axis=0),
+        )
+
+    def evaluate_best(self, stages: tuple[Stage, ...]) -> float:
+        held = [
+            min(len(stages) - at, self.num_microbatches) if self.schedule == "1f1b" else self.num_microbatches
+            for at in range(len(stages))
+        ]
+        best = math.inf
+        for picked in itertools.product(range(3), repeat=len(stages)):
+            times = []
+            for at, (stage, way) in enumerate(zip(stages, picked, strict=True)):
+                table = self.ways(held[at])[way]
+                times.append(
+                    StageTimes(
+                        forward_s=float(table.forward_s[stage]),
+                        backward_s=float(table.backward_s[stage]),
+                        step_s=float(table.step_s[stage]),
+                        send_forward_s=0.0,
+                        send_backward_s=0.0,
+                    )
+                )
+            best = min(best, simulate(self.schedule, times, self.num_microbatches).step_time_s)
+        return best
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_relaxed_times_bound_every_way_to_run_the_stages(block):
+    num_feasible = 0
+    for seed in range(5000 + block * 20, 5000 + block * 20 + 20):
+        case = Ways(seed)
+        expected = min(map(case.evaluate_best, case.partitions()), default=math.inf)
+        problem = case.problem(stage_times=case.relaxed, cut_transfer_s=None)
+        result = search(problem, evaluate=case.evaluate_best)
+        assert result.lower_bound_s <= expected * (1 + 1e-12), seed
+        if math.isfinite(expected):
+            num_feasible += 1
+            assert result.best.step_time_s == pytest.approx(expected, rel=1e-12), seed
+    assert num_feasible >= 5

@@ -53,6 +53,6 @@ def test_no_restriction_of_the_search_is_faster():
 
 
 def test_device_counts_of_stages_and_micro_batches():
-    assert submesh_sizes(10, 8) == (1, 2, 4, 5, 8, 10)
+    assert submesh_sizes(10, 8) == (1, 2, 4, 8, 10)
     assert submesh_sizes(64, 8) == (1, 2, 4, 8, 16, 32, 64)
     assert micro_batches(12) == [1, 2, 3, 4, 6, 12]

@@ -1,0 +1,91 @@
+"""`autopar verify`: a plan's numbers against one process, on CPU ranks."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from autopar.cli.options import Assignment, AtLeastOne, distinct, output_options
+from autopar.plan.errors import CheckError
+
+if TYPE_CHECKING:
+    from autopar.runtime.verify import Report
+
+NUM_WORST = 3
+
+
+@click.command("verify")
+@click.argument("plan_file", metavar="PLAN", type=click.Path())
+@click.option("--model", type=click.Path(), metavar="MODEL.py", help="The model file; else the one the plan names.")
+@click.option("--ranks", type=AtLeastOne(), default=8, show_default=True, metavar="N", help="CPU processes to use.")
+@click.option(
+    "--set", "settings", multiple=True, type=Assignment(), metavar="K=V", help="Another size of the same structure."
+)
+@output_options
+def verify_command(
+    *,
+    plan_file: str,
+    model: str | None,
+    ranks: int,
+    settings: tuple[tuple[str, Any], ...],
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Run PLAN, or a shrunk twin, on CPU processes against one process: loss, gradients, optimizer steps. Exit 7 on FAIL."""
+    from autopar.cli.inputs import workload_of
+    from autopar.plan.file import load_plan
+
+    plan = load_plan(plan_file)
+    workload = workload_of(plan, Path(plan_file), model)
+    changed = {**plan.model.settings, **distinct("--set", settings)}
+
+    from autopar.cli.progress import progress_on_stderr
+    from autopar.runtime.verify import verify
+
+    with progress_on_stderr(quiet) as progress:
+        progress("verify", f"starting up to {ranks} ranks", None, None)
+        report = verify(plan, model=str(workload.path), settings=changed, ranks=ranks)
+    if as_json:
+        from autopar.cli.output import print_document
+
+        print_document(_document(report))
+    else:
+        print("\n".join(_lines(report, verbose)))
+    if not report.passed:
+        raise CheckError("the plan's numbers differ from those of one process")
+
+
+def _lines(report: "Report", verbose: bool) -> list[str]:
+    lines = [f"{report.ranks} ranks, fp64" + (", a twin of the plan:" if report.changes else "")]
+    lines += [f"  {change}" for change in report.changes]
+    lines.append(
+        f"loss        {report.expected_loss:.12g} one process, {report.loss:.12g} plan: error {report.loss_error:.1e}"
+    )
+    for title, errors in (("gradients", report.gradients), ("parameters", report.parameters)):
+        what = "" if title == "gradients" else " after 3 optimizer steps"
+        worst = sorted(errors, key=lambda name: -errors[name])
+        lines.append(f"{title:<11} {len(errors)} tensors{what}, worst {errors[worst[0]]:.1e} {worst[0]}")
+        lines += [f"            {errors[name]:.1e} {name}" for name in worst[1:NUM_WORST] if verbose]
+    for stage, counted in sorted(report.collectives.items()):
+        lines.append(f"stage {stage}: {sum(counted.values())} collectives per micro-batch")
+        lines += [f"  {count:4} {what}" for what, count in sorted(counted.items()) if verbose]
+    lines.append("PASS" if report.passed else "FAIL")
+    return lines
+
+
+def _document(report: "Report") -> dict[str, Any]:
+    return {
+        "passed": report.passed,
+        "ranks": report.ranks,
+        "twin": list(report.changes),
+        "loss": report.loss,
+        "expected_loss": report.expected_loss,
+        "gradients": dict(report.gradients),
+        "parameters": dict(report.parameters),
+        "collectives": [
+            {"stage": stage, "kind": what.kind, "axes": list(what.axes), "num_bytes": what.num_bytes, "count": count}
+            for stage, counted in sorted(report.collectives.items())
+            for what, count in sorted(counted.items())
+        ],
+    }

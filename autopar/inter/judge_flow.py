@@ -1,0 +1,198 @@
+"""How activations move inside one block of a plan, and which copies of them stay for the backward pass.
+
+An activation is made in one placement (by an op, or as the block's input) and read in others. With one reader it moves
+straight to it; with several it is first brought to the program's ``shared`` placement, and from there once to every
+other (placement, gradient) that readers want. Each move is made forward by the value and backward by its gradient.
+
+A *copy* is memory: an op's result, or what a move left. Results that are views share the memory of what they view. What
+autograd keeps are copies: one tensor kept in two placements counts twice, one kept by two ops counts once.
+"""
+
+from dataclasses import dataclass, field
+from math import prod
+
+from autopar.graph.ir import Block, Graph
+from autopar.graph.profile import GraphProfile
+from autopar.inter.judge_ops import sizes_at
+from autopar.inter.judge_routes import Mesh, Route
+from autopar.plan.errors import CheckError
+from autopar.plan.mesh import parse_placements
+from autopar.plan.plan import BlockProgram
+
+Lie = tuple[str, str]
+"""(placement, gradient placement or "")"""
+
+Copy = tuple[str, int, str]
+"""("made", value, "") is the memory an op left its result in; ("moved", value, placement) what a move left."""
+
+
+@dataclass(slots=True)
+class Moves:
+    """Routes of one block in the order they run, forward and backward; ``copies`` maps (op, input position) to the
+    memory it reads."""
+
+    forward: list[Route] = field(default_factory=list)
+    backward: list[Route] = field(default_factory=list)
+    copies: dict[tuple[int, int], Copy] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """Bytes kept per micro-batch: what every mode keeps of attention's insides apart from the rest, and of the block's
+    inputs (all that full recomputation keeps)."""
+
+    saved: float
+    core: float
+    inputs: float
+
+
+def at_hand(graph: Graph) -> frozenset[int]:
+    """Values that depend on no parameter (masks, positions, targets): every rank computes what it needs of them."""
+    carrying = {value.id for value in graph.values if value.kind == "parameter"}
+    for op in graph.ops:
+        if carrying & set(op.inputs):
+            carrying |= set(op.outputs)
+    return frozenset(value.id for value in graph.values if value.id not in carrying)
+
+
+def moves(
+    graph: Graph, block: Block, program: BlockProgram, mesh: Mesh, micro_batch: int, free: frozenset[int]
+) -> Moves:
+    """All moves of a block; CheckError where the plan leaves one open or impossible."""
+    ops = graph.ops[block.first_op : block.end_op]
+    made: dict[int, Lie] = {
+        value: (planned.placement, planned.gradient)
+        for value, planned in zip(block.inputs, program.inputs, strict=True)
+    }
+    readers: dict[int, list[tuple[tuple[int, int] | None, Lie]]] = {}
+    for op, planned in zip(ops, program.ops, strict=True):
+        if len(planned.input_gradients) != len(op.inputs) or len(planned.output_gradients) != len(op.outputs):
+            raise CheckError(f"program {program.id!r}: op {op.name} lacks the placements of its gradients")
+        lies = list(
+            zip((*planned.inputs, *planned.outputs), (*planned.input_gradients, *planned.output_gradients), strict=True)
+        )
+        for at, value in enumerate(op.inputs):
+            if graph.values[value].kind == "activation" and value not in free:
+                readers.setdefault(value, []).append(((op.id, at), lies[at]))
+        for at, value in enumerate(op.outputs):
+            made[value] = lies[len(op.inputs) + at]
+    for value, output in zip(block.outputs, program.outputs, strict=True):
+        if value not in free:
+            readers.setdefault(value, []).append((None, (output.placement, output.gradient)))
+    shared = {value.name: (value.placement, value.gradient) for value in program.shared}
+    found = Moves()
+    for value, reads in readers.items():
+        name = graph.values[value].name
+        via = made[value]
+        if len(reads) > 1:
+            if name not in shared:
+                raise CheckError(f"program {program.id!r}: {name} has {len(reads)} readers but no shared placement")
+            via = shared[name]
+            _move(found, graph, value, made[value], via, mesh, micro_batch)
+        for lie in dict.fromkeys(lie for _, lie in reads):
+            _move(found, graph, value, via, lie, mesh, micro_batch)
+        for reader, lie in reads:
+            if reader is not None:
+                found.copies[reader] = ("made", value, "") if lie[0] == made[value][0] else ("moved", value, lie[0])
+    return found
+
+
+def _move(found: Moves, graph: Graph, value: int, source: Lie, target: Lie, mesh: Mesh, micro_batch: int) -> None:
+    tensor = graph.values[value]
+    shape = sizes_at(graph, tensor.shape, micro_batch)
+    found.forward.append(mesh.route(shape, tensor.itemsize, source[0], target[0]))
+    if tensor.requires_grad:
+        found.backward.append(mesh.route(shape, tensor.itemsize, target[1], source[1]))
+
+
+def kept(
+    graph: Graph,
+    profile: GraphProfile,
+    block: Block,
+    program: BlockProgram,
+    mesh: Mesh,
+    micro_batch: int,
+    moved: Moves,
+    free: frozenset[int],
+    shards: dict[int, tuple[int, int]],
+) -> Kept:
+    """What one micro-batch keeps; ``shards`` is by how many ranks each op's work is divided, and by how many of
+    axes that do not cut the batch."""
+    earlier = _kept_before(graph, profile, block.first_op)
+    held: dict[Copy, float] = {}
+    core: set[Copy] = set()
+    roots: dict[int, Copy] = {}
+    placed = {v: p.placement for v, p in zip(block.inputs, program.inputs, strict=True)}
+    saved = inside = 0.0
+
+    def size_of(copy: Copy, value: int, text: str) -> float:
+        """Bytes of a copy, of which a saver sees ``value`` lying as ``text``."""
+        if copy[0] == "moved" or (copy[1] in placed and copy[1] not in free):
+            owner = graph.values[copy[1]]
+            tokens = parse_placements(copy[2] if copy[0] == "moved" else placed[copy[1]])
+            return float(mesh.local_bytes(sizes_at(graph, owner.shape, micro_batch), owner.itemsize, tokens))
+        # memory of an earlier block, or of what is at hand anywhere: as much of the whole as the saver's part of it
+        owner, seen = graph.values[copy[1]], sizes_at(graph, graph.values[value].shape, micro_batch)
+        whole = prod(sizes_at(graph, owner.shape, micro_batch)) * owner.itemsize
+        return whole * mesh.local_bytes(seen, 1, parse_placements(text)) / max(prod(seen), 1)
+
+    for op, planned in zip(graph.ops[block.first_op : block.end_op], program.ops, strict=True):
+        if free.issuperset((*op.inputs, *op.outputs)):
+            continue
+        ran = profile.ops[op.id]
+        is_core = "scaled_dot_product" in op.target
+        memory: dict[int, Copy] = {}
+        for at, value in enumerate(op.inputs):
+            copy = moved.copies.get((op.id, at), ("made", value, ""))
+            memory[value] = (
+                roots.get(value, ("made", profile.owners[value], "")) if copy == ("made", value, "") else copy
+            )
+        for at, value in enumerate(op.outputs):
+            owner = profile.owners[value]
+            viewed = next((v for v in op.inputs if owner != value and profile.owners[v] == owner), None)
+            roots[value] = ("made", value, "") if viewed is None else memory[viewed]
+            placed[value] = planned.outputs[at]
+            memory.setdefault(value, roots[value])
+            if is_core and viewed is None:
+                core.add(roots[value])
+        texts = (*planned.inputs, *planned.outputs)
+        for at in (*ran.saved_inputs, *(len(op.inputs) + i for i in ran.saved_outputs)):
+            value = (*op.inputs, *op.outputs)[at]
+            copy = memory[value]
+            if graph.values[profile.owners[value]].kind not in ("parameter", "buffer") and copy not in held:
+                held[copy] = 0.0 if copy[0] == "made" and copy[1] in earlier else size_of(copy, value, texts[at])
+        grows = any(graph.batch.grows(size) for shape, _ in ran.saved_internal for size in shape)
+        divisor = shards[op.id][0] * graph.batch.traced / micro_batch if grows else shards[op.id][1]
+        internal = sum(prod(shape) * itemsize for shape, itemsize in ran.saved_internal) / divisor
+        saved, inside = (saved, inside + internal) if is_core else (saved + internal, inside)
+    read = {
+        value
+        for op in graph.ops[block.first_op : block.end_op]
+        if not free.issuperset((*op.inputs, *op.outputs))
+        for value in op.inputs
+    }
+    inputs = sum(
+        mesh.local_bytes(
+            sizes_at(graph, graph.values[value].shape, micro_batch),
+            graph.values[value].itemsize,
+            parse_placements(planned.placement),
+        )
+        for value, planned in zip(block.inputs, program.inputs, strict=True)
+        if value in read
+    )
+    return Kept(
+        saved=saved + sum(size for copy, size in held.items() if copy not in core),
+        core=inside + sum(size for copy, size in held.items() if copy in core),
+        inputs=float(inputs),
+    )
+
+
+def _kept_before(graph: Graph, profile: GraphProfile, first_op: int) -> set[int]:
+    """Values whose memory an op of an earlier block keeps: it is charged there."""
+    found = set()
+    for op in graph.ops[:first_op]:
+        ran = profile.ops[op.id]
+        tensors = (*op.inputs, *op.outputs)
+        for at in (*ran.saved_inputs, *(len(op.inputs) + i for i in ran.saved_outputs)):
+            found.add(profile.owners[tensors[at]])
+    return found

@@ -1,0 +1,277 @@
+"""What one op computes on one rank, read from the shapes its placements leave there.
+
+    kernels that move memory   bytes of the op's profile / axes that shard it / sustained bandwidth
+    matmul                     device curve at the local (b, m, n, k); the backward once as (m, k, n) for the first
+                               operand's gradient and once as (n, k, m) for the second's, as far as each is wanted
+    attention                  device curve at the local shape, forward and backward
+    exchanged inside           all_reduce of the statistics that the op's rule names, over axes that shard the label
+
+Labels (of the op's sharding rule) name equal dims of different tensors: all tensors must leave a label at the same local
+size, the label a rule contracts must leave a partial sum, and an input that lacks a sharded label a partial gradient.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from autopar.cluster.device import ITEMSIZE, Device
+from autopar.cluster.software import load_software
+from autopar.graph.ir import Graph, Op, OpProfile
+from autopar.inter.judge_routes import Mesh, Step, local_shape
+from autopar.plan.errors import CheckError
+from autopar.plan.mesh import parse_placements, shard_dim
+from autopar.plan.plan import Execution, OpPlan
+from autopar.rules.registry import rule_of
+from autopar.rules.rule import NO_LABEL, OpRule
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpPrice:
+    """Seconds of the kernels, forward and backward, and the collectives the op issues by itself. ``shards`` is by how
+    many ranks its work is divided, the data axis included; ``fixed_shards`` counts only axes that cut a dim which does not
+    grow with the batch: statistics over the batch (of batch norm) are divided by no other."""
+
+    forward_s: float
+    backward_s: float
+    forward_steps: tuple[Step, ...]
+    backward_steps: tuple[Step, ...]
+    shards: int
+    fixed_shards: int
+
+
+def sizes_at(graph: Graph, shape: Sequence[int], micro_batch: int) -> tuple[int, ...]:
+    """A traced shape at ``micro_batch`` samples."""
+    return tuple(graph.batch.scale(size, micro_batch) for size in shape)
+
+
+def price_op(
+    graph: Graph,
+    op: Op,
+    profile: OpProfile,
+    planned: OpPlan,
+    micro_batch: int,
+    mesh: Mesh,
+    execution: Execution,
+    fused: tuple[float, float] = (0.0, 0.0),
+) -> OpPrice:
+    """``fused`` is the traffic, forward and backward, that fusion saves. CheckError where the placements contradict each other."""
+    rule = rule_of(op, graph.values)
+    values = [graph.values[value] for value in (*op.inputs, *op.outputs)]
+    placed = [parse_placements(text) for text in (*planned.inputs, *planned.outputs)]
+    labelled = (*rule.inputs, *rule.outputs)
+    local: dict[int, int] = {}
+    for value, tokens, labels in zip(values, placed, labelled, strict=True):
+        shape = local_shape(sizes_at(graph, value.shape, micro_batch), tokens, mesh.sizes)
+        for dim, label in enumerate(labels):
+            if label != NO_LABEL and local.setdefault(label, shape[dim]) != shape[dim]:
+                raise CheckError(f"op {op.name}: its tensors disagree on how a dim is cut: {_told(planned)}")
+    _check_partial(op, rule, planned, placed, labelled, values_grad=[v.requires_grad for v in values[: len(op.inputs)]])
+    sharding = [any(shard_dim(tokens[axis]) is not None for tokens in placed) for axis in range(len(mesh.sizes))]
+    shards = prod(size for size, cut in zip(mesh.sizes, sharding, strict=True) if cut)
+    fixed = [
+        any(
+            (cut := shard_dim(tokens[axis])) is not None and not graph.batch.grows(value.shape[cut])
+            for value, tokens in zip(values, placed, strict=True)
+        )
+        for axis in range(len(mesh.sizes))
+    ]
+    grows = any(graph.batch.grows(size) for value in values for size in value.shape)
+    scale = micro_batch / graph.batch.traced if grows else 1.0
+    device = mesh.cluster.device
+    traffic = _traffic(graph, op, rule, profile, placed, labelled, execution, fused)
+    forward, backward = (float(device.memory_bound_s(num_bytes * scale / shards)) for num_bytes in traffic)
+    if profile.forward_flops:
+        if rule.compute == "attention":
+            times = _attention(graph, op, rule, profile, local, device, execution)
+        else:
+            times = _matmul(graph, op, rule, profile, local, shards, micro_batch, device)
+        forward, backward = forward + times[0], backward + times[1]
+    steps = _inside(graph, rule, placed, labelled, micro_batch, mesh)
+    return OpPrice(
+        forward_s=forward,
+        backward_s=backward,
+        forward_steps=steps[0],
+        backward_steps=steps[1],
+        shards=shards,
+        fixed_shards=prod(size for size, cut in zip(mesh.sizes, fixed, strict=True) if cut),
+    )
+
+
+def _traffic(
+    graph: Graph,
+    op: Op,
+    rule: OpRule,
+    profile: OpProfile,
+    placed: Sequence[tuple[str, ...]],
+    labelled: Sequence[tuple[int, ...]],
+    execution: Execution,
+    fused: tuple[float, float],
+) -> tuple[float, float]:
+    """Whole traced bytes, forward and backward; a cross entropy over a cut vocabulary is a chain of fp32 kernels."""
+    cut = {
+        labels[dim]
+        for tokens, labels in zip(placed, labelled, strict=True)
+        for token in tokens
+        if (dim := shard_dim(token)) is not None
+    } - {NO_LABEL}
+    if "cross_entropy_loss" in op.target and any(_kind(rule, label) == "inside" for label in cut):
+        logits, software = prod(graph.values[op.inputs[0]].shape), load_software(execution.fusion)
+        return logits * software.loss_forward_bytes_per_logit, logits * software.loss_backward_bytes_per_logit
+    return max(profile.forward_bytes - fused[0], 0.0), max(profile.backward_bytes - fused[1], 0.0)
+
+
+def _told(planned: OpPlan) -> str:
+    return f"{', '.join(planned.inputs)} -> {', '.join(planned.outputs)}"
+
+
+def _check_partial(
+    op: Op,
+    rule: OpRule,
+    planned: OpPlan,
+    placed: list[tuple[str, ...]],
+    labelled: Sequence[tuple[int, ...]],
+    values_grad: list[bool],
+) -> None:
+    """On an axis that shards the op by labels, what lacks them is partial: outputs forward, inputs backward."""
+    gradients = [parse_placements(text) if text else None for text in planned.input_gradients]
+    num_inputs = len(op.inputs)
+    for axis in range(len(placed[0]) if placed else 0):
+        cut = {
+            labels[dim]
+            for tokens, labels in zip(placed, labelled, strict=True)
+            if (dim := shard_dim(tokens[axis])) is not None
+        } - {NO_LABEL}
+        if not cut or rule.groups:
+            continue
+        if len({_kind(rule, label) for label in cut}) == 1 and next(iter(cut)) < len(rule.kinds):
+            kind = _kind(rule, next(iter(cut)))
+            if kind == "whole":
+                raise CheckError(f"op {op.name}: it is cut along a dim that must be whole: {_told(planned)}")
+            for tokens in placed[num_inputs:]:
+                if kind == "sum" and tokens[axis] != "P":
+                    raise CheckError(
+                        f"op {op.name}: a contracted dim is cut but the result is no sum: {_told(planned)}"
+                    )
+        for at, gradient in enumerate(gradients):
+            if gradient is not None and values_grad[at] and placed[at][axis] == "R" and gradient[axis] != "P":
+                raise CheckError(f"op {op.name}: input {at} is whole in an op that is cut, its gradient is no sum")
+
+
+def _kind(rule: OpRule, label: int) -> str:
+    return rule.kinds[label] if label < len(rule.kinds) else "parallel"
+
+
+def _dtype(graph: Graph, op: Op) -> str:
+    return next((v.dtype for v in (graph.values[i] for i in op.inputs) if v.dtype in DTYPES), "float32")
+
+
+def _matmul(
+    graph: Graph,
+    op: Op,
+    rule: OpRule,
+    profile: OpProfile,
+    local: dict[int, int],
+    shards: int,
+    micro_batch: int,
+    device: Device,
+) -> tuple[float, float]:
+    traced = {
+        label: size
+        for value, labels in zip((*op.inputs, *op.outputs), (*rule.inputs, *rule.outputs), strict=True)
+        for size, label in zip(graph.values[value].shape, labels, strict=True)
+    }
+    whole = dict.fromkeys("bmnk", 1)
+    here = dict.fromkeys("bmnk", 1)
+    for label, role in rule.roles:
+        whole[role] *= traced.get(label, 1)
+        here[role] *= local.get(label, 1)
+    b, m, n, k = (float(here[role]) for role in "bmnk")
+    repeats = profile.forward_flops / (2.0 * prod(whole.values()))
+    if not rule.roles:  # unknown: a square product of as many FLOPs
+        power, rest = 0, profile.forward_flops
+        while rest % graph.batch.prime == 0:
+            power, rest = power + 1, rest // graph.batch.prime
+        flops = profile.forward_flops * (micro_batch / graph.batch.traced) ** power / shards
+        b, repeats = 1.0, 1.0
+        m = n = k = (flops / 2) ** (1 / 3)
+    dtype = _dtype(graph, op)
+    vector = 16 // ITEMSIZE[dtype]  # elements of a vector load, which rows of odd length that nothing cuts spoil
+    aligned = not any(
+        role in "nk" and (size := traced.get(label, 1)) > vector and size % vector and local.get(label, 1) == size
+        for label, role in rule.roles
+    )
+    forward = repeats * float(device.matmul_s(m, n, k, b, dtype=dtype, aligned=aligned))
+    operands = op.inputs[1:3] if "addmm" in op.target else op.inputs[:2]
+    wanted = [graph.values[value].requires_grad for value in operands]
+    products = [shape for shape, want in zip(((m, k, n), (n, k, m)), wanted, strict=False) if want] or [(m, n, k)]
+    share = profile.backward_flops / profile.forward_flops / len(products)
+    backward = sum(
+        repeats * share * float(device.matmul_s(*shape, b, dtype=dtype, aligned=aligned)) for shape in products
+    )
+    return forward, backward
+
+
+def _attention(
+    graph: Graph,
+    op: Op,
+    rule: OpRule,
+    profile: OpProfile,
+    local: dict[int, int],
+    device: Device,
+    execution: Execution,
+) -> tuple[float, float]:
+    sizes = dict.fromkeys("bhqkd", 1)
+    for label, role in rule.roles:
+        sizes[role] *= local.get(label, 1)
+    heads, kv_heads = (graph.values[op.inputs[at]].shape[-3] for at in (0, 1))
+    causal = any(argument is True for argument in op.args[3:]) or dict(op.kwargs).get("is_causal") is True
+    times = [
+        float(
+            device.attention_s(
+                sizes["b"],
+                sizes["h"],
+                max(sizes["h"] * kv_heads / heads, 1),
+                sizes["q"],
+                sizes["k"],
+                sizes["d"],
+                causal=causal,
+                dtype=_dtype(graph, op),
+                backward=backward,
+                flash=execution.attn == "flash",
+            )
+        )
+        for backward in (False, True)
+    ]
+    return times[0], times[1] if profile.backward_flops else 0.0
+
+
+def _inside(
+    graph: Graph,
+    rule: OpRule,
+    placed: list[tuple[str, ...]],
+    labelled: Sequence[tuple[int, ...]],
+    micro_batch: int,
+    mesh: Mesh,
+) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+    inside = rule.inside
+    if inside is None:
+        return (), ()
+    exchanged, dividing = [], 1
+    for axis, size in enumerate(mesh.sizes):
+        cut = {
+            labels[dim]
+            for tokens, labels in zip(placed, labelled, strict=True)
+            if (dim := shard_dim(tokens[axis])) is not None
+        } - {NO_LABEL}
+        if any(_kind(rule, label) == "inside" for label in cut):
+            exchanged.append(axis)
+        elif cut & set(inside.labels):
+            dividing *= size
+    found: list[tuple[Step, ...]] = []
+    for whole in (inside.forward_bytes, inside.backward_bytes):
+        scale = micro_batch / graph.batch.traced if graph.batch.grows(whole) else 1.0
+        step = mesh.step("all_reduce", whole * scale / dividing, tuple(exchanged))
+        found.append(() if step is None else (step,))
+    return found[0], found[1]

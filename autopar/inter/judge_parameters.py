@@ -1,0 +1,174 @@
+"""What the parameters of a block cost, read from where the plan keeps each, its gradient and its optimizer state.
+
+G    axes over which the optimizer state is cut and the use is not
+D    axes on which a use leaves a partial gradient
+parameters cut over G   all_gather before forward and before backward, reduce_scatter after it: per micro-batch
+gradients cut over G    reduce_scatter per micro-batch; all_gather of parameters per step
+optimizer cut over G    reduce_scatter and all_gather per step
+D without G             all_reduce of the gradient at rest, per step
+optimizer               the program's bytes an element, at sustained bandwidth
+accumulation            reads the new gradient and the sum, writes the sum, per micro-batch where there are several
+
+Collectives are parts of those of a bucket; fp16 programs reduce gradients in fp16.
+"""
+
+from dataclasses import dataclass, replace
+
+from autopar.cluster.software import load_software
+from autopar.cost.parameters import BUCKET_BYTES
+from autopar.graph.ir import Block, Graph
+from autopar.inter.judge_routes import Mesh, Step
+from autopar.plan.errors import CheckError
+from autopar.plan.mesh import parse_placements
+from autopar.plan.plan import BlockProgram, CollectiveKind, Execution, ParameterPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterPrice:
+    """Seconds and bytes of all parameters of a block; ``gathered_bytes`` is what gathers bring in at once."""
+
+    forward_s: float
+    backward_s: float
+    reduction_s: float
+    optimizer_s: float
+    accumulate_s: float
+    parameters_bytes: float
+    gradients_bytes: float
+    optimizer_bytes: float
+    gathered_bytes: float
+    microbatch_steps: tuple[Step, ...]
+    once_steps: tuple[Step, ...]
+
+
+def price_parameters(
+    graph: Graph,
+    block: Block,
+    program: BlockProgram,
+    mesh: Mesh,
+    execution: Execution,
+    stored: frozenset[int],
+    accumulates: bool = False,
+) -> ParameterPrice:
+    """``stored`` parameters are kept and reduced by an earlier block of the stage."""
+    plans = _by_value(graph, block, program)
+    sums = dict.fromkeys(("forward", "backward", "reduction", "optimizer", "p", "g", "o", "gathered", "sum"), 0.0)
+    software, device = load_software(execution.fusion), mesh.cluster.device
+    per_microbatch: list[Step] = []
+    once: list[Step] = []
+    for value, planned in plans.items():
+        if value in stored:
+            continue
+        tensor = graph.values[value]
+        compute, optimizer = parse_placements(planned.compute), parse_placements(planned.optimizer)
+        size = mesh.local_bytes(tensor.shape, tensor.itemsize, compute)
+        if tensor.kind == "buffer" or not tensor.requires_grad:
+            sums["p"] += size
+            continue
+        partial = _partial_axes(graph, block, program, value, planned, mesh)
+        cut = tuple(axis for axis, (a, b) in enumerate(zip(compute, optimizer, strict=True)) if a != b)
+        _check_storage(program, planned, cut, partial, mesh)
+        elements = size / tensor.itemsize
+        gradient = elements * (4 if execution.grads == "fp32" else tensor.itemsize)
+        master = 4 if tensor.itemsize < 4 else 0
+        state = elements * (master + (8 if execution.optimizer == "adamw" else 0))
+        shards = mesh.degree(cut)
+        stage3, stage2 = planned.parameter == planned.optimizer and bool(cut), _cut_gradient(planned, cut)
+        sent = elements * tensor.itemsize if execution.dtype == "fp16" else gradient
+        gather, scatter = _part(mesh, "all_gather", size, cut), _part(mesh, "reduce_scatter", sent, cut)
+        rest = _part(mesh, "all_reduce", sent / shards, tuple(axis for axis in partial if axis not in cut))
+        if stage3:
+            sums["forward"] += _time(gather)
+            sums["backward"] += _time(gather) + _time(scatter)
+            sums["gathered"] += size * (1 - 1 / shards)
+            per_microbatch += [step for step in (gather, gather, scatter) if step]
+        else:
+            sums["optimizer"] += _time(gather)
+            sums["backward" if stage2 else "reduction"] += _time(scatter)
+            once += [gather] if gather else []
+            (per_microbatch if stage2 else once).extend([scatter] if scatter else [])
+        sums["reduction"] += _time(rest)
+        once += [rest] if rest else []
+        moved = software.optimizer_bytes_half if tensor.itemsize < 4 else software.optimizer_bytes_full
+        moved -= 16 if execution.optimizer == "sgd" else 0
+        sums["optimizer"] += float(device.memory_bound_s(elements * moved / shards))
+        if accumulates:
+            added = (elements * tensor.itemsize + 2 * gradient) / (shards if stage2 or stage3 else 1)
+            sums["sum"] += float(device.memory_bound_s(added))
+        sums["p"] += size / (shards if stage3 else 1)
+        sums["g"] += gradient / (shards if stage2 else 1)
+        sums["o"] += state / shards
+    return ParameterPrice(
+        forward_s=sums["forward"],
+        backward_s=sums["backward"],
+        reduction_s=sums["reduction"],
+        optimizer_s=sums["optimizer"],
+        accumulate_s=sums["sum"],
+        parameters_bytes=sums["p"],
+        gradients_bytes=sums["g"],
+        optimizer_bytes=sums["o"],
+        gathered_bytes=sums["gathered"],
+        microbatch_steps=tuple(per_microbatch),
+        once_steps=tuple(once),
+    )
+
+
+def _part(mesh: Mesh, kind: CollectiveKind, num_bytes: float, axes: tuple[int, ...]) -> Step | None:
+    """A tensor's share of its bucket's collective."""
+    step, bucket = mesh.step(kind, num_bytes, axes), mesh.step(kind, float(BUCKET_BYTES), axes)
+    return None if step is None or bucket is None else replace(step, time_s=bucket.time_s * num_bytes / BUCKET_BYTES)
+
+
+def _time(step: Step | None) -> float:
+    return 0.0 if step is None else step.time_s
+
+
+def _cut_gradient(planned: ParameterPlan, cut: tuple[int, ...]) -> bool:
+    gradient, optimizer = parse_placements(planned.gradient), parse_placements(planned.optimizer)
+    return bool(cut) and all(gradient[axis] == optimizer[axis] for axis in cut)
+
+
+def _by_value(graph: Graph, block: Block, program: BlockProgram) -> dict[int, ParameterPlan]:
+    by_name = {name: value for value in block.parameters for name in _names(graph, value)}
+    found = {}
+    for planned in program.parameters:
+        if planned.name not in by_name:
+            raise CheckError(f"program {program.id!r}: block {block.name} has no parameter {planned.name}")
+        found[by_name[planned.name]] = planned
+    return found
+
+
+def _names(graph: Graph, value: int) -> tuple[str, ...]:
+    return graph.values[value].names or (graph.values[value].name,)
+
+
+def _partial_axes(
+    graph: Graph, block: Block, program: BlockProgram, value: int, planned: ParameterPlan, mesh: Mesh
+) -> tuple[int, ...]:
+    """D: what the uses of a parameter say of its gradient; all uses must take the parameter as it is planned."""
+    found: set[tuple[int, ...]] = set()
+    for op, at_op in zip(graph.ops[block.first_op : block.end_op], program.ops, strict=True):
+        for at, read in enumerate(op.inputs):
+            if read == value:
+                if at_op.inputs[at] != planned.compute:
+                    raise CheckError(
+                        f"op {op.name} reads {planned.name} as {at_op.inputs[at]}, the plan keeps {planned.compute}"
+                    )
+                tokens = parse_placements(at_op.input_gradients[at])
+                found.add(tuple(axis for axis, token in enumerate(tokens) if token == "P" and mesh.sizes[axis] > 1))
+    if len(found) > 1:
+        raise CheckError(f"uses of {planned.name} leave its gradient partial over different axes")
+    return found.pop() if found else ()
+
+
+def _check_storage(
+    program: BlockProgram, planned: ParameterPlan, cut: tuple[int, ...], partial: tuple[int, ...], mesh: Mesh
+) -> None:
+    wrong = [axis for axis in cut if mesh.sizes[axis] > 1 and axis not in partial]
+    if wrong:
+        raise CheckError(f"program {program.id!r}: {planned.name} is cut over an axis that does not replicate it")
+    for role, text in (("parameter", planned.parameter), ("gradient", planned.gradient)):
+        tokens, compute = parse_placements(text), parse_placements(planned.compute)
+        optimizer = parse_placements(planned.optimizer)
+        for axis, token in enumerate(tokens):
+            if token not in (compute[axis], optimizer[axis]) and not (role == "gradient" and token == "P"):
+                raise CheckError(f"program {program.id!r}: the {role} of {planned.name} lies as {text}")

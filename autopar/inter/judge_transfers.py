@@ -1,0 +1,94 @@
+"""Transfers between stages as the judge finds them: what crosses a cut, where it lies on both sides, which links it takes.
+
+Every rank of the receiving stage gets its own part: forward the activation as it lies at the receiver's blocks' inputs,
+backward its gradient as it lies at the previous stage's outputs. A value made further back passes through the stages
+between. Both runs of devices in one node talk over its links, else the senders in a node share its NICs.
+"""
+
+from dataclasses import dataclass
+
+from autopar.graph.ir import Block, Graph
+from autopar.inter.judge_ops import sizes_at
+from autopar.inter.judge_routes import Mesh
+from autopar.plan.mesh import parse_placements
+from autopar.plan.plan import Plan, ValuePlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Send:
+    """What one rank receives per micro-batch from a stage, and how long that takes; ``whole_bytes`` is the tensor."""
+
+    time_s: float
+    sizes_bytes: tuple[int, ...]
+
+
+NOTHING = Send(time_s=0.0, sizes_bytes=())
+
+
+def sends(
+    plan: Plan, graph: Graph, blocks: tuple[Block, ...], meshes: list[Mesh], free: frozenset[int]
+) -> list[tuple[Send, Send]]:
+    """Per stage: to the next stage, and of the gradient to the previous one."""
+    crossing = [_crossing(graph, blocks, stage.blocks[0].index, free) for stage in plan.stages]
+    found = []
+    for at in range(len(plan.stages)):
+        forward = _send(plan, graph, blocks, meshes, at, at + 1, crossing[at + 1]) if at + 1 < len(meshes) else NOTHING
+        backward = _send(plan, graph, blocks, meshes, at, at - 1, crossing[at]) if at else NOTHING
+        found.append((forward, backward))
+    return found
+
+
+def _crossing(graph: Graph, blocks: tuple[Block, ...], first: int, free: frozenset[int]) -> tuple[int, ...]:
+    """Activations with a gradient that blocks before ``first`` make and others read, in order of id."""
+    made = {v for block in blocks[:first] for op in graph.ops[block.first_op : block.end_op] for v in op.outputs}
+    read = {value for block in blocks[first:] for value in block.inputs}
+    return tuple(sorted(v for v in made & read if graph.values[v].requires_grad and v not in free))
+
+
+def _send(
+    plan: Plan,
+    graph: Graph,
+    blocks: tuple[Block, ...],
+    meshes: list[Mesh],
+    sender: int,
+    receiver: int,
+    values: tuple[int, ...],
+) -> Send:
+    mesh = meshes[receiver]
+    sizes = []
+    for value in values:
+        text = _lie(plan, graph, blocks, receiver, value, forward=receiver > sender)
+        tensor = graph.values[value]
+        shape = sizes_at(graph, tensor.shape, plan.micro_batch_size)
+        sizes.append(mesh.local_bytes(shape, tensor.itemsize, parse_placements(text)))
+    cluster = mesh.cluster
+    per_node = cluster.devices_per_node
+    devices = [
+        d
+        for at in (sender, receiver)
+        for d in (meshes[at].first_device, meshes[at].first_device + meshes[at].num_devices - 1)
+    ]
+    one_node = min(devices) // per_node == max(devices) // per_node
+    sharers = min(meshes[sender].num_devices, per_node)
+    time_s = float(cluster.transfer_s(float(sum(sizes)), same_node=one_node, sharers=sharers))
+    return Send(time_s=time_s, sizes_bytes=tuple(sizes))
+
+
+def _lie(plan: Plan, graph: Graph, blocks: tuple[Block, ...], stage: int, value: int, *, forward: bool) -> str:
+    """How a stage takes a value in (or, backward, its gradient): as its first reader or maker does, cut by the batch
+    alone where it only passes through."""
+    refs = plan.stages[stage].blocks
+    for ref in refs if forward else reversed(refs):
+        block, program = blocks[ref.index], plan.program(ref.program)
+        sides: list[tuple[tuple[int, ...], tuple[ValuePlan, ...]]] = [(block.inputs, program.inputs)]
+        if not forward:
+            sides.insert(0, (block.outputs, program.outputs))
+        for values, planned in sides:
+            if value in values:
+                lie = planned[values.index(value)]
+                return lie.placement if forward else lie.gradient.replace("P", "R")
+    tokens = ["R"] * len(plan.stages[stage].axes)
+    grows = next((dim for dim, size in enumerate(graph.values[value].shape) if graph.batch.grows(size)), None)
+    if grows is not None and plan.stages[stage].axes[0].name == "dp":
+        tokens[0] = f"S({grows})"
+    return "".join(tokens)

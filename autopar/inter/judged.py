@@ -1,0 +1,24 @@
+"""A plan as it is handed out: judged, and with the judge's list of collectives in its estimate."""
+
+import msgspec
+
+from autopar.cluster.cluster import Cluster
+from autopar.inter.blocks import Blocks
+from autopar.inter.judge import differences, judge
+from autopar.plan.errors import CheckError
+from autopar.plan.plan import Plan
+
+
+def judged(plan: Plan, blocks: Blocks, cluster: Cluster) -> Plan:
+    """``plan`` with its collectives. A plan whose figures are not those of its placements, or whose placements the judge
+    cannot follow, says so in its notes: what it cannot vouch for it does not hide, and does not withhold."""
+    try:
+        verdict = judge(plan, blocks.graph, blocks.blocks, cluster, blocks.profile)
+    except CheckError as error:
+        return msgspec.structs.replace(plan, notes=(*plan.notes, f"not judged from its placements: {error}"))
+    found = list(differences(plan, verdict))
+    notes = plan.notes
+    if found:
+        notes = (*notes, f"priced from its placements the plan differs: {found[0]}")
+    estimate = msgspec.structs.replace(plan.estimate, collectives=verdict.collectives)
+    return msgspec.structs.replace(plan, estimate=estimate, notes=notes)

@@ -1,0 +1,164 @@
+"""From a plan and a model to a trainer: the way in."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from autopar.graph.blocks import cut_blocks, order_for_blocks
+from autopar.graph.retype import retyped
+from autopar.graph.trace import trace
+from autopar.plan.errors import AutoparError, PlanFileError, UsageError
+from autopar.plan.plan import Plan
+from autopar.runtime.collectives import sequence_of
+from autopar.runtime.mesh import make_meshes
+from autopar.runtime.parameters import MakeOptimizer, StageParameters, tie
+from autopar.runtime.program import build_programs
+from autopar.runtime.runner import Mode, StageRunner
+from autopar.runtime.stage import KEY, StageFunction
+from autopar.runtime.trainer import Trainer
+from autopar.workload.load import load_workload
+from autopar.workload.workload import Workload
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def apply(
+    plan: Plan,
+    model: nn.Module,
+    *,
+    optimizer: MakeOptimizer | None = None,
+    workload: Workload | None = None,
+    mode: Mode = "lowered",
+    clip_norm: float | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    dtype: str | None = None,
+    twin: bool = False,
+) -> Trainer:
+    """This rank's trainer of ``plan``; collective over the world, which must have as many ranks as the plan GPUs.
+
+    ``model`` holds the initial weights, alike on every rank; each keeps only its parts of them. ``optimizer`` makes a
+    torch optimizer that works element by element (AdamW, SGD) on a list of fp32 parameters. ``seed`` is dropout's; ``workload`` is only needed for
+    a model built in Python. ``dtype`` ("float64") computes in another dtype than the plan's; ``twin`` takes a
+    model of the plan's structure in other sizes. Raises UsageError (world size, differing plans), PlanFileError (the model is another)."""
+    check_world(plan)
+    workload = workload or workload_of(plan)
+    where = torch.device(device) if device is not None else _own_device()
+    traced = trace(workload, dtype=DTYPES[plan.execution.dtype])  # type: ignore[arg-type]
+    graph = order_for_blocks(traced.graph)
+    if not twin and graph.fingerprint != plan.model.graph_fingerprint:
+        raise PlanFileError(
+            f"the plan is for another model: fingerprint {plan.model.graph_fingerprint[:12]}, this one has "
+            f"{graph.fingerprint[:12]}; plan again"
+        )
+    graph = retyped(graph, dtype) if dtype is not None else graph
+    programs, crossings = build_programs(plan, graph, cut_blocks(graph))
+    rank = dist.get_rank()
+    meshes = make_meshes(plan.stages, rank)
+    tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    names = {value.id: value.names for value in graph.values if value.kind in ("parameter", "buffer")}
+    dtypes = {value.id: getattr(torch, value.dtype) for value in graph.values} | {KEY: torch.int64}
+
+    def source(value: int) -> Tensor:
+        return _real(tensors, names[value])
+
+    stages, stored = {}, {}
+    for program, mesh in zip(programs, meshes, strict=True):
+        if not mesh.contains(rank):
+            continue
+        constants = {
+            value: traced.constants[graph.values[value].name].to(where, dtypes[value]) for value in program.constants
+        }
+        function = StageFunction(program, graph, mesh, constants, where)
+        stored[program.index] = StageParameters(
+            program, mesh, names, source, dtypes, where, same_gradients=plan.execution.grads == "same"
+        )
+        stages[program.index] = StageRunner(function, stored[program.index], dtypes, mode)
+    check_collectives(stages)
+    return Trainer(
+        plan=plan,
+        graph=graph,
+        programs=programs,
+        crossings=crossings,
+        meshes=meshes,
+        stages=stages,
+        ties=tie(stored, programs, meshes, rank),
+        make_optimizer=optimizer,
+        input_names=tuple(workload.inputs(1)),
+        persistent=frozenset(model.state_dict()),
+        clip_norm=clip_norm,
+        seed=seed,
+        device=where,
+    )
+
+
+def workload_of(plan: Plan) -> Workload:
+    """The workload of a plan, from the model file that it names; PlanFileError where that is gone or changed."""
+    if plan.model.path is None:
+        raise UsageError("the plan is for a model built in Python; give apply(..., workload=...)")
+    path = Path(plan.model.path)
+    if not path.is_file():
+        raise PlanFileError(f"the plan is for {path}, which is not there; give apply(..., workload=...)")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if plan.model.source_hash not in (None, digest):
+        raise PlanFileError(f"{path} changed since the plan was made; plan again")
+    settings: dict[str, Any] = dict(plan.model.settings)
+    return load_workload(path, **settings)
+
+
+def check_world(plan: Plan) -> None:
+    """UsageError on every rank where the world has another size than the plan, or ranks hold different plans."""
+    if not dist.is_initialized():
+        raise UsageError("torch.distributed is not initialised: call init_process_group, or start with torchrun")
+    world = dist.get_world_size()
+    if world != plan.gpus:
+        raise UsageError(f"the plan is for {plan.gpus} ranks, the world has {world}; start {plan.gpus}, or plan again")
+    digest = hashlib.sha256(msgspec.json.encode(plan)).hexdigest()[:12]
+    found: list[Any] = [None] * world
+    dist.all_gather_object(found, digest)
+    if len(set(found)) > 1:
+        others = [f"rank {rank} has {other}" for rank, other in enumerate(found) if other != found[0]]
+        raise UsageError(f"the ranks hold different plans: rank 0 has {found[0]}, {', '.join(others[:8])}")
+
+
+def check_collectives(stages: Mapping[int, StageRunner]) -> None:
+    """AutoparError on every rank where ranks of one stage would run different collectives: they would hang."""
+    mine = {
+        index: hashlib.sha256("\n".join(sequence_of(stage.lowered, stage.function.mesh)).encode()).hexdigest()
+        for index, stage in stages.items()
+        if stage.lowered is not None
+    }
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    for index in sorted({index for theirs in found for index in theirs}):
+        ranks = {theirs[index]: rank for rank, theirs in enumerate(found) if index in theirs}
+        if len(ranks) > 1:
+            raise AutoparError(
+                f"ranks {sorted(ranks.values())} of stage {index} lowered it to different collectives; "
+                "run with mode='reference' and report the plan"
+            )
+
+
+def _own_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _real(tensors: dict[str, Tensor], names: tuple[str, ...]) -> Tensor:
+    """The tensor of any of these names; UsageError for one that was never initialised."""
+    for name in names:
+        found = tensors.get(name)
+        if found is not None:
+            if found.is_meta:
+                raise UsageError(
+                    f"parameter {name} has no values (it is on the meta device); initialise the model first"
+                )
+            return found.detach()
+    raise UsageError(f"the model has no parameter {names[0]}, which the plan places")

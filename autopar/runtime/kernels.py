@@ -1,0 +1,366 @@
+"""How an op runs on what one rank holds, so that the result is what its usage says.
+
+Most ops are their own local function. The table below lists the others: those with sizes among their literals, those that
+average, and those whose kernel must know which part of a dim it holds or must exchange something along it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from autopar.graph.ir import Batch, Op
+from autopar.graph.literals import resolve, restore
+from autopar.rules.labels import argument
+from autopar.runtime.exchange import sum_over
+from autopar.runtime.layout import chunk_bounds, cuts_of, local_pieces, local_shape
+from autopar.runtime.mesh import Mesh
+from autopar.runtime.move import all_reduce
+from autopar.runtime.randomness import drop
+from autopar.runtime.usage import Usage
+
+NONE, MEAN, SUM = 0, 1, 2  # torch's reductions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Around:
+    """What a kernel may ask for: ``whole(at)`` is input ``at`` replicated, ``key`` the number that random ops start from (of
+    this step and micro-batch, int64)."""
+
+    whole: Callable[[int], Tensor]
+    key: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """A result beside new values of buffers that the op writes, by position among its inputs."""
+
+    result: Any
+    buffers: dict[int, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LocalOp:
+    """An op on one rank; ``input_shapes`` and ``output_shapes`` are global, literals are those of the micro-batch."""
+
+    op: Op
+    usage: Usage
+    mesh: Mesh
+    input_shapes: tuple[tuple[int, ...], ...]
+    output_shapes: tuple[tuple[int, ...], ...]
+    device: torch.device
+
+    @property
+    def name(self) -> str:
+        return self.op.target.split(".")[1]
+
+    def local_output(self, at: int = 0) -> tuple[int, ...]:
+        """The shape of the rank's part of output ``at``."""
+        return local_shape(self.output_shapes[at], self.usage.outputs[at], self.mesh.sizes, self.mesh.coordinate)
+
+    def call(self, tensors: Sequence[Tensor], **changed: Any) -> Any:
+        """The op itself on local tensors, some arguments (by name) changed."""
+        overload = resolve(self.op.target)
+        schema = overload._schema
+        args, kwargs = restore(self.op, list(tensors), schema)
+        if "device" in kwargs:
+            kwargs["device"] = self.device
+        if changed:
+            names = [given.name for given in schema.arguments]
+            for name, value in changed.items():
+                if names.index(name) < len(args):
+                    args[names.index(name)] = value
+                else:
+                    kwargs[name] = value
+        return overload(*args, **kwargs)
+
+    def local_index(self, index: Tensor, at: int, dim: int) -> tuple[Tensor, Tensor]:
+        """Where global indices of a dim of input ``at`` lie on this rank (0 where they do not), and whether they do."""
+        placement, size = self.usage.inputs[at], self.input_shapes[at][dim]
+        mine = torch.ones_like(index, dtype=torch.bool)
+        for extent, start, length in self._chunks(placement, dim, size):
+            within = index % extent - start
+            here = (within >= 0) & (within < length)
+            index = torch.where(here, index // extent * length + within, 0)
+            mine = mine & here
+        return index, mine
+
+    def global_index(self, at: int, dim: int) -> Tensor:
+        """The global indices of a dim of input ``at`` that this rank holds, in order."""
+        placement, size = self.usage.inputs[at], self.input_shapes[at][dim]
+        chunks = self._chunks(placement, dim, size)
+        length = local_shape((size,) * (dim + 1), placement_of(placement, dim), self.mesh.sizes, self.mesh.coordinate)[
+            dim
+        ]
+        index = torch.arange(length, device=self.device)
+        for extent, start, held in reversed(chunks):
+            index = index // held * extent + start + index % held
+        return index
+
+    def _chunks(self, placement: Any, dim: int, size: int) -> list[tuple[int, int, int]]:
+        """(elements of a piece, start, length) of each cut of a dim, outermost first."""
+        found, held = [], size
+        for _, axis in cuts_of(placement, dim):
+            pieces = local_pieces(placement, axis, self.mesh.sizes)
+            extent = held // pieces
+            start, length = chunk_bounds(extent, self.mesh.sizes[axis], self.mesh.coordinate[axis])
+            found.append((extent, start, length))
+            held = pieces * length
+        return found
+
+    def only_first(self, tensor: Tensor, axes: Sequence[int]) -> Tensor:
+        """``tensor`` on the first rank of each axis, zeros on the others: a term of a sum that is to count once. All ranks
+        record the same operation, so that collectives of the backward pair."""
+        return tensor * (0.0 if any(self.mesh.coordinate[axis] for axis in axes) else 1.0) if axes else tensor
+
+
+def placement_of(placement: Any, dim: int) -> Any:
+    """The cuts of one dim alone."""
+    kept = {axis for _, axis in cuts_of(placement, dim)}
+    return tuple(token if axis in kept else "R" for axis, token in enumerate(placement))
+
+
+def at_micro_batch(op: Op, batch: Batch, micro_batch: int) -> Op:
+    """The op with the sizes among its literals scaled from the traced batch."""
+
+    def scaled(literal: Any) -> Any:
+        if isinstance(literal, tuple):
+            return tuple(scaled(element) for element in literal)
+        return batch.scale(literal, micro_batch) if type(literal) is int else literal
+
+    return replace(op, args=scaled(op.args), kwargs=tuple((name, scaled(value)) for name, value in op.kwargs))
+
+
+def run_op(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Any:
+    """The op's local result: a tensor, a tuple of tensors, or ``Written``."""
+    kernel = KERNELS.get(local.name)
+    if kernel is not None:
+        return kernel(local, tensors, around)
+    if resolve(local.op.target)._schema.is_mutable:
+        return _write(local, tensors)
+    return local.call(tensors)
+
+
+def _write(local: LocalOp, tensors: Sequence[Tensor]) -> Written:
+    """An in-place op on a buffer, by its functional twin; a copy takes the source's value in the buffer's dtype."""
+    if local.name == "copy_":
+        result = tensors[1].to(tensors[0].dtype).expand_as(tensors[0])
+    else:
+        namespace, name, overload = local.op.target.split(".")
+        twin = replace(local.op, target=f"{namespace}.{name.removesuffix('_')}.{overload}")
+        result = replace(local, op=twin).call(tensors).to(tensors[0].dtype)
+    return Written(result=result, buffers={0: result})
+
+
+def _reshape(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
+    return tensors[0].reshape(local.local_output())
+
+
+def _expand(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
+    return tensors[0].expand(local.local_output())
+
+
+def _split(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> tuple[Tensor, ...]:
+    dim = argument(local.op, 2, "dim", 0)
+    sizes = [local.local_output(at)[dim] for at in range(len(local.output_shapes))]
+    return tensors[0].split(sizes, dim)
+
+
+def _linear(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
+    if len(tensors) > 2:
+        return F.linear(tensors[0], tensors[1], local.only_first(tensors[2], local.usage.summed_axes()))
+    return F.linear(tensors[0], tensors[1])
+
+
+def _addmm(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Any:
+    return local.call((local.only_first(tensors[0], local.usage.summed_axes()), *tensors[1:]))
+
+
+def _convolution(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Any:
+    groups = argument(local.op, 6, "groups", 1)
+    if len(tensors) > 2:
+        tensors = (*tensors[:2], local.only_first(tensors[2], local.usage.summed_axes()))
+    if groups > 1:  # depthwise: as many groups as this rank holds channels
+        return local.call(tensors, groups=groups * local.local_output()[1] // local.output_shapes[0][1])
+    return local.call(tensors)
+
+
+def _mean(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
+    """A mean over a cut dim is this rank's term of the sum: its mean weighed by its share of the elements."""
+    result = local.call(tensors)
+    if not local.usage.summed_axes():
+        return result
+    reduced = tensors[0].numel() / max(result.numel(), 1)
+    count = prod(local.input_shapes[0]) / prod(local.output_shapes[0])
+    return result * (reduced / count)
+
+
+def _loss(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
+    result = local.call(tensors)
+    reduction = argument(local.op, _REDUCTION_AT.get(local.name, 2), "reduction", MEAN)
+    if reduction != MEAN or not local.usage.summed_axes():
+        return result
+    return result * (tensors[0].numel() / prod(local.input_shapes[0]))
+
+
+_REDUCTION_AT = {"binary_cross_entropy_with_logits": 4}
+
+
+def _embedding(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
+    """A shard of the vocabulary looks up what it has, zeros otherwise."""
+    weight, ids = tensors
+    padding = argument(local.op, 2, "padding_idx", -1)
+    if not cuts_of(local.usage.inputs[0], 0):
+        return local.call(tensors)
+    rows, mine = local.local_index(ids, 0, 0)
+    if padding >= 0:  # the row of the padding gets no gradient
+        counted = mine & (ids != padding)
+        looked_up = F.embedding(rows, weight)
+        looked_up = torch.where(counted.unsqueeze(-1), looked_up, looked_up.detach())
+    else:
+        looked_up = F.embedding(rows, weight)
+    return torch.where(mine.unsqueeze(-1), looked_up, 0.0)
+
+
+def _attention(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
+    """With the queries cut, a causal mask starts at the position of this rank's first query."""
+    dropout = argument(local.op, 4, "dropout_p", 0.0)
+    if dropout > 0.0:
+        return _attention_with_dropout(local, tensors, around, dropout)
+    positions = len(local.input_shapes[0]) - 2
+    if not (cuts_of(local.usage.inputs[0], positions) and argument(local.op, 5, "is_causal", False)):
+        return local.call(tensors)
+    rows = local.global_index(0, positions)
+    keys = torch.arange(local.input_shapes[1][positions], device=local.device)
+    return local.call(tensors, attn_mask=rows.unsqueeze(1) >= keys.unsqueeze(0), is_causal=False)
+
+
+def _attention_with_dropout(local: LocalOp, tensors: Sequence[Tensor], around: Around, probability: float) -> Tensor:
+    """Attention written out, as its weights are dropped by their global position (sample, head, query, key)."""
+    query, key, value = tensors[:3]
+    heads, positions = query.dim() - 3, query.dim() - 2
+    if key.shape[heads] != query.shape[heads]:
+        repeats = query.shape[heads] // key.shape[heads]
+        key, value = (tensor.repeat_interleave(repeats, heads) for tensor in (key, value))
+    scale = argument(local.op, 6, "scale", None) or query.shape[-1] ** -0.5
+    scores = (query @ key.transpose(-1, -2)) * scale
+    rows = local.global_index(0, positions)
+    columns = torch.arange(key.shape[positions], device=local.device)
+    if argument(local.op, 5, "is_causal", False):
+        scores = scores.masked_fill(rows.unsqueeze(1) < columns.unsqueeze(0), -torch.inf)
+    for mask in tensors[3:]:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    indices = [*(local.global_index(0, dim) for dim in range(positions)), rows, columns]
+    sizes = (*local.input_shapes[0][:-1], local.input_shapes[1][positions])
+    weights = drop(scores.softmax(-1), indices, sizes, probability, around.key, local.op.id)
+    return weights @ value
+
+
+def _dropout(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
+    probability, training = local.op.args[1], local.op.args[2]
+    if not training or probability == 0.0:
+        return tensors[0]
+    shape = local.input_shapes[0]
+    indices = [local.global_index(0, dim) for dim in range(len(shape))]
+    return drop(tensors[0], indices, shape, probability, around.key, local.op.id)
+
+
+def _cross_entropy(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
+    """Tokens may be cut (this rank's term of the mean over all that are not ignored), and so may the vocabulary (Shoeybi
+    et al., "Megatron-LM", 2019, section 3: maximum, sum of exponentials and the target's logit are exchanged)."""
+    logits, target = tensors[:2]
+    reduction = argument(local.op, 3, "reduction", MEAN)
+    ignored = argument(local.op, 4, "ignore_index", -100)
+    vocabulary = local.usage.axes_of(local.usage.rule.inputs[0][1]) if logits.dim() == 2 else ()
+    tokens = local.usage.summed_axes()
+    if not vocabulary and not tokens:
+        return local.call(tensors)
+    if vocabulary:
+        losses = _vocabulary_parallel(local, logits, target, vocabulary)
+        losses = torch.where(target == ignored, 0.0, losses)
+        if reduction == NONE:
+            return losses
+        total = losses.sum()
+    else:
+        total = local.call(tensors, reduction=SUM)
+    if reduction == SUM:
+        return total
+    counted = (around.whole(1) != ignored).sum() if tokens else (target != ignored).sum()
+    return total / counted.to(total.dtype)
+
+
+def _vocabulary_parallel(local: LocalOp, logits: Tensor, target: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """The loss of each token, the vocabulary cut over ``axes``."""
+    smoothing = argument(local.op, 5, "label_smoothing", 0.0)
+    highest = all_reduce(logits.detach().amax(-1), local.mesh, axes, "max")
+    shifted = logits - highest.unsqueeze(-1)
+    rows, mine = local.local_index(target.clamp(min=0), 0, 1)
+    own = torch.where(mine, shifted.gather(-1, rows.unsqueeze(-1)).squeeze(-1), 0.0)
+    terms = [shifted.exp().sum(-1), own] + ([shifted.sum(-1)] if smoothing else [])
+    sums = sum_over(torch.stack(terms), local.mesh, axes, partial_gradient=False)
+    log_total = sums[0].log()
+    losses = log_total - sums[1]
+    if smoothing:
+        uniform = log_total - sums[2] / local.input_shapes[0][1]
+        losses = (1 - smoothing) * losses + smoothing * uniform
+    return losses
+
+
+def _batch_norm(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Any:
+    """Statistics are over the whole micro-batch: with samples cut, sums are exchanged. Variance by two passes."""
+    op = local.op
+    training, momentum, eps = op.args[5], op.args[6], op.args[7]
+    places = {name: op.args[at].index for at, name in _NORM_ARGUMENTS if op.args[at] is not None}
+    if not training:
+        return local.call(tensors)
+    axes = local.usage.axes_of(local.usage.rule.inputs[0][0])
+    running = {name: tensors[places[name]] for name in ("mean", "var") if name in places}
+    if not axes:
+        written = {places[name] for name in running}
+        copies = [tensor.clone() if at in written else tensor for at, tensor in enumerate(tensors)]
+        result = local.call(copies)
+        return Written(result=result, buffers={places[name]: copies[places[name]] for name in running})
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    x = tensors[0].to(wide)
+    dims = [0, *range(2, x.dim())]
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    count = prod(size for dim, size in enumerate(local.input_shapes[0]) if dim != 1)
+    mean = sum_over(x.sum(dims), local.mesh, axes, partial_gradient=True) / count
+    centred = x - mean.view(shape)
+    var = sum_over(centred.square().sum(dims), local.mesh, axes, partial_gradient=True) / count
+    result = centred * torch.rsqrt(var + eps).view(shape)
+    for name, combine in (("weight", torch.mul), ("bias", torch.add)):
+        if name in places:
+            result = combine(result, tensors[places[name]].to(wide).view(shape))
+    latest = {"mean": mean.detach(), "var": var.detach() * (count / max(count - 1, 1))}
+    return Written(
+        result=result.to(tensors[0].dtype),
+        buffers={
+            places[name]: torch.lerp(old.to(wide), latest[name], momentum).to(old.dtype)
+            for name, old in running.items()
+        },
+    )
+
+
+_NORM_ARGUMENTS = ((1, "weight"), (2, "bias"), (3, "mean"), (4, "var"))
+
+Kernel = Callable[[LocalOp, Sequence[Tensor], Around], Any]
+KERNELS: dict[str, Kernel] = {
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"), _reshape),
+    **dict.fromkeys(("expand", "broadcast_to", "expand_as"), _expand),
+    **dict.fromkeys(("split", "chunk", "split_with_sizes"), _split),
+    "linear": _linear,
+    "addmm": _addmm,
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _convolution),
+    "mean": _mean,
+    **dict.fromkeys(("mse_loss", "l1_loss", "smooth_l1_loss", "binary_cross_entropy_with_logits"), _loss),
+    "embedding": _embedding,
+    "scaled_dot_product_attention": _attention,
+    "cross_entropy_loss": _cross_entropy,
+    "batch_norm": _batch_norm,
+    "dropout": _dropout,
+}

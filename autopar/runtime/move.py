@@ -1,0 +1,279 @@
+"""Brings a local tensor from one placement to another inside a mesh, and its gradient back.
+
+One step changes one axis (an all-reduce, all axes that it concerns):
+
+    P -> R  all_reduce     P -> S  reduce_scatter     S -> R  all_gather     S -> S'  all_to_all
+    R -> S  a local slice  R -> P  zeros everywhere but on the first rank of the axis
+
+Slices come first, gathers last, so that collectives move as little as they can. Where several axes share an atom (the
+same dim and pieces), only the innermost may leave or join it: the ones inside are gathered first and sliced again.
+Functional collectives are called by the name of their group, so a trace of ``move`` holds them as nodes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from autopar.runtime.layout import Cut, Placement, Shape, Token, chunk_bounds, is_legal, local_pieces, local_shape
+from autopar.runtime.mesh import Mesh
+
+
+def move(local: Tensor, shape: Shape, source: Placement, target: Placement, mesh: Mesh) -> Tensor:
+    """``local`` of a tensor of global ``shape`` in ``source``, brought to ``target``; contiguous unless nothing changes."""
+    if source == target:
+        return local
+    mover = _Mover(local, shape, source, target, mesh)
+    mover.run()
+    assert mover.now == list(target), (source, target, mover.now)
+    return mover.local.contiguous()
+
+
+class _Mover:
+    def __init__(self, local: Tensor, shape: Shape, source: Placement, target: Placement, mesh: Mesh) -> None:
+        self.local, self.shape, self.mesh = local, tuple(shape), mesh
+        self.now: list[Token] = list(source)
+        self.target = target
+
+    def run(self) -> None:
+        axes = range(len(self.target))
+        for axis in axes:
+            if self.now[axis] == "R" and self._may_join(axis):
+                self._slice(axis)
+        for axis in axes:
+            if self.now[axis] == "P" and isinstance(self.target[axis], Cut) and self._may_join(axis):
+                self._reduce_scatter(axis)
+        summed = tuple(axis for axis in axes if self.now[axis] == "P" and self.target[axis] != "P")
+        if summed:
+            self.local = all_reduce(self.local, self.mesh, summed)
+            for axis in summed:
+                self.now[axis] = "R"
+        for axis in axes:
+            if self._may_exchange(axis):
+                self._exchange(axis)
+        for axis in self._leaving():
+            self._gather(axis)
+        for axis in axes:
+            if self.now[axis] != self.target[axis] and isinstance(self.target[axis], Cut):
+                assert self._may_join(axis), (self.now, self.target)
+                self._slice(axis)
+        first = [axis for axis in axes if self.now[axis] == "R" and self.target[axis] == "P"]
+        if any(self.mesh.coordinate[axis] for axis in first):
+            self.local = torch.zeros_like(self.local)
+        for axis in first:
+            self.now[axis] = "P"
+
+    def _inside(self, axis: int, token: Token) -> list[int]:
+        """Axes that cut the same atom as ``token`` on ``axis``, inside it."""
+        return [other for other in range(axis + 1, len(self.now)) if self.now[other] == token]
+
+    def _with(self, axis: int, token: Token) -> Placement:
+        return tuple(token if at == axis else old for at, old in enumerate(self.now))
+
+    def _may_join(self, axis: int) -> bool:
+        token = self.target[axis]
+        if not isinstance(token, Cut) or self._inside(axis, token):
+            return False
+        return is_legal(self.shape, self._with(axis, token), self.mesh.sizes)
+
+    def _may_exchange(self, axis: int) -> bool:
+        """Whether one all_to_all may bring the axis from its cut to another; both must be even."""
+        old, new = self.now[axis], self.target[axis]
+        if not (isinstance(old, Cut) and isinstance(new, Cut)) or old.dim == new.dim:
+            return False
+        if self._inside(axis, old) or not self._may_join(axis):
+            return False
+        placements = (tuple(self.now), self._with(axis, new))
+        whole = self._with(axis, "R")
+        extents = [
+            local_shape(self.shape, whole, self.mesh.sizes, self.mesh.coordinate)[cut.dim]
+            // local_pieces(placement, axis, self.mesh.sizes)
+            for cut, placement in zip((old, new), placements, strict=True)
+        ]
+        return not any(extent % self.mesh.sizes[axis] for extent in extents)
+
+    def _leaving(self) -> list[int]:
+        """Axes that must be gathered, innermost first: those whose token changes, and those inside them."""
+        leaving = {axis for axis, token in enumerate(self.now) if isinstance(token, Cut) and token != self.target[axis]}
+        while True:
+            joining = {axis for axis, token in enumerate(self.target) if isinstance(token, Cut)} - {
+                axis for axis, token in enumerate(self.now) if token == self.target[axis] and axis not in leaving
+            }
+            more = {inner for axis in leaving for inner in self._inside(axis, self.now[axis])}
+            more |= {inner for axis in joining for inner in self._inside(axis, self.target[axis])}
+            for axis in joining:  # a cut that is not whole inside those that stay
+                stays = tuple("R" if at in leaving else token for at, token in enumerate(self.now))
+                joined = tuple(self.target[axis] if at == axis else token for at, token in enumerate(stays))
+                if not is_legal(self.shape, joined, self.mesh.sizes):
+                    dim = self.target[axis].dim  # type: ignore[union-attr]
+                    more |= {at for at, token in enumerate(stays) if isinstance(token, Cut) and token.dim == dim}
+            if more <= leaving:
+                break
+            leaving |= more
+
+        def depth(axis: int) -> tuple[int, int]:
+            token = self.now[axis]
+            return (token.pieces if isinstance(token, Cut) else 0, axis)
+
+        return sorted((axis for axis in leaving if isinstance(self.now[axis], Cut)), key=depth, reverse=True)
+
+    def _slice(self, axis: int) -> None:
+        cut = self.target[axis]
+        assert isinstance(cut, Cut)
+        placement = self._with(axis, cut)
+        pieces = local_pieces(placement, axis, self.mesh.sizes)
+        split = _split(self.local, cut.dim, pieces)
+        bounds = chunk_bounds(split.shape[cut.dim + 1], self.mesh.sizes[axis], self.mesh.coordinate[axis])
+        self.local = split.narrow(cut.dim + 1, *bounds).flatten(cut.dim, cut.dim + 1)
+        self.now[axis] = cut
+
+    def _whole_extent(self, axis: int, cut: Cut, pieces: int) -> int:
+        """Elements of one local piece when ``axis`` does not cut it."""
+        whole = local_shape(self.shape, self._with(axis, "R"), self.mesh.sizes, self.mesh.coordinate)
+        return whole[cut.dim] // pieces
+
+    def _gather(self, axis: int) -> None:
+        cut = self.now[axis]
+        assert isinstance(cut, Cut)
+        pieces = local_pieces(tuple(self.now), axis, self.mesh.sizes)
+        extent = self._whole_extent(axis, cut, pieces)
+        self.local = gather_pieces(self.local, cut.dim, pieces, extent, self.mesh, (axis,))
+        self.now[axis] = "R"
+
+    def _reduce_scatter(self, axis: int) -> None:
+        cut = self.target[axis]
+        assert isinstance(cut, Cut)
+        pieces = local_pieces(self._with(axis, cut), axis, self.mesh.sizes)
+        self.local = scatter_pieces(self.local, cut.dim, pieces, self.mesh, (axis,))
+        self.now[axis] = cut
+
+    def _exchange(self, axis: int) -> None:
+        old, new = self.now[axis], self.target[axis]
+        assert isinstance(old, Cut)
+        assert isinstance(new, Cut)
+        degree = self.mesh.sizes[axis]
+        new_pieces = local_pieces(self._with(axis, new), axis, self.mesh.sizes)
+        old_pieces = local_pieces(tuple(self.now), axis, self.mesh.sizes)
+        parts = _split(self.local, new.dim, new_pieces * degree).unflatten(new.dim, (new_pieces, degree))
+        parts = parts.movedim(new.dim + 1, 0).flatten(new.dim + 1, new.dim + 2)  # (degree, local with new.dim cut)
+        received = all_to_all(parts, self.mesh, (axis,))
+        split = _split(received, old.dim + 1, old_pieces).movedim(0, old.dim + 1)  # (.., pieces, degree, chunk, ..)
+        self.local = split.flatten(old.dim, old.dim + 2)
+        self.now[axis] = new
+
+
+def _split(tensor: Tensor, dim: int, pieces: int) -> Tensor:
+    """``dim`` as (pieces, rest), also of an empty tensor."""
+    shape = list(tensor.shape)
+    return tensor.reshape(*shape[:dim], pieces, shape[dim] // pieces, *shape[dim + 1 :])
+
+
+def gather_pieces(local: Tensor, dim: int, pieces: int, extent: int, mesh: Mesh, axes: Sequence[int]) -> Tensor:
+    """All-gather chunks of ``pieces`` pieces of ``extent`` elements along ``dim`` over the flattened ``axes``."""
+    degree = mesh.degree(axes)
+    if degree == 1:
+        return local
+    chunk = -(-extent // degree)
+    split = _padded(_split(local, dim, pieces), dim + 1, chunk)
+    gathered = all_gather(split, mesh, axes).movedim(0, dim + 1).flatten(dim + 1, dim + 2)
+    return gathered.narrow(dim + 1, 0, extent).flatten(dim, dim + 1)
+
+
+def scatter_pieces(local: Tensor, dim: int, pieces: int, mesh: Mesh, axes: Sequence[int]) -> Tensor:
+    """Reduce-scatter: the inverse of ``gather_pieces`` on sums."""
+    degree = mesh.degree(axes)
+    if degree == 1:
+        return local
+    split = _split(local, dim, pieces)
+    extent = split.shape[dim + 1]
+    chunk = -(-extent // degree)
+    parts = _padded(split, dim + 1, chunk * degree).unflatten(dim + 1, (degree, chunk)).movedim(dim + 1, 0)
+    _, length = chunk_bounds(extent, degree, mesh.index(axes))
+    return reduce_scatter(parts, mesh, axes).narrow(dim + 1, 0, length).flatten(dim, dim + 1)
+
+
+def _padded(tensor: Tensor, dim: int, size: int) -> Tensor:
+    """``tensor`` with zeros appended along ``dim`` up to ``size``."""
+    missing = size - tensor.shape[dim]
+    if not missing:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = missing
+    return torch.cat((tensor, tensor.new_zeros(shape)), dim)
+
+
+def all_reduce(local: Tensor, mesh: Mesh, axes: Sequence[int], reduction: str = "sum") -> Tensor:
+    """Over the flattened group of ``axes``."""
+    return _collective("all_reduce", local, reduction, mesh=mesh, axes=axes)
+
+
+def all_gather(local: Tensor, mesh: Mesh, axes: Sequence[int]) -> Tensor:
+    """(degree, *local.shape)."""
+    degree = mesh.degree(axes)
+    if degree == 1:
+        return local.unsqueeze(0)
+    flat = _collective("all_gather_into_tensor", local.reshape(-1), degree, mesh=mesh, axes=axes)
+    return flat.view(degree, *local.shape)
+
+
+def reduce_scatter(parts: Tensor, mesh: Mesh, axes: Sequence[int]) -> Tensor:
+    """(degree, ...) -> what this rank keeps of the sum."""
+    degree = mesh.degree(axes)
+    flat = _collective("reduce_scatter_tensor", parts.reshape(-1), "sum", degree, mesh=mesh, axes=axes)
+    return flat.view(parts.shape[1:])
+
+
+def all_to_all(parts: Tensor, mesh: Mesh, axes: Sequence[int]) -> Tensor:
+    """(degree, ...) -> (degree, ...): part k goes to rank k of the group, and comes from it."""
+    flat = parts.reshape(parts.shape[0], -1)
+    sizes = [1] * parts.shape[0]
+    return _collective("all_to_all_single", flat, sizes, sizes, mesh=mesh, axes=axes).view(parts.shape)
+
+
+def _collective(name: str, local: Tensor, *args: object, mesh: Mesh, axes: Sequence[int]) -> Tensor:
+    real = tuple(axis for axis in axes if mesh.sizes[axis] > 1)
+    if not real:
+        return local
+    functional = torch.ops._c10d_functional
+    started = getattr(functional, name)(local.contiguous(), *args, mesh.groups[real])
+    return functional.wait_tensor(started)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversion:
+    """How one reader takes a value: from ``source`` to ``target``, and the gradient from ``gradient_source`` (as the reader
+    gives it) to ``gradient_target`` (as the maker wants it). ``shape`` is global."""
+
+    shape: tuple[int, ...]
+    source: Placement
+    target: Placement
+    gradient_source: Placement
+    gradient_target: Placement
+
+    @property
+    def changes(self) -> bool:
+        return self.source != self.target or self.gradient_source != self.gradient_target
+
+
+def convert(local: Tensor, conversion: Conversion, mesh: Mesh) -> Tensor:
+    """``local`` as the reader wants it, differentiable."""
+    if not conversion.changes:
+        return local
+    if not (local.requires_grad and torch.is_grad_enabled()):
+        return move(local, conversion.shape, conversion.source, conversion.target, mesh)
+    return _Convert.apply(local, conversion, mesh)
+
+
+class _Convert(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, local, conversion, mesh):  # type: ignore[no-untyped-def]
+        ctx.conversion, ctx.mesh = conversion, mesh
+        moved = move(local, conversion.shape, conversion.source, conversion.target, mesh)
+        return moved.view_as(moved) if moved is local else moved
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        made: Conversion = ctx.conversion
+        back = move(gradient, made.shape, made.gradient_source, made.gradient_target, ctx.mesh)
+        return back, None, None

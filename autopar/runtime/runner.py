@@ -1,0 +1,87 @@
+"""Runs one stage's micro-batches, eagerly or lowered, and keeps what their backwards need."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from autopar.runtime.joint import Lowered, lower
+from autopar.runtime.parameters import StageParameters
+from autopar.runtime.stage import StageFunction
+
+Mode = Literal["lowered", "reference"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Made:
+    """What the forward of a micro-batch made: ``sent`` by value, and the loss where this stage makes it."""
+
+    sent: dict[int, Tensor]
+    loss: Tensor | None
+
+
+class StageRunner:
+    """One stage on one rank. ``forward`` and ``backward`` are called in the schedule's order."""
+
+    def __init__(
+        self, function: StageFunction, parameters: StageParameters, dtypes: Mapping[int, torch.dtype], mode: Mode
+    ) -> None:
+        self.function, self.program, self.parameters = function, function.program, parameters
+        self.lowered: Lowered | None = None
+        if mode == "lowered":
+            shapes = [(function.argument_shape(value), dtypes[value]) for value in function.arguments]
+            self.lowered = lower(function, shapes, function.device)
+        self._kept: dict[int, Any] = {}
+
+    @property
+    def num_in_flight(self) -> int:
+        """Micro-batches whose tensors are kept."""
+        return len(self._kept)
+
+    def forward(self, microbatch: int, data: Mapping[int, Tensor], received: Mapping[int, Tensor]) -> Made:
+        """Run the forward pass; ``data`` are the graph's inputs of the micro-batch, by value."""
+        arguments = [self._argument(value, data, received) for value in self.function.arguments]
+        if self.lowered is None:
+            leaves = self.function.leaves(arguments)
+            outputs = self.function.forward(leaves)
+            self._kept[microbatch] = (leaves, outputs)
+            sent, loss, buffers = outputs.sent, outputs.loss, outputs.buffers
+        else:
+            results = list(self.lowered.forward(*arguments))
+            kept = [arguments[at] for at in self.lowered.kept_arguments]
+            self._kept[microbatch] = [*kept, *results[self.lowered.num_outputs :]]
+            count = len(self.program.sent)
+            sent = tuple(results[:count])
+            loss = results[count] if self.program.loss is not None else None
+            buffers = tuple(results[count + (loss is not None) : self.lowered.num_outputs])
+        for value, tensor in zip(self.program.written, buffers, strict=True):
+            self.parameters.buffers[value] = tensor.detach()
+        made = {value: tensor.detach() for value, tensor in zip(self.program.sent, sent, strict=True)}
+        return Made(sent=made, loss=loss.detach() if loss is not None else None)
+
+    def backward(self, microbatch: int, tangents: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Run the backward pass: parameters' gradients are added up, those of received activations returned by value."""
+        kept = self._kept.pop(microbatch)
+        if self.lowered is None:
+            leaves, outputs = kept
+            gradients: Sequence[Tensor] = self.function.backward(leaves, outputs, tangents)
+        else:
+            arguments = [*kept, *tangents]
+            kept.clear()
+            gradients = self.lowered.backward(*arguments)
+        back = {}
+        for value, gradient in zip(self.function.differentiated, gradients, strict=True):
+            if value in self.parameters.parameters:
+                self.parameters.add(value, gradient)
+            else:
+                back[value] = gradient
+        return back
+
+    def _argument(self, value: int, data: Mapping[int, Tensor], received: Mapping[int, Tensor]) -> Tensor:
+        if value in self.parameters.parameters:
+            return self.parameters.parameters[value].weight
+        if value in self.parameters.buffers:
+            return self.parameters.buffers[value]
+        return received[value] if value in received else data[value]

@@ -1,0 +1,213 @@
+"""A stage as a function of local tensors, differentiable by torch's own autograd.
+
+Called eagerly it is the reference mode; ``joint`` traces it. ZeRO-3 parameters come cut and are gathered first, outside of
+autograd, so that the gradient is taken where the ops use them and cut again afterwards.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import traceback
+
+from autopar.graph.convert import tensors_of
+from autopar.graph.ir import Graph
+from autopar.runtime.kernels import Around, LocalOp, Written, run_op
+from autopar.runtime.layout import chunk_bounds, local_shape
+from autopar.runtime.mesh import Mesh
+from autopar.runtime.move import Conversion, convert, gather_pieces, move, scatter_pieces
+from autopar.runtime.program import ProgramOp, StageParameter, StageProgram
+
+GATHER = -2  # the block of what gathers ZeRO-3 parameters
+KEY = -1  # stands among values for the number that random ops start from
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Leaves:
+    """The tensors that a micro-batch's gradients are taken of, in the order of ``StageFunction.differentiated``, and all
+    values by id."""
+
+    values: dict[int, Tensor]
+    differentiated: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Outputs:
+    """What a stage makes of a micro-batch: ``sent`` activations, the loss (last), and new values of ``written`` buffers."""
+
+    sent: tuple[Tensor, ...]
+    loss: Tensor | None
+    buffers: tuple[Tensor, ...]
+
+
+class StageFunction:
+    """Runs one stage's program on one rank. ``values`` of the graph are addressed by id."""
+
+    def __init__(
+        self, program: StageProgram, graph: Graph, mesh: Mesh, constants: Mapping[int, Tensor], device: torch.device
+    ) -> None:
+        self.program, self.graph, self.mesh, self.constants, self.device = program, graph, mesh, constants, device
+        self.parameters = {parameter.value: parameter for parameter in program.parameters}
+        self.arguments: tuple[int, ...] = (
+            *(parameter.value for parameter in (*program.parameters, *program.buffers)),
+            *program.inputs,
+            *program.received,
+            *((KEY,) if program.random else ()),
+        )
+        self.differentiated: tuple[int, ...] = (
+            *(parameter.value for parameter in program.parameters if parameter.trained),
+            *(value for value in program.received if graph.values[value].requires_grad),
+        )
+        # Outputs that a gradient comes back for, in the order of ``tangents``.
+        self.sent_with_gradient = tuple(
+            at for at, value in enumerate(program.sent) if graph.values[value].requires_grad
+        )
+        self._local_ops = [self._local(op) for op in program.ops]
+
+    def _local(self, op: ProgramOp) -> LocalOp:
+        return LocalOp(
+            op=op.op,
+            usage=op.usage,
+            mesh=self.mesh,
+            input_shapes=tuple(conversion.shape for conversion in op.conversions),
+            output_shapes=op.output_shapes,
+            device=self.device,
+        )
+
+    def argument_shape(self, value: int) -> tuple[int, ...]:
+        """The local shape of an argument."""
+        if value == KEY:
+            return ()
+        found = self.graph.values[value]
+        if value in self.parameters or found.kind == "buffer":
+            stored = self.stored(value)
+            return self.rest_shape(stored)
+        at = self.program.received.index(value) if value in self.program.received else None
+        placement = self.program.received_placements[at] if at is not None else ("R",) * len(self.mesh.sizes)
+        return local_shape(self.program.shapes[value], placement, self.mesh.sizes, self.mesh.coordinate)
+
+    def stored(self, value: int) -> StageParameter:
+        """How a parameter or buffer is stored."""
+        found = self.parameters.get(value)
+        return found or next(buffer for buffer in self.program.buffers if buffer.value == value)
+
+    def compute_shape(self, stored: StageParameter) -> tuple[int, ...]:
+        """The local shape of a parameter as ops use it."""
+        return local_shape(stored.shape, stored.compute, self.mesh.sizes, self.mesh.coordinate)
+
+    def rest_shape(self, stored: StageParameter) -> tuple[int, ...]:
+        """The local shape of a parameter between uses: cut by ZeRO-3."""
+        return (
+            zero_shape(self.compute_shape(stored), stored.zero_axes, self.mesh)
+            if stored.zero == 3
+            else self.compute_shape(stored)
+        )
+
+    def leaves(self, arguments: Sequence[Tensor]) -> Leaves:
+        """Gathers what ZeRO-3 cut, and makes leaves of what is differentiated."""
+        values = dict(zip(self.arguments, arguments, strict=True))
+        values.update(self.constants)
+        with torch.no_grad(), mark(GATHER, "full"):
+            for parameter in self.program.parameters:
+                if parameter.zero == 3:
+                    values[parameter.value] = gather_zero(
+                        values[parameter.value], parameter, self.compute_shape(parameter), self.mesh
+                    )
+        for value in self.differentiated:
+            values[value] = values[value].detach().requires_grad_()
+        return Leaves(values=values, differentiated=tuple(values[value] for value in self.differentiated))
+
+    def forward(self, leaves: Leaves) -> Outputs:
+        """The outputs, attached to the leaves."""
+        values = dict(leaves.values)
+        taken: dict[tuple[int, Conversion], Tensor] = {}
+
+        def take(value: int, conversion: Conversion) -> Tensor:
+            if not conversion.changes:
+                return values[value]
+            key = (value, conversion)
+            if key not in taken:
+                taken[key] = convert(values[value], conversion, self.mesh)
+            return taken[key]
+
+        with torch.enable_grad():
+            for op, local in zip(self.program.ops, self._local_ops, strict=True):
+                with mark(op.block, op.recompute if op.recompute != "selective" or _is_core(op) else "none"):
+                    self._run(op, local, values, take)
+            sent = tuple(
+                take(value, conversion)
+                for value, conversion in zip(self.program.sent, self.program.send_conversions, strict=True)
+            )
+        loss = values[self.graph.outputs[0]] if self.program.loss is not None else None
+        return Outputs(sent=sent, loss=loss, buffers=tuple(values[value].detach() for value in self.program.written))
+
+    def _run(self, op: ProgramOp, local: LocalOp, values: dict[int, Tensor], take: Any) -> None:
+        tensors = [take(value, conversion) for value, conversion in zip(op.op.inputs, op.conversions, strict=True)]
+
+        def whole(at: int) -> Tensor:
+            made = op.conversions[at]
+            everywhere = ("R",) * len(self.mesh.sizes)
+            return take(
+                op.op.inputs[at],
+                Conversion(
+                    shape=made.shape, source=made.source, target=everywhere, gradient_source=(), gradient_target=()
+                ),
+            )
+
+        result = run_op(local, tensors, Around(whole=whole, key=values.get(KEY)))
+        if isinstance(result, Written):
+            for at, tensor in result.buffers.items():
+                made = op.conversions[at]  # back to where the buffer is stored
+                values[op.op.inputs[at]] = move(tensor.detach(), made.shape, made.target, made.source, self.mesh)
+            result = result.result
+        for value, (_, tensor) in zip(op.op.outputs, tensors_of(result), strict=True):
+            values[value] = tensor if self.graph.values[value].requires_grad else tensor.detach()
+
+    def backward(self, leaves: Leaves, outputs: Outputs, tangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Gradients of what is differentiated, parameters' as ZeRO keeps them; ``tangents`` of sent activations, then of
+        the loss."""
+        roots = [outputs.sent[at] for at in self.sent_with_gradient]
+        if outputs.loss is not None:
+            roots.append(outputs.loss)
+        gradients: Sequence[Tensor | None] = [None] * len(self.differentiated)
+        if leaves.differentiated and roots:
+            gradients = torch.autograd.grad(roots, leaves.differentiated, list(tangents), allow_unused=True)
+        found = []
+        with torch.no_grad():
+            for value, leaf, gradient in zip(self.differentiated, leaves.differentiated, gradients, strict=True):
+                gradient = torch.zeros_like(leaf) if gradient is None else gradient
+                parameter = self.parameters.get(value)
+                if parameter is not None and parameter.zero >= 2:
+                    gradient = scatter_zero(gradient, parameter, self.mesh)
+                found.append(gradient)
+        return tuple(found)
+
+
+def mark(block: int, recompute: str) -> AbstractContextManager[Any]:
+    """Nodes traced inside carry the block they belong to and whether the backward is to compute them again."""
+    if not traceback.has_preserved_node_meta():
+        return nullcontext()
+    return traceback.annotate({"block": block, "recompute": recompute != "none"})
+
+
+def _is_core(op: ProgramOp) -> bool:
+    """Whether selective recomputation redoes the op: core attention."""
+    return "scaled_dot_product" in op.op.target
+
+
+def zero_shape(shape: tuple[int, ...], axes: Sequence[int], mesh: Mesh) -> tuple[int, ...]:
+    """The shape of the rank's part of dim 0, cut over the flattened ``axes``."""
+    return (chunk_bounds(shape[0], mesh.degree(axes), mesh.index(axes))[1], *shape[1:])
+
+
+def gather_zero(part: Tensor, stored: StageParameter, shape: tuple[int, ...], mesh: Mesh) -> Tensor:
+    """What the ops use, from this rank's part of its dim 0; ``shape`` is the local shape they use."""
+    return gather_pieces(part, 0, 1, shape[0], mesh, stored.zero_axes)
+
+
+def scatter_zero(term: Tensor, stored: StageParameter, mesh: Mesh) -> Tensor:
+    """This rank's part of the sum of all ranks' terms."""
+    return scatter_pieces(term, 0, 1, mesh, stored.zero_axes)

@@ -1,0 +1,169 @@
+"""Runs a plan, or its shrunk twin, on CPU processes and compares it with one process: loss, gradients, optimizer steps.
+
+All in fp64: an error that is not rounding shows, and rounding does not. Tolerances are relative to a tensor's norm.
+"""
+
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
+
+from autopar.plan.errors import AutoparError, CheckError
+from autopar.plan.plan import Plan
+from autopar.runtime import oracle
+from autopar.runtime.apply import apply
+from autopar.runtime.collectives import Counted, collectives_of
+from autopar.runtime.parameters import pick, rest_held
+from autopar.runtime.trainer import Trainer
+from autopar.runtime.twin import shrunk
+from autopar.workload.load import load_workload
+
+GRADIENT_TOLERANCE = 1e-9
+STEP_TOLERANCE = 1e-9
+SMALL_NORM = 1e-3  # tensors below this norm are held to the tolerance of one with it
+NUM_STEPS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What was compared. ``gradients`` and ``parameters`` map names to relative errors, those after ``NUM_STEPS`` steps;
+    ``collectives`` are those of one micro-batch per stage, on its first rank."""
+
+    ranks: int
+    changes: tuple[str, ...]
+    loss: float
+    expected_loss: float
+    gradients: Mapping[str, float]
+    parameters: Mapping[str, float]
+    collectives: Mapping[int, Mapping[Counted, int]]
+
+    @property
+    def loss_error(self) -> float:
+        return abs(self.loss - self.expected_loss) / max(abs(self.expected_loss), SMALL_NORM)
+
+    @property
+    def passed(self) -> bool:
+        return (
+            self.loss_error <= GRADIENT_TOLERANCE
+            and all(error <= GRADIENT_TOLERANCE for error in self.gradients.values())
+            and all(error <= STEP_TOLERANCE for error in self.parameters.values())
+        )
+
+
+def verify(plan: Plan, *, model: str, settings: Mapping[str, Any], ranks: int, seed: int = 0) -> Report:
+    """Compare; ``settings`` may give the model other sizes of the same structure. Raises UsageError and PlanFileError as
+    ``apply`` does, CheckError where a process failed."""
+    twin, changes = shrunk(plan, ranks)
+    other = {name: value for name, value in settings.items() if plan.model.settings.get(name) != value}
+    changes += tuple(f"setting {name}: {plan.model.settings.get(name, 'default')} -> {other[name]}" for name in other)
+    with tempfile.TemporaryDirectory() as folder:
+        work = (msgspec.json.encode(twin), model, dict(settings), bool(other), folder, seed)
+        try:
+            spawn(_work, args=work, nprocs=twin.gpus, join=True)
+        except (ProcessRaisedException, ProcessExitedException) as error:
+            raise _failure(Path(folder), error) from None
+        found = [torch.load(Path(folder) / f"rank{rank}.pt", weights_only=False) for rank in range(twin.gpus)]
+    collectives: dict[int, Mapping[Counted, int]] = {}
+    for part in found:
+        for index, counted in part["collectives"].items():
+            collectives.setdefault(index, counted)
+    return Report(
+        ranks=twin.gpus,
+        changes=changes,
+        loss=found[0]["loss"],
+        expected_loss=found[0]["expected"],
+        gradients=_errors([part["gradients"] for part in found]),
+        parameters=_errors([part["parameters"] for part in found]),
+        collectives=collectives,
+    )
+
+
+def _failure(folder: Path, error: Exception) -> AutoparError:
+    """The first error of a worker that is a user's, else what the processes said."""
+    for path in sorted(folder.glob("error*.txt")):
+        return CheckError(path.read_text())
+    return CheckError(f"a rank of the check failed: {str(error).strip().splitlines()[-1]}")
+
+
+def _errors(found: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
+    sums: dict[str, tuple[float, float]] = {}
+    for part in found:
+        for name, (error, norm) in part.items():
+            known = sums.get(name, (0.0, 0.0))
+            sums[name] = (known[0] + error, known[1] + norm)
+    return {name: error**0.5 / max(norm**0.5, SMALL_NORM) for name, (error, norm) in sums.items()}
+
+
+def _work(
+    rank: int, plan_json: bytes, model: str, settings: dict[str, Any], twin: bool, folder: str, seed: int
+) -> None:
+    """One rank: runs its part, and all of the model by itself."""
+    torch.set_num_threads(1)
+    plan = msgspec.json.decode(plan_json, type=Plan)
+    where = f"file://{Path(folder) / 'store'}"
+    dist.init_process_group("gloo", where, rank=rank, world_size=plan.gpus, timeout=timedelta(seconds=300))
+    try:
+        torch.save(_compare(plan, model, settings, twin, seed), Path(folder) / f"rank{rank}.pt")
+    except AutoparError as error:
+        (Path(folder) / f"error{rank}.txt").write_text(str(error))
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def _compare(plan: Plan, path: str, settings: dict[str, Any], twin: bool, seed: int) -> dict[str, Any]:
+    workload = load_workload(path, **settings)
+    model = oracle.real_model(workload, seed)
+    make = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[plan.execution.optimizer]
+    trainer = apply(
+        plan, model, optimizer=lambda given: make(given, lr=1e-3), workload=workload, dtype="float64", twin=twin
+    )
+    optimizer = make(model.parameters(), lr=1e-3)
+    found: dict[str, Any] = {"gradients": {}, "parameters": {}}
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for step in range(NUM_STEPS):
+        batch = oracle.random_batch(workload, trainer.graph, plan.global_batch, seed + step)
+        loss = trainer.gradients(batch)
+        expected = oracle.gradients(model, workload, batch, plan.microbatches)
+        if step == 0:
+            found["loss"], found["expected"] = float(loss), float(expected)
+            for name, got, wanted in _pairs(trainer, {name: each.grad for name, each in named.items()}, gradient=True):
+                found["gradients"][name] = _squares(got, wanted)
+        trainer.update()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, got, wanted in _pairs(trainer, named, gradient=False):
+        found["parameters"][name] = _squares(got, wanted)
+    found["collectives"] = {
+        index: Counter(collectives_of(stage.lowered, stage.function.mesh))
+        for index, stage in trainer.stages.items()
+        if stage.lowered is not None
+    }
+    return found
+
+
+def _pairs(trainer: Trainer, whole: Mapping[str, Tensor | None], *, gradient: bool) -> Any:
+    """(name, this rank's part, the same part of the one process's) of what this rank answers for."""
+    for index, stage in trainer.stages.items():
+        mesh = trainer.meshes[index]
+        for parameter in stage.parameters.trained():
+            if parameter.counted:
+                wanted = whole[parameter.names[0]]
+                held = rest_held(parameter.stored, mesh, mesh.coordinate, cut=True)
+                got = parameter.master.grad if gradient else parameter.master
+                assert got is not None
+                other = torch.zeros(parameter.stored.shape, dtype=got.dtype) if wanted is None else wanted.detach()
+                yield f"{parameter.names[0]} (stage {index})", got.detach(), pick(other, held)
+
+
+def _squares(got: Tensor, wanted: Tensor) -> tuple[float, float]:
+    return float((got - wanted).square().sum()), float(wanted.square().sum())

@@ -1,0 +1,177 @@
+"""One process against a plan: what the workers of the parity tests run.
+
+The oracle is the user's own model under torch's autograd, micro-batch by micro-batch; it shares nothing with the runtime.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from autopar.plan.plan import Plan
+from autopar.runtime.apply import apply
+from autopar.runtime.parameters import pick, rest_held
+from autopar.workload.load import load_workload
+from autopar.workload.workload import Workload, accepted_settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A model file with settings small enough for a test."""
+
+    path: str
+    settings: tuple[tuple[str, Any], ...]
+    classes: int = 64
+    batch: int = 8
+
+    def workload(self) -> Workload:
+        return load_workload(self.path, **dict(self.settings))
+
+
+def real_model(workload: Workload, seed: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The workload's model on the CPU with random values, no zeros and ones that would hide a fault."""
+    model = workload.build_model(
+        **{key: value for key, value in workload.settings.items() if key in accepted(workload)}
+    )
+    generator = torch.Generator().manual_seed(seed)
+    residual = [module.norm3.weight for module in model.modules() if hasattr(module, "norm3")]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = 0.3 if parameter.dim() < 2 else 1.5 / parameter[0].numel() ** 0.5
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+            if parameter.dim() < 2:
+                parameter.add_(1.0)
+        for parameter in residual:  # a deep sum of branches stays well conditioned
+            parameter.mul_(0.2)
+    return model.to(dtype).train()
+
+
+def accepted(workload: Workload) -> frozenset[str]:
+    """Settings that the model's builder takes."""
+    names = accepted_settings(workload.build_model)
+    return frozenset(workload.settings) if names is None else names
+
+
+def random_batch(workload: Workload, size: int, seed: int, classes: int) -> dict[str, Tensor]:
+    """Integers below ``classes``, or the workload's own random inputs."""
+    given = workload.real_inputs(size, seed)
+    if given is not None:
+        return given
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randint(classes, meta.shape, generator=generator)
+        if not meta.is_floating_point()
+        else torch.randn(meta.shape, generator=generator)
+        for name, meta in workload.inputs(size).items()
+    }
+
+
+def reference_gradients(model: nn.Module, workload: Workload, batch: dict[str, Tensor], count: int) -> Tensor:
+    """Loss of one process over ``count`` micro-batches; gradients are left in ``.grad``."""
+    from autopar.graph.export import scalar_loss
+
+    parts = {name: tensor.chunk(count) for name, tensor in batch.items()}
+    total = torch.zeros((), dtype=torch.float64)
+    for at in range(count):
+        inputs = {name: part[at] for name, part in parts.items()}
+        loss = scalar_loss(model(**inputs), workload.loss_fn, inputs) / count
+        loss.backward()
+        total = total + loss.detach()
+    return total
+
+
+def check_gradients(
+    source: Callable[[], Workload], plan_json: bytes, mode: str, classes: int, seed: int = 0, double: bool = False
+) -> tuple[float, float, dict[str, tuple[float, float]]]:
+    """(loss of the plan, of one process, per parameter: squared error, squared norm of what this rank answers for)."""
+    plan = msgspec.json.decode(plan_json, type=Plan)
+    workload = source()
+    model = real_model(workload, seed, torch.float64 if double else torch.float32)
+    batch = random_batch(workload, plan.global_batch, seed, classes)
+    if double:
+        batch = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
+    dtype = "float64" if double else None
+    trainer = apply(plan, model, workload=workload, mode=mode, dtype=dtype)  # type: ignore[arg-type]
+    loss = trainer.gradients(batch)
+    expected = reference_gradients(model, workload, batch, plan.microbatches)
+    named = dict(model.named_parameters(remove_duplicate=False))
+    errors: dict[str, tuple[float, float]] = {}
+    for index, stage in trainer.stages.items():
+        for parameter in stage.parameters.trained():
+            if not parameter.counted:
+                continue
+            gradient = named[parameter.names[0]].grad
+            mesh = trainer.meshes[index]
+            wanted = pick(gradient, rest_held(parameter.stored, mesh, mesh.coordinate, cut=True))
+            got = parameter.master.grad
+            error = float((got.double() - wanted.double()).square().sum())
+            name = f"{parameter.names[0]}@{index}"
+            errors[name] = (error, float(wanted.double().square().sum()))
+    for stage in trainer.stages.values():
+        assert stage.num_in_flight == 0
+    return float(loss), float(expected), errors
+
+
+def check_training(
+    source: Callable[[], Workload], plan_json: bytes, mode: str, classes: int, seed: int, clip_norm: float | None
+) -> tuple[float, float, dict[str, tuple[float, float]]]:
+    """Three AdamW steps in fp64: the last loss of both, and per parameter its squared error and norm at the end."""
+    plan = msgspec.json.decode(plan_json, type=Plan)
+    workload = source()
+    model = real_model(workload, seed, torch.float64)
+    options = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-3}  # an eps that does not blow gradients of 1e-16 up
+    trainer = plan.apply(
+        model,
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, **options),
+        workload=workload,
+        mode=mode,
+        dtype="float64",
+        clip_norm=clip_norm,
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), **options)
+    for step in range(3):
+        batch = random_batch(workload, plan.global_batch, step, classes)
+        batch = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
+        loss = trainer.step(batch)
+        expected = reference_gradients(model, workload, batch, plan.microbatches)
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    named = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    errors: dict[str, tuple[float, float]] = {}
+
+    def compare(name: str, got: Tensor, wanted: Tensor) -> None:
+        error = float((got.double() - wanted.double()).square().sum())
+        errors[name] = (error, float(wanted.double().square().sum()))
+
+    for index, stage in trainer.stages.items():
+        mesh = trainer.meshes[index]
+        for parameter in stage.parameters.trained():
+            whole = named[parameter.names[0]].detach()
+            here = rest_held(parameter.stored, mesh, mesh.coordinate, cut=True)
+            compare(f"{parameter.names[0]}@{index}", parameter.master.detach(), pick(whole, here))
+            used = rest_held(parameter.stored, mesh, mesh.coordinate, cut=parameter.stored.zero == 3)
+            compare(f"{parameter.names[0]}@{index} as used", parameter.weight.detach(), pick(whole, used))
+        for stored in stage.program.buffers:
+            name = trainer.graph.values[stored.value].names[0]
+            here = rest_held(stored, mesh, mesh.coordinate, cut=False)
+            compare(f"{name}@{index}", stage.parameters.buffers[stored.value], pick(named[name], here))
+    return float(loss), float(expected), errors
+
+
+def worst(found: list[tuple[float, float, dict[str, tuple[float, float]]]]) -> tuple[float, str, float]:
+    """(error of the loss, the parameter whose gradient is worst, its relative error over all ranks)."""
+    loss = max(abs(got - expected) / abs(expected) for got, expected, _ in found)
+    sums: dict[str, tuple[float, float]] = {}
+    for _, _, errors in found:
+        for name, (error, norm) in errors.items():
+            known = sums.get(name, (0.0, 0.0))
+            sums[name] = (known[0] + error, known[1] + norm)
+    # 1e-6 absolute is as good as 1e-5 relative: counted against the larger of both bounds
+    ratios = {name: error**0.5 / max(norm**0.5, 0.1) for name, (error, norm) in sums.items()}
+    name = max(ratios, key=lambda each: ratios[each])
+    return loss, name, ratios[name]

@@ -1,0 +1,55 @@
+"""Plans for the tests: layouts, and plans put together of several layouts' stages."""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from autopar.inter.estimate import estimate
+from autopar.plan.plan import Plan, StagePlan
+from autopar.workload.workload import Workload
+
+
+def layout_plan(
+    workload: Workload, layout: str, *, batch: int = 8, dtype: str = "fp32", cluster: str = "cpu-gloo"
+) -> Plan:
+    """The plan of one layout; its GPUs follow from its keys."""
+    keys = dict(part.split("=") for part in layout.split(","))
+    gpus = int(keys.get("tp", 1)) * int(keys.get("pp", 1)) * int(keys.get("dp", 1))
+    return estimate(workload, cluster=cluster, gpus=gpus, layout=layout, global_batch=batch, dtype=dtype)
+
+
+def unequal_plan(workload: Workload, layouts: Sequence[str], *, batch: int = 8, dtype: str = "fp32") -> Plan:
+    """A pipeline whose stage k runs as layout k, which must have one stage and the same micro-batch size each."""
+    plans = [layout_plan(workload, layout, batch=batch, dtype=dtype) for layout in layouts]
+    assert len({plan.micro_batch_size for plan in plans}) == 1, "the stages' micro-batches differ"
+    blocks = plans[0].stages[0].blocks
+    programs, stages, device = [], [], 0
+    for at, plan in enumerate(plans):
+        first, end = at * len(blocks) // len(plans), (at + 1) * len(blocks) // len(plans)
+        kept = [
+            msgspec.structs.replace(block, program=f"s{at}.{block.program}")
+            for block in plan.stages[0].blocks[first:end]
+        ]
+        used = {block.program for block in kept}
+        programs += [
+            msgspec.structs.replace(program, id=f"s{at}.{program.id}")
+            for program in plan.programs
+            if f"s{at}.{program.id}" in used
+        ]
+        stages.append(msgspec.structs.replace(plan.stages[0], blocks=tuple(kept), first_device=device))
+        device += plan.stages[0].num_devices
+    return msgspec.structs.replace(plans[0], programs=tuple(programs), stages=tuple(stages), gpus=device)
+
+
+def interleaved_plan(plan: Plan, num_chunks: int) -> Plan:
+    """The stages of a pipeline dealt out in turn to fewer runs of devices."""
+    runs = len(plan.stages) // num_chunks
+
+    def dealt(at: int, stage: StagePlan) -> StagePlan:
+        first = plan.stages[at % runs].first_device
+        return msgspec.structs.replace(stage, first_device=first, chunk=at // runs)
+
+    stages = tuple(dealt(at, stage) for at, stage in enumerate(plan.stages))
+    return msgspec.structs.replace(
+        plan, stages=stages, gpus=plan.gpus // num_chunks, schedule="interleaved", num_chunks=num_chunks
+    )

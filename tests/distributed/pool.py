@@ -1,0 +1,95 @@
+"""Worker processes that form gloo worlds of any size up to the pool's, again and again: torch is imported once."""
+
+import multiprocessing
+import os
+import queue
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+
+class Pool:
+    """Up to ``size`` workers, spawned when first needed; ``run(world, task, *args)`` calls ``task(*args)`` on ranks 0 .. world - 1 of a new world."""
+
+    def __init__(self, size: int) -> None:
+        self.context = multiprocessing.get_context("spawn")
+        self.size = size
+        self.results = self.context.Queue()
+        self.folder = tempfile.TemporaryDirectory()
+        self.count = 0
+        self.tasks: list[Any] = []
+        self.workers: list[Any] = []
+
+    def _grow(self, world: int) -> None:
+        """Start workers up to ``world``."""
+        assert world <= self.size, f"a world of {world} is more than the pool's {self.size}"
+        while len(self.workers) < world:
+            self.tasks.append(self.context.Queue())
+            arguments = (len(self.workers), self.tasks[-1], self.results)
+            self.workers.append(self.context.Process(target=_work, args=arguments, daemon=True))
+            self.workers[-1].start()
+
+    def run(self, world: int, task: Callable[..., Any], *args: Any, timeout_s: float = 240) -> list[Any]:
+        """What every rank returned, by rank; RuntimeError with the first rank's traceback where one failed."""
+        self._grow(world)
+        self.count += 1
+        store = str(Path(self.folder.name) / f"store{self.count}")
+        for rank in range(world):
+            self.tasks[rank].put((self.count, world, store, task, args))
+        found: dict[int, Any] = {}
+        errors: dict[int, str] = {}
+        while len(found) + len(errors) < world:
+            try:
+                count, rank, result, error = self.results.get(timeout=timeout_s)
+            except queue.Empty:
+                missing = sorted(set(range(world)) - set(found) - set(errors))
+                raise RuntimeError(f"ranks {missing} hang; errors: {errors}") from None
+            if count == self.count:
+                (errors if error else found)[rank] = error or result
+        if errors:
+            raise RuntimeError("\n".join(f"rank {rank}: {error}" for rank, error in sorted(errors.items())))
+        return [found[rank] for rank in range(world)]
+
+    def run_survivors(self, world: int, task: Callable[..., Any], *args: Any, dead: int) -> dict[int, Any]:
+        """As ``run``, where rank ``dead`` never answers; the pool is of no use afterwards."""
+        self._grow(world)
+        self.count += 1
+        store = str(Path(self.folder.name) / f"store{self.count}")
+        for rank in range(world):
+            self.tasks[rank].put((self.count, world, store, task, args))
+        found: dict[int, Any] = {}
+        while len(found) < world - 1:
+            _, rank, result, error = self.results.get(timeout=120)
+            assert rank != dead
+            found[rank] = error or result
+        return found
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.terminate()
+        for worker in self.workers:
+            worker.join()
+        self.folder.cleanup()
+
+
+def _work(rank: int, tasks: Any, results: Any) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while (item := tasks.get()) is not None:
+        count, world, path, task, args = item
+        try:
+            store = dist.FileStore(path, world)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+            result, error = task(*args), None
+        except BaseException:
+            result, error = None, traceback.format_exc()
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        results.put((count, rank, result, error))

@@ -1,0 +1,153 @@
+"""Random plans: every op takes any option of its rule on every axis, whatever its neighbours do."""
+
+import random
+from collections.abc import Sequence
+
+from msgspec.structs import replace
+
+from autopar.graph.blocks import cut_blocks, order_for_blocks
+from autopar.graph.ir import Block, Graph
+from autopar.graph.trace import trace
+from autopar.inter.estimate import estimate
+from autopar.intra.space import block_space, data_values
+from autopar.plan.mesh import Axis
+from autopar.plan.plan import BlockProgram, BlockRef, OpPlan, ParameterPlan, Plan, recompute_summary
+from autopar.rules.atoms import Atom
+from autopar.rules.options import Option, Token
+from autopar.workload.workload import Workload
+
+
+def random_plan(workload: Workload, seed: int, max_ranks: int = 4) -> Plan:
+    """One or two stages on meshes of one or two axes of 1 to ``max_ranks`` ranks in all."""
+    draw = random.Random(seed)
+    batch = 8
+    base = estimate(workload, cluster="cpu-gloo", gpus=1, layout="mbs=4", global_batch=batch, dtype="fp32")
+    graph = order_for_blocks(trace(workload, dtype="float32").graph)
+    blocks = cut_blocks(graph)
+    num_stages = draw.choice((1, 1, 2)) if len(blocks) > 1 and max_ranks > 1 else 1
+    cuts = sorted(draw.sample(range(1, len(blocks)), num_stages - 1))
+    stages, programs, device = [], [], 0
+    for first, end in zip((0, *cuts), (*cuts, len(blocks)), strict=True):
+        sizes = draw.choice(
+            [s for s in ((1,), (2,), (2, 2), (1, 2), (4,), (2, 1)) if _count(s) * num_stages <= max_ranks]
+        )
+        programs += [_program(draw, graph, blocks, block, sizes, base.micro_batch_size) for block in blocks[first:end]]
+        refs = tuple(BlockRef(index=b.index, name=b.name, program=f"b{b.index}") for b in blocks[first:end])
+        axes = tuple(Axis(name=f"a{at}", size=size) for at, size in enumerate(sizes))
+        stages.append(replace(base.stages[0], blocks=refs, first_device=device, num_devices=_count(sizes), axes=axes))
+        device += _count(sizes)
+    return replace(
+        base,
+        programs=tuple(programs),
+        stages=tuple(stages),
+        gpus=device,
+        recompute=recompute_summary(tuple(programs)),
+        schedule=draw.choice(("1f1b", "gpipe")),
+    )
+
+
+def _count(sizes: Sequence[int]) -> int:
+    product = 1
+    for size in sizes:
+        product *= size
+    return product
+
+
+def _program(
+    draw: random.Random, graph: Graph, blocks: Sequence[Block], block: Block, sizes: Sequence[int], micro: int
+) -> BlockProgram:
+    space = block_space(graph, block, data_values(graph))
+    planned: dict[int, OpPlan] = {}
+    parameters: dict[int, ParameterPlan] = {}
+    for node in space.ops:
+        chosen = [draw.choice(_fitting(node.options, size, graph, micro)) for size in sizes]
+        inputs = [[option.inputs[at] for option in chosen] for at in range(len(node.op.inputs))]
+        outputs = [[option.outputs[at] for option in chosen] for at in range(len(node.op.outputs))]
+        planned[node.op.id] = OpPlan(
+            name=node.op.name,
+            inputs=tuple(_text(graph, micro, tokens) for tokens in inputs),
+            outputs=tuple(_text(graph, micro, tokens) for tokens in outputs),
+        )
+        for position in node.parameters:
+            value = graph.values[node.op.inputs[position]]
+            made = _parameter(draw, graph, micro, value.names[0], inputs[position], sizes, value.shape)
+            parameters.setdefault(value.id, made)
+    for op in space.data_ops:
+        whole = "R" * len(sizes)
+        planned[op.id] = OpPlan(
+            name=op.name, inputs=tuple(whole for _ in op.inputs), outputs=tuple(whole for _ in op.outputs)
+        )
+    kind = next(other for other in blocks if other.kind == block.kind)
+    names = {
+        value: graph.values[of_kind].names[0] for value, of_kind in zip(block.parameters, kind.parameters, strict=True)
+    }
+    return BlockProgram(
+        id=f"b{block.index}",
+        kind=block.kind,
+        recompute=draw.choice(("none", "none", "selective", "full")),
+        ops=tuple(planned[op] for op in sorted(planned)),
+        parameters=tuple(replace(made, name=names[value]) for value, made in parameters.items()),
+    )
+
+
+def _fitting(options: Sequence[Option], degree: int, graph: Graph, micro: int) -> list[Option]:
+    """Options whose atom the axis divides, or nearly so for a plain dim."""
+    found = []
+    for option in options:
+        size = graph.batch.scale(option.size, micro) if option.sharded else 0
+        if not option.sharded or size % degree == 0 or (len(option.labels) == 1 and size > 2 * degree):
+            found.append(option)
+    return found
+
+
+def _text(graph: Graph, micro: int, tokens: Sequence[Token]) -> str:
+    parts = []
+    for token in tokens:
+        if isinstance(token, Atom):
+            parts.append(replace_atom(token, graph.batch.scale(token.repeats, micro)).text)
+        else:
+            parts.append("R" if token == "G" else token)
+    return "".join(parts)
+
+
+def replace_atom(atom: Atom, repeats: int) -> Atom:
+    return Atom(dim=atom.dim, repeats=repeats, size=atom.size)
+
+
+def _parameter(
+    draw: random.Random,
+    graph: Graph,
+    micro: int,
+    name: str,
+    tokens: Sequence[Token],
+    sizes: Sequence[int],
+    shape: tuple[int, ...],
+) -> ParameterPlan:
+    compute = [_text(graph, micro, [token]) if isinstance(token, Atom) else "R" for token in tokens]
+    free = [axis for axis, token in enumerate(compute) if token == "R"]
+    axes = [axis for axis in free if draw.random() < 0.7] if shape else []
+    zero = draw.randint(0, 3) if axes else 0
+    pieces = 1
+    for token, size in zip(tokens, sizes, strict=True):
+        if isinstance(token, Atom) and token.dim == 0:
+            pieces *= token.repeats * size
+    shard = "S(0)" if pieces == 1 else f"_S(0,{pieces})"
+    cut = [shard if axis in axes else token for axis, token in enumerate(compute)]
+    gradient = [
+        cut[axis]
+        if zero >= 2 and axis in axes
+        else "P"
+        if axis in axes or draw.random() < 0.5
+        else "R"
+        if token == "R"
+        else token
+        for axis, token in enumerate(compute)
+    ]
+    gradient = [token if compute[axis] == "R" else compute[axis] for axis, token in enumerate(gradient)]
+    return ParameterPlan(
+        name=name,
+        compute="".join(compute),
+        parameter="".join(cut if zero == 3 else compute),
+        gradient="".join(gradient),
+        optimizer="".join(cut if zero >= 1 else compute),
+    )

@@ -1,0 +1,91 @@
+"""Checkpoints: any plan loads any other's, bit for bit; an interrupted save leaves the one before."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from autopar.plan.plan import Plan
+from autopar.runtime.checkpoint import Part, load, save
+from tests.distributed import parity
+from tests.distributed.pool import Pool
+from tests.distributed.random_models import random_workload
+from tests.distributed.random_plans import random_plan
+
+SEED = 6
+
+
+def train_and_save(plan_json: bytes, folder: str) -> None:
+    trainer, batch = _trainer(plan_json)
+    trainer.step(batch)
+    trainer.step(batch)
+    save(trainer, folder, 2)
+
+
+def load_and_save(plan_json: bytes, source: str, target: str) -> int:
+    trainer, _ = _trainer(plan_json)
+    step = load(trainer, source)
+    save(trainer, target, step)
+    return step
+
+
+def read_whole(folder: str) -> dict[str, torch.Tensor]:
+    """A checkpoint as whole tensors, in one process and by torch's own means."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    path = Path(folder) / (Path(folder) / "latest").read_text()
+    dcp_to_torch_save(path, path / "whole.pt")
+    found = torch.load(path / "whole.pt", weights_only=False)
+    flat = {f"model.{name}": tensor for name, tensor in found["model"].items()}
+    for name, state in found["optimizer"].items():
+        flat.update({f"optimizer.{name}.{key}": tensor for key, tensor in state.items()})
+    return flat
+
+
+def _trainer(plan_json: bytes):  # type: ignore[no-untyped-def]
+    plan = msgspec.json.decode(plan_json, type=Plan)
+    workload = random_workload(SEED)
+    model = parity.real_model(workload, SEED)
+    trainer = plan.apply(model, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), workload=workload, mode="reference")
+    return trainer, parity.random_batch(workload, plan.global_batch, SEED, 12)
+
+
+def _pairs(first: int, count: int) -> list[tuple[int, int]]:
+    return [(seed, seed + 50) for seed in range(first, first + count)]
+
+
+def check_pair(pool: Pool, seeds: tuple[int, int], folder: Path) -> None:
+    first, second = (random_plan(random_workload(SEED), seed) for seed in seeds)
+    folders = [str(folder / name) for name in ("a", "b", "c")]
+    pool.run(first.gpus, train_and_save, msgspec.json.encode(first), folders[0])
+    steps = pool.run(second.gpus, load_and_save, msgspec.json.encode(second), folders[0], folders[1])
+    pool.run(first.gpus, load_and_save, msgspec.json.encode(first), folders[1], folders[2])
+    assert set(steps) == {2}
+    one, two, three = (read_whole(name) for name in folders)
+    assert any(name.endswith("exp_avg") for name in one)
+    assert set(one) == set(two) == set(three)
+    for name, tensor in one.items():
+        assert torch.equal(tensor, two[name]), name
+        assert torch.equal(tensor, three[name]), name
+
+
+@pytest.mark.parametrize("seeds", _pairs(0, 2))
+def test_plan_to_plan(pool: Pool, seeds: tuple[int, int], tmp_path: Path) -> None:
+    check_pair(pool, seeds, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", _pairs(10, 12))
+def test_plans_to_plans(pool: Pool, seeds: tuple[int, int], tmp_path: Path) -> None:
+    check_pair(pool, seeds, tmp_path)
+
+
+def test_part_boxes() -> None:
+    """Rows 0 1 4 5 of 8 are two boxes; the second begins at row 2 of the part."""
+    local = torch.arange(8.0).view(4, 2)
+    part = Part(local, (8, 2), (torch.tensor([0, 1, 4, 5]), torch.arange(2)), True)
+    chunks = part.__create_chunk_list__()
+    assert [tuple(chunk.offsets) for chunk in chunks] == [(0, 0), (4, 0)]
+    items = part.__create_write_items__("weight", part)
+    assert torch.equal(part.__get_tensor_shard__(items[1].index), local[2:])

@@ -1,0 +1,117 @@
+"""Every plan trains with the same numbers as one process: losses and every gradient, on real gloo ranks.
+
+The whole matrix is ``slow``; the fast tier holds a sample of it in which each model and each kind of pipeline is there.
+"""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from autopar.plan.plan import Plan
+from autopar.workload.workload import Workload
+from tests.distributed import parity
+from tests.distributed.parity import Model
+from tests.distributed.plans import interleaved_plan, layout_plan, unequal_plan
+from tests.distributed.pool import Pool
+
+ROOT = Path(__file__).resolve().parents[2]
+TOLERANCE = 1e-5
+
+
+def model(path: str, classes: int = 64, batch: int = 8, /, **settings: object) -> Model:
+    return Model(path=str(ROOT / path), settings=tuple(settings.items()), classes=classes, batch=batch)
+
+
+GPT = {"size": "125M", "layers": 4, "hidden": 32, "heads": 4, "vocab": 64, "seq": 8}
+MODELS = {
+    "gpt-tied": model("examples/gpt.py", **GPT, tied_embeddings=True),
+    "gpt-untied": model("examples/gpt.py", **GPT, tied_embeddings=False),
+    "llama": model("examples/llama.py", size="7B", layers=4, hidden=32, heads=4, kv_heads=2, ffn=64, vocab=64, seq=8),
+    "moe": model(
+        "examples/moe.py", size="380M", layers=4, hidden=32, heads=4, experts=4, ffn=64, vocab=64, seq=8, group_size=8
+    ),
+    "wide-resnet": model(
+        "examples/wide_resnet.py", 8, 32, size="250M", base_channels=4, width_factor=2, classes=8, image_size=64
+    ),
+    "t5": model("tests/distributed/models/t5.py", layers=2),
+}
+SHAPES = ("1", "dp2", "tp2", "dp4", "dp2tp2", "dp2tp4", "1x2+2x2", "three", "four", "interleaved", "gpipe")
+
+
+def make_plan(workload: Workload, shape: str, zero: int, recompute: str, batch: int) -> Plan:
+    """The plan of one point of the matrix; micro-batches of a quarter of the batch."""
+    micro = batch // 4
+    tail = f"zero={zero},recompute={recompute}"
+
+    def layout(text: str, dp: int = 1) -> str:
+        return (
+            f"{text},dp={dp},mbs={max(1, micro // dp)},{tail}" if text else f"dp={dp},mbs={max(1, micro // dp)},{tail}"
+        )
+
+    if shape == "1x2+2x2":
+        return unequal_plan(workload, [layout("tp=2"), layout("tp=2", 2)], batch=batch)
+    if shape == "three":
+        return unequal_plan(workload, [layout("", 2), layout("tp=2"), layout("")], batch=batch)
+    if shape == "interleaved":
+        return interleaved_plan(layout_plan(workload, layout("pp=4", 2), batch=batch), 2)
+    if shape == "gpipe":
+        plan = layout_plan(workload, layout("pp=2", 2), batch=batch)
+        return msgspec.structs.replace(plan, schedule="gpipe")
+    texts = {
+        "1": layout(""),
+        "dp2": layout("", 2),
+        "tp2": layout("tp=2,sp=1"),
+        "dp4": layout("", 4),
+        "dp2tp2": layout("tp=2", 2),
+        "dp2tp4": layout("tp=4,sp=1", 2),
+        "four": layout("pp=4,tp=2"),
+    }
+    return layout_plan(workload, texts[shape], batch=batch)
+
+
+def reason_to_skip(name: str, shape: str) -> str | None:
+    """Why a point of the matrix makes no sense, None where it does."""
+    if shape == "dp2tp4" and name == "llama":
+        return "tp 4 does not divide 2 KV heads"
+    return None
+
+
+def check(pool: Pool, name: str, shape: str, zero: int, recompute: str, mode: str = "lowered") -> None:
+    one = MODELS[name]
+    plan = make_plan(one.workload(), shape, zero, recompute, one.batch)
+    found = pool.run(plan.gpus, parity.check_gradients, one.workload, msgspec.json.encode(plan), mode, one.classes)
+    loss, parameter, error = parity.worst(found)
+    assert loss <= TOLERANCE, f"loss is off by {loss:.1e}"
+    assert error <= TOLERANCE, f"gradient of {parameter} is off by {error:.1e}"
+
+
+MATRIX = [
+    (name, shape, zero, recompute)
+    for name in MODELS
+    for shape in SHAPES
+    for zero in (0, 1, 3)
+    for recompute in ("none", "full")
+    if reason_to_skip(name, shape) is None and (shape != "1" or zero == 0)
+]
+# One or two points of each model; the expensive ones in the reference mode, which traces nothing.
+SAMPLE = [
+    ("gpt-tied", "dp2tp2", 3, "none", "reference"),
+    ("gpt-tied", "three", 1, "full", "lowered"),
+    ("gpt-untied", "dp2", 3, "full", "lowered"),
+    ("llama", "tp2", 1, "full", "lowered"),
+    ("moe", "dp2tp2", 1, "none", "reference"),
+    ("wide-resnet", "dp2", 0, "none", "reference"),
+    ("t5", "interleaved", 1, "none", "reference"),
+]
+
+
+@pytest.mark.parametrize("point", SAMPLE, ids="-".join(("%s",) * 5).__mod__)
+def test_parity_sample(pool: Pool, point: tuple[str, str, int, str, str]) -> None:
+    check(pool, *point)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", MATRIX, ids="-".join(("%s",) * 4).__mod__)
+def test_parity(pool: Pool, point: tuple[str, str, int, str]) -> None:
+    check(pool, *point)

@@ -1,0 +1,56 @@
+"""Random models under random plans: whatever placements a plan names, the numbers are those of one process."""
+
+from functools import partial
+
+import msgspec
+import pytest
+
+from autopar.plan.plan import Plan
+from tests.distributed import parity
+from tests.distributed.pool import Pool
+from tests.distributed.random_models import random_workload
+from tests.distributed.random_plans import random_plan
+
+TOLERANCE = 1e-9  # in fp64, where a wrong term shows and rounding does not
+
+
+def check_seed(pool: Pool, seed: int, mode: str) -> None:
+    plan: Plan = random_plan(random_workload(seed), seed)
+    source = partial(random_workload, seed)
+    found = pool.run(plan.gpus, parity.check_gradients, source, msgspec.json.encode(plan), mode, 12, seed, True)
+    loss, parameter, error = parity.worst(found)
+    assert loss <= TOLERANCE, f"seed {seed}: loss is off by {loss:.1e}"
+    assert error <= TOLERANCE, f"seed {seed}: gradient of {parameter} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_plan(pool: Pool, seed: int) -> None:
+    check_seed(pool, seed, "reference" if seed % 2 else "lowered")
+
+
+def check_steps(pool: Pool, seed: int, mode: str) -> None:
+    """Three AdamW steps, every second seed with clipping: masters, the weights that ops use, running statistics."""
+    plan: Plan = random_plan(random_workload(seed), seed)
+    source = partial(random_workload, seed)
+    clip = 0.5 if seed % 2 else None
+    found = pool.run(plan.gpus, parity.check_training, source, msgspec.json.encode(plan), mode, 12, seed, clip)
+    loss, parameter, error = parity.worst(found)
+    assert loss <= 1e-10, f"seed {seed}: loss is off by {loss:.1e}"
+    assert error <= 1e-10, f"seed {seed}: {parameter} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("seed", range(20, 26))
+def test_random_steps(pool: Pool, seed: int) -> None:
+    check_steps(pool, seed, "reference")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(400, 450))
+def test_random_steps_many(pool: Pool, seed: int) -> None:
+    check_steps(pool, seed, "lowered" if seed % 4 else "reference")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 320))
+def test_random_plans(pool: Pool, seed: int) -> None:
+    check_seed(pool, seed, "reference" if seed % 4 else "lowered")

@@ -1,0 +1,90 @@
+"""`autopar verify` and `autopar run`: what they print, and their exit codes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autopar.cli.main import run
+from autopar.plan.file import load_plan
+from autopar.runtime.twin import shrunk
+from autopar.runtime.verify import Report
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = ("size=125M", "layers=2", "hidden=32", "heads=4", "vocab=64", "seq=8")
+
+
+@pytest.fixture
+def plan_file(tmp_path: Path) -> str:
+    path = str(tmp_path / "gpt.plan.json")
+    words = [word for size in SIZES for word in ("--set", size)]
+    layout = ["--layout", "tp=2,dp=4,pp=2,mbs=2,zero=1", "--global-batch", "64"]
+    code = run(
+        ["plan", str(ROOT / "examples/gpt.py"), "--gpus", "16", *words, *layout, "--dtype", "bf16", "-o", path, "-q"]
+    )
+    assert code == 0
+    return path
+
+
+def test_twin_passes(plan_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert run(["verify", plan_file, "--ranks", "2", "--set", "hidden=16", "-q"]) == 0
+    printed = capsys.readouterr().out
+    assert "stage 1: dp 4 x tp 2 -> dp 1 x tp 1" in printed
+    assert "setting hidden: 32 -> 16" in printed
+    assert printed.endswith("PASS\n")
+
+
+def test_wrong_numbers_exit_7(
+    plan_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def verify(*args: Any, **options: Any) -> Report:
+        return Report(
+            ranks=2,
+            changes=(),
+            loss=1.0,
+            expected_loss=1.0,
+            gradients={"head.weight": 1e-4},
+            parameters={"head.weight": 0.0},
+            collectives={},
+        )
+
+    monkeypatch.setattr("autopar.runtime.verify.verify", verify)
+    assert run(["verify", plan_file, "-q"]) == 7
+    assert "FAIL" in capsys.readouterr().out
+
+
+def test_twin_keeps_stages_and_axes(plan_file: str) -> None:
+    plan = load_plan(plan_file)
+    twin, changes = shrunk(plan, 8)
+    assert twin.gpus == 8
+    assert [len(stage.blocks) for stage in twin.stages] == [len(stage.blocks) for stage in plan.stages]
+    assert [[axis.name for axis in stage.axes] for stage in twin.stages] == [["dp", "tp"]] * 2
+    assert twin.global_batch == twin.microbatches * twin.micro_batch_size
+    assert changes
+    assert shrunk(plan, 16)[0].gpus == 16
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], "torchrun --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 --nproc-per-node=8 train.py --lr 3"),
+        (["--ranks-per-node", "16"], "torchrun --standalone --nproc-per-node=16 train.py --lr 3"),
+        (
+            ["--launcher", "slurm", "--rendezvous", "a:1"],
+            "srun --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 torchrun",
+        ),
+        (["--launcher", "torchx"], "torchx run --scheduler=slurm dist.ddp -j 2x8 --script train.py -- --lr 3"),
+    ],
+)
+def test_run_prints(plan_file: str, options: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert run(["run", plan_file, *options, "--", "train.py", "--lr", "3"]) == 0
+    printed = capsys.readouterr().out.strip()
+    assert printed.startswith(expected)
+    assert printed.endswith(f"--plan {plan_file}")
+
+
+def test_run_needs_a_script(plan_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["run", plan_file]) == 2
+    assert "no training script" in capsys.readouterr().err
