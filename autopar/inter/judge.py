@@ -119,10 +119,10 @@ def judge(
     if (
         plan.search.status == "fixed"
     ):  # a manual layout's transfers are Megatron's: a part from each rank, then a gather
-        sent = tuple(
+        sent = [
             (replace(on, time_s=stage.send_forward_s), replace(back, time_s=stage.send_backward_s))
             for (on, back), stage in zip(sent, plan.stages, strict=True)
-        )
+        ]
     held = held_microbatches(plan)
     stages = tuple(
         _stage(plan, found, cluster, in_flight, sent_by)
