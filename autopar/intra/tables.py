@@ -342,9 +342,11 @@ class TableBuilder:
             per_strategy = []
             for options in chosen:
                 tokens = [option.inputs[position] for option in options]
-                elements = math.prod(value.shape)
+                shape = list(value.shape)
                 for token, size in zip(tokens, self.sizes, strict=True):
-                    elements = -(-elements // size) if isinstance(token, Atom) else elements
+                    if isinstance(token, Atom):
+                        shape[token.dim] = -(-shape[token.dim] // size)
+                elements = math.prod(shape)
                 per_strategy.append((elements, tuple(1 + axis for axis, token in enumerate(tokens) if token == "G")))
             uses.append((value, tuple(per_strategy)))
         return tuple(uses)
