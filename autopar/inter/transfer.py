@@ -18,6 +18,16 @@ from autopar.graph.blocks import crossing
 from autopar.graph.ir import Block, Graph
 
 
+def cut_bytes_of(graph: Graph, blocks: tuple[Block, ...]) -> NDArray[np.float64]:
+    """Bytes that cross the cut before each block, whole at the traced batch; (blocks + 1,)."""
+    sizes = [0.0]
+    for values in crossing(graph, blocks):
+        carried = [graph.values[value] for value in values if graph.values[value].requires_grad]
+        sizes.append(float(sum(prod(value.shape) * value.itemsize for value in carried)))
+    sizes += [0.0] * (len(blocks) + 1 - len(sizes))
+    return np.array(sizes)
+
+
 def send_seconds(
     cluster: Cluster,
     num_bytes: float,
