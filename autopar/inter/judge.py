@@ -112,6 +112,7 @@ def judge(
                     fused,
                     plan.microbatches > 1,
                     prod(axis.size for axis in stage.axes if axis.name != "dp"),
+                    plan.search.status == "fixed",  # a manual layout is Megatron's program
                 )
             found.append(prices[key])
         per_stage.append(found)
@@ -184,17 +185,15 @@ def _stage(
 
 
 def differences(plan: Plan, judged: Judgement) -> Iterator[str]:
-    """Where the plan's own bytes are not the judge's: ``what: plan, judge``.
-
-    Seconds are not compared: the judge composes kernels and links without what programs add to them (launches, fusion,
-    buckets, contention), which `cost` and `intra` price.
-    """
+    """Where the plan's own figures are not the judge's: ``what: plan, judge``."""
     for position, (stage, found) in enumerate(zip(plan.stages, judged.stages, strict=True)):
-        pairs = [("in_flight", stage.in_flight, found.in_flight)]
+        pairs = [(name, getattr(stage, name), getattr(found, name)) for name in (*SECONDS, "in_flight")]
         pairs += [(name, getattr(stage.memory, name), getattr(found.memory, name)) for name in BYTES]
         for name, said, priced in pairs:
-            if not _close(said, priced, slack=2.0):
+            if not _close(said, priced, slack=2.0 if name in BYTES else 1e-12):
                 yield f"stage {position} {name}: the plan says {said}, its placements {priced}"
+    if not _close(plan.estimate.step_time_s, judged.step_time_s, slack=1e-12):
+        yield f"step_time_s: the plan says {plan.estimate.step_time_s}, its placements {judged.step_time_s}"
     if not _close(plan.estimate.peak_memory_bytes, judged.peak_memory_bytes, slack=8.0):
         yield f"peak_memory_bytes: the plan says {plan.estimate.peak_memory_bytes}, its placements {judged.peak_memory_bytes}"
 

@@ -60,9 +60,11 @@ def price_block(
     fused: dict[int, tuple[float, float]],
     accumulates: bool,
     inner_ranks: int,
+    balanced: bool,
 ) -> BlockPrice:
     """``free`` values are at hand anywhere, ``stored`` parameters are held by an earlier block of the stage; ``fused`` is
-    what fusion saves of the ops' traffic, ``inner_ranks`` how many ranks share a data rank's work."""
+    what fusion saves of the ops' traffic, ``inner_ranks`` how many ranks share a data rank's work;
+    ``balanced``: those that share a sequence share its attention evenly under a causal mask."""
     software, device = load_software(execution.fusion), mesh.cluster.device
     ops = graph.ops[block.first_op : block.end_op]
     aligned = ((program.ops, ops), (program.inputs, block.inputs), (program.outputs, block.outputs))
@@ -79,7 +81,7 @@ def price_block(
         if free.issuperset((*op.inputs, *op.outputs)):
             continue
         price = price_op(
-            graph, op, profile.ops[op.id], planned, micro_batch, mesh, execution, fused.get(op.id, (0.0, 0.0))
+            graph, op, profile.ops[op.id], planned, micro_batch, mesh, execution, fused.get(op.id, (0.0, 0.0)), balanced
         )
         core = "scaled_dot_product" in op.target
         times[1 if core else 0] += price.forward_s

@@ -55,8 +55,10 @@ def price_op(
     mesh: Mesh,
     execution: Execution,
     fused: tuple[float, float] = (0.0, 0.0),
+    balanced: bool = False,
 ) -> OpPrice:
-    """``fused`` is the traffic, forward and backward, that fusion saves. CheckError where the placements contradict each other."""
+    """``fused`` is the traffic, forward and backward, that fusion saves; ``balanced`` as in `judge_block`. CheckError where
+    the placements contradict each other."""
     rule = rule_of(op, graph.values)
     values = [graph.values[value] for value in (*op.inputs, *op.outputs)]
     placed = [parse_placements(text) for text in (*planned.inputs, *planned.outputs)]
@@ -84,7 +86,7 @@ def price_op(
     forward, backward = (float(device.memory_bound_s(num_bytes * scale / shards)) for num_bytes in traffic)
     if profile.forward_flops:
         if rule.compute == "attention":
-            times = _attention(graph, op, rule, profile, local, device, execution)
+            times = _attention(graph, op, rule, profile, local, device, execution, balanced)
         else:
             times = _matmul(graph, op, rule, profile, local, shards, micro_batch, device)
         forward, backward = forward + times[0], backward + times[1]
@@ -221,12 +223,15 @@ def _attention(
     local: dict[int, int],
     device: Device,
     execution: Execution,
+    balanced: bool,
 ) -> tuple[float, float]:
     sizes = dict.fromkeys("bhqkd", 1)
     for label, role in rule.roles:
         sizes[role] *= local.get(label, 1)
     heads, kv_heads = (graph.values[op.inputs[at]].shape[-3] for at in (0, 1))
     causal = any(argument is True for argument in op.args[3:]) or dict(op.kwargs).get("is_causal") is True
+    # a rank with some of the queries runs them against all keys under a mask, unless ranks take parts of equal work
+    causal = causal and (balanced or sizes["q"] == graph.values[op.inputs[0]].shape[-2])
     times = [
         float(
             device.attention_s(

@@ -50,12 +50,3 @@ def send_seconds(
         links = MeshLinks(cluster, prod(mesh_sizes), mesh_sizes, whole)
         time_s += float(links.collective_s("all_gather", local / shards, tuple(range(len(whole)))))
     return time_s
-
-
-def cut_bytes_of(graph: Graph, blocks: tuple[Block, ...]) -> NDArray[np.float64]:
-    """Bytes that cross the cut before each block, whole at the traced batch; (blocks + 1,)."""
-    sizes = np.zeros(len(blocks) + 1)
-    for at, values in enumerate(crossing(graph, blocks), 1):
-        tensors = [graph.values[value] for value in values]
-        sizes[at] = sum(float(prod(one.shape)) * one.itemsize for one in tensors if one.requires_grad)
-    return sizes
