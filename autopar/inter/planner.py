@@ -197,7 +197,7 @@ def submesh_sizes(gpus: int, per_node: int) -> tuple[int, ...]:
     sizes = {size for size in range(1, min(per_node, gpus) + 1) if per_node % size == 0 or inside % size == 0}
     nodes = gpus // per_node
     sizes |= {per_node * count for count in range(1, nodes + 1) if nodes % count == 0 or count & (count - 1) == 0}
-    return tuple(sorted(sizes | {gpus}))
+    return tuple(sorted(size for size in sizes | {gpus} if 4 * MAX_STAGES * size >= gpus))
 
 
 def micro_batches(global_batch: int) -> list[int]:
