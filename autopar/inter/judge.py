@@ -165,9 +165,10 @@ def differences(plan: Plan, judged: Judgement) -> Iterator[str]:
     buckets, contention), which `cost` and `intra` price.
     """
     for position, (stage, found) in enumerate(zip(plan.stages, judged.stages, strict=True)):
-        pairs = [("in_flight", stage.in_flight, found.in_flight)]
-        pairs += [(name, getattr(stage.memory, name), getattr(found.memory, name)) for name in BYTES]
-        for name, said, priced in pairs:
+        if stage.in_flight != found.in_flight:
+            yield f"stage {position} in_flight: the plan says {stage.in_flight}, its schedule {found.in_flight}"
+        for name in BYTES:
+            said, priced = getattr(stage.memory, name), getattr(found.memory, name)
             if not _close(said, priced, slack=2.0):
                 yield f"stage {position} {name}: the plan says {said}, its placements {priced}"
     if not _close(plan.estimate.peak_memory_bytes, judged.peak_memory_bytes, slack=8.0):
