@@ -4,7 +4,9 @@
         --set size=125M --set layers=2 --set hidden=128 --set heads=4 --set vocab=256 --set seq=64
     torchrun --nproc-per-node 4 examples/train_gpt.py --plan gpt.plan.json --steps 300 --checkpoint ckpt
 
-Run it again with another plan of the same model and the same --checkpoint: it goes on from there.
+Run it again with another plan of the same model and the same --checkpoint: it goes on from there. With
+`torchrun --max-restarts 3` it does so by itself when a rank dies (set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, else torch
+2.13's restarted ranks look for the dead ones; `autopar run --max-restarts 3` prints the whole line).
 """
 
 import argparse

@@ -76,7 +76,9 @@ def command_line(
     spread = (
         ["--standalone"] if nodes == 1 else [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={meeting}"]
     )
-    line = ["torchrun", *spread, f"--nproc-per-node={per_node}", *restarts, *arguments]
+    # torch 2.13's restarted workers find the addresses of the dead ones in a store that is shared with the agent.
+    fresh = ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"] if max_restarts else []
+    line = [*fresh, "torchrun", *spread, f"--nproc-per-node={per_node}", *restarts, *arguments]
     if launcher == "slurm":
         return ["srun", f"--nodes={nodes}", "--ntasks-per-node=1", f"--gpus-per-node={per_node}", *line]
     return line

@@ -169,8 +169,10 @@ def _attention(
     query, key = graph.values[op.inputs[0]], graph.values[op.inputs[1]]
     kv_heads = np.maximum(roles["h"] * key.shape[-3] / max(query.shape[-3], 1), 1)
     causal = any(argument is True for argument in op.args[3:]) or bool(dict(op.kwargs).get("is_causal", False))
-    times = [
-        np.asarray(
+    cut = roles["q"] < query.shape[-2]  # sequences do not grow with the batch
+
+    def seconds(masked: bool, is_backward: bool) -> Floats:
+        return np.asarray(
             device.attention_s(
                 roles["b"],
                 roles["h"],
@@ -178,15 +180,20 @@ def _attention(
                 roles["q"],
                 roles["k"],
                 roles["d"],
-                causal=causal,
+                causal=masked,
                 dtype=_dtype(op, graph),
                 backward=is_backward,
                 flash=execution.attn == "flash",
             ),
             float,
         )
-        for is_backward in (False, True)
-    ]
+
+    times = []
+    for is_backward in (False, True):
+        time_s = seconds(causal, is_backward)
+        if causal and not execution.balanced_context and np.any(cut):
+            time_s = np.where(cut, seconds(False, is_backward), time_s)
+        times.append(time_s)
     return forward + times[0], backward + (times[1] if profile.backward_flops else 0.0)
 
 

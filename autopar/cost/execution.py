@@ -10,6 +10,9 @@ from autopar.cluster.software import Software, load_software
 class ExecutionModel:
     """``accumulate``: gradients live over several micro-batches, in fp32 unless ``grads`` is "same".
 
+    ``balanced_context``: ranks that share a sequence take parts of equal work under a causal mask (Megatron-LM's context
+    parallelism); without it a rank runs its queries against all keys under a mask, as our runtime does.
+
     State per parameter in bytes (Rajbhandari et al., "ZeRO", 2020, section 3.1): half precision 2 + gradient 2 or 4 + 12
     (fp32 master, two Adam moments); fp32 4 + 4 + 8. Plain SGD keeps only the fp32 master of a half precision weight.
     """
@@ -21,6 +24,7 @@ class ExecutionModel:
     fusion: Literal["none", "megatron", "compiler"] = "megatron"
     fp32_grads: bool = True
     accumulate: bool = False
+    balanced_context: bool = False
 
     @property
     def software(self) -> Software:

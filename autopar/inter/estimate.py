@@ -138,6 +138,7 @@ class LayoutPricer:
             fusion=layout.fusion,
             fp32_grads=layout.grads == "fp32",
             accumulate=layout.num_microbatches > 1,
+            balanced_context=True,
         )
         if execution not in self._shared:
             self._shared[execution] = Blocks(self.graph, self.blocks, self.cluster, execution, self.profile)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from autopar.graph.ir import Block, Graph, Op, Value
 from autopar.rules.atoms import Cuts
+from autopar.rules.local_forms import can_run
 from autopar.rules.options import Option, Token, op_options
 from autopar.rules.registry import rule_of
 from autopar.rules.rule import OpRule
@@ -93,12 +94,13 @@ def block_space(graph: Graph, block: Block, data: frozenset[int]) -> BlockSpace:
     nodes = []
     for at, (op, (rule, inputs, outputs)) in enumerate(zip(ops, calls, strict=True)):
         values = [graph.values[value] for value in inputs]
+        options = op_options(op, rule, cuts, at, values, [graph.values[value] for value in outputs])
         nodes.append(
             OpNode(
                 node=2 + at,
                 op=op,
                 rule=rule,
-                options=op_options(op, rule, cuts, at, values, [graph.values[value] for value in outputs]),
+                options=tuple(option for option in options if can_run(op, rule, option.labels)),
                 parameters=tuple(i for i, value in enumerate(values) if value.kind in ("parameter", "buffer")),
                 free=tuple(i for i, value in enumerate(values) if value.id in data or value.kind != "activation"),
             )

@@ -13,7 +13,7 @@ import torch
 from autopar.graph.ir import Block, Graph, Op
 from autopar.graph.literals import resolve
 from autopar.plan.errors import PlanFileError, UsageError
-from autopar.plan.plan import BlockProgram, Plan, Recompute, StagePlan
+from autopar.plan.plan import BlockProgram, OpPlan, Plan, Recompute, StagePlan
 from autopar.rules.labels import argument
 from autopar.runtime.kernels import at_micro_batch
 from autopar.runtime.layout import Cut, Placement, parse
@@ -150,8 +150,8 @@ class _Builder:
 
     def block_ops(
         self, block: Block, program: BlockProgram
-    ) -> Iterable[tuple[Op, tuple[Placement, ...], tuple[Placement, ...]]]:
-        """Each op of a block with its planned placements."""
+    ) -> Iterable[tuple[Op, tuple[Placement, ...], tuple[Placement, ...], frozenset[int]]]:
+        """Each op of a block with its planned placements, and the axes on which a partial gradient is to go through it."""
         ops = self.graph.ops[block.first_op : block.end_op]
         if len(ops) != len(program.ops) or program.kind != block.kind:
             raise PlanFileError(
@@ -161,7 +161,8 @@ class _Builder:
         for op, planned in zip(ops, program.ops, strict=True):
             if len(planned.inputs) != len(op.inputs) or len(planned.outputs) != len(op.outputs):
                 raise PlanFileError(f"the plan's op {planned.name} does not fit the model's {op.name}; plan again")
-            yield op, tuple(map(parse, planned.inputs)), tuple(map(parse, planned.outputs))
+            passing = _partial_axes(planned)
+            yield op, tuple(map(parse, planned.inputs)), tuple(map(parse, planned.outputs)), passing
 
     def block_parameters(self, block: Block, program: BlockProgram) -> Iterable[tuple[int, StageParameter]]:
         """(value, how it is stored) of the parameters and buffers that the plan places."""
@@ -208,6 +209,16 @@ def _is_random(op: Op) -> bool:
     return False
 
 
+def _partial_axes(planned: OpPlan) -> frozenset[int]:
+    """The axes on which the op's outputs are replicated and their gradients partial sums."""
+    return frozenset(
+        axis
+        for output, gradient in zip(planned.outputs, planned.output_gradients, strict=False)
+        for axis, (token, given) in enumerate(zip(parse(output), parse(gradient), strict=False))
+        if token == "R" and given == "P"
+    )
+
+
 class _StageBuilder:
     """Builds one stage's program; ``placed`` is where each value lies, and where its gradient must go."""
 
@@ -233,9 +244,9 @@ class _StageBuilder:
             for value, parameter in self.parent.block_parameters(block, planned[block.index]):
                 self.stored.setdefault(value, parameter)
         for block in mine:
-            for op, inputs, outputs in self.parent.block_ops(block, planned[block.index]):
+            for op, inputs, outputs, passing in self.parent.block_ops(block, planned[block.index]):
                 if self._is_needed(op):
-                    self._add(op, inputs, outputs, block.index, planned[block.index].recompute)
+                    self._add(op, inputs, outputs, passing, block.index, planned[block.index].recompute)
         sent = sorted(
             value
             for value, readers in self.parent.readers.items()
@@ -270,13 +281,19 @@ class _StageBuilder:
         return buffer or not self.parent.carrying.isdisjoint(op.outputs)
 
     def _add(
-        self, op: Op, inputs: tuple[Placement, ...], outputs: tuple[Placement, ...], block: int, recompute: Recompute
+        self,
+        op: Op,
+        inputs: tuple[Placement, ...],
+        outputs: tuple[Placement, ...],
+        passing: frozenset[int],
+        block: int,
+        recompute: Recompute,
     ) -> None:
         for value in op.inputs:
             self._provide(value)
         carriers = [self.pure[value] for value in op.inputs if self.graph.values[value].requires_grad]
         pure = [all(each[axis] for each in carriers) for axis in range(len(self.sizes))]
-        usage = self.reader.read(op, inputs, outputs, pure)
+        usage = self.reader.read(op, inputs, outputs, [alone or axis in passing for axis, alone in enumerate(pure)])
         conversions = []
         for at, value in enumerate(op.inputs):
             if value not in self.placed:  # an activation of another stage comes as its first reader wants it
@@ -332,7 +349,7 @@ class _StageBuilder:
                 self.pure[value] = (False,) * len(self.sizes)
         elif found.kind == "activation":
             op = self.parent.op_of[value]
-            self._add(op, (self.whole,) * len(op.inputs), (self.whole,) * len(op.outputs), -1, "none")
+            self._add(op, (self.whole,) * len(op.inputs), (self.whole,) * len(op.outputs), frozenset(), -1, "none")
         else:
             (self.inputs if found.kind == "input" else self.constants)[value] = None
             self.placed[value] = (self.whole, self.whole)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from math import prod
 
 from autopar.graph.ir import Graph, Op, Value
+from autopar.rules.local_forms import can_run
 from autopar.rules.registry import rule_of
 from autopar.rules.rule import NO_LABEL, OpRule
 from autopar.runtime.layout import Cut, Placement, Token, is_legal
@@ -147,7 +148,7 @@ class _Call:
         cuts = dict.fromkeys((token, dims) for token, dims in sides if isinstance(token, Cut))
         for cut, dims in cuts:
             pieces = self._spread(dims, cut, self.reader.sizes[axis])
-            if pieces is not None:
+            if pieces is not None and can_run(self.op, self.rule, pieces):
                 candidates.append(self._sharded(pieces))
 
         def agreeing(use: AxisUse) -> int:

@@ -74,6 +74,10 @@ def test_twin_keeps_stages_and_axes(plan_file: str) -> None:
             ["--launcher", "slurm", "--rendezvous", "a:1"],
             "srun --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 torchrun",
         ),
+        (
+            ["--ranks-per-node", "16", "--max-restarts", "3"],
+            "env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc-per-node=16 --max-restarts=3 train.py",
+        ),
         (["--launcher", "torchx"], "torchx run --scheduler=slurm dist.ddp -j 2x8 --script train.py -- --lr 3"),
     ],
 )
