@@ -69,6 +69,11 @@ def software_document(name: str) -> Any:
     return _document(tables_folder() / f"software.{name}.json")
 
 
+def uncertainty_document() -> Any:
+    """The shipped table of intervals, as it stands in the file."""
+    return _document(tables_folder() / "uncertainty.json")
+
+
 def save_cluster(cluster: Cluster, path: str | Path) -> None:
     """Write a cluster with its device; ``load_cluster(path)`` gives it back."""
     Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(cluster), indent=1))

@@ -116,8 +116,8 @@ class Blocks:
             whole = MeshLinks(self.cluster, num_devices, mesh.sizes, tuple(range(len(mesh.sizes))))
             exchanged = any(exchanges_batch(node, self.graph) for node in self.space(kind).ops)
             over_data = tuple(whole.group(axes) for axes in ((0,), (0, 1))[: len(mesh.sizes)]) if exchanged else ()
-            layout = (restriction.boundary, restriction.names) if restriction else None
-            table_key = (kind, local, mesh.inner, groups, over_data, layout)
+            fixed = (restriction.boundary, restriction.names) if restriction else None
+            table_key = (kind, local, mesh.inner, groups, over_data, fixed)
             if table_key not in self._tables:
                 self._tables[table_key] = TableBuilder(
                     self.space(kind),

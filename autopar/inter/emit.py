@@ -8,6 +8,7 @@ from importlib import metadata
 import numpy as np
 
 from autopar.cluster.cluster import Cluster
+from autopar.cluster.uncertainty import load_uncertainty
 from autopar.cost import parameters as pm
 from autopar.cost.compute import op_seconds
 from autopar.graph.flops import model_flops, num_parameters
@@ -389,8 +390,15 @@ def _estimate(
         runs.setdefault(stage.first_device, []).append(stage)
     memory = [device_memory(tuple(run)) for run in runs.values()]
     peak = max(one.total for one in memory)
+    uncertainty = load_uncertainty()
+    nodes = -(-found.gpus // found.cluster.devices_per_node)
+    low, high = uncertainty.step_time_factors(found.cluster.device.name, nodes, book.blocks.execution.attn)
     return Estimate(
         step_time_s=step_time_s,
+        step_time_low_s=low * step_time_s,
+        step_time_high_s=high * step_time_s,
+        memory_low_bytes=round(uncertainty.memory_low * peak),
+        memory_high_bytes=round(uncertainty.memory_high * peak),
         tokens_per_s=tokens * found.global_batch / step_time_s,
         samples_per_s=found.global_batch / step_time_s,
         mfu=flops / (step_time_s * found.gpus * found.cluster.device.peak(book.blocks.execution.dtype)),

@@ -1,15 +1,17 @@
 """What one block costs under its program: times, memory and collectives, summed here and nowhere else.
 
 F, C, B      kernels outside and inside attention, and backward, with the moves of activations      (judge_ops, _flow)
-forward      max(F + C, launches, gathers)
-backward     max(B + again, launches, gathers and scatters)     again = 0 | C | F + C for none | selective | full
+launches     calls of the host * launch time, + a wait per collective for the slowest host
+forward      both(max(F + C, launches), gathers)                both(a, b) = max(a, b) + contention * min(a, b)
+backward     both(max(B + again, launches), gathers, scatters)  again = 0 | C | F + C for none | selective | full
 workspace    largest op's tensors + two blocks' gathered parameters + what the recompute mode brings back
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-from autopar.graph.ir import Block, Graph
+from autopar.cluster.software import Software, load_software
+from autopar.graph.ir import Block, Graph, OpProfile
 from autopar.graph.profile import GraphProfile
 from autopar.inter.judge_flow import kept, moves
 from autopar.inter.judge_ops import price_op, sizes_at
@@ -55,8 +57,15 @@ def price_block(
     execution: Execution,
     free: frozenset[int],
     stored: frozenset[int],
+    fused: dict[int, tuple[float, float]],
+    accumulates: bool,
+    inner_ranks: int,
+    balanced: bool,
 ) -> BlockPrice:
-    """``free`` values are at hand anywhere, ``stored`` parameters are held by an earlier block of the stage."""
+    """``free`` values are at hand anywhere, ``stored`` parameters are held by an earlier block of the stage; ``fused`` is
+    what fusion saves of the ops' traffic, ``inner_ranks`` how many ranks share a data rank's work;
+    ``balanced``: those that share a sequence share its attention evenly under a causal mask."""
+    software, device = load_software(execution.fusion), mesh.cluster.device
     ops = graph.ops[block.first_op : block.end_op]
     aligned = ((program.ops, ops), (program.inputs, block.inputs), (program.outputs, block.outputs))
     if any(len(planned) != len(real) for planned, real in aligned):
@@ -65,20 +74,22 @@ def price_block(
     times = [0.0, 0.0, 0.0]
     forward = [step for route in moved.forward for step in route.steps]
     backward = [step for route in moved.backward for step in route.steps]
-    kernels = [0, 0]
+    calls = [software.fixed_calls, 0.0, software.fixed_calls]
     shards: dict[int, tuple[int, int]] = {}
     largest = 0.0
     for op, planned in zip(ops, program.ops, strict=True):
         if free.issuperset((*op.inputs, *op.outputs)):
             continue
-        price = price_op(graph, op, profile.ops[op.id], planned, micro_batch, mesh, execution)
+        price = price_op(
+            graph, op, profile.ops[op.id], planned, micro_batch, mesh, execution, fused.get(op.id, (0.0, 0.0)), balanced
+        )
         core = "scaled_dot_product" in op.target
         times[1 if core else 0] += price.forward_s
         times[2] += price.backward_s
         forward += price.forward_steps
         backward += price.backward_steps
         shards[op.id] = (price.shards, price.fixed_shards)
-        kernels = [kernels[0] + profile.ops[op.id].forward_kernels, kernels[1] + profile.ops[op.id].backward_kernels]
+        _count(calls, profile.ops[op.id], core and execution.attn == "math", core, software)
         tensors = zip((*op.inputs, *op.outputs), (*planned.inputs, *planned.outputs), strict=True)
         largest = max(
             largest,
@@ -93,16 +104,20 @@ def price_block(
             ),
         )
     held = kept(graph, profile, block, program, mesh, micro_batch, moved, free, shards)
-    parameters = price_parameters(graph, block, program, mesh, execution, stored)
+    parameters = price_parameters(graph, block, program, mesh, execution, stored, accumulates)
     f = times[0] + sum(step.time_s for step in forward)
     b = times[2] + sum(step.time_s for step in backward)
     full, mode = program.recompute == "full", program.recompute
     again = {"none": 0.0, "selective": times[1], "full": f + times[1]}[mode]
-    launch_s = mesh.cluster.device.launch_s
-    launches = kernels[1] + (kernels[0] if full else 0)
+    wait_s = software.collective_calls * device.launch_s * (inner_ranks - 1)
+    waits = [sum(1 for route in routes if route.steps) for routes in (moved.forward, moved.backward)]
+    launch_f = calls[0] * device.launch_s + wait_s * waits[0]
+    launch_b = calls[2] * device.launch_s + wait_s * waits[1]
+    launch_b += {"none": 0.0, "selective": calls[1] * device.launch_s, "full": launch_f}[mode]
+    contention = mesh.cluster.overlap_contention if execution.overlap else 1.0
     return BlockPrice(
-        forward_s=max(f + times[1], kernels[0] * launch_s, parameters.forward_s),
-        backward_s=max(b + again, launches * launch_s, parameters.backward_s),
+        forward_s=_both(max(f + times[1], launch_f), parameters.forward_s, contention),
+        backward_s=_both(max(b + parameters.accumulate_s + again, launch_b), parameters.backward_s, contention),
         reduction_s=parameters.reduction_s,
         optimizer_s=parameters.optimizer_s,
         parameters_bytes=parameters.parameters_bytes,
@@ -114,6 +129,22 @@ def price_block(
         + {"none": 0.0, "selective": held.core, "full": held.saved + held.core}[mode],
         issues=_issues(forward, backward, parameters, full),
     )
+
+
+def _both(compute_s: float, communication_s: float, contention: float) -> float:
+    return max(compute_s, communication_s) + contention * min(compute_s, communication_s)
+
+
+def _count(calls: list[float], profile: OpProfile, materialised: bool, core: bool, software: Software) -> None:
+    """Add an op's calls: forward, those of attention among them, backward."""
+    forward, backward = float(profile.forward_kernels), float(profile.backward_kernels)
+    if materialised:
+        forward, backward = software.math_attention_forward_calls, software.math_attention_backward_calls
+    elif not profile.forward_kernels:
+        forward = software.view_calls
+    calls[0] += forward
+    calls[1] += forward if core else 0.0
+    calls[2] += backward
 
 
 def _issues(forward: list[Step], backward: list[Step], parameters: ParameterPrice, full: bool) -> tuple[Issue, ...]:

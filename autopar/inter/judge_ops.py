@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from autopar.cluster.device import Device
+from autopar.cluster.device import ITEMSIZE, Device
+from autopar.cluster.software import load_software
 from autopar.graph.ir import Graph, Op, OpProfile
 from autopar.inter.judge_routes import Mesh, Step, local_shape
 from autopar.plan.errors import CheckError
@@ -46,9 +47,18 @@ def sizes_at(graph: Graph, shape: Sequence[int], micro_batch: int) -> tuple[int,
 
 
 def price_op(
-    graph: Graph, op: Op, profile: OpProfile, planned: OpPlan, micro_batch: int, mesh: Mesh, execution: Execution
+    graph: Graph,
+    op: Op,
+    profile: OpProfile,
+    planned: OpPlan,
+    micro_batch: int,
+    mesh: Mesh,
+    execution: Execution,
+    fused: tuple[float, float] = (0.0, 0.0),
+    balanced: bool = False,
 ) -> OpPrice:
-    """CheckError where the placements contradict each other."""
+    """``fused`` is the traffic, forward and backward, that fusion saves; ``balanced`` as in `judge_block`. CheckError where
+    the placements contradict each other."""
     rule = rule_of(op, graph.values)
     values = [graph.values[value] for value in (*op.inputs, *op.outputs)]
     placed = [parse_placements(text) for text in (*planned.inputs, *planned.outputs)]
@@ -72,11 +82,11 @@ def price_op(
     grows = any(graph.batch.grows(size) for value in values for size in value.shape)
     scale = micro_batch / graph.batch.traced if grows else 1.0
     device = mesh.cluster.device
-    forward = float(device.memory_bound_s(profile.forward_bytes * scale / shards))
-    backward = float(device.memory_bound_s(profile.backward_bytes * scale / shards))
+    traffic = _traffic(graph, op, rule, profile, placed, labelled, execution, fused)
+    forward, backward = (float(device.memory_bound_s(num_bytes * scale / shards)) for num_bytes in traffic)
     if profile.forward_flops:
         if rule.compute == "attention":
-            times = _attention(graph, op, rule, profile, local, device, execution)
+            times = _attention(graph, op, rule, profile, local, device, execution, balanced)
         else:
             times = _matmul(graph, op, rule, profile, local, shards, micro_batch, device)
         forward, backward = forward + times[0], backward + times[1]
@@ -89,6 +99,29 @@ def price_op(
         shards=shards,
         fixed_shards=prod(size for size, cut in zip(mesh.sizes, fixed, strict=True) if cut),
     )
+
+
+def _traffic(
+    graph: Graph,
+    op: Op,
+    rule: OpRule,
+    profile: OpProfile,
+    placed: Sequence[tuple[str, ...]],
+    labelled: Sequence[tuple[int, ...]],
+    execution: Execution,
+    fused: tuple[float, float],
+) -> tuple[float, float]:
+    """Whole traced bytes, forward and backward; a cross entropy over a cut vocabulary is a chain of fp32 kernels."""
+    cut = {
+        labels[dim]
+        for tokens, labels in zip(placed, labelled, strict=True)
+        for token in tokens
+        if (dim := shard_dim(token)) is not None
+    } - {NO_LABEL}
+    if "cross_entropy_loss" in op.target and any(_kind(rule, label) == "inside" for label in cut):
+        logits, software = prod(graph.values[op.inputs[0]].shape), load_software(execution.fusion)
+        return logits * software.loss_forward_bytes_per_logit, logits * software.loss_backward_bytes_per_logit
+    return max(profile.forward_bytes - fused[0], 0.0), max(profile.backward_bytes - fused[1], 0.0)
 
 
 def _told(planned: OpPlan) -> str:
@@ -166,12 +199,19 @@ def _matmul(
         b, repeats = 1.0, 1.0
         m = n = k = (flops / 2) ** (1 / 3)
     dtype = _dtype(graph, op)
-    forward = repeats * float(device.matmul_s(m, n, k, b, dtype=dtype))
+    vector = 16 // ITEMSIZE[dtype]  # elements of a vector load, which rows of odd length that nothing cuts spoil
+    aligned = not any(
+        role in "nk" and (size := traced.get(label, 1)) > vector and size % vector and local.get(label, 1) == size
+        for label, role in rule.roles
+    )
+    forward = repeats * float(device.matmul_s(m, n, k, b, dtype=dtype, aligned=aligned))
     operands = op.inputs[1:3] if "addmm" in op.target else op.inputs[:2]
     wanted = [graph.values[value].requires_grad for value in operands]
     products = [shape for shape, want in zip(((m, k, n), (n, k, m)), wanted, strict=False) if want] or [(m, n, k)]
     share = profile.backward_flops / profile.forward_flops / len(products)
-    backward = sum(repeats * share * float(device.matmul_s(*shape, b, dtype=dtype)) for shape in products)
+    backward = sum(
+        repeats * share * float(device.matmul_s(*shape, b, dtype=dtype, aligned=aligned)) for shape in products
+    )
     return forward, backward
 
 
@@ -183,12 +223,15 @@ def _attention(
     local: dict[int, int],
     device: Device,
     execution: Execution,
+    balanced: bool,
 ) -> tuple[float, float]:
     sizes = dict.fromkeys("bhqkd", 1)
     for label, role in rule.roles:
         sizes[role] *= local.get(label, 1)
     heads, kv_heads = (graph.values[op.inputs[at]].shape[-3] for at in (0, 1))
     causal = any(argument is True for argument in op.args[3:]) or dict(op.kwargs).get("is_causal") is True
+    # a rank with some of the queries runs them against all keys under a mask, unless ranks take parts of equal work
+    causal = causal and (balanced or sizes["q"] == graph.values[op.inputs[0]].shape[-2])
     times = [
         float(
             device.attention_s(

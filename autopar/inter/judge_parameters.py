@@ -6,16 +6,21 @@ parameters cut over G   all_gather before forward and before backward, reduce_sc
 gradients cut over G    reduce_scatter per micro-batch; all_gather of parameters per step
 optimizer cut over G    reduce_scatter and all_gather per step
 D without G             all_reduce of the gradient at rest, per step
-optimizer               reads gradient and state, writes state and parameter, at sustained bandwidth
+optimizer               the program's bytes an element, at sustained bandwidth
+accumulation            reads the new gradient and the sum, writes the sum, per micro-batch where there are several
+
+Collectives are parts of those of a bucket; fp16 programs reduce gradients in fp16.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from autopar.cluster.software import load_software
+from autopar.cost.parameters import BUCKET_BYTES
 from autopar.graph.ir import Block, Graph
 from autopar.inter.judge_routes import Mesh, Step
 from autopar.plan.errors import CheckError
 from autopar.plan.mesh import parse_placements
-from autopar.plan.plan import BlockProgram, Execution, ParameterPlan
+from autopar.plan.plan import BlockProgram, CollectiveKind, Execution, ParameterPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +31,7 @@ class ParameterPrice:
     backward_s: float
     reduction_s: float
     optimizer_s: float
+    accumulate_s: float
     parameters_bytes: float
     gradients_bytes: float
     optimizer_bytes: float
@@ -35,11 +41,18 @@ class ParameterPrice:
 
 
 def price_parameters(
-    graph: Graph, block: Block, program: BlockProgram, mesh: Mesh, execution: Execution, stored: frozenset[int]
+    graph: Graph,
+    block: Block,
+    program: BlockProgram,
+    mesh: Mesh,
+    execution: Execution,
+    stored: frozenset[int],
+    accumulates: bool = False,
 ) -> ParameterPrice:
     """``stored`` parameters are kept and reduced by an earlier block of the stage."""
     plans = _by_value(graph, block, program)
-    sums = dict.fromkeys(("forward", "backward", "reduction", "optimizer", "p", "g", "o", "gathered"), 0.0)
+    sums = dict.fromkeys(("forward", "backward", "reduction", "optimizer", "p", "g", "o", "gathered", "sum"), 0.0)
+    software, device = load_software(execution.fusion), mesh.cluster.device
     per_microbatch: list[Step] = []
     once: list[Step] = []
     for value, planned in plans.items():
@@ -60,8 +73,9 @@ def price_parameters(
         state = elements * (master + (8 if execution.optimizer == "adamw" else 0))
         shards = mesh.degree(cut)
         stage3, stage2 = planned.parameter == planned.optimizer and bool(cut), _cut_gradient(planned, cut)
-        gather, scatter = mesh.step("all_gather", size, cut), mesh.step("reduce_scatter", gradient, cut)
-        rest = mesh.step("all_reduce", gradient / shards, tuple(axis for axis in partial if axis not in cut))
+        sent = elements * tensor.itemsize if execution.dtype == "fp16" else gradient
+        gather, scatter = _part(mesh, "all_gather", size, cut), _part(mesh, "reduce_scatter", sent, cut)
+        rest = _part(mesh, "all_reduce", sent / shards, tuple(axis for axis in partial if axis not in cut))
         if stage3:
             sums["forward"] += _time(gather)
             sums["backward"] += _time(gather) + _time(scatter)
@@ -74,8 +88,12 @@ def price_parameters(
             (per_microbatch if stage2 else once).extend([scatter] if scatter else [])
         sums["reduction"] += _time(rest)
         once += [rest] if rest else []
-        traffic = (gradient + 2 * state + (1 if state else 2) * size) / shards
-        sums["optimizer"] += float(mesh.cluster.device.memory_bound_s(traffic))
+        moved = software.optimizer_bytes_half if tensor.itemsize < 4 else software.optimizer_bytes_full
+        moved -= 16 if execution.optimizer == "sgd" else 0
+        sums["optimizer"] += float(device.memory_bound_s(elements * moved / shards))
+        if accumulates:
+            added = (elements * tensor.itemsize + 2 * gradient) / (shards if stage2 or stage3 else 1)
+            sums["sum"] += float(device.memory_bound_s(added))
         sums["p"] += size / (shards if stage3 else 1)
         sums["g"] += gradient / (shards if stage2 else 1)
         sums["o"] += state / shards
@@ -84,6 +102,7 @@ def price_parameters(
         backward_s=sums["backward"],
         reduction_s=sums["reduction"],
         optimizer_s=sums["optimizer"],
+        accumulate_s=sums["sum"],
         parameters_bytes=sums["p"],
         gradients_bytes=sums["g"],
         optimizer_bytes=sums["o"],
@@ -91,6 +110,12 @@ def price_parameters(
         microbatch_steps=tuple(per_microbatch),
         once_steps=tuple(once),
     )
+
+
+def _part(mesh: Mesh, kind: CollectiveKind, num_bytes: float, axes: tuple[int, ...]) -> Step | None:
+    """A tensor's share of its bucket's collective."""
+    step, bucket = mesh.step(kind, num_bytes, axes), mesh.step(kind, float(BUCKET_BYTES), axes)
+    return None if step is None or bucket is None else replace(step, time_s=bucket.time_s * num_bytes / BUCKET_BYTES)
 
 
 def _time(step: Step | None) -> float:

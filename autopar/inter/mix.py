@@ -8,8 +8,8 @@ saved, workspace; s micro-batches in flight, M bytes of room, B micro-batches:
     used_cp     x_cp <= n_c y_cp                                        y_cp binary: the point occurs
     room        sum_cp (state_cp + s saved_cp) x_cp + work <= M
     work_cp     work >= workspace_cp y_cp
-    exposed     step >= sum (R_cp - W_cp hidden) x_cp + sum E_cp x_cp   hidden: 1 where the last backward hides reductions
-    rest        step >= sum E_cp x_cp
+    exposed     step >= sum (R_cp - W_cp hidden) x_cp + sum E_cp x_cp   hidden: 1 - contention
+    rest        step >= sum (contention R_cp + E_cp) x_cp
 
 `finish.fastest` mixes two points over one column; this decides over all of them and proves it.
 """
@@ -34,7 +34,7 @@ def best_mix(
     room_bytes: float,
     boundary: int,
     num_microbatches: int,
-    overlap: bool,
+    contention: float,
 ) -> Finished | None:
     """The proven best mix at one boundary placement; None where none fits or HiGHS did not prove one in time."""
     totals = points.totals[:, :, boundary]
@@ -59,9 +59,9 @@ def best_mix(
             program += work >= float(values[fr.WORKSPACE] * scale_bytes) * y, f"work_{c}_{p}"
             time.append(float((values[fr.FORWARD] + values[fr.BACKWARD]) * scale_s) * count)
             held.append(float((values[fr.STATE] + in_flight * values[fr.SAVED]) * scale_bytes) * count)
-            hidden = float(values[fr.BACKWARD]) if overlap else 0.0
+            hidden = (1.0 - contention) * float(values[fr.BACKWARD])
             exposed.append(float((values[fr.STEP] - hidden + values[fr.STEP_EXPOSED]) * scale_s) * count)
-            rest.append(float(values[fr.STEP_EXPOSED] * scale_s) * count)
+            rest.append(float((contention * values[fr.STEP] + values[fr.STEP_EXPOSED]) * scale_s) * count)
         counts.append(x)
     program += pulp.lpSum(held) <= 1.0, "room"
     program += step >= pulp.lpSum(exposed), "exposed"

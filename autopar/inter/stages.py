@@ -277,10 +277,15 @@ class StageBook:
         forward, backward, step = self.times_s(totals)
         return forward + backward + step / self.num_microbatches
 
+    @property
+    def contention(self) -> float:
+        """What hiding communication behind compute costs of the shorter of the two; 1: nothing is hidden."""
+        return self.blocks.cluster.overlap_contention if self.blocks.execution.overlap else 1.0
+
     def times_s(self, totals: Floats) -> tuple[Floats, Floats, Floats]:
         """Forward, backward, and exposed step seconds of stage totals."""
         execution, cluster = self.blocks.execution, self.blocks.cluster
-        contention = cluster.overlap_contention if execution.overlap else 1.0
+        contention = self.contention
         backward, reduction = totals[..., fr.BACKWARD], totals[..., fr.STEP]
         reduction = np.maximum(reduction - backward, 0.0) + contention * np.minimum(reduction, backward)
         loop_s = execution.software.microbatch_calls * cluster.device.launch_s / 2
@@ -332,9 +337,8 @@ class StageBook:
         """``run`` or, on its mesh, the proven best mix of frontier points that is faster."""
         points = self._stage_points(kind, run.choice.mesh, in_flight)
         best, room = run, self.budget_bytes - self.fixed_bytes()
-        overlap = self.blocks.execution.overlap
         for boundary in range(points.totals.shape[2]):
-            found = best_mix(points, self, in_flight, room, boundary, self.num_microbatches, overlap)
+            found = best_mix(points, self, in_flight, room, boundary, self.num_microbatches, self.contention)
             if found is not None and found.time_s < best.time_s * (1 - 1e-9):
                 best = found
         return best

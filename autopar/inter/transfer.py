@@ -18,6 +18,16 @@ from autopar.graph.blocks import crossing
 from autopar.graph.ir import Block, Graph
 
 
+def cut_bytes_of(graph: Graph, blocks: tuple[Block, ...]) -> NDArray[np.float64]:
+    """Bytes that cross the cut before each block, whole at the traced batch; (blocks + 1,)."""
+    sizes = [0.0]
+    for values in crossing(graph, blocks):
+        carried = [graph.values[value] for value in values if graph.values[value].requires_grad]
+        sizes.append(float(sum(prod(value.shape) * value.itemsize for value in carried)))
+    sizes += [0.0] * (len(blocks) + 1 - len(sizes))
+    return np.array(sizes)
+
+
 def send_seconds(
     cluster: Cluster,
     num_bytes: float,
@@ -40,12 +50,3 @@ def send_seconds(
         links = MeshLinks(cluster, prod(mesh_sizes), mesh_sizes, whole)
         time_s += float(links.collective_s("all_gather", local / shards, tuple(range(len(whole)))))
     return time_s
-
-
-def cut_bytes_of(graph: Graph, blocks: tuple[Block, ...]) -> NDArray[np.float64]:
-    """Bytes that cross the cut before each block, whole at the traced batch; (blocks + 1,)."""
-    sizes = np.zeros(len(blocks) + 1)
-    for at, values in enumerate(crossing(graph, blocks), 1):
-        tensors = [graph.values[value] for value in values]
-        sizes[at] = sum(float(prod(one.shape)) * one.itemsize for one in tensors if one.requires_grad)
-    return sizes

@@ -277,6 +277,7 @@ def _totals(
         sums[..., [tb.SAVED, tb.CORE_SAVED]] -= tensors[choices[2 + at]]
     kept = tables.copies.kept(choices.reshape(len(choices), -1))
     sums[..., [tb.SAVED, tb.CORE_SAVED]] += kept.reshape(*shape, 2)
+    waits = np.zeros((*shape, 2))  # collectives, forward and backward
     # a cell without a solution is arbitrary here, infinite at most, and set to inf by the caller
     waits = np.zeros((*shape, 2))  # collectives, forward and backward
     for source, target, forward, backward in tables.edges:
@@ -295,15 +296,15 @@ def _totals(
     f, c, b = (sums[..., m] for m in (tb.FORWARD, tb.CORE_FORWARD, tb.BACKWARD))
     saved, core, boundary = (sums[..., m] for m in (tb.SAVED, tb.CORE_SAVED, tb.BOUNDARY))
     again = np.where(full, f + c, np.where(selective, c, 0.0))
+    forward_host_s, core_host_s, backward_host_s = tables.host_s
+    forward_host = forward_host_s + tables.sync_s * waits[..., 0]
+    backward_host = backward_host_s + tables.sync_s * waits[..., 1]
+    backward_host = backward_host + np.where(full, forward_host, np.where(selective, core_host_s, 0.0))
     totals = np.zeros((*shape, NUM_TOTALS))
-    launch_f = tables.host_s[0] + tables.sync_s * waits[..., 0]
-    launches_again = np.where(full, launch_f, np.where(selective, tables.host_s[1], 0.0))
-    launch_b = tables.host_s[2] + tables.sync_s * waits[..., 1] + launches_again
-    for total, computing, launching, gather in (
-        (FORWARD, f + c, launch_f, held[..., pm.GATHER_FORWARD]),
-        (BACKWARD, b + held[..., pm.ACCUMULATE] + again, launch_b, held[..., pm.GATHER_BACKWARD]),
+    for total, busy, gather in (
+        (FORWARD, np.maximum(f + c, forward_host), held[..., pm.GATHER_FORWARD]),
+        (BACKWARD, np.maximum(b + held[..., pm.ACCUMULATE] + again, backward_host), held[..., pm.GATHER_BACKWARD]),
     ):
-        busy = np.maximum(computing, launching)
         totals[..., total] = np.maximum(busy, gather) + tables.contention * np.minimum(busy, gather)
     totals[..., STEP] = held[..., pm.STEP]
     totals[..., STEP_EXPOSED] = held[..., pm.STEP_EXPOSED]

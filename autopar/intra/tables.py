@@ -50,7 +50,7 @@ class BlockTables:
     partial gradient); axes count the data axis as 0, inner axes from 1. ``host_s`` are the seconds that the host takes to
     launch the forward, attention's part of it (which selective recompute launches again), and the backward; every
     collective adds ``sync_s``, as ranks wait for the slowest host. Communication behind compute costs ``contention`` of the
-    shorter of the two (1: nothing overlaps)."""
+    shorter of the two (1: nothing overlaps). ``eliminator`` is made for the edges."""
 
     space: BlockSpace
     local_batch: int
@@ -60,12 +60,12 @@ class BlockTables:
     edges: tuple[tuple[int, int, Floats, Floats], ...]
     parameter_uses: tuple[tuple[tuple[Value, tuple[tuple[int, tuple[int, ...]], ...]], ...], ...]
     hub_states: tuple[tuple[tuple[Token, ...], ...], ...]
-    host_s: tuple[float, float, float]
-    sync_s: float
-    contention: float
     boundary_tokens: dict[int, tuple[tuple[Token, ...], ...]]
     kept: tuple[Floats, ...]
     copies: CopyCounter
+    host_s: tuple[float, float, float]
+    sync_s: float
+    contention: float
     eliminator: Eliminator
 
 
@@ -158,16 +158,16 @@ class TableBuilder:
                 self._parameter_uses(node, chosen) for node, chosen in zip(self.space.ops, strategies, strict=True)
             ),
             hub_states=hub_states,
-            host_s=tuple(float(count * self.links.cluster.device.launch_s) for count in calls),  # type: ignore[arg-type]
-            sync_s=self.execution.software.collective_calls
-            * self.links.cluster.device.launch_s
-            * (math.prod(self.sizes) - 1),
-            contention=self.links.cluster.overlap_contention if self.execution.overlap else 1.0,
             boundary_tokens=boundary_tokens,
             kept=tuple(self.kept),
             copies=CopyCounter(
                 self.space, self.profile, self._first_keeper(), self.core, strategies, boundary_tokens, self.local
             ),
+            host_s=tuple(float(count * self.links.cluster.device.launch_s) for count in calls),  # type: ignore[arg-type]
+            sync_s=self.execution.software.collective_calls
+            * self.links.cluster.device.launch_s
+            * (math.prod(self.sizes) - 1),
+            contention=self.links.cluster.overlap_contention if self.execution.overlap else 1.0,
             eliminator=Eliminator(
                 tuple(len(choices) for choices in metrics),
                 tuple((source, target) for source, target, _, _ in edges),
@@ -342,9 +342,11 @@ class TableBuilder:
             per_strategy = []
             for options in chosen:
                 tokens = [option.inputs[position] for option in options]
-                elements = math.prod(value.shape)
+                shape = list(value.shape)
                 for token, size in zip(tokens, self.sizes, strict=True):
-                    elements = -(-elements // size) if isinstance(token, Atom) else elements
+                    if isinstance(token, Atom):
+                        shape[token.dim] = -(-shape[token.dim] // size)
+                elements = math.prod(shape)
                 per_strategy.append((elements, tuple(1 + axis for axis, token in enumerate(tokens) if token == "G")))
             uses.append((value, tuple(per_strategy)))
         return tuple(uses)

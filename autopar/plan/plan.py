@@ -166,7 +166,8 @@ class Collective(Noun, frozen=True, kw_only=True):
 class Estimate(Noun, frozen=True, kw_only=True):
     """What the cost model says of a plan. ``peak_memory_bytes`` is all that the fullest device holds, against
     ``budget_bytes``; ``peak_tensor_bytes`` is torch's part of it. ``flops_per_step`` counts matmul and full attention,
-    forward and backward, without recompute; ``mfu`` = that / (step time x GPUs x dense peak of the dtype)."""
+    forward and backward, without recompute; ``mfu`` = that / (step time x GPUs x dense peak of the dtype).
+    The low and high ends are of 90 % intervals from measured runs; 0 where none was made."""
 
     step_time_s: float
     tokens_per_s: float
@@ -181,6 +182,10 @@ class Estimate(Noun, frozen=True, kw_only=True):
     exposed_communication_s: float
     time: TimeParts
     collectives: tuple[Collective, ...]
+    step_time_low_s: float = 0.0
+    step_time_high_s: float = 0.0
+    memory_low_bytes: int = 0
+    memory_high_bytes: int = 0
 
 
 class SearchOutcome(Noun, frozen=True, kw_only=True):

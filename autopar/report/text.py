@@ -130,6 +130,10 @@ def _figures(plan: Plan) -> Table:
         f"{plan.schedule}{chunks}, {recompute.get(plan.recompute, f'{plan.recompute} recompute')}",
     )
     grid.add_row("step time", f"{seconds_text(estimate.step_time_s)}, {estimate.tokens_per_s:,.0f} tokens/s")
+    if estimate.step_time_high_s:
+        ends = (seconds_text(estimate.step_time_low_s), seconds_text(estimate.step_time_high_s))
+        memory = (gib_text(estimate.memory_low_bytes), gib_text(estimate.memory_high_bytes))
+        grid.add_row("90 % interval", f"step {ends[0]} to {ends[1]}, memory {memory[0]} to {memory[1]}")
     grid.add_row("MFU", f"{percent_text(estimate.mfu)} ({estimate.flops_per_step / 1e12:,.1f} TFLOP a step)")
     grid.add_row("bubble", percent_text(estimate.bubble_fraction))
     grid.add_row("exposed communication", seconds_text(estimate.exposed_communication_s))

@@ -53,6 +53,9 @@ def op_options(
         options.append(_passing("G", rule, inputs, outputs))
     if rule.passes_partial and inputs and inputs[rule.carrier].kind == "activation":
         options.append(_passing("P", rule, inputs, outputs))
+    if op.target.startswith(("aten.add.Tensor", "aten.sub.Tensor")) and len(inputs) == 2 and not outputs[0].shape:
+        # losses that are summed may stay partial sums
+        options.append(Option(inputs=("P", "P"), outputs=("P",)))
     return tuple(dict.fromkeys(options))
 
 

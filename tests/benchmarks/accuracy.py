@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from autopar.cluster.uncertainty import load_uncertainty
 from autopar.graph.flops import model_flops
 from autopar.inter.estimate import LayoutPricer, ModelGraph, model_graph
 from autopar.plan.errors import AutoparError
@@ -81,12 +82,14 @@ def outcome(run: Run, pricers: Pricers) -> Outcome:
     time_s = priced.step_time_s
     if run.kind == "layer":
         time_s = sum(pricer.block_times(priced, "layers.0"))
+    nodes = -(-run.gpus // pricer.cluster.devices_per_node)
+    low, high = load_uncertainty().step_time_factors(pricer.cluster.device.name, nodes, priced.layout.attn)
     flops = model_flops(pricer.graph, run.gbs).total
     return Outcome(
         run=run,
         time_s=time_s,
-        low_s=time_s,
-        high_s=time_s,
+        low_s=low * time_s,
+        high_s=high * time_s,
         memory_bytes=priced.memory_bytes,
         tensor_bytes=priced.memory_bytes,
         fits=priced.fits,

@@ -67,6 +67,9 @@ def _program(
             name=node.op.name,
             inputs=tuple(_text(graph, micro, tokens) for tokens in inputs),
             outputs=tuple(_text(graph, micro, tokens) for tokens in outputs),
+            output_gradients=tuple(
+                _text(graph, micro, [_GRADIENT.get(str(t), t) for t in tokens]) for tokens in outputs
+            ),
         )
         for position in node.parameters:
             value = graph.values[node.op.inputs[position]]
@@ -88,6 +91,9 @@ def _program(
         ops=tuple(planned[op] for op in sorted(planned)),
         parameters=tuple(replace(made, name=names[value]) for value, made in parameters.items()),
     )
+
+
+_GRADIENT = {"G": "P", "P": "R"}  # how the gradient of a token lies; cut and replicated ones as the tensor
 
 
 def _fitting(options: Sequence[Option], degree: int, graph: Graph, micro: int) -> list[Option]:

@@ -70,7 +70,7 @@ def check_pair(pool: Pool, seeds: tuple[int, int], folder: Path) -> None:
         assert torch.equal(tensor, three[name]), name
 
 
-@pytest.mark.parametrize("seeds", _pairs(0, 2))
+@pytest.mark.parametrize("seeds", _pairs(0, 1))
 def test_plan_to_plan(pool: Pool, seeds: tuple[int, int], tmp_path: Path) -> None:
     check_pair(pool, seeds, tmp_path)
 

@@ -23,7 +23,12 @@ def first_loss(plan_json: bytes, name: str) -> float:
     return float(trainer.gradients(parity.random_batch(workload, plan.global_batch, 0, one.classes)))
 
 
-@pytest.mark.parametrize("name", ["gpt-tied", "llama", "wide-resnet"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt-tied", pytest.param("llama", marks=SLOW), pytest.param("wide-resnet", marks=SLOW)]
+)
 def test_a_meta_model_starts_alike_under_all_plans(pool: Pool, name: str) -> None:
     found = []
     for layout in ("mbs=4", "tp=2,dp=2,mbs=2,zero=3"):

@@ -24,7 +24,7 @@ def check_seed(pool: Pool, seed: int, mode: str) -> None:
     assert error <= TOLERANCE, f"seed {seed}: gradient of {parameter} is off by {error:.1e}"
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(6))
 def test_random_plan(pool: Pool, seed: int) -> None:
     check_seed(pool, seed, "reference" if seed % 2 else "lowered")
 
@@ -64,7 +64,7 @@ def check_steps(pool: Pool, seed: int, mode: str) -> None:
     assert error <= 1e-10, f"seed {seed}: {parameter} is off by {error:.1e}"
 
 
-@pytest.mark.parametrize("seed", range(20, 26))
+@pytest.mark.parametrize("seed", range(20, 23))
 def test_random_steps(pool: Pool, seed: int) -> None:
     check_steps(pool, seed, "reference")
 

@@ -72,7 +72,7 @@ def test_the_program_finds_the_best_of_all_mixes(seed):
     for boundary in range(2):
         fitting = [t for t in every_mix(points, boundary) if memory_bytes(t, in_flight) <= room]
         expected = min((float(prices.time_s(totals)) for totals in fitting), default=math.inf)
-        found = best_mix(points, prices, in_flight, room, boundary, prices.num_microbatches, True)
+        found = best_mix(points, prices, in_flight, room, boundary, prices.num_microbatches, 0.0)
         quick = fastest(points, prices, in_flight, room, boundary)
         if math.isinf(expected):
             assert found is None
