@@ -7,6 +7,7 @@ from rich.table import Table
 
 from autopar.plan.plan import Plan, StagePlan, device_memory, device_runs
 from autopar.report.sharding import sharding_lines
+from autopar.report.traffic import traffic_lines
 from autopar.report.units import bar_text, count_text, gib_text, percent_text, ranges_text, seconds_text
 
 BAR_WIDTH = 10
@@ -14,12 +15,14 @@ ROOMY = 100
 
 
 def plan_text(plan: Plan, *, width: int = 120, verbose: bool = False) -> str:
-    """The whole report, at most ``width`` characters a line; ``verbose`` adds the collectives and the memory parts."""
+    """The whole report, at most ``width`` characters a line; ``verbose`` lists every collective and adds the memory parts."""
     parts: list[RenderableType] = [_header(plan), "", _stage_table(plan, width), "", _figures(plan)]
     if verbose:
         parts += ["", "Memory of the fullest device", _memory_table(plan)]
         if plan.estimate.collectives:
             parts += ["", "Collectives", _collective_table(plan)]
+    elif plan.estimate.collectives:
+        parts += ["", "Collectives", _traffic_table(plan)]
     if lines := sharding_lines(plan):
         parts += ["", "Parameters"]
         grid = _grid(2 if not any(line.stages for line in lines) else 3)
@@ -180,6 +183,16 @@ def _collective_table(plan: Plan) -> Table:
             f"{collective.count} per {'micro-batch' if collective.per == 'microbatch' else 'step'}",
             f"{collective.num_bytes / 2**20:,.2f} MiB",
         )
+    return grid
+
+
+def _traffic_table(plan: Plan) -> Table:
+    grid = _grid(4)
+    for line in traffic_lines(plan):
+        per = "micro-batch" if line.per == "microbatch" else "step"
+        where = f", stage {line.stage}" if len(plan.stages) > 1 else ""
+        times = f"{line.count} per {per}{where}"
+        grid.add_row(f"  {line.kind}", f"over {line.axes}", times, f"{line.num_bytes / 2**20:,.2f} MiB")
     return grid
 
 

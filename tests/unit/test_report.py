@@ -35,6 +35,10 @@ memory                 11.00 GiB of 16.00 GiB, fits (tensors 10.00 GiB)
 search                 feasible, gap 5.0 % (bound 1.90 s), 12.5 s
 runner-up              dp 8, 2.10 s: more exposed reduction
 
+Collectives
+  all_reduce      over tp  4 per micro-batch, stage 0  128.00 MiB
+  reduce_scatter  over dp  1 per step, stage 1         1,024.00 MiB
+
 Parameters
   wte.weight                S(0) on tp, ZeRO-1 over dp, gradients kept partial over dp
   layers.*.attn.qkv.weight  _S(0,3) on tp, ZeRO-1 over dp

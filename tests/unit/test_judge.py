@@ -1,0 +1,314 @@
+"""The judge: hand-worked prices, agreement with the planner, and plans that were tampered with."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from autopar.cluster.load import load_cluster
+from autopar.graph.blocks import cut_blocks, order_for_blocks
+from autopar.graph.ir import Batch, Block, Graph, Op, OpProfile, Ref, Value
+from autopar.graph.trace import trace
+from autopar.inter.estimate import estimate
+from autopar.inter.judge import differences, judge
+from autopar.inter.judge_flow import moves
+from autopar.inter.judge_ops import price_op
+from autopar.inter.judge_routes import Mesh, local_shape
+from autopar.inter.planner import plan
+from autopar.plan.errors import CheckError
+from autopar.plan.plan import BlockProgram, Execution, OpPlan, Plan, ValuePlan
+from autopar.workload import load_workload
+
+torch.set_num_threads(1)
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+MODELS = {
+    "gpt": {"layers": 4, "hidden": 256, "heads": 4, "vocab": 512, "seq": 128},
+    "llama": {"layers": 3, "hidden": 256, "heads": 8, "kv_heads": 2, "ffn": 512, "vocab": 1024, "seq": 256},
+    "moe": {"layers": 4, "hidden": 128, "heads": 4, "vocab": 512, "seq": 128, "experts": 4, "group_size": 128},
+    "wide_resnet": {"layers": 50, "base_channels": 32, "width_factor": 2, "image_size": 64},
+}
+LAYOUTS = {
+    "gpt": ["", "zero=1", "zero=3", "tp=2,sp=1", "tp=2,pp=2,mbs=4", "tp=2,pp=2,recompute=full,zero=1,sp=1"],
+    "llama": ["zero=3", "tp=4,sp=1,mbs=4,zero=1", "pp=2,mbs=4,recompute=selective,schedule=gpipe"],
+    "moe": ["", "zero=1,recompute=full", "pp=2,mbs=4"],
+    "wide_resnet": ["", "zero=3", "pp=2,mbs=4,recompute=full"],
+}
+
+
+@pytest.fixture(scope="module")
+def graphs():
+    """(name, dtype) -> (workload, graph, blocks), each traced once."""
+    known = {}
+
+    def of(name, dtype):
+        if (name, dtype) not in known:
+            workload = load_workload(str(EXAMPLES / f"{name}.py"), **MODELS[name])
+            graph = order_for_blocks(trace(workload, dtype=dtype).graph)
+            known[name, dtype] = (workload, graph, cut_blocks(graph))
+        return known[name, dtype]
+
+    return of
+
+
+def judged(graphs, name: str, made: Plan):
+    _, graph, blocks = graphs(name, DTYPES[made.execution.dtype])
+    return judge(made, graph, blocks, load_cluster(made.cluster.name))
+
+
+def workload(graphs, name: str):
+    return graphs(name, "float16")[0]
+
+
+# --- routes -----------------------------------------------------------------------------------------------------------
+
+
+def test_local_shapes_are_those_of_the_fullest_rank():
+    assert local_shape((10, 4), ("S(0)", "S(0)"), (4, 2)) == (2, 4)  # 10 -> 3 -> 2
+    assert local_shape((24, 5), ("_S(0,3)",), (4,)) == (6, 5)  # three pieces of 8, each cut in 4
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "steps"),
+    [
+        ("S(0)R", "S(0)R", []),
+        # (8192, 4096) fp16 is 64 MiB; a rank of the outer axis of 2 has half of it
+        ("S(0)P", "S(0)R", [("all_reduce", (1,), 32)]),
+        ("S(0)P", "S(0)S(1)", [("reduce_scatter", (1,), 32)]),
+        ("S(0)S(1)", "S(0)R", [("all_gather", (1,), 32)]),
+        ("RS(0)", "RS(1)", [("all_to_all", (1,), 32)]),  # half of 64 MiB before and after
+        ("RR", "RS(1)", []),  # a slice
+        ("PP", "RR", [("all_reduce", (0, 1), 64)]),  # one flattened collective, not two
+        ("S(0)S(0)", "RS(0)", None),  # the inner cut must go first: two steps at least
+    ],
+)
+def test_routes_worked_by_hand(source, target, steps):
+    mesh = Mesh(load_cluster("dgx-a100"), (2, 2), 0)
+    route = mesh.route((8192, 4096), 2, source, target)
+    if steps is None:
+        assert len(route.steps) >= 1
+        assert route.placements[-1] == target
+    else:
+        assert [(step.kind, step.axes, step.num_bytes / 2**20) for step in route.steps] == steps
+
+
+def test_nothing_becomes_a_partial_sum():
+    with pytest.raises(CheckError, match="from RR to RP"):
+        Mesh(load_cluster("dgx-a100"), (2, 2), 0).route((8, 4), 2, "RR", "RP")
+
+
+# --- a column and row linear pair on tp = 2 ---------------------------------------------------------------------------
+
+
+def linear_pair():
+    """x[8, 4] @ w1[6, 4]^T -> y[8, 6] @ w2[4, 6]^T -> z[8, 4], fp16, one block."""
+
+    def value(id, name, kind, shape):
+        return Value(id=id, name=name, kind=kind, shape=shape, dtype="float16", requires_grad=True)
+
+    values = (
+        value(0, "x", "activation", (808, 4)),
+        value(1, "w1", "parameter", (6, 4)),
+        value(2, "w2", "parameter", (4, 6)),
+        value(3, "y", "activation", (808, 6)),
+        value(4, "z", "activation", (808, 4)),
+    )
+
+    def op(id, name, inputs, outputs):
+        return Op(
+            id=id, name=name, target="aten.linear.default", inputs=inputs, outputs=outputs, args=(Ref(0), Ref(1)),
+            kwargs=(), module="", source=""
+        )  # fmt: skip
+
+    ops = (op(0, "up", (0, 1), (3,)), op(1, "down", (3, 2), (4,)))
+    batch = Batch(traced=808, prime=101)
+    graph = Graph(values=values, ops=ops, inputs=(0,), outputs=(4,), batch=batch, fingerprint="")
+    block = Block(index=0, name="b", kind=0, first_op=0, end_op=2, inputs=(0,), outputs=(4,), parameters=(1, 2))
+    return graph, block
+
+
+def pair_program(boundary: tuple[str, str]):
+    """Column then row parallel, on one axis; ``boundary``: placement of what crosses, and of its gradient."""
+    placement, gradient = boundary
+    up = OpPlan(
+        name="up", inputs=("R", "S(0)"), outputs=("S(1)",), input_gradients=("P", "S(0)"), output_gradients=("S(1)",)
+    )
+    down = OpPlan(
+        name="down", inputs=("S(1)", "S(1)"), outputs=("P",), input_gradients=("S(1)", "S(1)"), output_gradients=("R",)
+    )
+    side = [ValuePlan(name=name, placement=placement, gradient=gradient) for name in "xz"]
+    return BlockProgram(
+        id="p", kind=0, recompute="none", ops=(up, down), parameters=(), inputs=(side[0],), outputs=(side[1],)
+    )
+
+
+@pytest.mark.parametrize(
+    ("boundary", "forward", "backward"),
+    [
+        # 8 samples of 4 fp16 = 64 bytes. Replicated outside: z is summed forward, x's gradient backward.
+        (("R", "R"), ["all_reduce"], ["all_reduce"]),
+        # Sequence parallel: gather x, scatter z; backward gathers z's gradient and scatters x's.
+        (("S(0)", "S(0)"), ["all_gather", "reduce_scatter"], ["reduce_scatter", "all_gather"]),
+    ],
+)
+def test_a_column_and_row_pair_moves_64_bytes_per_collective(boundary, forward, backward):
+    graph, block = linear_pair()
+    mesh = Mesh(load_cluster("dgx-a100"), (2,), 0)
+    moved = moves(graph, block, pair_program(boundary), mesh, 8, frozenset())
+    for routes, kinds in ((moved.forward, forward), (moved.backward, backward)):
+        steps = [step for route in routes for step in route.steps]
+        assert sorted(step.kind for step in steps) == sorted(kinds)
+        assert {step.num_bytes for step in steps} == {64}
+
+
+def test_an_op_whose_tensors_disagree_is_refused():
+    graph, _ = linear_pair()
+    mesh = Mesh(load_cluster("dgx-a100"), (2,), 0)
+    good = pair_program(("R", "R")).ops[0]
+    profile = OpProfile(
+        forward_flops=2 * 808 * 4 * 6,
+        backward_flops=4 * 808 * 4 * 6,
+        forward_bytes=0,
+        backward_bytes=0,
+        forward_kernels=1,
+        backward_kernels=2,
+        saved_inputs=(0, 1),
+        saved_outputs=(),
+        saved_internal=(),
+    )
+    execution = Execution(dtype="fp16", optimizer="adamw")
+    price = price_op(graph, graph.ops[0], profile, good, 8, mesh, execution)
+    # (8, 3, 4) by the device's curve, and nothing else
+    assert price.forward_s == pytest.approx(float(mesh.cluster.device.matmul_s(8, 3, 4, 1, dtype="float16")))
+    assert price.shards == 2
+    for wrong in (
+        {"outputs": ("R",)},  # the weight's rows are cut, the result's columns are not
+        {"inputs": ("S(1)", "R"), "outputs": ("S(1)",)},  # half of a contraction, but no sum
+        {"input_gradients": ("R", "S(0)")},  # x is whole, so its gradient is a sum of terms
+    ):
+        with pytest.raises(CheckError):
+            price_op(graph, graph.ops[0], profile, msgspec.structs.replace(good, **wrong), 8, mesh, execution)
+
+
+# --- agreement with the planner ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "layout"), [(name, text) for name, texts in LAYOUTS.items() for text in texts])
+def test_layouts_weigh_what_their_placements_do(graphs, name, layout):
+    made = estimate(workload(graphs, name), cluster="p3.16xlarge", gpus=4, global_batch=32, layout=layout)
+    assert list(differences(made, judged(graphs, name, made))) == []
+
+
+SEARCHES = [
+    ("gpt", {}),
+    ("gpt", {"recompute": "full"}),
+    ("gpt", {"memory_gib": 1.4}),
+    ("llama", {"recompute": "selective"}),
+    ("llama", {"schedule": "gpipe", "micro_batch": 8}),
+    ("moe", {"micro_batch": 16}),
+    ("wide_resnet", {"micro_batch": 32}),
+]
+
+
+@pytest.mark.parametrize(("name", "search"), SEARCHES)
+def test_searched_plans_weigh_what_their_placements_do(graphs, name, search):
+    made = plan(workload(graphs, name), cluster="p3.16xlarge", gpus=4, global_batch=32, **search)
+    verdict = judged(graphs, name, made)
+    assert list(differences(made, verdict)) == []
+    assert made.estimate.collectives == verdict.collectives
+    assert not any("judged" in note for note in made.notes)
+
+
+# --- the list of collectives ------------------------------------------------------------------------------------------
+
+
+def listed(made: Plan, per: str):
+    return {(c.kind, c.axes, c.num_bytes): c.count for c in made.estimate.collectives if c.per == per}
+
+
+def test_megatron_collectives_of_a_layer_as_published(graphs):
+    """Shoeybi et al., 2019, section 3: two all-reduces forward and two backward per layer, of s * b * h; with sequence
+    parallelism each is a gather and a scatter (Korthikanti et al., 2022, section 4.2.2)."""
+    made = estimate(workload(graphs, "gpt"), cluster="dgx-a100", gpus=2, global_batch=8, layout="tp=2,mbs=2")
+    whole = 2 * 128 * 256 * 2  # 2 samples of 128 tokens, 256 wide, bf16
+    tp = tuple(axis.name for axis in made.stages[0].axes if axis.size == 2)
+    assert listed(made, "microbatch")["all_reduce", tp, whole] >= 4 * 4  # four layers
+
+
+def test_zero_3_gathers_twice_and_scatters_once(graphs):
+    made = estimate(workload(graphs, "gpt"), cluster="dgx-a100", gpus=4, global_batch=8, layout="zero=3,grads=same")
+    counts = dict.fromkeys(("all_gather", "reduce_scatter"), 0)
+    for (kind, _, size), count in listed(made, "microbatch").items():
+        if kind in counts:
+            counts[kind] += size * count
+    assert counts["all_gather"] == 2 * counts["reduce_scatter"]
+    assert not any(kind in counts for kind, _, _ in listed(made, "step"))
+
+
+# --- tampering --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pipeline(graphs):
+    return estimate(
+        workload(graphs, "gpt"), cluster="p3.16xlarge", gpus=8, global_batch=32, layout="tp=2,pp=2,mbs=4,sp=1"
+    )
+
+
+def changed(noun, **fields):
+    return msgspec.structs.replace(noun, **fields)
+
+
+def with_stage(made: Plan, **fields) -> Plan:
+    return changed(made, stages=(changed(made.stages[0], **fields), *made.stages[1:]))
+
+
+def test_a_lowered_memory_and_a_wrong_number_in_flight_are_found(graphs, pipeline):
+    stage = pipeline.stages[0]
+    less = changed(stage.memory, saved_activations_bytes=stage.memory.saved_activations_bytes // 2)
+    for tampered, name in (
+        (with_stage(pipeline, memory=less), "saved_activations_bytes"),
+        (with_stage(pipeline, in_flight=stage.in_flight + 1), "in_flight"),
+    ):
+        assert any(name in line for line in differences(tampered, judged(graphs, "gpt", tampered)))
+
+
+def test_a_changed_placement_is_found(graphs, pipeline):
+    """Every op of a layer in turn is told to leave its result otherwise than it does."""
+    id = next(ref.program for ref in pipeline.stages[0].blocks if ref.name == "layers.0")
+    program = pipeline.program(id)
+    tried = 0
+    for at, op in enumerate(program.ops):
+        whole = tuple(text[:4] + "R" if text.startswith("S(0)") else text for text in op.outputs)
+        if whole == op.outputs:
+            continue
+        ops = (*program.ops[:at], changed(op, outputs=whole), *program.ops[at + 1 :])
+        programs = tuple(changed(p, ops=ops) if p.id == id else p for p in pipeline.programs)
+        tampered = changed(pipeline, programs=programs)
+        tried += 1
+        try:
+            verdict = judged(graphs, "gpt", tampered)
+        except CheckError:
+            continue
+        assert list(differences(tampered, verdict)) or verdict.collectives != pipeline.estimate.collectives, op.name
+    assert tried >= 8
+
+
+def test_a_parameter_that_is_stored_otherwise_is_found(graphs, pipeline):
+    """The optimizer state of every replicated parameter in turn is cut over the data axis, unknown to the figures."""
+    tried = 0
+    for program in pipeline.programs:
+        for at, parameter in enumerate(program.parameters):
+            if parameter.compute[0] == "R" and parameter.gradient[0] == "P" and parameter.optimizer[0] == "R":
+                cut = changed(parameter, optimizer="S(0)" + parameter.compute[1:])
+                parameters = (*program.parameters[:at], cut, *program.parameters[at + 1 :])
+                programs = tuple(
+                    changed(p, parameters=parameters) if p.id == program.id else p for p in pipeline.programs
+                )
+                tampered = changed(pipeline, programs=programs)
+                verdict = judged(graphs, "gpt", tampered)
+                assert verdict.collectives != pipeline.estimate.collectives, parameter.name
+                assert any("optimizer_bytes" in line for line in differences(tampered, verdict)), parameter.name
+                tried += 1
+    assert tried >= 8
