@@ -1,0 +1,47 @@
+"""Plans of real models that an expert would nod at."""
+
+from pathlib import Path
+
+import pytest
+
+from autopar.inter.planner import plan
+from autopar.plan.mesh import parse_placements, shard_dim
+from autopar.plan.plan import Plan
+from autopar.workload import load_workload
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def planned(model: str, size: str, **search) -> Plan:
+    return plan(load_workload(str(EXAMPLES / model), size=size), **search)
+
+
+def cut(text: str) -> bool:
+    return any(shard_dim(token) is not None for token in parse_placements(text))
+
+
+@pytest.mark.slow
+def test_llama_8b_on_8_h100_shards_optimizer_state():
+    found = planned("llama.py", "8B", cluster="dgx-h100", gpus=8, global_batch=512)
+    large = [p for program in found.programs for p in program.parameters if "proj" in p.name]
+    assert large
+    assert all(cut(parameter.optimizer) for parameter in large)
+
+
+@pytest.mark.slow
+def test_llama_70b_on_64_h100_never_puts_tensor_parallelism_across_nodes():
+    found = planned("llama.py", "70B", cluster="dgx-h100", gpus=64, global_batch=512)
+    names = {axis.name for stage in found.stages for axis in stage.axes if axis.size > 1}
+    zero3 = any(cut(p.parameter) and not cut(p.compute) for program in found.programs for p in program.parameters)
+    assert "tp" in names or len(found.stages) > 1 or zero3
+    for stage in found.stages:
+        assert all(axis.size <= 8 for axis in stage.axes if axis.name == "tp")
+
+
+@pytest.mark.slow
+def test_moe_27b_shards_its_experts():
+    found = planned("moe.py", "27B", cluster="p3.16xlarge", gpus=32)
+    experts = [p for program in found.programs for p in program.parameters if ".experts." in p.name]
+    assert experts
+    assert all(cut(parameter.optimizer) for parameter in experts)
+    assert any(parse_placements(parameter.compute)[-1] == "S(0)" for parameter in experts)
