@@ -5,31 +5,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
-import numpy as np
-
 from autopar.cluster.cluster import Cluster
-from autopar.cluster.uncertainty import load_uncertainty
 from autopar.cost import parameters as pm
-from autopar.cost.compute import op_seconds
-from autopar.graph.flops import model_flops, num_parameters
+from autopar.graph.flops import num_parameters
 from autopar.inter.blocks import Mesh
-from autopar.inter.finish import Finished, PointRef, StageChoice
+from autopar.inter.finish import Finished
 from autopar.inter.judged import judged
 from autopar.inter.lying import Lying
 from autopar.inter.simulate import StageTimes, simulate
 from autopar.inter.stages import StageBook
+from autopar.inter.summary import Parts, alike_on_all_ranks, summarise, time_parts
 from autopar.inter.transfers import first_devices
-from autopar.intra import frontier as fr
-from autopar.intra.frontier import BlockPoints
+from autopar.inter.uses import Use, memory_of, uses_of
 from autopar.plan.mesh import Axis
 from autopar.plan.plan import (
     FORMAT_VERSION,
     BlockProgram,
     BlockRef,
     ClusterRef,
-    Estimate,
     Execution,
-    MemoryParts,
     ModelRef,
     OpPlan,
     ParameterPlan,
@@ -37,8 +31,6 @@ from autopar.plan.plan import (
     Schedule,
     SearchOutcome,
     StagePlan,
-    TimeParts,
-    device_memory,
     recompute_summary,
 )
 from autopar.rules.atoms import Atom
@@ -81,12 +73,13 @@ def build_plan(found: Found) -> Plan:
     firsts = found.first_devices or first_devices(
         [devices for _, _, devices in found.stages], found.cluster.devices_per_node
     )
-    totals_of_slowest: tuple[float, dict[str, float]] = (-1.0, {})
+    alike: list[str] = []
+    totals_of_slowest: tuple[float, Parts] = (-1.0, Parts())
     for at, (first, end, devices) in enumerate(found.stages):
         if found.books:
             book = found.books[at]
         held, choice = found.held[at], found.runs[at].choice
-        uses = _uses(book, choice, first, end)
+        uses = uses_of(book, choice, first, end)
         axes = _axes(book, choice.mesh, uses)
         refs = []
         for block, use in zip(book.blocks.blocks[first:end], uses, strict=True):
@@ -94,7 +87,11 @@ def build_plan(found: Found) -> Plan:
             if key not in programs:
                 programs[key] = _program(book, use, f"p{len(programs)}")
             refs.append(BlockRef(index=block.index, name=block.name, program=programs[key].id))
-        parts = _time_parts(book, uses)
+        parts = time_parts(uses)
+        names = [axis.name for axis in axes][-len(choice.mesh.inner) :] if choice.mesh.inner else []
+        for name, (share, attention) in alike_on_all_ranks(uses, book.blocks.profile, names).items():
+            what = "attention among them, " if attention else ""
+            alike.append(f"stage {at}: {share:.1%} of the FLOPs, {what}are computed alike on all ranks of {name}")
         busy = found.times[at].forward_s + found.times[at].backward_s
         if busy > totals_of_slowest[0]:
             totals_of_slowest = (busy, parts)
@@ -111,7 +108,7 @@ def build_plan(found: Found) -> Plan:
                 send_forward_s=found.times[at].send_forward_s,
                 send_backward_s=found.times[at].send_backward_s,
                 in_flight=held,
-                memory=_memory(book, uses, held),
+                memory=memory_of(book, uses, held),
             )
         )
     simulation = simulate(
@@ -121,7 +118,17 @@ def build_plan(found: Found) -> Plan:
         found.num_chunks,
         num_devices=[devices for _, _, devices in found.stages[: len(found.stages) // found.num_chunks]],
     )
-    estimate = _estimate(found, stages, simulation.step_time_s, simulation.bubble_fraction, totals_of_slowest[1])
+    estimate = summarise(
+        book=book,
+        cluster=found.cluster,
+        gpus=found.gpus,
+        global_batch=found.global_batch,
+        budget_bytes=found.budget_bytes,
+        stages=stages,
+        step_time_s=simulation.step_time_s,
+        bubble_fraction=simulation.bubble_fraction,
+        parts=totals_of_slowest[1],
+    )
     bound_s = min(found.lower_bound_s, simulation.step_time_s)
     gap = 1 - bound_s / simulation.step_time_s
     unknown = sorted(
@@ -168,7 +175,7 @@ def build_plan(found: Found) -> Plan:
             gap=gap,
             runner_up=found.runner_up,
         ),
-        notes=tuple(f"{target} has no sharding rule: replicated" for target in unknown),
+        notes=(*(f"{target} has no sharding rule: replicated" for target in unknown), *alike),
         command="",
         versions={
             "autopar": metadata.version("autopar"),
@@ -179,49 +186,7 @@ def build_plan(found: Found) -> Plan:
     return judged(plan, book.blocks, found.cluster)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Use:
-    """A block of a stage: its column, and the point of its frontier that it takes."""
-
-    column: int
-    ref: PointRef
-    points: BlockPoints
-    boundary: int
-    mesh: Mesh
-
-    @property
-    def row(self) -> int:
-        return self.ref[1]
-
-    def strategy(self, at: int) -> int:
-        """The strategy of the block's op ``at``."""
-        return int(self.points.choices[2 + at, self.row, self.boundary])
-
-    @property
-    def totals(self) -> np.ndarray:  # type: ignore[type-arg]
-        return self.points.totals[self.row, self.boundary]
-
-
-def stage_memory(book: StageBook, choice: StageChoice, first: int, end: int, in_flight: int) -> MemoryParts:
-    """What a stage holds on its fullest device."""
-    return _memory(book, _uses(book, choice, first, end), in_flight)
-
-
-def _uses(book: StageBook, choice: StageChoice, first: int, end: int) -> list[_Use]:
-    columns = book.columns_of(first, end)
-    return [
-        _Use(
-            column=column,
-            ref=ref,
-            points=book.points(column, choice.mesh, ref[0]),
-            boundary=choice.boundary,
-            mesh=choice.mesh,
-        )
-        for column, ref in zip(columns, choice.per_block(columns), strict=True)
-    ]
-
-
-def _program(book: StageBook, use: _Use, name: str) -> BlockProgram:
+def _program(book: StageBook, use: Use, name: str) -> BlockProgram:
     points = use.points
     tables, graph = points.tables, book.blocks.graph
     lie = Lying(graph, book.micro_batch, use.mesh.has_data_axis)
@@ -275,7 +240,7 @@ def _parameter(names: Sequence[str], tokens: Sequence[Token], storage: pm.Storag
     )
 
 
-def _axes(book: StageBook, mesh: Mesh, uses: list[_Use]) -> tuple[Axis, ...]:
+def _axes(book: StageBook, mesh: Mesh, uses: list[Use]) -> tuple[Axis, ...]:
     """The data axis, and the inner axis named after what most FLOPs are sharded by on it."""
     if not mesh.inner:
         return (Axis(name="dp", size=mesh.data),)
@@ -308,127 +273,3 @@ def _axis_name(book: StageBook, inputs: Sequence[int], tokens: Sequence[Token]) 
     if isinstance(first, Atom):
         return "dp" if graph.batch.grows(first.size) else "tp" if weight is None and first.dim == 1 else "cp"
     return "tp"
-
-
-def _memory(book: StageBook, uses: list[_Use], in_flight: int) -> MemoryParts:
-    sums = np.zeros(3)
-    saved = workspace = 0.0
-    execution = book.blocks.execution
-    for use in uses:
-        saved += use.totals[fr.SAVED]
-        workspace = max(workspace, float(use.totals[fr.WORKSPACE]))
-        held = book.columns[use.column][1]
-        for at, of_op in enumerate(use.points.tables.parameter_uses):
-            strategy = use.strategy(at)
-            names, chosen = use.points.storages[at]
-            for number, (value, per_strategy) in enumerate(of_op):
-                if value.id in held:
-                    continue
-                elements = per_strategy[strategy][0]
-                if value.kind == "buffer" or not value.requires_grad:
-                    sums[0] += elements * value.itemsize
-                    continue
-                storage = names[number * len(per_strategy) + strategy][int(chosen[number][use.row, strategy])]
-                shards = int(np.prod([use.mesh.sizes[axis] for axis in storage.axes], dtype=int))
-                sums += pm.state_bytes(storage, shards, elements, value.itemsize, execution)
-    return MemoryParts(
-        parameters_bytes=round(sums[0]),
-        gradients_bytes=round(sums[1]),
-        optimizer_bytes=round(sums[2]),
-        saved_activations_bytes=round(in_flight * saved),
-        workspace_bytes=round(workspace),
-        fixed_bytes=round(book.fixed_bytes()),
-    )
-
-
-def _time_parts(book: StageBook, uses: list[_Use]) -> dict[str, float]:
-    """Seconds per micro-batch of a stage by what computes, and by what communicates; ``step`` parts once per step."""
-    parts = dict.fromkeys(("matmul", "attention", "memory", "activations", "gathers", "reduction", "optimizer"), 0.0)
-    graph, device = book.blocks.graph, book.blocks.cluster.device
-    for use in uses:
-        tables = use.points.tables
-        for at, node in enumerate(tables.space.ops):
-            strategy = use.strategy(at)
-            degrees: dict[int, np.ndarray] = {}  # type: ignore[type-arg]
-            for option, size in zip(tables.strategies[at][strategy], use.mesh.inner, strict=True):
-                for label in option.labels:
-                    degrees[label] = degrees.get(label, np.ones(1)) * size
-            forward, backward = op_seconds(
-                graph,
-                node.op,
-                node.rule,
-                book.blocks.profile.ops[node.op.id],
-                tables.local_batch,
-                {
-                    label: degree
-                    for label, degree in degrees.items()
-                    if label in dict(node.rule.roles) or not node.rule.roles
-                },
-                device,
-                book.blocks.execution,
-            )
-            name = {"matmul": "matmul", "attention": "attention"}.get(node.rule.compute, "memory")
-            parts[name] += float(forward[0] + backward[0])
-        for source, target, forward, backward in tables.edges:
-            pair = tuple(int(use.points.choices[node, use.row, use.boundary]) for node in (source, target))
-            parts["activations"] += float(forward[pair] + backward[pair])
-        parts["reduction"] += float(use.totals[fr.STEP])
-        parts["optimizer"] += float(use.totals[fr.STEP_EXPOSED])
-    return parts
-
-
-def _estimate(
-    found: Found, stages: list[StagePlan], step_time_s: float, bubble: float, parts: dict[str, float]
-) -> Estimate:
-    book, graph = found.book, found.book.blocks.graph
-    count = book.num_microbatches
-    flops = model_flops(graph, found.global_batch).total
-    tokens = _tokens_per_sample(found)
-    exposed = count * parts["activations"] + max(0.0, parts["reduction"] - max(stage.backward_s for stage in stages))
-    runs: dict[int, list[StagePlan]] = {}
-    for stage in stages:
-        runs.setdefault(stage.first_device, []).append(stage)
-    memory = [device_memory(tuple(run)) for run in runs.values()]
-    peak = max(one.total for one in memory)
-    uncertainty = load_uncertainty()
-    nodes = -(-found.gpus // found.cluster.devices_per_node)
-    low, high = uncertainty.step_time_factors(found.cluster.device.name, nodes, book.blocks.execution.attn)
-    return Estimate(
-        step_time_s=step_time_s,
-        step_time_low_s=low * step_time_s,
-        step_time_high_s=high * step_time_s,
-        memory_low_bytes=round(uncertainty.memory_low * peak),
-        memory_high_bytes=round(uncertainty.memory_high * peak),
-        tokens_per_s=tokens * found.global_batch / step_time_s,
-        samples_per_s=found.global_batch / step_time_s,
-        mfu=flops / (step_time_s * found.gpus * found.cluster.device.peak(book.blocks.execution.dtype)),
-        flops_per_step=flops,
-        peak_memory_bytes=peak,
-        peak_tensor_bytes=max(one.tensor_bytes for one in memory),
-        budget_bytes=found.budget_bytes,
-        fits=peak <= found.budget_bytes,
-        bubble_fraction=bubble,
-        exposed_communication_s=exposed,
-        time=TimeParts(
-            matmul_s=count * parts["matmul"],
-            attention_s=count * parts["attention"],
-            memory_bound_s=count * parts["memory"],
-            launch_s=0.0,
-            communication_s={"activations": count * parts["activations"], "gradients": parts["reduction"]},
-            exposed_communication_s=exposed,
-            optimizer_s=parts["optimizer"],
-            transfers_s=sum(stage.send_forward_s + stage.send_backward_s for stage in stages),
-        ),
-        collectives=(),
-    )
-
-
-def _tokens_per_sample(found: Found) -> float:
-    """Integers a sample's largest integer input holds (its sequence length), 1 for models without one."""
-    graph = found.book.blocks.graph
-    sizes = [
-        int(np.prod(value.shape)) / graph.batch.traced
-        for value in (graph.values[v] for v in graph.inputs)
-        if value.dtype == "int64" and len(value.shape) == 2 and graph.batch.grows(value.shape[0])
-    ]
-    return max(sizes, default=1.0)

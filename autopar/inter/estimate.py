@@ -26,9 +26,9 @@ from autopar.inter.emit import Found, build_plan
 from autopar.inter.finish import Finished, add
 from autopar.inter.layouts import StageCut, cuts, restriction
 from autopar.inter.planner import DTYPES, GIB
+from autopar.inter.scatter_gather import cut_bytes_of, send_seconds
 from autopar.inter.simulate import StageTimes, simulate
 from autopar.inter.stages import FREE, StageBook
-from autopar.inter.transfer import cut_bytes_of, send_seconds
 from autopar.intra import frontier as fr
 from autopar.plan.errors import LayoutError
 from autopar.plan.layout import Layout, parse_layout

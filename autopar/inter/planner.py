@@ -14,12 +14,13 @@ from autopar.graph.blocks import cut_blocks, order_for_blocks
 from autopar.graph.trace import trace
 from autopar.inter.blocks import Blocks
 from autopar.inter.bounds import max_in_flight
-from autopar.inter.emit import Found, build_plan, stage_memory
+from autopar.inter.emit import Found, build_plan
 from autopar.inter.finish import Finished
 from autopar.inter.partition import PipelineProblem, PipelineResult, StageTable, least_s, search
 from autopar.inter.simulate import StageTimes, simulate
 from autopar.inter.smallest import smallest_budget
 from autopar.inter.stages import StageBook
+from autopar.inter.uses import stage_memory
 from autopar.plan.errors import InfeasibleError, TimeLimitError, UsageError
 from autopar.plan.plan import Plan, Schedule
 from autopar.workload.workload import Workload

@@ -45,3 +45,23 @@ def test_moe_27b_shards_its_experts():
     assert experts
     assert all(cut(parameter.optimizer) for parameter in experts)
     assert any(parse_placements(parameter.compute)[-1] == "S(0)" for parameter in experts)
+
+
+def test_attention_that_every_rank_computes_alike_is_in_the_report():
+    odd = load_workload(str(EXAMPLES / "gpt.py"), layers=2, hidden=48, heads=3, vocab=100, seq=33)
+    found = plan(odd, cluster="dgx-h100", gpus=8, global_batch=1)
+    programs = {program.id: program for program in found.programs}
+    replicated = [
+        at
+        for at, stage in enumerate(found.stages)
+        if stage.num_devices > 1
+        and any(
+            not cut(op.outputs[0])
+            for block in stage.blocks
+            for op in programs[block.program].ops
+            if "scaled_dot_product" in op.name
+        )
+    ]
+    assert replicated, "three heads, 33 positions and one sample cannot be shared out among 2, 4 or 8 ranks"
+    for at in replicated:
+        assert any(note.startswith(f"stage {at}:") and "attention among them" in note for note in found.notes)
