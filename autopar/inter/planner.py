@@ -290,6 +290,7 @@ class _Search:
         self.book, self.schedule, self.deadline_s = book, schedule, deadline_s
         self.sizes = tuple(size for size in sizes if book.meshes(size))
         self.tables = StageTables(book, self.sizes)
+        self.cuts_s = book.transfers.cut_bounds_s(self.sizes)
         free = self.tables.free()
         self.free_bound_s = np.inf
         if self.tables.can_fit(held_at_most(book, schedule)):
@@ -307,6 +308,7 @@ class _Search:
             schedule=self.schedule,  # type: ignore[arg-type]
             max_stages=min(len(book.blocks.blocks), book.gpus, MAX_STAGES),
             upper_bound_s=below_s,
+            cut_transfer_s=self.cuts_s,
         )
 
     def _named(self, stages: tuple[tuple[int, int, int], ...]) -> tuple[tuple[int, int, int], ...]:
