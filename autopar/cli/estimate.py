@@ -5,9 +5,9 @@ from typing import Any
 
 import click
 
-from autopar.cli.inputs import check_writable, global_batch_of, layout_flags
+from autopar.cli.inputs import check_writable, global_batch_of, layout_flags, priced_layout
 from autopar.cli.options import distinct, out_option, output_options, search_options, workload_options
-from autopar.plan.errors import LayoutError, UsageError
+from autopar.plan.errors import UsageError
 
 
 @click.command("estimate")
@@ -61,29 +61,23 @@ def estimate_command(
         workload = load_workload(model, **model_settings)
         batch = global_batch_of(global_batch, fixed.gbs, workload, model)
 
-        from autopar.inter.estimate import estimate
-
         progress("estimate", str(fixed) or "data parallel", None, None)
-        priced = estimate(
+        priced = priced_layout(
             workload,
+            fixed,
             cluster=target,
             gpus=gpus,
-            layout=str(fixed),
             global_batch=batch,
+            micro_batch=micro_batch,
             dtype=dtype,
             memory_gib=memory,
             optimizer=optimizer,
-        )
-    if micro_batch is not None and priced.micro_batch_size != micro_batch:
-        size = priced.micro_batch_size
-        raise LayoutError(
-            [f"the layout's dp * mbs is {size} samples, --micro-batch is {micro_batch}; give one of them"]
         )
 
     from autopar.cli.output import print_plan, signed
     from autopar.plan.file import save_plan
 
-    priced = signed(priced)
+    priced = signed(priced, cluster, cluster_set)
     if path is not None:
         save_plan(priced, path)
     print_plan(priced, path, as_json=as_json, verbose=verbose)

@@ -36,12 +36,14 @@ def print_plan(plan: "Plan", path: Path | None, *, as_json: bool, verbose: bool)
     print(plan_text(plan, width=text_width(), verbose=verbose), end="")
 
 
-def signed(plan: "Plan") -> "Plan":
-    """The plan with the command line that made it."""
+def signed(plan: "Plan", cluster: str, overrides: tuple[tuple[str, Any], ...]) -> "Plan":
+    """The plan with the command line that made it: its words, and the cluster as they name it, so that the commands that
+    take only the plan find the same tables."""
     import shlex
 
     import click
     import msgspec
 
     arguments = click.get_current_context().find_root().obj
-    return msgspec.structs.replace(plan, command=shlex.join(["autopar", *(arguments or sys.argv[1:])]))
+    named = msgspec.structs.replace(plan.cluster, name=cluster, overrides=dict(overrides))
+    return msgspec.structs.replace(plan, cluster=named, command=shlex.join(["autopar", *(arguments or sys.argv[1:])]))

@@ -24,7 +24,7 @@ from autopar.graph.trace import trace
 from autopar.inter.blocks import Blocks
 from autopar.inter.emit import Found, build_plan
 from autopar.inter.finish import Finished, add
-from autopar.inter.layouts import StageCut, cuts, restriction
+from autopar.inter.layouts import StageCut, cuts, restriction, stage_ends
 from autopar.inter.planner import DTYPES, GIB
 from autopar.inter.scatter_gather import cut_bytes_of, send_seconds
 from autopar.inter.simulate import StageTimes, simulate
@@ -99,8 +99,7 @@ class LayoutPricer:
 
     def price(self, layout: Layout) -> Priced:
         """Resolve and price; LayoutError lists all faults."""
-        resolved = layout.resolve(self.gpus, self.global_batch, heads=self.heads, kv_heads=self.kv_heads)
-        stages = cuts(self.blocks, resolved, self.gpus)
+        resolved, stages = self._resolved(layout)
         books = self._books(resolved, stages)
         held = held_by_chunk(resolved.schedule, resolved.num_stages, resolved.num_microbatches, resolved.vpp)
         runs = []
@@ -127,6 +126,22 @@ class LayoutPricer:
             memory_bytes=memory,
             fits=memory <= self.budget_bytes,
         )
+
+    def _resolved(self, layout: Layout) -> tuple[Layout, tuple[StageCut, ...]]:
+        """The layout with nothing left open, and its stages; LayoutError lists the faults of both."""
+        faults: list[str] = []
+        found = layout
+        try:
+            found = layout.resolve(self.gpus, self.global_batch, heads=self.heads, kv_heads=self.kv_heads)
+        except LayoutError as error:
+            faults += error.faults
+        try:
+            stage_ends(self.blocks, layout)
+        except LayoutError as error:
+            raise LayoutError([*faults, *error.faults]) from None
+        if faults:
+            raise LayoutError(faults)
+        return found, cuts(self.blocks, found, self.gpus)
 
     def _books(self, layout: Layout, stages: tuple[StageCut, ...]) -> tuple[StageBook, ...]:
         """The book of every stage; stages of one mesh share theirs."""
