@@ -6,14 +6,19 @@ from typing import Any
 import click
 
 from autopar.cli.inputs import check_writable, global_batch_of, layout_flags, priced_layout
-from autopar.cli.options import distinct, out_option, output_options, search_options, workload_options
+from autopar.cli.options import Positive, distinct, out_option, output_options, search_options, workload_options
 from autopar.plan.errors import UsageError
 
 
 @click.command("estimate")
 @workload_options
 @click.option("--layout", required=True, metavar="TEXT", help="The layout, such as tp=8,pp=4,zero=1.")
-@click.option("--tokens", type=float, help="Tokens of the whole training, such as 15e12: adds GPU hours and days.")
+@click.option(
+    "--tokens",
+    type=Positive(),
+    metavar="N",
+    help="Tokens of the whole training, such as 15e12: adds GPU hours and days.",
+)
 @search_options
 @out_option
 @output_options
@@ -44,8 +49,6 @@ def estimate_command(
     from autopar.cluster.load import load_cluster
     from autopar.plan.layout import parse_layout
 
-    if tokens is not None and not tokens > 0:
-        raise UsageError(f"--tokens {tokens:g} is no number of tokens above 0")
     path = None if output is None else check_writable(Path(output))
     if pins:
         raise UsageError("--pin fixes part of a search; `estimate` prices a whole layout: use `autopar plan --pin`")
@@ -76,21 +79,13 @@ def estimate_command(
 
     from autopar.cli.output import print_plan, signed
     from autopar.plan.file import save_plan
+    from autopar.report.training import Training
 
     priced = signed(priced, cluster, cluster_set)
     if path is not None:
         save_plan(priced, path)
-    print_plan(priced, path, as_json=as_json, verbose=verbose)
-    if tokens is not None and not as_json:
-        print(training_text(tokens, priced.estimate.tokens_per_s, gpus))
-
-
-def training_text(tokens: float, tokens_per_s: float, gpus: int) -> str:
-    """What a training takes.
-
-    >>> training_text(15e12, 2_635_000, 16_000)
-    '15,000,000,000,000 tokens: 66 days on 16,000 GPUs, 25,300,443 GPU hours'
-    """
-    seconds = tokens / tokens_per_s
-    hours = seconds * gpus / 3600
-    return f"{tokens:,.0f} tokens: {seconds / 86400:.0f} days on {gpus:,} GPUs, {hours:,.0f} GPU hours"
+    training = None if tokens is None else Training.of(tokens, priced.estimate.tokens_per_s, gpus)
+    extra = {} if training is None else {"training": training.document()}
+    print_plan(priced, path, as_json=as_json, verbose=verbose, extra=extra)
+    if training is not None and not as_json:
+        print(training.text)

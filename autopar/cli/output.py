@@ -24,12 +24,14 @@ def print_document(document: dict[str, Any]) -> None:
     print(json.dumps(document, indent=2, allow_nan=False))
 
 
-def print_plan(plan: "Plan", path: Path | None, *, as_json: bool, verbose: bool) -> None:
-    """The plan as text or as its JSON document."""
+def print_plan(
+    plan: "Plan", path: Path | None, *, as_json: bool, verbose: bool, extra: dict[str, Any] | None = None
+) -> None:
+    """The plan as text or as its JSON document, which ``extra`` keys join."""
     if as_json:
         from autopar.report.json import plan_document
 
-        print_document(plan_document(plan, None if path is None else str(path)))
+        print_document(plan_document(plan, None if path is None else str(path)) | (extra or {}))
         return
     from autopar.report.text import plan_text
 

@@ -182,8 +182,8 @@ class Estimate(Noun, frozen=True, kw_only=True):
     """What the cost model says of a plan. ``peak_memory_bytes`` is all that the fullest device holds, against
     ``budget_bytes``; ``peak_tensor_bytes`` is torch's part of it. ``flops_per_step`` counts matmul and full attention,
     forward and backward, without recompute; ``mfu`` = that / (step time x GPUs x dense peak of the dtype).
-    The low and high ends are of 90 % intervals from measured runs; 0 where none was made. ``items`` are what the step is
-    made of, empty where the judge could not follow the plan."""
+    The low and high ends are of 90 % intervals from measured runs; 0 where none was made. ``flops_by_kind`` says
+    which arithmetic they are; ``items`` are what the step is made of, empty where the judge could not follow the plan."""
 
     step_time_s: float
     tokens_per_s: float
@@ -203,6 +203,7 @@ class Estimate(Noun, frozen=True, kw_only=True):
     memory_low_bytes: int = 0
     memory_high_bytes: int = 0
     items: tuple[TimeItem, ...] = ()
+    flops_by_kind: dict[str, int] = {}
 
 
 class SearchOutcome(Noun, frozen=True, kw_only=True):

@@ -139,7 +139,12 @@ def _figures(plan: Plan) -> Table:
         ends = (seconds_text(estimate.step_time_low_s), seconds_text(estimate.step_time_high_s))
         memory = (gib_text(estimate.memory_low_bytes), gib_text(estimate.memory_high_bytes))
         grid.add_row("90 % interval", f"step {ends[0]} to {ends[1]}, memory {memory[0]} to {memory[1]}")
-    grid.add_row("MFU", f"{percent_text(estimate.mfu)} ({estimate.flops_per_step / 1e12:,.1f} TFLOP a step)")
+    kinds = ", ".join(
+        f"{kind} {percent_text(flops / max(estimate.flops_per_step, 1))}"
+        for kind, flops in sorted(estimate.flops_by_kind.items(), key=lambda part: -part[1])
+    )
+    grid.add_row("model FLOPs", f"{estimate.flops_per_step / 1e12:,.1f} TFLOP a step" + (f": {kinds}" if kinds else ""))
+    grid.add_row("MFU", percent_text(estimate.mfu))
     grid.add_row("bubble", percent_text(estimate.bubble_fraction))
     grid.add_row("exposed communication", seconds_text(estimate.exposed_communication_s))
     grid.add_row(

@@ -28,7 +28,8 @@ stage  blocks                           GPUs  axes         forward  backward  pe
 batch                  32 samples in 8 micro-batches of 4 samples
 schedule               1f1b, selective recompute
 step time              2.00 s, 16,384 tokens/s
-MFU                    43.2 % (250.0 TFLOP a step)
+model FLOPs            250.0 TFLOP a step: matmul 90.0 %, attention 10.0 %
+MFU                    43.2 %
 bubble                 12.5 %
 exposed communication  250.0 ms
 memory                 11.00 GiB of 16.00 GiB, fits (tensors 10.00 GiB)
