@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from autopar.cluster.cluster import Cluster
 from autopar.cluster.load import load_cluster
 from autopar.cost.execution import ExecutionModel
+from autopar.graph.attention import attention_calls
 from autopar.graph.blocks import cut_blocks, order_for_blocks
 from autopar.graph.ir import Block, Graph
 from autopar.graph.profile import GraphProfile, profile_graph
@@ -287,10 +288,6 @@ def estimate(
 
 
 def head_counts(graph: Graph) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Query and key/value head counts of the model's attentions."""
-    heads, kv_heads = set(), set()
-    for op in graph.ops:
-        if "scaled_dot_product" in op.target:
-            heads.add(graph.values[op.inputs[0]].shape[-3])
-            kv_heads.add(graph.values[op.inputs[1]].shape[-3])
-    return tuple(sorted(heads)), tuple(sorted(kv_heads))
+    """Query and key/value head counts of the model's attentions; keys repeated for all query heads count once."""
+    calls = attention_calls(graph)
+    return tuple(sorted({call.heads for call in calls})), tuple(sorted({call.kv_heads for call in calls}))
