@@ -9,7 +9,7 @@ that is fast does not fit and the one that fits is slow, the column m with most 
 (DESIGN: a stage as a mix of two neighbouring frontier points; the same as "recompute k layers" of Megatron-LM.)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -74,11 +74,17 @@ class StagePoints:
 
     @staticmethod
     def of(
-        mesh: Mesh, columns: tuple[int, ...], numbers: tuple[int, ...], points: Mapping[int, Sequence[BlockPoints]]
+        mesh: Mesh,
+        columns: tuple[int, ...],
+        numbers: tuple[int, ...],
+        parts: Sequence[tuple[int, slice, Sequence[BlockPoints]]],
     ) -> "StagePoints":
-        refs = tuple((phase, row) for phase, found in points.items() for row in range(len(found[0].rows)))
-        stacked = np.concatenate([np.stack([one.totals for one in found]) for found in points.values()], axis=1)
-        return StagePoints(mesh=mesh, columns=columns, numbers=numbers, refs=refs, totals=stacked)
+        """``parts``: for each phase, which rows of it, and the points of every column."""
+        refs = tuple((phase, row) for phase, kept, found in parts for row in range(len(found[0].rows))[kept])
+        stacked = [np.stack([one.totals[kept] for one in found]) for _, kept, found in parts]
+        return StagePoints(
+            mesh=mesh, columns=columns, numbers=numbers, refs=refs, totals=np.concatenate(stacked, axis=1)
+        )
 
 
 def add(parts: Sequence[tuple[Floats, Floats | float]]) -> Floats:

@@ -19,6 +19,7 @@ from autopar.inter.finish import Finished
 from autopar.inter.partition import PipelineProblem, PipelineResult, StageTable, least_s, search
 from autopar.inter.simulate import StageTimes, simulate
 from autopar.inter.smallest import smallest_budget
+from autopar.inter.stage_tables import StageTables
 from autopar.inter.stages import StageBook
 from autopar.inter.uses import stage_memory
 from autopar.plan.errors import InfeasibleError, TimeLimitError, UsageError
@@ -101,7 +102,7 @@ def plan(
         shared = Blocks(graph, blocks, machine, execution)
         for size in candidates:
             if batch % size == 0 and (batch // size > 1) == accumulate:
-                book = StageBook(shared, size, batch // size, budget, modes, gpus)
+                book = StageBook(shared, size, batch // size, budget, modes, gpus, schedule=order)
                 if any(book.meshes(submesh) for submesh in sizes):
                     books.append(book)
     searches = []
@@ -121,7 +122,7 @@ def plan(
         winner = min(found, key=lambda candidate: candidate.step_time_s, default=None)
         for other in searches[: at + 1]:
             if winner is None or other.book is not winner.book:
-                other.book.release()
+                other.tables.release()
         time_s = min((candidate.step_time_s for candidate in found), default=None)
         open_s = min([bound, *(other.free_bound_s for other in searches[at + 1 :])])
         gap = None if time_s is None else max(0.0, 1 - open_s / time_s)
@@ -160,9 +161,7 @@ def _infeasible(
     """What the leanest plan needs, what fills it, and the way out."""
     leanest = None
     for book in books:
-        count = min(len(book.blocks.blocks), gpus, MAX_STAGES)
-        held = tuple(max_in_flight(schedule, book.num_microbatches, place) for place in range(1, count + 1))
-        one = smallest_budget(book, tuple(size for size in sizes if book.meshes(size)), held)
+        one = smallest_budget(book, tuple(size for size in sizes if book.meshes(size)), held_at_most(book, schedule))
         if one is not None and (leanest is None or one.num_bytes < leanest.num_bytes):
             leanest = one
     if leanest is None:
@@ -272,6 +271,12 @@ def held_microbatches(book: StageBook, stages: tuple[tuple[int, int, int], ...],
     return tuple(_held(book, stages, at, schedule) for at in range(len(stages)))
 
 
+def held_at_most(book: StageBook, schedule: Schedule) -> tuple[int, ...]:
+    """Micro-batches that stage number 1, 2, ... from the last holds, for as many stages as there can be."""
+    count = min(len(book.blocks.blocks), book.gpus, MAX_STAGES)
+    return tuple(max_in_flight(schedule, book.num_microbatches, place) for place in range(1, count + 1))
+
+
 class _Search:
     """The search of one micro-batch size."""
 
@@ -284,10 +289,13 @@ class _Search:
     ) -> None:
         self.book, self.schedule, self.deadline_s = book, schedule, deadline_s
         self.sizes = tuple(size for size in sizes if book.meshes(size))
-        free = book.free_table(self.sizes)
-        self.free_bound_s = max(
-            book.work_bound_s(self.sizes, book.gpus), least_s(self._problem(lambda in_flight: free, np.inf))
-        )
+        self.tables = StageTables(book, self.sizes)
+        self.cuts_s = book.transfers.cut_bounds_s(self.sizes)
+        free = self.tables.free()
+        self.free_bound_s = np.inf
+        if self.tables.can_fit(held_at_most(book, schedule)):
+            bound_s = least_s(self._problem(lambda in_flight: free, np.inf))
+            self.free_bound_s = max(self.tables.work_bound_s(), bound_s)
 
     def _problem(self, table: Callable[[int], StageTable], below_s: float) -> PipelineProblem:
         book = self.book
@@ -300,6 +308,7 @@ class _Search:
             schedule=self.schedule,  # type: ignore[arg-type]
             max_stages=min(len(book.blocks.blocks), book.gpus, MAX_STAGES),
             upper_bound_s=below_s,
+            cut_transfer_s=self.cuts_s,
         )
 
     def _named(self, stages: tuple[tuple[int, int, int], ...]) -> tuple[tuple[int, int, int], ...]:
@@ -325,11 +334,11 @@ class _Search:
             below_s = min(known_s, reach * self.free_bound_s)
             if self.free_bound_s >= below_s:
                 return None, known_s
-            book.ignore_from(below_s)
+            self.tables.ignore_from(below_s)
             # First by times that are reached, which finds good pipelines; then by bounds, to prove or find better ones.
-            even = self._run(lambda in_flight: book.even_table(self.sizes, in_flight), below_s, EVEN_EVALUATIONS).best
+            even = self._run(self.tables.even, below_s, EVEN_EVALUATIONS).best
             target_s = even.step_time_s if even is not None else below_s
-            result = self._run(lambda in_flight: book.table(self.sizes, in_flight), target_s, None)
+            result = self._run(self.tables.bounding, target_s, None)
             best = result.best or even
             if best is not None or below_s == known_s:
                 break
