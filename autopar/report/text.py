@@ -9,7 +9,7 @@ from autopar.plan.plan import Plan, StagePlan
 from autopar.report.breakdown import memory_table, time_table
 from autopar.report.sharding import sharding_lines
 from autopar.report.traffic import traffic_lines
-from autopar.report.units import bar_text, count_text, gib_text, percent_text, ranges_text, seconds_text
+from autopar.report.units import bar_text, count_text, flops_text, gib_text, percent_text, ranges_text, seconds_text
 
 BAR_WIDTH = 10
 ROOMY = 100
@@ -143,7 +143,7 @@ def _figures(plan: Plan) -> Table:
         f"{kind} {percent_text(flops / max(estimate.flops_per_step, 1))}"
         for kind, flops in sorted(estimate.flops_by_kind.items(), key=lambda part: -part[1])
     )
-    grid.add_row("model FLOPs", f"{estimate.flops_per_step / 1e12:,.1f} TFLOP a step" + (f": {kinds}" if kinds else ""))
+    grid.add_row("model FLOPs", f"{flops_text(estimate.flops_per_step)} a step" + (f": {kinds}" if kinds else ""))
     grid.add_row("MFU", percent_text(estimate.mfu))
     grid.add_row("bubble", percent_text(estimate.bubble_fraction))
     grid.add_row("exposed communication", seconds_text(estimate.exposed_communication_s))
