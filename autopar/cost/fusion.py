@@ -28,10 +28,9 @@ NORM = frozenset(("layer_norm", "native_layer_norm", "rms_norm", "group_norm", "
 
 def fused_bytes(graph: Graph, profile: GraphProfile, fuses: Sequence[str]) -> dict[int, tuple[float, float]]:
     """Op id -> bytes saved forward and backward, whole at the traced batch; ops that save nothing are left out."""
-    kinds = (POINTWISE if "pointwise" in fuses else frozenset()) | (NORM if "norm" in fuses else frozenset())
-    if not kinds:
+    fusable = {op.id: op for op in graph.ops if _packet(op) in _kinds(fuses)}
+    if not fusable:
         return {}
-    fusable = {op.id: op for op in graph.ops if _packet(op) in kinds}
     makers = {value: op for op in graph.ops for value in op.outputs}
     readers: dict[int, list[Op]] = defaultdict(list)
     kept: set[int] = set()
@@ -55,6 +54,31 @@ def fused_bytes(graph: Graph, profile: GraphProfile, fuses: Sequence[str]) -> di
                 saved[op.id][1] += size
                 saved[maker.id][1] += size
     return {op: (forward, backward) for op, (forward, backward) in saved.items()}
+
+
+def fused_kernels(graph: Graph, fuses: Sequence[str]) -> dict[int, int]:
+    """Op id -> the first op of the kernel it is part of, for ops that are fused with others: those of one module (its first
+    two names) that pass tensors to each other."""
+    fusable = {op.id: op for op in graph.ops if _packet(op) in _kinds(fuses)}
+    makers = {value: op for op in fusable.values() for value in op.outputs}
+    first: dict[int, int] = {}
+
+    def root(op: int) -> int:
+        while first.get(op, op) != op:
+            op = first[op]
+        return op
+
+    for op in fusable.values():
+        for value in op.inputs:
+            maker = makers.get(value)
+            if maker is not None and maker.module.split(".")[:2] == op.module.split(".")[:2]:
+                ends = sorted((root(op.id), root(maker.id)))
+                first[ends[1]] = ends[0]
+    return {op: root(op) for op in fusable}
+
+
+def _kinds(fuses: Sequence[str]) -> frozenset[str]:
+    return (POINTWISE if "pointwise" in fuses else frozenset()) | (NORM if "norm" in fuses else frozenset())
 
 
 def _packet(op: Op) -> str:

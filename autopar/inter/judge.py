@@ -25,11 +25,12 @@ from autopar.graph.profile import GraphProfile, profile_graph
 from autopar.inter.judge_block import BlockPrice, price_block
 from autopar.inter.judge_collectives import listed
 from autopar.inter.judge_flow import at_hand
+from autopar.inter.judge_items import step_items
 from autopar.inter.judge_routes import Mesh
 from autopar.inter.judge_transfers import Send, sends
 from autopar.inter.simulate import StageTimes, simulate
 from autopar.plan.errors import CheckError
-from autopar.plan.plan import Collective, MemoryParts, Plan, StagePlan, device_memory
+from autopar.plan.plan import Collective, MemoryParts, Plan, StagePlan, TimeItem, device_memory
 from autopar.plan.schedule import actions
 
 RELATIVE_TOLERANCE = 1e-5
@@ -59,12 +60,14 @@ class StageJudgement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
-    """The whole plan as the judge finds it. ``collectives`` is what a runtime that executes the plan issues."""
+    """The whole plan as the judge finds it. ``collectives`` is what a runtime that executes the plan issues;
+    ``items`` are what the step is made of."""
 
     stages: tuple[StageJudgement, ...]
     step_time_s: float
     peak_memory_bytes: int
     collectives: tuple[Collective, ...]
+    items: tuple[TimeItem, ...]
 
 
 def judge(
@@ -133,11 +136,13 @@ def judge(
     runs: dict[int, list[StagePlan]] = {}
     for planned, judged in zip(plan.stages, stages, strict=True):
         runs.setdefault(planned.first_device, []).append(msgspec.structs.replace(planned, memory=judged.memory))
+    step_time_s = simulate(plan.schedule, times, plan.microbatches, plan.num_chunks).step_time_s
     return Judgement(
         stages=stages,
-        step_time_s=simulate(plan.schedule, times, plan.microbatches, plan.num_chunks).step_time_s,
+        step_time_s=step_time_s,
         peak_memory_bytes=max(device_memory(tuple(run)).total for run in runs.values()),
         collectives=listed(plan, per_stage, sent),
+        items=step_items(plan, per_stage, times, cluster, step_time_s),
     )
 
 

@@ -24,11 +24,26 @@ from autopar.plan.plan import BlockProgram, Execution
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Issue:
-    """A collective and how often a block issues it."""
+    """A collective, how often a block issues it, and what it moves."""
 
     step: Step
     count: int
     per: Literal["microbatch", "step"]
+    of: Literal["activations", "parameters", "gradients"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockSeconds:
+    """What forward and backward of a micro-batch are made of, recomputation included: kernels, exchanges of activations,
+    what launching adds to them (``launch_s``), and what of the parameters' collectives they do not hide (``storage_s``).
+    The six add up to forward + backward."""
+
+    matmul_s: float
+    attention_s: float
+    memory_bound_s: float
+    activations_s: float
+    launch_s: float
+    storage_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +60,7 @@ class BlockPrice:
     saved_bytes: float
     workspace_bytes: float
     issues: tuple[Issue, ...]
+    seconds: BlockSeconds
 
 
 def price_block(
@@ -72,6 +88,8 @@ def price_block(
         raise CheckError(f"program {program.id!r} does not fit block {block.name}: it is of another graph")
     moved = moves(graph, block, program, mesh, micro_batch, free)
     times = [0.0, 0.0, 0.0]
+    products = [0.0, 0.0]  # matmuls forward and backward
+    core_backward = 0.0
     forward = [step for route in moved.forward for step in route.steps]
     backward = [step for route in moved.backward for step in route.steps]
     calls = [software.fixed_calls, 0.0, software.fixed_calls]
@@ -86,6 +104,11 @@ def price_block(
         core = "scaled_dot_product" in op.target
         times[1 if core else 0] += price.forward_s
         times[2] += price.backward_s
+        if core:
+            core_backward += price.backward_s
+        elif profile.ops[op.id].forward_flops:
+            products[0] += price.forward_s
+            products[1] += price.backward_s
         forward += price.forward_steps
         backward += price.backward_steps
         shards[op.id] = (price.shards, price.fixed_shards)
@@ -115,9 +138,27 @@ def price_block(
     launch_b = calls[2] * device.launch_s + wait_s * waits[1]
     launch_b += {"none": 0.0, "selective": calls[1] * device.launch_s, "full": launch_f}[mode]
     contention = mesh.cluster.overlap_contention if execution.overlap else 1.0
+    busy = (max(f + times[1], launch_f), max(b + parameters.accumulate_s + again, launch_b))
+    forward_s, backward_s = (
+        _both(one, held, contention)
+        for one, held in zip(busy, (parameters.forward_s, parameters.backward_s), strict=True)
+    )
+    twice = 2.0 if full else 1.0
+    matmul_s = twice * products[0] + products[1]
+    attention_s = (1.0 if mode == "none" else 2.0) * times[1] + core_backward
+    activations_s = twice * sum(step.time_s for step in forward) + sum(step.time_s for step in backward)
+    kernels_s = f + times[1] + b + parameters.accumulate_s + again
     return BlockPrice(
-        forward_s=_both(max(f + times[1], launch_f), parameters.forward_s, contention),
-        backward_s=_both(max(b + parameters.accumulate_s + again, launch_b), parameters.backward_s, contention),
+        forward_s=forward_s,
+        backward_s=backward_s,
+        seconds=BlockSeconds(
+            matmul_s=matmul_s,
+            attention_s=attention_s,
+            memory_bound_s=max(kernels_s - matmul_s - attention_s - activations_s, 0.0),
+            activations_s=activations_s,
+            launch_s=sum(busy) - kernels_s,
+            storage_s=forward_s + backward_s - sum(busy),
+        ),
         reduction_s=parameters.reduction_s,
         optimizer_s=parameters.optimizer_s,
         parameters_bytes=parameters.parameters_bytes,
@@ -148,6 +189,11 @@ def _count(calls: list[float], profile: OpProfile, materialised: bool, core: boo
 
 
 def _issues(forward: list[Step], backward: list[Step], parameters: ParameterPrice, full: bool) -> tuple[Issue, ...]:
-    found = [Issue(step=step, count=2 if full else 1, per="microbatch") for step in forward]
-    found += [Issue(step=step, count=1, per="microbatch") for step in (*backward, *parameters.microbatch_steps)]
-    return (*found, *(Issue(step=step, count=1, per="step") for step in parameters.once_steps))
+    found = [Issue(step=step, count=2 if full else 1, per="microbatch", of="activations") for step in forward]
+    found += [Issue(step=step, count=1, per="microbatch", of="activations") for step in backward]
+    found += [Issue(step=step, count=1, per="microbatch", of=_moved(step)) for step in parameters.microbatch_steps]
+    return (*found, *(Issue(step=step, count=1, per="step", of=_moved(step)) for step in parameters.once_steps))
+
+
+def _moved(step: Step) -> Literal["parameters", "gradients"]:
+    return "parameters" if step.kind == "all_gather" else "gradients"

@@ -148,6 +148,21 @@ class TimeParts(Noun, frozen=True, kw_only=True):
 
 
 CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "ring", "send"]
+ItemKind = (
+    Literal["matmul", "attention", "memory_bound", "launches", "optimizer", "transfers", "bubble"] | CollectiveKind
+)
+
+
+class TimeItem(Noun, frozen=True, kw_only=True):
+    """A line of where a step goes on the devices of the busiest stage, seconds per step: all that ``kind`` takes, and what
+    nothing else hides; the ``exposed_s`` of all items add up to the step time. Collectives say over which mesh ``axes``
+    and ``of`` what they are."""
+
+    kind: ItemKind
+    total_s: float
+    exposed_s: float
+    axes: tuple[str, ...] = ()
+    of: Literal["activations", "parameters", "gradients", ""] = ""
 
 
 class Collective(Noun, frozen=True, kw_only=True):
@@ -167,7 +182,8 @@ class Estimate(Noun, frozen=True, kw_only=True):
     """What the cost model says of a plan. ``peak_memory_bytes`` is all that the fullest device holds, against
     ``budget_bytes``; ``peak_tensor_bytes`` is torch's part of it. ``flops_per_step`` counts matmul and full attention,
     forward and backward, without recompute; ``mfu`` = that / (step time x GPUs x dense peak of the dtype).
-    The low and high ends are of 90 % intervals from measured runs; 0 where none was made."""
+    The low and high ends are of 90 % intervals from measured runs; 0 where none was made. ``flops_by_kind`` says
+    which arithmetic they are; ``items`` are what the step is made of, empty where the judge could not follow the plan."""
 
     step_time_s: float
     tokens_per_s: float
@@ -186,6 +202,8 @@ class Estimate(Noun, frozen=True, kw_only=True):
     step_time_high_s: float = 0.0
     memory_low_bytes: int = 0
     memory_high_bytes: int = 0
+    items: tuple[TimeItem, ...] = ()
+    flops_by_kind: dict[str, int] = {}
 
 
 class SearchOutcome(Noun, frozen=True, kw_only=True):
