@@ -97,6 +97,21 @@ def exchanges_batch(node: OpNode, graph: Graph) -> bool:
     )
 
 
+def degrees_of(node: OpNode, chosen: Sequence[tuple[Option, ...]], sizes: Sequence[int]) -> dict[int, Floats]:
+    """Label -> what each strategy divides it by, (strategies,)."""
+    degrees: dict[int, Floats] = {}
+    for at, options in enumerate(chosen):
+        for option, size in zip(options, sizes, strict=True):
+            for label in option.labels[:1]:
+                degrees.setdefault(label, np.ones(len(chosen)))[at] *= size
+    twins = {label: option.labels for options in chosen for option in options for label in option.labels[:1]}
+    for first, labels in twins.items():
+        for label in labels[1:]:
+            if any(label == known for known, _ in node.rule.roles):
+                degrees[label] = degrees[first]
+    return degrees
+
+
 class TableBuilder:
     """Builds the tables of one block for one inner mesh and local batch; ``links`` are the inner axes' links,
     ``whole`` those of all axes, the data axis first."""
@@ -246,16 +261,7 @@ class TableBuilder:
     def _op_metrics(self, node: OpNode, chosen: tuple[tuple[Option, ...], ...]) -> Floats:
         op, profile = node.op, self.profile.ops[node.op.id]
         metrics = np.zeros((len(chosen), NUM_METRICS))
-        degrees: dict[int, Floats] = {}
-        for at, options in enumerate(chosen):
-            for option, size in zip(options, self.sizes, strict=True):
-                for label in option.labels[:1]:
-                    degrees.setdefault(label, np.ones(len(chosen)))[at] *= size
-        twins = {label: option.labels for options in chosen for option in options for label in option.labels[:1]}
-        for first, labels in twins.items():
-            for label in labels[1:]:
-                if any(label == known for known, _ in node.rule.roles):
-                    degrees[label] = degrees[first]
+        degrees = degrees_of(node, chosen, self.sizes)
         device = self.links.cluster.device
         forward, backward = op_seconds(
             self.graph,

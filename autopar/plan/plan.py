@@ -167,7 +167,11 @@ class Estimate(Noun, frozen=True, kw_only=True):
     """What the cost model says of a plan. ``peak_memory_bytes`` is all that the fullest device holds, against
     ``budget_bytes``; ``peak_tensor_bytes`` is torch's part of it. ``flops_per_step`` counts matmul and full attention,
     forward and backward, without recompute; ``mfu`` = that / (step time x GPUs x dense peak of the dtype).
-    The low and high ends are of 90 % intervals from measured runs; 0 where none was made."""
+    The low and high ends are of 90 % intervals from measured runs; 0 where none was made.
+
+    ``provenance`` counts the priced terms of the slowest stage by what stands behind them, ``provenance_s`` their seconds
+    per step, hidden or not: "measured" (inside a measured table), "modelled" (a formula, or a sibling's table scaled),
+    "extrapolated" (outside its table)."""
 
     step_time_s: float
     tokens_per_s: float
@@ -186,6 +190,8 @@ class Estimate(Noun, frozen=True, kw_only=True):
     step_time_high_s: float = 0.0
     memory_low_bytes: int = 0
     memory_high_bytes: int = 0
+    provenance: dict[str, int] = {}
+    provenance_s: dict[str, float] = {}
 
 
 class SearchOutcome(Noun, frozen=True, kw_only=True):
