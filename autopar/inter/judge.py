@@ -19,7 +19,7 @@ import msgspec
 
 from autopar.cluster.cluster import Cluster
 from autopar.cluster.software import load_software
-from autopar.cost.fusion import fused_bytes
+from autopar.cost.fusion import fused_bytes, with_fused_loss
 from autopar.graph.ir import Block, Graph
 from autopar.graph.profile import GraphProfile, profile_graph
 from autopar.inter.judge_block import BlockPrice, price_block
@@ -27,6 +27,7 @@ from autopar.inter.judge_collectives import listed
 from autopar.inter.judge_flow import at_hand
 from autopar.inter.judge_routes import Mesh
 from autopar.inter.judge_transfers import Send, sends
+from autopar.inter.judge_workspace import kept_anywhere
 from autopar.inter.simulate import StageTimes, simulate
 from autopar.plan.errors import CheckError
 from autopar.plan.plan import Collective, MemoryParts, Plan, StagePlan, device_memory
@@ -75,9 +76,10 @@ def judge(
     Worked example: a block of one (8, 4) x (4, 6) product in fp16, column parallel on 2 ranks, takes the matmul curve at
     (8, 3, 4) and, before it, an all_gather of 8 * 4 * 2 = 64 bytes when its input lies as ``S(0)``.
     """
-    profile = profile or profile_graph(graph)
-    free = at_hand(graph)
-    fused = fused_bytes(graph, profile, load_software(plan.execution.fusion).fuses)
+    fuses = load_software(plan.execution.fusion).fuses
+    profile = with_fused_loss(graph, profile or profile_graph(graph), fuses)
+    free, stays = at_hand(graph), kept_anywhere(graph, profile)
+    fused = fused_bytes(graph, profile, fuses)
     kinds: dict[int, Block] = {}
     for block in blocks:
         kinds.setdefault(block.kind, block)
@@ -113,6 +115,7 @@ def judge(
                     plan.microbatches > 1,
                     prod(axis.size for axis in stage.axes if axis.name != "dp"),
                     plan.search.status == "fixed",  # a manual layout is Megatron's program
+                    stays,
                 )
             found.append(prices[key])
         per_stage.append(found)
