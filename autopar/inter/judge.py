@@ -5,7 +5,8 @@ micro-batches) and what is given (graph, profiles, sharding rules, device and li
 
     block     `judge_block`: kernels at local shapes, moves between placements, kept copies, parameters
     stage     sums over blocks + the loop's calls; step = reduction that the last backward does not hide + optimizer
-    memory    state + micro-batches in flight * saved + largest workspace + what the allocator does not count
+    memory    state + micro-batches in flight * saved + largest workspace + what the allocator does not count, with one of
+              the saved given back for the gradients that a backward makes where these are larger
     step      the event simulation of the schedule
 
 ``judge`` returns what it found, ``differences`` names where a plan says otherwise.
@@ -42,6 +43,7 @@ BYTES = (
     "saved_activations_bytes",
     "workspace_bytes",
     "fixed_bytes",
+    "overlaid_bytes",
 )
 
 
@@ -168,6 +170,11 @@ def _stage(
     contention = cluster.overlap_contention if plan.execution.overlap else 1.0
     exposed_s = max(reduction_s - backward_s, 0.0) + contention * min(reduction_s, backward_s)
     software, launch_s = load_software(plan.execution.fusion), cluster.device.launch_s
+    saved = sum(price.saved_bytes for price in found)
+    gradients = sum(price.gradients_bytes for price in found)
+    at_end = sum(price.late_bytes for price in found) + (gradients if plan.microbatches > 1 else 0.0)
+    at_start = saved + (gradients if plan.microbatches > 1 else 0.0)
+    more = max(at_start, at_end) - saved - gradients  # than the parts that are told
     loop_s = software.microbatch_calls * launch_s / 2
     return StageJudgement(
         forward_s=sum(price.forward_s for price in found) + loop_s,
@@ -178,11 +185,14 @@ def _stage(
         in_flight=in_flight,
         memory=MemoryParts(
             parameters_bytes=round(sum(price.parameters_bytes for price in found)),
-            gradients_bytes=round(sum(price.gradients_bytes for price in found)),
+            gradients_bytes=round(gradients),
             optimizer_bytes=round(sum(price.optimizer_bytes for price in found)),
-            saved_activations_bytes=round(in_flight * sum(price.saved_bytes for price in found)),
-            workspace_bytes=round(max(price.workspace_bytes for price in found)),
-            fixed_bytes=round(cluster.device.context_bytes + cluster.communication_buffer_bytes(2)),
+            saved_activations_bytes=round(in_flight * saved),
+            workspace_bytes=round(max(price.workspace_bytes for price in found) + max(more, 0.0)),
+            fixed_bytes=round(
+                cluster.device.context_bytes + cluster.communication_buffer_bytes(2 if plan.gpus > 1 else 0)
+            ),
+            overlaid_bytes=round(max(-more, 0.0)),
         ),
     )
 

@@ -44,6 +44,7 @@ class BlockPrice:
     optimizer_bytes: float
     saved_bytes: float
     workspace_bytes: float
+    late_bytes: float
     issues: tuple[Issue, ...]
 
 
@@ -120,6 +121,7 @@ def price_block(
         workspace_bytes=largest
         + 2 * parameters.gathered_bytes
         + {"none": 0.0, "selective": held.core, "full": held.saved + held.core}[mode],
+        late_bytes=parameters.late_bytes,
         issues=_issues(forward, backward, parameters, full),
     )
 

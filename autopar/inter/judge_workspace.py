@@ -17,7 +17,8 @@ from autopar.plan.plan import OpPlan
 
 def kept_anywhere(graph: Graph, profile: GraphProfile) -> tuple[frozenset[int], frozenset[int]]:
     """Values whose memory some op keeps for its backward, and those of them whose gradient is written into it."""
-    found, reused = set(), set()
+    found: set[int] = set()
+    reused: set[int] = set()
     for op in graph.ops:
         ran, tensors = profile.ops[op.id], (*op.inputs, *op.outputs)
         for at in (*ran.saved_inputs, *(len(op.inputs) + i for i in ran.saved_outputs)):

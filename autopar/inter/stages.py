@@ -39,7 +39,7 @@ HUGE = 1e30  # stands for "impossible" in sums, where inf times zero would be un
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MeshSums:
-    """Per stage type, row and boundary placement: the seven ``totals``, ``time_s`` per micro-batch with its share of
+    """Per stage type, row and boundary placement: the eight ``totals``, ``time_s`` per micro-batch with its share of
     the step, and the ``bound_s`` of the rows. ``fastest`` (types,) is the flat position of the least time."""
 
     rows: tuple[PriceRow, ...]
@@ -50,7 +50,7 @@ class MeshSums:
 
     def memory_bytes(self, in_flight: int) -> Floats:
         """All but the fixed share, (types, rows, boundaries)."""
-        return self.totals[..., fr.STATE] + in_flight * self.totals[..., fr.SAVED] + self.totals[..., fr.WORKSPACE]
+        return fr.memory_bytes(self.totals, in_flight)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -373,8 +373,11 @@ class StageBook:
         return float(self.num_microbatches * np.where(whole > 0, whole * least, 0.0).sum() / gpus)
 
     def fixed_bytes(self) -> float:
-        """What torch's allocator does not count: context, and the buffers of two communicators."""
-        return float(self.blocks.cluster.device.context_bytes + self.blocks.cluster.communication_buffer_bytes(2))
+        """What torch's allocator does not count: context, and where ranks talk the buffers of two communicators."""
+        communicators = 2 if self.gpus > 1 else 0
+        return float(
+            self.blocks.cluster.device.context_bytes + self.blocks.cluster.communication_buffer_bytes(communicators)
+        )
 
     def table(self, sizes: tuple[int, ...], in_flight: int) -> StageTable:
         """Bounds over (first block, end block, submesh size) as the outer search reads them; inf for stages that cannot

@@ -15,6 +15,9 @@ elimination solves all rows and all boundary placements at once and exactly. Per
     path        1          free             free             free        a bound on t alone
     tenth       1          a tenth          free             free        the same, with nine tenths of F, C and W
 
+Gradients that a backward makes (LATE: with one micro-batch all, without overlap what ZeRO-2 and 3 cut) take the place of
+the saved tensors it frees: max(s saved, (s - 1) saved + late) is priced by the mean of the two, which is not above it.
+
 Parameters are leaves: for each row and strategy the cheapest storage is taken. What the solutions cost is then summed per
 metric, with what overlaps (ZeRO-3 gathers behind one block's compute) applied to the block as a whole. Because
 max(a, b) >= (1 - x) a + x b and step >= reductions - last backward, the optimum of a hidden, reduced, path or tenth row is
@@ -39,8 +42,8 @@ MODES = ("none", "selective", "full")
 FAMILIES = ("priced", "hidden", "reduced", "path", "tenth")
 PRICES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 """Prices of a byte tried where memory binds, in units of the time the device takes to stream it."""
-FORWARD, BACKWARD, STEP, STEP_EXPOSED, STATE, SAVED, WORKSPACE = range(7)
-NUM_TOTALS = 7
+FORWARD, BACKWARD, STEP, STEP_EXPOSED, STATE, SAVED, WORKSPACE, LATE = range(8)
+NUM_TOTALS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +58,8 @@ class PriceRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BlockPoints:
-    """``totals[row, boundary]`` are the seven sums above (seconds, seconds, seconds once per step that backward may hide,
-    seconds once per step, bytes, bytes per micro-batch in flight, bytes), inf where there is no solution; the boundary
+    """``totals[row, boundary]`` are the eight sums above (seconds, seconds, seconds once per step that backward may hide,
+    seconds once per step, bytes, bytes per micro-batch in flight, bytes, bytes of gradients that a backward makes), inf where there is no solution; the boundary
     placement is the same on both sides. ``choices[node, row, boundary]`` and ``storage[op][row]`` say which;
     ``bound_s[row, boundary]`` is the row's optimum. ``least`` holds the least forward seconds, workspace and seconds
     once per step of any choice."""
@@ -125,9 +128,10 @@ def block_points(
     """Solve all rows. ``data_axis``: mesh axis 0 has several ranks. ``held`` parameters are stored by another block of
     the stage; ``zero`` pins the ZeRO stage over the data axis."""
     beta = np.array([1.0 - 1.0 / num_microbatches if row.family == "reduced" else 1.0 for row in rows])
-    weights = np.array([_weights(row, late) for row, late in zip(rows, beta, strict=True)])
+    late_share = 0.5 if prices.execution.late_gradients else 0.0
+    weights = np.array([_weights(row, late, late_share) for row, late in zip(rows, beta, strict=True)])
     parameter_weights = np.array(
-        [_parameter_weights(row, num_microbatches, late) for row, late in zip(rows, beta, strict=True)]
+        [_parameter_weights(row, num_microbatches, late, late_share) for row, late in zip(rows, beta, strict=True)]
     )
     node_costs: list[Floats] = [weights @ metrics.T for metrics in tables.node_metrics]
     storages = []
@@ -180,13 +184,21 @@ def _least(
     return forward, workspace, step
 
 
-def _parameter_weights(row: PriceRow, num_microbatches: int, beta: float) -> list[float]:
+def memory_bytes(totals: Floats, in_flight: int | Floats) -> Floats:
+    """Bytes with ``in_flight`` micro-batches held, all but the fixed share: at the start of a backward, or at its end,
+    when its saved tensors are gone and its gradients there."""
+    late = np.maximum(totals[..., LATE] - totals[..., SAVED], 0.0)
+    return np.asarray(totals[..., STATE] + in_flight * totals[..., SAVED] + late + totals[..., WORKSPACE])
+
+
+def _parameter_weights(row: PriceRow, num_microbatches: int, beta: float, late_share: float) -> list[float]:
     weights = [0.0] * pm.NUM_PARAMETER_METRICS
     gathers = {"priced": 1.0, "tenth": 0.1}.get(row.family, 0.0)
     weights[pm.GATHER_FORWARD] = weights[pm.GATHER_BACKWARD] = gathers
     weights[pm.STEP] = 1.0 / num_microbatches if row.family in ("priced", "reduced") else 0.0
     weights[pm.STEP_EXPOSED] = 0.0 if row.family in ("path", "tenth") else 1.0 / num_microbatches
     weights[pm.STATE] = row.price_s_per_byte
+    weights[pm.LATE] = late_share * row.price_s_per_byte
     weights[pm.ACCUMULATE] = _compute_share(row) * beta
     return weights
 
@@ -195,8 +207,8 @@ def _compute_share(row: PriceRow) -> float:
     return 0.9 if row.family == "tenth" else 1.0
 
 
-def _weights(row: PriceRow, beta: float) -> list[float]:
-    saved = row.price_s_per_byte * row.saved_weight
+def _weights(row: PriceRow, beta: float, late_share: float) -> list[float]:
+    saved = row.price_s_per_byte * max(row.saved_weight - late_share, 0.0)
     share = _compute_share(row)
     weights = [0.0] * tb.NUM_METRICS
     weights[tb.FORWARD] = share * (1.0 + beta if row.mode == "full" else 1.0)
@@ -309,6 +321,7 @@ def _totals(
     totals[..., STEP] = held[..., pm.STEP]
     totals[..., STEP_EXPOSED] = held[..., pm.STEP_EXPOSED]
     totals[..., STATE] = held[..., pm.STATE]
+    totals[..., LATE] = held[..., pm.LATE]
     totals[..., SAVED] = np.where(full, boundary, np.where(selective, saved, saved + core))
     passing = workspace + 2 * held[..., pm.GATHERED]
     totals[..., WORKSPACE] = passing + np.where(full, saved + core, np.where(selective, core, 0.0))

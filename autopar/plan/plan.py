@@ -89,7 +89,8 @@ class BlockRef(Noun, frozen=True, kw_only=True):
 class MemoryParts(Noun, frozen=True, kw_only=True):
     """Bytes on the fullest device of a stage at its peak. ``saved_activations_bytes`` covers all micro-batches in
     flight; ``workspace_bytes`` is the largest passing need; ``fixed_bytes`` is what torch's allocator does not count
-    (context, communication buffers, fragmentation)."""
+    (context, communication buffers, fragmentation). Gradients of a single micro-batch take the place of saved tensors that
+    the backward frees: ``overlaid_bytes`` are counted as both and are there once."""
 
     parameters_bytes: int
     gradients_bytes: int
@@ -97,6 +98,7 @@ class MemoryParts(Noun, frozen=True, kw_only=True):
     saved_activations_bytes: int
     workspace_bytes: int
     fixed_bytes: int
+    overlaid_bytes: int = 0
 
     @property
     def state_bytes(self) -> int:
@@ -105,7 +107,7 @@ class MemoryParts(Noun, frozen=True, kw_only=True):
     @property
     def tensor_bytes(self) -> int:
         """All but ``fixed_bytes``: what torch's allocator counts."""
-        return self.state_bytes + self.saved_activations_bytes + self.workspace_bytes
+        return self.state_bytes + self.saved_activations_bytes + self.workspace_bytes - self.overlaid_bytes
 
     @property
     def total(self) -> int:
@@ -291,6 +293,7 @@ def device_memory(stages: tuple[StagePlan, ...]) -> MemoryParts:
         saved_activations_bytes=sum(part.saved_activations_bytes for part in parts),
         workspace_bytes=max(part.workspace_bytes for part in parts),
         fixed_bytes=max(part.fixed_bytes for part in parts),
+        overlaid_bytes=sum(part.overlaid_bytes for part in parts),
     )
 
 

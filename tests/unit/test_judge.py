@@ -291,6 +291,8 @@ def test_a_changed_placement_is_found(graphs, pipeline):
             verdict = judged(graphs, "gpt", tampered)
         except CheckError:
             continue
+        if op.name.startswith(("view", "unbind", "transpose", "reshape")):
+            continue  # no kernel and no memory of its own: cutting it again behind is free
         assert list(differences(tampered, verdict)) or verdict.collectives != pipeline.estimate.collectives, op.name
     assert tried >= 8
 
