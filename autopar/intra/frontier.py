@@ -226,7 +226,7 @@ def _parameter_costs(
     for value, per_strategy in uses:
         row: list[tuple[tuple[pm.Storage, ...], Floats]] = []
         for elements, axes in per_strategy:
-            full_axes = ((0, *axes) if data_axis else axes) if value.requires_grad else ()
+            full_axes = tuple(axis for axis in axes if axis or data_axis) if value.requires_grad else ()
             if value.kind == "buffer" or not value.requires_grad or value.id in held:
                 metrics = np.zeros((1, pm.NUM_PARAMETER_METRICS))
                 metrics[0, pm.STATE] = 0.0 if value.id in held else elements * value.itemsize
@@ -277,7 +277,6 @@ def _totals(
         sums[..., [tb.SAVED, tb.CORE_SAVED]] -= tensors[choices[2 + at]]
     kept = tables.copies.kept(choices.reshape(len(choices), -1))
     sums[..., [tb.SAVED, tb.CORE_SAVED]] += kept.reshape(*shape, 2)
-    waits = np.zeros((*shape, 2))  # collectives, forward and backward
     # a cell without a solution is arbitrary here, infinite at most, and set to inf by the caller
     waits = np.zeros((*shape, 2))  # collectives, forward and backward
     for source, target, forward, backward in tables.edges:

@@ -1,8 +1,8 @@
 """Prices of a block on one mesh: seconds and bytes for every choice of every node and every pair, before any weighing.
 
-The mesh is (data axis, inner axes ...). The data axis always shards the batch: it is priced from outside, through
-``local_batch`` and the parameters. On each inner axis every op chooses an option freely; a *strategy* of an op is an option
-per inner axis. Metrics per micro-batch and node, and what they mean:
+The mesh is (data axis, inner axes ...). What the data axis does to an op is given (`data_axis`): mostly it cuts the batch, so
+that a block's prices follow from ``local_batch`` alone, and are made as for one data rank. On each inner axis every op
+chooses an option freely; a *strategy* of an op is an option per inner axis. Metrics per micro-batch and node:
 
     FORWARD, CORE_FORWARD    seconds; CORE is attention, which selective recomputation redoes
     BACKWARD                 seconds
@@ -22,14 +22,15 @@ from numpy.typing import NDArray
 from autopar.cost.compute import host_calls, op_seconds, weight_gradient_s
 from autopar.cost.execution import ExecutionModel
 from autopar.cost.redistribute import MeshLinks, Placement, redistribute_s
-from autopar.graph.ir import Graph, Value
+from autopar.graph.ir import Value
 from autopar.graph.profile import GraphProfile
 from autopar.intra.copies import CopyCounter, LocalSizes
+from autopar.intra.data_axis import text_of
 from autopar.intra.elimination import Eliminator
 from autopar.intra.space import IN, OUT, BlockSpace, OpNode
 from autopar.rules.atoms import Atom
 from autopar.rules.options import Option, Token
-from autopar.rules.rule import NO_LABEL, OpRule
+from autopar.rules.rule import OpRule
 
 Floats = NDArray[np.float64]
 FORWARD, CORE_FORWARD, BACKWARD, SAVED, CORE_SAVED, BOUNDARY, WORKSPACE = range(7)
@@ -87,19 +88,9 @@ def _may_be_uneven(rule: OpRule, labels: tuple[int, ...]) -> bool:
     return any((*ins, *outs) == labels and len(ins) == len(outs) == 1 for ins, outs in rule.groups)
 
 
-def exchanges_batch(node: OpNode, graph: Graph) -> bool:
-    """Whether an op exchanges statistics over the batch (batch norm), and so over the data axis."""
-    return node.rule.inside is not None and any(
-        label != NO_LABEL and node.rule.kinds[label] == "inside" and graph.batch.grows(size)
-        for value, labels in zip(node.op.inputs, node.rule.inputs, strict=True)
-        for size, label in zip(graph.values[value].shape, labels, strict=True)
-        if label < len(node.rule.kinds)
-    )
-
-
 class TableBuilder:
     """Builds the tables of one block for one inner mesh and local batch; ``links`` are the inner axes' links,
-    ``whole`` those of all axes, the data axis first."""
+    ``whole`` those of all axes, the data axis of ``data`` ranks first. ``data`` may be one wherever the block is plain."""
 
     def __init__(
         self,
@@ -113,16 +104,19 @@ class TableBuilder:
         whole: MeshLinks,
         allowed: Allowed | None = None,
         fused: dict[int, tuple[float, float]] | None = None,
+        data: int = 1,
     ) -> None:
+        assert data in (1, whole.sizes[0])
+        self.data, self.micro_batch = data, local_batch * data
         self.fused = fused or {}
         self._hiding: dict[int, Floats] = {}
         self.space, self.profile, self.local_batch = space, profile, local_batch
         self.links, self.execution, self.allowed, self.whole = links, execution, allowed, whole
         self.graph, self.sizes = space.graph, links.sizes
         self.savers, self.core = savers, core
-        self.local = LocalSizes(space, self.sizes, local_batch)
+        self.local = LocalSizes(space, self.sizes, local_batch, data)
         self.kept: list[Floats] = []
-        self.redistributions: dict[tuple[tuple[Placement, ...], float], Floats] = {}
+        self.redistributions: dict[tuple[tuple[Placement, ...], tuple[float, ...]], Floats] = {}
 
     def build(self) -> BlockTables:
         strategies = tuple(self._strategies(node) for node in self.space.ops)
@@ -133,10 +127,11 @@ class TableBuilder:
             if flow_value in self.space.tokens:
                 value = self.graph.values[flow_value]
                 for at, roles in enumerate(boundaries):
-                    metrics[IN][at, BOUNDARY] += self._local_bytes(value, self.role_tokens(value, roles))
+                    tokens = self.role_tokens(value, roles)
+                    metrics[IN][at, BOUNDARY] += self._local_bytes(value, tokens, self.space.data_axis.ends[value.id])
         calls = np.zeros(3)
-        for node, chosen in zip(self.space.ops, strategies, strict=True):
-            metrics.append(self._op_metrics(node, chosen))
+        for node, chosen, data in zip(self.space.ops, strategies, self.space.data_axis.options, strict=True):
+            metrics.append(self._op_metrics(node, chosen, data))
             is_core = node.op.id in self.core
             forward, backward = host_calls(node.op, self.profile.ops[node.op.id], self.execution, is_core)
             calls += forward, forward * is_core, backward
@@ -155,7 +150,8 @@ class TableBuilder:
             node_metrics=tuple(metrics),
             edges=edges,
             parameter_uses=tuple(
-                self._parameter_uses(node, chosen) for node, chosen in zip(self.space.ops, strategies, strict=True)
+                self._parameter_uses(node, chosen, data)
+                for node, chosen, data in zip(self.space.ops, strategies, self.space.data_axis.options, strict=True)
             ),
             hub_states=hub_states,
             boundary_tokens=boundary_tokens,
@@ -206,14 +202,15 @@ class TableBuilder:
         return max(atoms, key=lambda atom: atom.size) if atoms else None
 
     def _strategies(self, node: OpNode) -> tuple[tuple[Option, ...], ...]:
+        data = self.space.data_axis.options[node.node - 2]
         per_axis = []
         for axis in range(len(self.sizes)):
             options = [o for o in node.options if self.allowed is None or self.allowed(axis, node, o)]
             per_axis.append(options or list(node.options[:1]))
-        found = [chosen for chosen in itertools.product(*per_axis) if self._divides(node, chosen)]
+        found = [chosen for chosen in itertools.product(*per_axis) if self._divides(node, chosen, data)]
         return tuple(found) or ((node.options[0],) * len(self.sizes),)
 
-    def _divides(self, node: OpNode, chosen: tuple[Option, ...]) -> bool:
+    def _divides(self, node: OpNode, chosen: tuple[Option, ...], data: Option) -> bool:
         degrees: dict[tuple[tuple[int, ...], int], int] = {}
         for option, size in zip(chosen, self.sizes, strict=True):
             if option.sharded:
@@ -221,9 +218,10 @@ class TableBuilder:
                 degrees[key] = degrees.get(key, 1) * size
         for (labels, size), degree in degrees.items():
             grows = self.graph.batch.grows(size)
-            if grows and (size * self.local_batch) % self.graph.batch.traced:
+            samples = self.local_batch if data.labels == labels else self.micro_batch
+            if grows and (size * samples) % self.graph.batch.traced:
                 return False
-            whole = self.graph.batch.scale(size, self.local_batch)
+            whole = self.graph.batch.scale(size, samples)
             if whole % degree and (grows or whole < UNEVEN * degree or not _may_be_uneven(node.rule, labels)):
                 return False
         return True
@@ -239,30 +237,21 @@ class TableBuilder:
                 found.append(state)
         return tuple(found)
 
-    def _local_bytes(self, value: Value, tokens: Sequence[Token]) -> float:
-        """Bytes of a value on the fullest rank at the local batch, per inner placement."""
-        return self.local.num_bytes(value.id, tuple("R" if token == "G" else token for token in tokens))
+    def _local_bytes(self, value: Value, tokens: Sequence[Token], data: Token) -> float:
+        """Bytes of a value on the fullest rank."""
+        return self.local.num_bytes(value.id, forward_placement(tokens), data)
 
-    def _op_metrics(self, node: OpNode, chosen: tuple[tuple[Option, ...], ...]) -> Floats:
+    def _op_metrics(self, node: OpNode, chosen: tuple[tuple[Option, ...], ...], data: Option) -> Floats:
         op, profile = node.op, self.profile.ops[node.op.id]
         metrics = np.zeros((len(chosen), NUM_METRICS))
-        degrees: dict[int, Floats] = {}
-        for at, options in enumerate(chosen):
-            for option, size in zip(options, self.sizes, strict=True):
-                for label in option.labels[:1]:
-                    degrees.setdefault(label, np.ones(len(chosen)))[at] *= size
-        twins = {label: option.labels for options in chosen for option in options for label in option.labels[:1]}
-        for first, labels in twins.items():
-            for label in labels[1:]:
-                if any(label == known for known, _ in node.rule.roles):
-                    degrees[label] = degrees[first]
+        degrees = self._degrees(node, chosen, data)
         device = self.links.cluster.device
         forward, backward = op_seconds(
             self.graph,
             op,
             node.rule,
             profile,
-            self.local_batch,
+            self.micro_batch,
             degrees,
             device,
             self.execution,
@@ -270,71 +259,81 @@ class TableBuilder:
         )
         if self.execution.software.tensor_overlap and self.sizes:
             self._hiding[node.node] = self.execution.software.tensor_overlap * weight_gradient_s(
-                self.graph, op, node.rule, self.local_batch, degrees, device, len(chosen)
+                self.graph, op, node.rule, self.micro_batch, degrees, device, len(chosen)
             )
         is_core = op.id in self.core
         metrics[:, CORE_FORWARD if is_core else FORWARD] += forward
         metrics[:, BACKWARD] += backward
-        self._add_inside(node, chosen, metrics)
+        self._add_inside(node, chosen, data, metrics)
         values = [self.graph.values[value] for value in (*op.inputs, *op.outputs)]
+        cuts = (*data.inputs, *data.outputs)
         tensors = np.zeros((len(chosen), 2))
+        ranks = (self.data, *self.sizes)
         for at, options in enumerate(chosen):
             tokens = [tuple(option.inputs[i] for option in options) for i in range(len(op.inputs))] + [
                 tuple(option.outputs[i] for option in options) for i in range(len(op.outputs))
             ]
-            share = math.prod(size for option, size in zip(options, self.sizes, strict=True) if option.sharded)
             for positions, core in self.savers.get(op.id, ()):
                 # Views of one memory keep all of it, or their own part where they were moved: never less than this.
-                owner = self.graph.values[self.profile.owners[values[positions[0]].id]]
-                parts = sum(self._local_bytes(values[i], tokens[i]) for i in positions)
-                tensors[at, int(core)] += min(self._owner_bytes(owner, tokens[positions[0]]), parts)
+                owner, first = self.profile.owners[values[positions[0]].id], positions[0]
+                parts = sum(self._local_bytes(values[i], tokens[i], cuts[i]) for i in positions)
+                shared = self.local.share(owner, values[first].id, forward_placement(tokens[first]), cuts[first])
+                tensors[at, int(core)] += min(shared, parts)
             internal = sum(math.prod(shape) * item for shape, item in profile.saved_internal)
             grows = any(self.graph.batch.grows(size) for shape, _ in profile.saved_internal for size in shape)
-            scale = self.local_batch / self.graph.batch.traced if grows else 1.0
-            if not grows:  # statistics over the batch are whole where the batch is cut
-                share = math.prod(
-                    size
-                    for option, size in zip(options, self.sizes, strict=True)
-                    if option.sharded and not self.graph.batch.grows(option.size)
-                )
+            scale = self.micro_batch / self.graph.batch.traced if grows else 1.0
+            share = math.prod(  # statistics over the batch are whole where the batch is cut
+                size
+                for option, size in zip((data, *options), ranks, strict=True)
+                if option.sharded and (grows or not self.graph.batch.grows(option.size))
+            )
             metrics[at, CORE_SAVED if is_core else SAVED] += internal * scale / share
             metrics[at, WORKSPACE] = sum(
-                self._local_bytes(value, token)
-                for value, token in zip(values, tokens, strict=True)
+                self._local_bytes(value, token, cut)
+                for value, token, cut in zip(values, tokens, cuts, strict=True)
                 if value.kind == "activation"
             )
         metrics[:, [SAVED, CORE_SAVED]] += tensors
         self.kept.append(tensors)
         return metrics
 
-    def _owner_bytes(self, owner: Value, tokens: Sequence[Token]) -> float:
-        size = self._local_bytes(owner, ("R",) * len(self.sizes))
-        for token, degree in zip(tokens, self.sizes, strict=True):
-            size /= degree if isinstance(token, Atom) else 1
-        return size
+    def _degrees(self, node: OpNode, chosen: tuple[tuple[Option, ...], ...], data: Option) -> dict[int, Floats]:
+        """By how much each strategy, and the data axis, divide a label."""
+        degrees = {label: np.full(len(chosen), float(self.data)) for label in data.labels[:1]}
+        for at, options in enumerate(chosen):
+            for option, size in zip(options, self.sizes, strict=True):
+                for label in option.labels[:1]:
+                    degrees.setdefault(label, np.ones(len(chosen)))[at] *= size
+        every = (data, *(option for options in chosen for option in options))
+        twins = {label: option.labels for option in every for label in option.labels[:1]}
+        for first, labels in twins.items():
+            for label in labels[1:]:
+                if any(label == known for known, _ in node.rule.roles):
+                    degrees[label] = degrees[first]
+        return degrees
 
-    def _add_inside(self, node: OpNode, chosen: tuple[tuple[Option, ...], ...], metrics: Floats) -> None:
-        """What the op exchanges by itself, over the axes that cut its label; the data axis cuts the batch always."""
+    def _add_inside(self, node: OpNode, chosen: tuple[tuple[Option, ...], ...], data: Option, metrics: Floats) -> None:
+        """What the op exchanges by itself, over the axes that cut its label."""
         inside = node.rule.inside
         if inside is None:
             return
-        links, first = (self.whole, 1) if exchanges_batch(node, self.graph) else (self.links, 0)
-        scale = self.local_batch / self.graph.batch.traced
+        sizes = (self.data, *self.sizes)
         for at, options in enumerate(chosen):
-            axes = (0,) * first + tuple(first + axis for axis, option in enumerate(options) if option.inside)
-            axes = tuple(axis for axis in axes if links.sizes[axis] > 1)
+            every = (data, *options)
+            axes = tuple(axis for axis, option in enumerate(every) if option.inside and sizes[axis] > 1)
             if axes:
                 share = math.prod(
                     size
-                    for option, size in zip(options, self.sizes, strict=True)
+                    for option, size in zip(every, sizes, strict=True)
                     if option.sharded and not option.inside and set(option.labels) & set(inside.labels)
                 )
                 for metric, size in ((FORWARD, inside.forward_bytes), (BACKWARD, inside.backward_bytes)):
-                    held = size * (scale if self.graph.batch.grows(size) else 1.0) / share
-                    metrics[at, metric] += float(links.collective_s("all_reduce", held, axes))
+                    scale = self.micro_batch / self.graph.batch.traced if self.graph.batch.grows(size) else 1.0
+                    held = size * scale / share
+                    metrics[at, metric] += float(self.whole.collective_s("all_reduce", held, axes))
 
     def _parameter_uses(
-        self, node: OpNode, chosen: tuple[tuple[Option, ...], ...]
+        self, node: OpNode, chosen: tuple[tuple[Option, ...], ...], data: Option
     ) -> tuple[tuple[Value, tuple[tuple[int, tuple[int, ...]], ...]], ...]:
         uses = []
         for position in node.parameters:
@@ -342,12 +341,9 @@ class TableBuilder:
             per_strategy = []
             for options in chosen:
                 tokens = [option.inputs[position] for option in options]
-                shape = list(value.shape)
-                for token, size in zip(tokens, self.sizes, strict=True):
-                    if isinstance(token, Atom):
-                        shape[token.dim] = -(-shape[token.dim] // size)
-                elements = math.prod(shape)
-                per_strategy.append((elements, tuple(1 + axis for axis, token in enumerate(tokens) if token == "G")))
+                elements = round(self._local_bytes(value, tokens, "R") / value.itemsize)
+                axes = tuple(axis for axis, token in enumerate((data.inputs[position], *tokens)) if token == "G")
+                per_strategy.append((elements, axes))
             uses.append((value, tuple(per_strategy)))
         return tuple(uses)
 
@@ -358,18 +354,22 @@ class TableBuilder:
         boundaries: Sequence[tuple[str, ...]],
     ) -> tuple[tuple[int, int, Floats, Floats], ...]:
         first_hub = 2 + len(strategies)
+        given = self.space.data_axis
         edges = []
         for flow in self.space.flows:
             value = self.graph.values[flow.value]
-            sides = []
+            sides: list[Sequence[tuple[Token, ...]]] = []
+            cuts: list[Token] = []
             for node, position, outgoing in (
                 (flow.source, flow.output, True),
                 (flow.target, flow.input, False),
             ):
                 if node in (IN, OUT):
                     sides.append([self.role_tokens(value, roles) for roles in boundaries])
+                    cuts.append(given.ends[value.id])
                 elif node >= first_hub:
                     sides.append(list(hub_states[node - first_hub]))
+                    cuts.append(given.hubs[node - first_hub])
                 else:
                     assert position is not None
                     sides.append(
@@ -378,7 +378,9 @@ class TableBuilder:
                             for options in strategies[node - 2]
                         ]
                     )
-            forward, backward = self._conversion(value, sides[0], sides[1])
+                    of_node = given.options[node - 2]
+                    cuts.append((of_node.outputs if outgoing else of_node.inputs)[position])
+            forward, backward = self._conversion(value, sides[0], sides[1], cuts[0], cuts[1])
             if (
                 flow.target in self._hiding
             ):  # the gradient of a linear op's input travels while its weight's is computed
@@ -387,33 +389,71 @@ class TableBuilder:
         return tuple(edges)
 
     def _conversion(
-        self, value: Value, sources: Sequence[tuple[Token, ...]], targets: Sequence[tuple[Token, ...]]
+        self,
+        value: Value,
+        sources: Sequence[tuple[Token, ...]],
+        targets: Sequence[tuple[Token, ...]],
+        source_cut: Token,
+        target_cut: Token,
     ) -> tuple[Floats, Floats]:
-        """(sources, targets) seconds to move the value forward and its gradient back."""
-        placements: dict[Placement, int] = {}
-        for tokens in (*sources, *targets):
-            for placement in (forward_placement(tokens), gradient_placement(tokens)):
-                placements.setdefault(placement, len(placements))
-        tokens_seen: dict[Token, None] = {}
-        for placement in placements:
-            tokens_seen.update(dict.fromkeys(placement))
-        for placement in itertools.product(tokens_seen, repeat=len(self.sizes)):
-            placements.setdefault(placement, len(placements))
-        whole = np.array([self._owner_bytes(value, ("R",) * len(self.sizes))])
-        key = (tuple(placements), float(whole[0]))
-        if key not in self.redistributions:
-            self.redistributions[key] = redistribute_s(self.links, list(placements), whole)[0]
-        table = self.redistributions[key]
-        at = {
-            side: [placements[make(tokens)] for tokens in tokens_of]
-            for side, tokens_of, make in (
-                ("source", sources, forward_placement),
-                ("target", targets, forward_placement),
-                ("source_gradient", sources, gradient_placement),
-                ("target_gradient", targets, gradient_placement),
-            )
-        }
-        forward = table[np.ix_(at["source"], at["target"])]
+        """(sources, targets) seconds to move the value forward and its gradient back; the cuts are the data axis's."""
+        forward = self._moves(
+            value,
+            [forward_placement(tokens) for tokens in sources],
+            [forward_placement(tokens) for tokens in targets],
+            *forward_placement((source_cut, target_cut)),
+        )
         if not value.requires_grad:
             return forward, np.zeros_like(forward)
-        return forward, table[np.ix_(at["target_gradient"], at["source_gradient"])].T
+        backward = self._moves(
+            value,
+            [gradient_placement(tokens) for tokens in targets],
+            [gradient_placement(tokens) for tokens in sources],
+            *gradient_placement((target_cut, source_cut)),
+        )
+        return forward, backward.T
+
+    def _moves(
+        self,
+        value: Value,
+        sources: Sequence[Placement],
+        targets: Sequence[Placement],
+        source_cut: Token,
+        target_cut: Token,
+    ) -> Floats:
+        """(sources, targets) seconds. Where the data axis stays as it is, only inner axes move."""
+        if self.data == 1 or text_of(source_cut) == text_of(target_cut):
+            table, at = self._table(self.links, value, (*sources, *targets), source_cut)
+            return table[np.ix_([at[one] for one in sources], [at[one] for one in targets])]
+        if target_cut == "P":  # zeros on all ranks but the first: a whole tensor becomes a sum for nothing
+            target_cut = "R"
+        made, taken = [(source_cut, *one) for one in sources], [(target_cut, *one) for one in targets]
+        table, at = self._table(self.whole, value, (*made, *taken), None)
+        return table[np.ix_([at[one] for one in made], [at[one] for one in taken])]
+
+    def _table(
+        self, links: MeshLinks, value: Value, wanted: Sequence[Placement], cut: Token | None
+    ) -> tuple[Floats, dict[Placement, int]]:
+        """Seconds between every two placements on the axes of ``links``, and where each is in the table. ``cut`` is how the
+        data axis cuts the value where it is none of the axes."""
+        per_axis: list[dict[Token, None]] = [{} for _ in links.sizes]
+        for placement in wanted:
+            for axis, token in enumerate(placement):
+                per_axis[axis][token] = None
+        if cut is None:
+            inner = dict.fromkeys(token for tokens in per_axis[1:] for token in tokens)
+            per_axis = [per_axis[0] | {"R": None}, *(inner | {"R": None} for _ in per_axis[1:])]
+        else:
+            tokens = dict.fromkeys(token for tokens in per_axis for token in tokens)
+            per_axis = [tokens for _ in per_axis]
+        placements = tuple(dict.fromkeys((*wanted, *itertools.product(*per_axis))))
+        held = tuple(
+            self._local_bytes(value, placement, cut)
+            if cut is not None
+            else self._local_bytes(value, placement[1:], placement[0])
+            for placement in placements
+        )
+        key = (placements, held)
+        if key not in self.redistributions:
+            self.redistributions[key] = redistribute_s(links, placements, np.array([held]))[0]
+        return self.redistributions[key], {placement: at for at, placement in enumerate(placements)}

@@ -113,7 +113,7 @@ def slices(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
 
 
 def concatenate(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """cat and stack: the joined dim stays whole, the others are parallel."""
+    """cat and stack: the joined dim stays whole, the others are parallel. cat takes a vector of no elements as nothing."""
     rank = len(outputs[0].shape)
     dim = argument(op, 1, "dim", 0) % rank
     labels = Labels()
@@ -128,6 +128,8 @@ def concatenate(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> Op
                 (labels.new("whole") if size != 1 else NO_LABEL) if at == dim else dims[at]
                 for at, size in enumerate(value.shape)
             )
+            if value.shape != (0,)
+            else (NO_LABEL,)
             for value in inputs
         ]
     return labels.rule(sides, [tuple(dims)])
