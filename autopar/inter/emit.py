@@ -201,7 +201,8 @@ def _program(book: StageBook, use: Use, name: str) -> BlockProgram:
         for number, position in enumerate(node.parameters):
             value = graph.values[node.op.inputs[position]]
             storage = names[number * len(tables.strategies[at]) + strategy][int(chosen[number][use.row, strategy])]
-            tokens = [option.inputs[position] for option in (data, *options)]
+            cut = "G" if value.id in tables.space.data_axis.summed else "R"
+            tokens = [cut, *(option.inputs[position] for option in options)]
             parameters.setdefault(value.id, _parameter(value.names or (value.name,), tokens, storage, use.mesh))
     for op in tables.space.data_ops:
         placements[op.id] = lie.data_op_plan(op, len(use.mesh.inner))

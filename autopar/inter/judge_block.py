@@ -8,6 +8,7 @@ workspace    largest op's tensors + two blocks' gathered parameters + what the r
 """
 
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 from autopar.cluster.software import Software, load_software
@@ -16,7 +17,7 @@ from autopar.graph.profile import GraphProfile
 from autopar.inter.judge_flow import kept, moves
 from autopar.inter.judge_ops import price_op, sizes_at
 from autopar.inter.judge_parameters import ParameterPrice, price_parameters
-from autopar.inter.judge_routes import Mesh, Step
+from autopar.inter.judge_routes import Mesh, Route, Step
 from autopar.plan.errors import CheckError
 from autopar.plan.mesh import parse_placements
 from autopar.plan.plan import BlockProgram, Execution
@@ -59,11 +60,11 @@ def price_block(
     stored: frozenset[int],
     fused: dict[int, tuple[float, float]],
     accumulates: bool,
-    inner_ranks: int,
+    data_axis: bool,
     balanced: bool,
 ) -> BlockPrice:
     """``free`` values are at hand anywhere, ``stored`` parameters are held by an earlier block of the stage; ``fused`` is
-    what fusion saves of the ops' traffic, ``inner_ranks`` how many ranks share a data rank's work;
+    what fusion saves of the ops' traffic, ``data_axis`` whether the first of several axes is the data axis;
     ``balanced``: those that share a sequence share its attention evenly under a causal mask."""
     software, device = load_software(execution.fusion), mesh.cluster.device
     ops = graph.ops[block.first_op : block.end_op]
@@ -109,10 +110,10 @@ def price_block(
     b = times[2] + sum(step.time_s for step in backward)
     full, mode = program.recompute == "full", program.recompute
     again = {"none": 0.0, "selective": times[1], "full": f + times[1]}[mode]
-    wait_s = software.collective_calls * device.launch_s * (inner_ranks - 1)
-    waits = [sum(1 for route in routes if route.steps) for routes in (moved.forward, moved.backward)]
-    launch_f = calls[0] * device.launch_s + wait_s * waits[0]
-    launch_b = calls[2] * device.launch_s + wait_s * waits[1]
+    wait_s = software.collective_calls * device.launch_s
+    waiting = [sum(_waiting(route, mesh, data_axis) for route in routes) for routes in (moved.forward, moved.backward)]
+    launch_f = calls[0] * device.launch_s + wait_s * waiting[0]
+    launch_b = calls[2] * device.launch_s + wait_s * waiting[1]
     launch_b += {"none": 0.0, "selective": calls[1] * device.launch_s, "full": launch_f}[mode]
     contention = mesh.cluster.overlap_contention if execution.overlap else 1.0
     return BlockPrice(
@@ -129,6 +130,14 @@ def price_block(
         + {"none": 0.0, "selective": held.core, "full": held.saved + held.core}[mode],
         issues=_issues(forward, backward, parameters, full),
     )
+
+
+def _waiting(route: Route, mesh: Mesh, data_axis: bool) -> int:
+    """Ranks whose host a rank waits for in a move: all where the data axis moves, else those that share its samples."""
+    if not route.steps:
+        return 0
+    inner = mesh.sizes[1:] if data_axis and not any(0 in step.axes for step in route.steps) else mesh.sizes
+    return prod(inner) - 1
 
 
 def _both(compute_s: float, communication_s: float, contention: float) -> float:

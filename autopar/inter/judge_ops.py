@@ -209,7 +209,7 @@ def _matmul(
         for label, role in rule.roles
     )
     forward = repeats * float(device.matmul_s(m, n, k, b, dtype=dtype, aligned=aligned))
-    operands = op.inputs[1:3] if "addmm" in op.target else op.inputs[:2]
+    operands = op.inputs[1:3] if op.target.split(".")[1] in ("addmm", "baddbmm") else op.inputs[:2]
     wanted = [graph.values[value].requires_grad for value in operands]
     products = [shape for shape, want in zip(((m, k, n), (n, k, m)), wanted, strict=False) if want] or [(m, n, k)]
     share = profile.backward_flops / profile.forward_flops / len(products)

@@ -37,6 +37,7 @@ SLICE = 1e-6
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataAxis:
     """``options`` has one option per op node, ``hubs`` one token per hub, ``ends`` one per block input and output.
+    ``summed`` are the parameters of which some use leaves a term of the gradient on every data rank.
     ``plain``: every tensor that grows with the batch stays cut along it, and nothing is exchanged over the axis, so that a
     rank's prices follow from its share of the batch alone."""
 
@@ -44,6 +45,7 @@ class DataAxis:
     hubs: tuple[Token, ...]
     ends: Mapping[int, Token]
     plain: bool
+    summed: frozenset[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +121,12 @@ def data_axis(
         hubs=tuple(chosen[choices[first_hub + at]] for at, chosen in enumerate(tokens)),
         ends=ends,
         plain=still and cut and not any(option.inside for option in picked),
+        summed=frozenset(
+            value.id
+            for call, option in zip(calls, picked, strict=True)
+            for value, token in zip(call.inputs, option.inputs, strict=True)
+            if value.kind == "parameter" and token == "G"
+        ),
     )
 
 

@@ -48,9 +48,10 @@ class BlockTables:
     are the bytes of tensors that SAVED and CORE_SAVED price for op ``at``, (strategies, 2); ``copies`` counts what a solution
     really keeps instead. ``node_metrics[n]`` is (choices, metrics), ``edges`` are (node, node, (choices, choices) forward seconds,
     the same backward). ``parameter_uses[at]`` lists, for op ``at``, (value, per strategy: local elements, axes with a
-    partial gradient); axes count the data axis as 0, inner axes from 1. ``host_s`` are the seconds that the host takes to
-    launch the forward, attention's part of it (which selective recompute launches again), and the backward; every
-    collective adds ``sync_s``, as ranks wait for the slowest host. Communication behind compute costs ``contention`` of the
+    partial gradient); axes count the data axis as 0, inner axes from 1. ``again`` are the (op, number) of uses of a
+    parameter that an earlier op of the block uses, and stores, alike. ``host_s`` are the seconds that the host takes to
+    launch the forward, attention's part of it (which selective recompute launches again), and the backward; a move adds
+    ``sync_s``, forward and backward per edge, as ranks wait for the slowest host. Communication behind compute costs ``contention`` of the
     shorter of the two (1: nothing overlaps). ``eliminator`` is made for the edges."""
 
     space: BlockSpace
@@ -60,12 +61,13 @@ class BlockTables:
     node_metrics: tuple[Floats, ...]
     edges: tuple[tuple[int, int, Floats, Floats], ...]
     parameter_uses: tuple[tuple[tuple[Value, tuple[tuple[int, tuple[int, ...]], ...]], ...], ...]
+    again: frozenset[tuple[int, int]]
     hub_states: tuple[tuple[tuple[Token, ...], ...], ...]
     boundary_tokens: dict[int, tuple[tuple[Token, ...], ...]]
     kept: tuple[Floats, ...]
     copies: CopyCounter
     host_s: tuple[float, float, float]
-    sync_s: float
+    sync_s: tuple[tuple[float, float], ...]
     contention: float
     eliminator: Eliminator
 
@@ -141,7 +143,7 @@ class TableBuilder:
             value: tuple(self.role_tokens(self.graph.values[value], roles) for roles in boundaries)
             for value in (*self.space.block.inputs, *self.space.block.outputs)
         }
-        edges = self._edges(strategies, hub_states, boundaries)
+        edges = (*self._edges(strategies, hub_states, boundaries), *self._alike(strategies))
         return BlockTables(
             space=self.space,
             local_batch=self.local_batch,
@@ -150,9 +152,9 @@ class TableBuilder:
             node_metrics=tuple(metrics),
             edges=edges,
             parameter_uses=tuple(
-                self._parameter_uses(node, chosen, data)
-                for node, chosen, data in zip(self.space.ops, strategies, self.space.data_axis.options, strict=True)
+                self._parameter_uses(node, chosen) for node, chosen in zip(self.space.ops, strategies, strict=True)
             ),
+            again=frozenset((at, number) for _, _, at, number in self._repeated()),
             hub_states=hub_states,
             boundary_tokens=boundary_tokens,
             kept=tuple(self.kept),
@@ -160,9 +162,7 @@ class TableBuilder:
                 self.space, self.profile, self._first_keeper(), self.core, strategies, boundary_tokens, self.local
             ),
             host_s=tuple(float(count * self.links.cluster.device.launch_s) for count in calls),  # type: ignore[arg-type]
-            sync_s=self.execution.software.collective_calls
-            * self.links.cluster.device.launch_s
-            * (math.prod(self.sizes) - 1),
+            sync_s=(*self._sync_s(), *((0.0, 0.0) for _ in edges[len(self.space.flows) :])),
             contention=self.links.cluster.overlap_contention if self.execution.overlap else 1.0,
             eliminator=Eliminator(
                 tuple(len(choices) for choices in metrics),
@@ -170,6 +170,33 @@ class TableBuilder:
                 keep=(IN, OUT),
             ),
         )
+
+    def _sync_s(self) -> tuple[tuple[float, float], ...]:
+        """Per flow what its move, forward and backward, waits for the slowest host: of all ranks where the data axis moves,
+        else of those of the inner axes."""
+        each = self.execution.software.collective_calls * self.links.cluster.device.launch_s
+        inner = math.prod(self.sizes)
+        found = []
+        for flow in self.space.flows:
+            source, target = (
+                self._cut(flow.value, flow.source, flow.output, True),
+                self._cut(flow.value, flow.target, flow.input, False),
+            )
+            ways = [forward_placement((source, target)), gradient_placement((target, source))]
+            moves = [a not in ("R", b) and text_of(a) != text_of(b) for a, b in ways]
+            found.append(tuple(each * ((self.data if moved else 1) * inner - 1) for moved in moves))
+        return tuple(found)  # type: ignore[arg-type]
+
+    def _cut(self, value: int, node: int, position: int | None, outgoing: bool) -> Token:
+        """What the data axis makes of a value at one end of a flow."""
+        given, first_hub = self.space.data_axis, 2 + len(self.space.ops)
+        if node in (IN, OUT):
+            return given.ends[value]
+        if node >= first_hub:
+            return given.hubs[node - first_hub]
+        assert position is not None
+        option = given.options[node - 2]
+        return (option.outputs if outgoing else option.inputs)[position]
 
     def _first_keeper(self) -> dict[int, int]:
         """Value whose memory is kept -> the first op of the graph that keeps it."""
@@ -332,8 +359,41 @@ class TableBuilder:
                     held = size * scale / share
                     metrics[at, metric] += float(self.whole.collective_s("all_reduce", held, axes))
 
+    def _repeated(self) -> list[tuple[int, int, int, int]]:
+        """(op, number) of the first use of a parameter and (op, number) of each later one in the block."""
+        first: dict[int, tuple[int, int]] = {}
+        found = []
+        for at, node in enumerate(self.space.ops):
+            for number, position in enumerate(node.parameters):
+                value = node.op.inputs[position]
+                if value in first:
+                    found.append((*first[value], at, number))
+                else:
+                    first[value] = (at, number)
+        return found
+
+    def _alike(
+        self, strategies: Sequence[tuple[tuple[Option, ...], ...]]
+    ) -> tuple[tuple[int, int, Floats, Floats], ...]:
+        """Edges that let ops of the block use a parameter in one placement only."""
+        edges = []
+        for first, number, second, again in self._repeated():
+            if first == second:
+                continue
+            sides = [
+                [
+                    tuple(option.inputs[self.space.ops[at].parameters[which]] for option in options)
+                    for options in strategies[at]
+                ]
+                for at, which in ((first, number), (second, again))
+            ]
+            apart = np.array([[0.0 if one == other else np.inf for other in sides[1]] for one in sides[0]])
+            if apart.any():
+                edges.append((2 + first, 2 + second, apart, np.zeros_like(apart)))
+        return tuple(edges)
+
     def _parameter_uses(
-        self, node: OpNode, chosen: tuple[tuple[Option, ...], ...], data: Option
+        self, node: OpNode, chosen: tuple[tuple[Option, ...], ...]
     ) -> tuple[tuple[Value, tuple[tuple[int, tuple[int, ...]], ...]], ...]:
         uses = []
         for position in node.parameters:
@@ -342,7 +402,8 @@ class TableBuilder:
             for options in chosen:
                 tokens = [option.inputs[position] for option in options]
                 elements = round(self._local_bytes(value, tokens, "R") / value.itemsize)
-                axes = tuple(axis for axis, token in enumerate((data.inputs[position], *tokens)) if token == "G")
+                data = "G" if value.id in self.space.data_axis.summed else "R"
+                axes = tuple(axis for axis, token in enumerate((data, *tokens)) if token == "G")
                 per_strategy.append((elements, axes))
             uses.append((value, tuple(per_strategy)))
         return tuple(uses)
@@ -354,7 +415,6 @@ class TableBuilder:
         boundaries: Sequence[tuple[str, ...]],
     ) -> tuple[tuple[int, int, Floats, Floats], ...]:
         first_hub = 2 + len(strategies)
-        given = self.space.data_axis
         edges = []
         for flow in self.space.flows:
             value = self.graph.values[flow.value]
@@ -364,12 +424,11 @@ class TableBuilder:
                 (flow.source, flow.output, True),
                 (flow.target, flow.input, False),
             ):
+                cuts.append(self._cut(value.id, node, position, outgoing))
                 if node in (IN, OUT):
                     sides.append([self.role_tokens(value, roles) for roles in boundaries])
-                    cuts.append(given.ends[value.id])
                 elif node >= first_hub:
                     sides.append(list(hub_states[node - first_hub]))
-                    cuts.append(given.hubs[node - first_hub])
                 else:
                     assert position is not None
                     sides.append(
@@ -378,8 +437,6 @@ class TableBuilder:
                             for options in strategies[node - 2]
                         ]
                     )
-                    of_node = given.options[node - 2]
-                    cuts.append((of_node.outputs if outgoing else of_node.inputs)[position])
             forward, backward = self._conversion(value, sides[0], sides[1], cuts[0], cuts[1])
             if (
                 flow.target in self._hiding
