@@ -14,7 +14,6 @@ micro-batches) and what is given (graph, profiles, sharding rules, device and li
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import prod
 
 import msgspec
 
@@ -118,7 +117,7 @@ def judge(
                     stored,
                     fused,
                     plan.microbatches > 1,
-                    prod(axis.size for axis in stage.axes if axis.name != "dp"),
+                    len(stage.axes) > 1 and stage.axes[0].name == "dp",
                     plan.search.status == "fixed",  # a manual layout is Megatron's program
                     stays,
                 )

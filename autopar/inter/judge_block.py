@@ -8,6 +8,7 @@ workspace    what passes in one op, at most, + two blocks' gathered parameters +
 """
 
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 from autopar.cluster.software import Software, load_software
@@ -16,7 +17,7 @@ from autopar.graph.profile import GraphProfile
 from autopar.inter.judge_flow import kept, moves
 from autopar.inter.judge_ops import price_op
 from autopar.inter.judge_parameters import ParameterPrice, price_parameters
-from autopar.inter.judge_routes import Mesh, Step
+from autopar.inter.judge_routes import Mesh, Route, Step
 from autopar.inter.judge_workspace import passing
 from autopar.plan.errors import CheckError
 from autopar.plan.plan import BlockProgram, Execution
@@ -76,13 +77,14 @@ def price_block(
     stored: frozenset[int],
     fused: dict[int, tuple[float, float]],
     accumulates: bool,
-    inner_ranks: int,
+    data_axis: bool,
     balanced: bool,
     stays: tuple[frozenset[int], frozenset[int]],
 ) -> BlockPrice:
     """``free`` values are at hand anywhere, ``stored`` parameters are held by an earlier block of the stage; ``fused`` is
-    what fusion saves of the ops' traffic, ``inner_ranks`` how many ranks share a data rank's work;
-    ``balanced``: those that share a sequence share its attention evenly under a causal mask; ``stays``: see ``judge_workspace.kept_anywhere``."""
+    what fusion saves of the ops' traffic, ``data_axis`` whether the first of several axes is the data axis;
+    ``balanced``: those that share a sequence share its attention evenly under a causal mask; ``stays``: see
+    ``judge_workspace.kept_anywhere``."""
     software, device = load_software(execution.fusion), mesh.cluster.device
     ops = graph.ops[block.first_op : block.end_op]
     aligned = ((program.ops, ops), (program.inputs, block.inputs), (program.outputs, block.outputs))
@@ -126,10 +128,10 @@ def price_block(
     b = times[2] + sum(step.time_s for step in backward)
     full, mode = program.recompute == "full", program.recompute
     again = {"none": 0.0, "selective": times[1], "full": f + times[1]}[mode]
-    wait_s = software.collective_calls * device.launch_s * (inner_ranks - 1)
-    waits = [sum(1 for route in routes if route.steps) for routes in (moved.forward, moved.backward)]
-    launch_f = calls[0] * device.launch_s + wait_s * waits[0]
-    launch_b = calls[2] * device.launch_s + wait_s * waits[1]
+    wait_s = software.collective_calls * device.launch_s
+    waiting = [sum(_waiting(route, mesh, data_axis) for route in routes) for routes in (moved.forward, moved.backward)]
+    launch_f = calls[0] * device.launch_s + wait_s * waiting[0]
+    launch_b = calls[2] * device.launch_s + wait_s * waiting[1]
     launch_b += {"none": 0.0, "selective": calls[1] * device.launch_s, "full": launch_f}[mode]
     contention = mesh.cluster.overlap_contention if execution.overlap else 1.0
     busy = (max(f + times[1], launch_f), max(b + parameters.accumulate_s + again, launch_b))
@@ -165,6 +167,14 @@ def price_block(
         late_bytes=parameters.late_bytes,
         issues=_issues(forward, backward, parameters, full),
     )
+
+
+def _waiting(route: Route, mesh: Mesh, data_axis: bool) -> int:
+    """Ranks whose host a rank waits for in a move: all where the data axis moves, else those that share its samples."""
+    if not route.steps:
+        return 0
+    inner = mesh.sizes[1:] if data_axis and not any(0 in step.axes for step in route.steps) else mesh.sizes
+    return prod(inner) - 1
 
 
 def _both(compute_s: float, communication_s: float, contention: float) -> float:

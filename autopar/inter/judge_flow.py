@@ -62,16 +62,17 @@ def moves(
     """All moves of a block; CheckError where the plan leaves one open or impossible."""
     ops = graph.ops[block.first_op : block.end_op]
     made: dict[int, Lie] = {
-        value: (planned.placement, planned.gradient)
+        value: (mesh.settled(planned.placement), mesh.settled(planned.gradient))
         for value, planned in zip(block.inputs, program.inputs, strict=True)
     }
     readers: dict[int, list[tuple[tuple[int, int] | None, Lie]]] = {}
     for op, planned in zip(ops, program.ops, strict=True):
         if len(planned.input_gradients) != len(op.inputs) or len(planned.output_gradients) != len(op.outputs):
             raise CheckError(f"program {program.id!r}: op {op.name} lacks the placements of its gradients")
-        lies = list(
-            zip((*planned.inputs, *planned.outputs), (*planned.input_gradients, *planned.output_gradients), strict=True)
+        texts = zip(
+            (*planned.inputs, *planned.outputs), (*planned.input_gradients, *planned.output_gradients), strict=True
         )
+        lies = [(mesh.settled(text), mesh.settled(gradient)) for text, gradient in texts]
         for at, value in enumerate(op.inputs):
             if graph.values[value].kind == "activation" and value not in free:
                 readers.setdefault(value, []).append(((op.id, at), lies[at]))
@@ -79,8 +80,10 @@ def moves(
             made[value] = lies[len(op.inputs) + at]
     for value, output in zip(block.outputs, program.outputs, strict=True):
         if value not in free:
-            readers.setdefault(value, []).append((None, (output.placement, output.gradient)))
-    shared = {value.name: (value.placement, value.gradient) for value in program.shared}
+            readers.setdefault(value, []).append(
+                (None, (mesh.settled(output.placement), mesh.settled(output.gradient)))
+            )
+    shared = {value.name: (mesh.settled(value.placement), mesh.settled(value.gradient)) for value in program.shared}
     found = Moves()
     for value, reads in readers.items():
         name = graph.values[value].name
