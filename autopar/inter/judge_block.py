@@ -13,6 +13,7 @@ from typing import Literal
 from autopar.cluster.software import Software, load_software
 from autopar.graph.ir import Block, Graph, OpProfile
 from autopar.graph.profile import GraphProfile
+from autopar.inter.judge_again import again
 from autopar.inter.judge_flow import kept, moves
 from autopar.inter.judge_ops import price_op, sizes_at
 from autopar.inter.judge_parameters import ParameterPrice, price_parameters
@@ -75,6 +76,7 @@ def price_block(
     forward = [step for route in moved.forward for step in route.steps]
     backward = [step for route in moved.backward for step in route.steps]
     calls = [software.fixed_calls, 0.0, software.fixed_calls]
+    exchanged: dict[int, tuple[Step, ...]] = {}
     shards: dict[int, tuple[int, int]] = {}
     largest = 0.0
     for op, planned in zip(ops, program.ops, strict=True):
@@ -87,6 +89,8 @@ def price_block(
         times[1 if core else 0] += price.forward_s
         times[2] += price.backward_s
         forward += price.forward_steps
+        if price.forward_steps:
+            exchanged[op.id] = price.forward_steps
         backward += price.backward_steps
         shards[op.id] = (price.shards, price.fixed_shards)
         _count(calls, profile.ops[op.id], core and execution.attn == "math", core, software)
@@ -104,11 +108,14 @@ def price_block(
             ),
         )
     held = kept(graph, profile, block, program, mesh, micro_batch, moved, free, shards)
-    parameters = price_parameters(graph, block, program, mesh, execution, stored, accumulates)
+    repeated = again(graph, profile, block, program, moved, free, frozenset(exchanged))
+    rerun = [step for route in repeated.routes for step in route.steps]
+    rerun += [step for op in sorted(repeated.ops) for step in exchanged.get(op, ())]
+    parameters = price_parameters(graph, block, program, mesh, execution, stored, accumulates, repeated.parameters)
     f = times[0] + sum(step.time_s for step in forward)
     b = times[2] + sum(step.time_s for step in backward)
-    full, mode = program.recompute == "full", program.recompute
-    again = {"none": 0.0, "selective": times[1], "full": f + times[1]}[mode]
+    mode = program.recompute
+    again_s = {"none": 0.0, "selective": times[1], "full": f + times[1]}[mode]
     wait_s = software.collective_calls * device.launch_s * (inner_ranks - 1)
     waits = [sum(1 for route in routes if route.steps) for routes in (moved.forward, moved.backward)]
     launch_f = calls[0] * device.launch_s + wait_s * waits[0]
@@ -117,7 +124,7 @@ def price_block(
     contention = mesh.cluster.overlap_contention if execution.overlap else 1.0
     return BlockPrice(
         forward_s=_both(max(f + times[1], launch_f), parameters.forward_s, contention),
-        backward_s=_both(max(b + parameters.accumulate_s + again, launch_b), parameters.backward_s, contention),
+        backward_s=_both(max(b + parameters.accumulate_s + again_s, launch_b), parameters.backward_s, contention),
         reduction_s=parameters.reduction_s,
         optimizer_s=parameters.optimizer_s,
         parameters_bytes=parameters.parameters_bytes,
@@ -127,7 +134,7 @@ def price_block(
         workspace_bytes=largest
         + 2 * parameters.gathered_bytes
         + {"none": 0.0, "selective": held.core, "full": held.saved + held.core}[mode],
-        issues=_issues(forward, backward, parameters, full),
+        issues=_issues([*forward, *rerun], backward, parameters),
     )
 
 
@@ -147,7 +154,8 @@ def _count(calls: list[float], profile: OpProfile, materialised: bool, core: boo
     calls[2] += backward
 
 
-def _issues(forward: list[Step], backward: list[Step], parameters: ParameterPrice, full: bool) -> tuple[Issue, ...]:
-    found = [Issue(step=step, count=2 if full else 1, per="microbatch") for step in forward]
-    found += [Issue(step=step, count=1, per="microbatch") for step in (*backward, *parameters.microbatch_steps)]
+def _issues(forward: list[Step], backward: list[Step], parameters: ParameterPrice) -> tuple[Issue, ...]:
+    """``forward`` as often as it runs, computed again included."""
+    per_microbatch = (*forward, *backward, *parameters.microbatch_steps)
+    found = [Issue(step=step, count=1, per="microbatch") for step in per_microbatch]
     return (*found, *(Issue(step=step, count=1, per="step") for step in parameters.once_steps))

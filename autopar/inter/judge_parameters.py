@@ -2,7 +2,8 @@
 
 G    axes over which the optimizer state is cut and the use is not
 D    axes on which a use leaves a partial gradient
-parameters cut over G   all_gather before forward and before backward, reduce_scatter after it: per micro-batch
+parameters cut over G   all_gather before forward and before a backward that reads them, reduce_scatter after it:
+                        per micro-batch
 gradients cut over G    reduce_scatter per micro-batch; all_gather of parameters per step
 optimizer cut over G    reduce_scatter and all_gather per step
 D without G             all_reduce of the gradient at rest, per step
@@ -48,8 +49,10 @@ def price_parameters(
     execution: Execution,
     stored: frozenset[int],
     accumulates: bool = False,
+    read_again: frozenset[int] | None = None,
 ) -> ParameterPrice:
-    """``stored`` parameters are kept and reduced by an earlier block of the stage."""
+    """``stored`` parameters are kept and reduced by an earlier block of the stage; ``microbatch_steps`` gathers again only
+    those that the backward reads (``read_again``; None: all), while its seconds charge for the whole bucket."""
     plans = _by_value(graph, block, program)
     sums = dict.fromkeys(("forward", "backward", "reduction", "optimizer", "p", "g", "o", "gathered", "sum"), 0.0)
     software, device = load_software(execution.fusion), mesh.cluster.device
@@ -80,7 +83,8 @@ def price_parameters(
             sums["forward"] += _time(gather)
             sums["backward"] += _time(gather) + _time(scatter)
             sums["gathered"] += size * (1 - 1 / shards)
-            per_microbatch += [step for step in (gather, gather, scatter) if step]
+            twice = read_again is None or value in read_again
+            per_microbatch += [step for step in (gather, gather if twice else None, scatter) if step]
         else:
             sums["optimizer"] += _time(gather)
             sums["backward" if stage2 else "reduction"] += _time(scatter)
