@@ -34,7 +34,8 @@ class Issue:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockPrice:
-    """Seconds per micro-batch, seconds per step (reduction, which backward may hide; optimizer), bytes."""
+    """Seconds per micro-batch, seconds per step (reduction, which backward may hide; optimizer), bytes; parameters that the
+    backward reads, and gathers of those that it does not (a later block that shares one may)."""
 
     forward_s: float
     backward_s: float
@@ -45,6 +46,8 @@ class BlockPrice:
     optimizer_bytes: float
     saved_bytes: float
     workspace_bytes: float
+    read_again: frozenset[int]
+    gathered_once: tuple[tuple[int, Step], ...]
     issues: tuple[Issue, ...]
 
 
@@ -62,10 +65,12 @@ def price_block(
     accumulates: bool,
     inner_ranks: int,
     balanced: bool,
+    disagreed: frozenset[tuple[int, int]] = frozenset(),
 ) -> BlockPrice:
     """``free`` values are at hand anywhere, ``stored`` parameters are held by an earlier block of the stage; ``fused`` is
     what fusion saves of the ops' traffic, ``inner_ranks`` how many ranks share a data rank's work;
-    ``balanced``: those that share a sequence share its attention evenly under a causal mask."""
+    ``balanced``: those that share a sequence share its attention evenly under a causal mask;
+    ``disagreed`` as in `judge_parameters`."""
     software, device = load_software(execution.fusion), mesh.cluster.device
     ops = graph.ops[block.first_op : block.end_op]
     aligned = ((program.ops, ops), (program.inputs, block.inputs), (program.outputs, block.outputs))
@@ -111,7 +116,9 @@ def price_block(
     repeated = again(graph, profile, block, program, moved, free, frozenset(exchanged))
     rerun = [step for route in repeated.routes for step in route.steps]
     rerun += [step for op in sorted(repeated.ops) for step in exchanged.get(op, ())]
-    parameters = price_parameters(graph, block, program, mesh, execution, stored, accumulates, repeated.parameters)
+    parameters = price_parameters(
+        graph, block, program, mesh, execution, stored, accumulates, repeated.parameters, disagreed
+    )
     f = times[0] + sum(step.time_s for step in forward)
     b = times[2] + sum(step.time_s for step in backward)
     mode = program.recompute
@@ -134,6 +141,8 @@ def price_block(
         workspace_bytes=largest
         + 2 * parameters.gathered_bytes
         + {"none": 0.0, "selective": held.core, "full": held.saved + held.core}[mode],
+        read_again=repeated.parameters,
+        gathered_once=parameters.gathered_once,
         issues=_issues([*forward, *rerun], backward, parameters),
     )
 

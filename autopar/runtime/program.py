@@ -11,7 +11,7 @@ gradient back; partial sums are reduced before they are sent.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -283,6 +283,16 @@ def _partial_axes(planned: OpPlan) -> frozenset[int]:
     )
 
 
+def _of_all_uses(first: StageParameter, other: StageParameter) -> StageParameter:
+    """A tied parameter is stored as its first block uses it. Where another block cuts it, or leaves terms of its gradient, the
+    gradient stays a sum of terms until the end of the step."""
+    gradient = tuple(
+        "P" if kept == "R" and (used != kept or {one, two} == {"R", "P"}) else one
+        for kept, used, one, two in zip(first.compute, other.compute, first.gradient, other.gradient, strict=True)
+    )
+    return replace(first, gradient=gradient)
+
+
 class _StageBuilder:
     """Builds one stage's program; ``placed`` is where each slot's value lies, and where its gradient must go; ``at`` the
     slot of each value for the next reader, ``between`` where blocks meet."""
@@ -310,7 +320,7 @@ class _StageBuilder:
         mine = [self.parent.blocks[ref.index] for ref in self.plan.blocks]
         for block in mine:
             for value, parameter in self.parent.block_parameters(block, planned[block.index]):
-                self.stored.setdefault(value, parameter)
+                self.stored[value] = _of_all_uses(self.stored[value], parameter) if value in self.stored else parameter
         for block in mine:
             self._add_block(block, planned[block.index])
         sent = sorted(

@@ -123,14 +123,17 @@ class StageFunction:
     def forward(self, leaves: Leaves) -> Outputs:
         """The outputs, attached to the leaves."""
         slots = dict(leaves.values)
-        taken: dict[tuple[int, Conversion], Tensor] = {}
+        taken: dict[tuple[int, int, Conversion], Tensor] = {}
 
-        def take(slot: int, conversion: Conversion) -> Tensor:
+        def take(slot: int, conversion: Conversion, block: int) -> Tensor:
+            """What a block reads of a slot, the same copy whenever it reads it like that."""
             if not conversion.changes:
                 return slots[slot]
-            key = (slot, conversion)
+            key = (block, slot, conversion)
             if key not in taken:
-                taken[key] = convert(slots[slot], conversion, self.mesh)
+                gathered = slot in self.parameters and self.parameters[slot].zero == 3
+                with mark(GATHER, "full") if gathered else nullcontext():  # made again with what it is a part of
+                    taken[key] = convert(slots[slot], conversion, self.mesh)
             return taken[key]
 
         with torch.enable_grad():
@@ -142,11 +145,13 @@ class StageFunction:
                         slots[step.target] = convert(slots[step.source], step.conversion, self.mesh)
                     continue
                 with mark(step.block, again):  # selective recomputation redoes core attention, not the moves before it
-                    tensors = [take(slot, made) for slot, made in zip(step.reads, step.conversions, strict=True)]
+                    tensors = [
+                        take(slot, made, step.block) for slot, made in zip(step.reads, step.conversions, strict=True)
+                    ]
                 with mark(step.block, step.recompute if _is_core(step) else again):
                     self._run(step, local, slots, tensors, take)
             sent = tuple(
-                take(slot, conversion)
+                take(slot, conversion, -1)
                 for slot, conversion in zip(self.program.send_slots, self.program.send_conversions, strict=True)
             )
         loss = slots[self.program.loss_slot] if self.program.loss is not None else None
@@ -163,6 +168,7 @@ class StageFunction:
                 Conversion(
                     shape=made.shape, source=made.source, target=everywhere, gradient_source=(), gradient_target=()
                 ),
+                step.block,
             )
 
         result = run_op(local, tensors, Around(whole=whole, key=slots.get(KEY)))
