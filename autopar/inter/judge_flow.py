@@ -30,11 +30,13 @@ Copy = tuple[str, int, str]
 @dataclass(slots=True)
 class Moves:
     """Routes of one block in the order they run, forward and backward; ``copies`` maps (op, input position) to the
-    memory it reads."""
+    memory it reads, ``ways`` to the positions in ``forward`` of
+    the routes it came by."""
 
     forward: list[Route] = field(default_factory=list)
     backward: list[Route] = field(default_factory=list)
     copies: dict[tuple[int, int], Copy] = field(default_factory=dict)
+    ways: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,25 +90,31 @@ def moves(
     for value, reads in readers.items():
         name = graph.values[value].name
         via = made[value]
+        way: tuple[int, ...] = ()
         if len(reads) > 1:
             if name not in shared:
                 raise CheckError(f"program {program.id!r}: {name} has {len(reads)} readers but no shared placement")
             via = shared[name]
-            _move(found, graph, value, made[value], via, mesh, micro_batch)
-        for lie in dict.fromkeys(lie for _, lie in reads):
-            _move(found, graph, value, via, lie, mesh, micro_batch)
+            way = (_move(found, graph, value, made[value], via, mesh, micro_batch),)
+        ways = {
+            lie: (*way, _move(found, graph, value, via, lie, mesh, micro_batch))
+            for lie in dict.fromkeys(lie for _, lie in reads)
+        }
         for reader, lie in reads:
             if reader is not None:
+                found.ways[reader] = ways[lie]
                 found.copies[reader] = ("made", value, "") if lie[0] == made[value][0] else ("moved", value, lie[0])
     return found
 
 
-def _move(found: Moves, graph: Graph, value: int, source: Lie, target: Lie, mesh: Mesh, micro_batch: int) -> None:
+def _move(found: Moves, graph: Graph, value: int, source: Lie, target: Lie, mesh: Mesh, micro_batch: int) -> int:
+    """The position of the way forward."""
     tensor = graph.values[value]
     shape = sizes_at(graph, tensor.shape, micro_batch)
     found.forward.append(mesh.route(shape, tensor.itemsize, source[0], target[0]))
     if tensor.requires_grad:
         found.backward.append(mesh.route(shape, tensor.itemsize, target[1], source[1]))
+    return len(found.forward) - 1
 
 
 def kept(
