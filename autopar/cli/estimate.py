@@ -1,23 +1,86 @@
-"""`autopar estimate`: the price of one manual layout."""
+"""`autopar estimate`: the price of one manual layout, in training or in inference."""
 
 from pathlib import Path
 from typing import Any
 
 import click
 
-from autopar.cli.inputs import check_writable, global_batch_of, layout_flags
-from autopar.cli.options import distinct, out_option, output_options, search_options, workload_options
-from autopar.plan.errors import LayoutError, UsageError
+from autopar.cli.inputs import check_writable, global_batch_of, layout_flags, priced_layout
+from autopar.cli.options import (
+    AtLeastOne,
+    Positive,
+    distinct,
+    out_option,
+    output_options,
+    search_options,
+    stacked,
+    workload_options,
+)
+from autopar.plan.errors import UsageError
+
+EXAMPLES = """\b
+Examples:
+  autopar estimate gpt.py --gpus 64 --layout tp=8,pp=4,zero=1 --set size=39B --global-batch 1024
+  autopar estimate llama.py --gpus 16000 --layout tp=8,pp=16,mbs=1,gbs=2000 --set size=405B --tokens 15e12
+  autopar estimate llama.py --gpus 8 --layout tp=8 --mode decode --weights int4 --context 2048"""
+
+TRAINING_ONLY = (
+    "tokens", "output", "micro_batch", "optimizer", "recompute", "schedule", "time_limit", "pins",
+)  # fmt: skip
+SERVING_ONLY = ("context", "weights", "kv_cache")
+STORED = click.Choice(["same", "int8", "int4"])
+
+serving_options = stacked(
+    click.option(
+        "--mode",
+        type=click.Choice(["train", "prefill", "decode"]),
+        default="train",
+        show_default=True,
+        help="Training, or inference on tensor-parallel replicas (layout keys tp, dp, gbs, fusion).",
+    ),
+    click.option(
+        "--context", type=AtLeastOne(), metavar="N", help="Decode: tokens in the cache; else the model's own."
+    ),
+    click.option(
+        "--weights", type=STORED, default="same", show_default=True, help="Inference: how weights are stored."
+    ),
+    click.option("--kv-cache", type=STORED, default="same", show_default=True, help="Inference: how the cache is."),
+)
 
 
-@click.command("estimate")
+@click.command("estimate", epilog=EXAMPLES)
 @workload_options
 @click.option("--layout", required=True, metavar="TEXT", help="The layout, such as tp=8,pp=4,zero=1.")
-@click.option("--tokens", type=float, help="Tokens of the whole training, such as 15e12: adds GPU hours and days.")
+@click.option("--tokens", type=Positive(), metavar="N", help="Tokens of the whole training: adds GPU hours and days.")
+@serving_options
 @search_options
 @out_option
 @output_options
-def estimate_command(
+@click.pass_context
+def estimate_command(context_: click.Context, /, **arguments: Any) -> None:
+    """Price one manual layout of MODEL.py on N GPUs; with -o, write it as a plan. A time limit changes nothing here.
+
+    Inference takes --global-batch as the sequences of all replicas; without it, decode takes the most that fit."""
+    serving = arguments["mode"] != "train"
+    _refuse(context_, TRAINING_ONLY if serving else SERVING_ONLY, arguments["mode"])
+    (_serve if serving else _train)(**arguments)
+
+
+def _refuse(context: click.Context, names: tuple[str, ...], mode: str) -> None:
+    """UsageError for options that say nothing in this mode."""
+    from click.core import ParameterSource
+
+    given = [
+        "/".join(parameter.opts)
+        for parameter in context.command.params
+        if parameter.name in names and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        other = "inference: add --mode decode" if mode == "train" else "training: leave out --mode"
+        raise UsageError(f"{', '.join(given)} belong to {other}")
+
+
+def _train(
     *,
     model: str,
     gpus: int,
@@ -34,18 +97,15 @@ def estimate_command(
     pins: tuple[tuple[str, str], ...],
     recompute: str,
     schedule: str,
-    time_limit: float | None,
     output: str | None,
     as_json: bool,
     quiet: bool,
     verbose: bool,
+    **_: Any,
 ) -> None:
-    """Price one manual layout of MODEL.py on N GPUs; with -o, write it as a plan. A time limit changes nothing here."""
     from autopar.cluster.load import load_cluster
     from autopar.plan.layout import parse_layout
 
-    if tokens is not None and not tokens > 0:
-        raise UsageError(f"--tokens {tokens:g} is no number of tokens above 0")
     path = None if output is None else check_writable(Path(output))
     if pins:
         raise UsageError("--pin fixes part of a search; `estimate` prices a whole layout: use `autopar plan --pin`")
@@ -60,43 +120,88 @@ def estimate_command(
         progress("model", f"loading {model}", None, None)
         workload = load_workload(model, **model_settings)
         batch = global_batch_of(global_batch, fixed.gbs, workload, model)
-
-        from autopar.inter.estimate import estimate
-
         progress("estimate", str(fixed) or "data parallel", None, None)
-        priced = estimate(
+        priced = priced_layout(
             workload,
+            fixed,
             cluster=target,
             gpus=gpus,
-            layout=str(fixed),
             global_batch=batch,
+            micro_batch=micro_batch,
             dtype=dtype,
             memory_gib=memory,
             optimizer=optimizer,
         )
-    if micro_batch is not None and priced.micro_batch_size != micro_batch:
-        size = priced.micro_batch_size
-        raise LayoutError(
-            [f"the layout's dp * mbs is {size} samples, --micro-batch is {micro_batch}; give one of them"]
-        )
 
     from autopar.cli.output import print_plan, signed
     from autopar.plan.file import save_plan
+    from autopar.report.training import Training
 
-    priced = signed(priced)
+    priced = signed(priced, cluster, cluster_set)
     if path is not None:
         save_plan(priced, path)
-    print_plan(priced, path, as_json=as_json, verbose=verbose)
-    if tokens is not None and not as_json:
-        print(training_text(tokens, priced.estimate.tokens_per_s, gpus))
+    training = None if tokens is None else Training.of(tokens, priced.estimate.tokens_per_s, gpus)
+    extra = {} if training is None else {"training": training.document()}
+    print_plan(priced, path, as_json=as_json, verbose=verbose, extra=extra)
+    if training is not None and not as_json:
+        print(training.text)
 
 
-def training_text(tokens: float, tokens_per_s: float, gpus: int) -> str:
-    """What a training takes.
+def _serve(
+    *,
+    model: str,
+    gpus: int,
+    cluster: str,
+    cluster_set: tuple[tuple[str, Any], ...],
+    settings: tuple[tuple[str, Any], ...],
+    global_batch: int | None,
+    dtype: str | None,
+    memory: float | None,
+    layout: str,
+    mode: Any,
+    context: int | None,
+    weights: Any,
+    kv_cache: Any,
+    as_json: bool,
+    quiet: bool,
+    **_: Any,
+) -> None:
+    from autopar.cluster.load import load_cluster
 
-    >>> training_text(15e12, 2_635_000, 16_000)
-    '15,000,000,000,000 tokens: 66 days on 16,000 GPUs, 25,300,443 GPU hours'
-    """
-    seconds = tokens / tokens_per_s
-    hours = seconds * gpus / 3600
-    return f"{tokens:,.0f} tokens: {seconds / 86400:.0f} days on {gpus:,} GPUs, {hours:,.0f} GPU hours"
+    target = load_cluster(cluster, **distinct("--cluster-set", cluster_set))
+    model_settings = distinct("--set", settings)
+    if mode == "prefill" and context is not None:
+        raise UsageError("--context is of decode; a prefill runs the model's own sequence: --set seq=2048, say")
+
+    from autopar.cli.progress import progress_on_stderr
+    from autopar.workload.load import load_workload
+
+    with progress_on_stderr(quiet) as progress:
+        progress("model", f"loading {model}", None, None)
+        workload = load_workload(model, **model_settings)
+
+        from autopar.inter.serving import serve
+
+        progress(mode, layout or "a GPU a replica", None, None)
+        priced = serve(
+            workload,
+            cluster=target,
+            gpus=gpus,
+            layout=layout,
+            mode=mode,
+            batch=global_batch,
+            context=context,
+            weights=weights,
+            kv_cache=kv_cache,
+            dtype=dtype,
+            memory_gib=memory,
+        )
+
+    from autopar.cli.output import print_document, text_width
+    from autopar.report.serving import serving_document, serving_text
+
+    if as_json:
+        print_document(serving_document(priced, model=model, settings=model_settings))
+        return
+    told = " ".join([model, *(f"{key}={value}" for key, value in model_settings.items())])
+    print(serving_text(priced, model=told, width=text_width()), end="")

@@ -4,10 +4,11 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autopar.plan.errors import PlanFileError, UsageError
+from autopar.plan.errors import LayoutError, PlanFileError, UsageError
 
 if TYPE_CHECKING:
     from autopar.cluster.cluster import Cluster
+    from autopar.plan.layout import Layout
     from autopar.plan.plan import Plan
     from autopar.workload.workload import Workload
 
@@ -34,6 +35,20 @@ def global_batch_of(given: int | None, layout_batch: int | None, workload: "Work
 def layout_flags(**flags: str) -> dict[str, str]:
     """Flags that are also keys of a layout, those left at "auto" dropped."""
     return {key: value for key, value in flags.items() if value != "auto"}
+
+
+def priced_layout(workload: "Workload", layout: "Layout", *, micro_batch: int | None, **options: Any) -> "Plan":
+    """The plan of one layout; ``options`` are those of ``autopar.inter.estimate.estimate``. LayoutError where ``micro_batch``
+    (``--micro-batch``) is not the layout's."""
+    from autopar.inter.estimate import estimate
+
+    priced = estimate(workload, layout=str(layout), **options)
+    size = priced.micro_batch_size
+    if micro_batch is not None and size != micro_batch:
+        raise LayoutError(
+            [f"the layout's dp * mbs is {size} samples, --micro-batch is {micro_batch}; give one of them"]
+        )
+    return priced
 
 
 def workload_of(plan: "Plan", plan_path: Path, model: str | None) -> "Workload":
@@ -66,7 +81,9 @@ def cluster_of(plan: "Plan", plan_path: Path) -> "Cluster":
     """The cluster a plan was made for; PlanFileError when its tables changed since."""
     from autopar.cluster.load import load_cluster
 
-    cluster = load_cluster(plan.cluster.name, **plan.cluster.overrides)
+    beside = plan_path.parent / Path(plan.cluster.name).name
+    moved = plan.cluster.name.endswith(".json") and not Path(plan.cluster.name).is_file() and beside.is_file()
+    cluster = load_cluster(beside if moved else plan.cluster.name, **plan.cluster.overrides)
     if cluster.fingerprint != plan.cluster.fingerprint:
         raise PlanFileError(
             f"the tables of cluster {plan.cluster.name} changed since {plan_path} was made "

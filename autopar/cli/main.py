@@ -12,6 +12,7 @@ from autopar.cli.cluster import cluster_group
 from autopar.cli.compare import compare_command
 from autopar.cli.estimate import estimate_command
 from autopar.cli.plan import plan_command
+from autopar.cli.profile import profile_command
 from autopar.cli.run import run_command
 from autopar.cli.show import show_command
 from autopar.cli.verify import verify_command
@@ -34,6 +35,7 @@ for _command in (
     run_command,
     verify_command,
     cluster_group,
+    profile_command,
 ):
     autopar.add_command(_command)
 
@@ -83,3 +85,7 @@ def _before_separator(arguments: Sequence[str]) -> list[str]:
     """Arguments up to ``--``, which are ours."""
     words = list(arguments)
     return words[: words.index("--")] if "--" in words else words
+
+
+if __name__ == "__main__":
+    entry()

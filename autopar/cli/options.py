@@ -118,7 +118,7 @@ def stacked(*options: Callable[[Function], Function]) -> Callable[[Function], Fu
 output_options = stacked(
     click.option("--json", "as_json", is_flag=True, help="Print one JSON document, errors included."),
     click.option("-q", "--quiet", is_flag=True, help="No progress."),
-    click.option("-v", "--verbose", is_flag=True, help="Also memory parts and collectives."),
+    click.option("-v", "--verbose", is_flag=True, help="Every collective, not only their sums."),
 )
 
 cluster_options = stacked(

@@ -24,24 +24,28 @@ def print_document(document: dict[str, Any]) -> None:
     print(json.dumps(document, indent=2, allow_nan=False))
 
 
-def print_plan(plan: "Plan", path: Path | None, *, as_json: bool, verbose: bool) -> None:
-    """The plan as text or as its JSON document."""
+def print_plan(
+    plan: "Plan", path: Path | None, *, as_json: bool, verbose: bool, extra: dict[str, Any] | None = None
+) -> None:
+    """The plan as text or as its JSON document, which ``extra`` keys join."""
     if as_json:
         from autopar.report.json import plan_document
 
-        print_document(plan_document(plan, None if path is None else str(path)))
+        print_document(plan_document(plan, None if path is None else str(path)) | (extra or {}))
         return
     from autopar.report.text import plan_text
 
     print(plan_text(plan, width=text_width(), verbose=verbose), end="")
 
 
-def signed(plan: "Plan") -> "Plan":
-    """The plan with the command line that made it."""
+def signed(plan: "Plan", cluster: str, overrides: tuple[tuple[str, Any], ...]) -> "Plan":
+    """The plan with the command line that made it: its words, and the cluster as they name it, so that the commands that
+    take only the plan find the same tables."""
     import shlex
 
     import click
     import msgspec
 
     arguments = click.get_current_context().find_root().obj
-    return msgspec.structs.replace(plan, command=shlex.join(["autopar", *(arguments or sys.argv[1:])]))
+    named = msgspec.structs.replace(plan.cluster, name=cluster, overrides=dict(overrides))
+    return msgspec.structs.replace(plan, cluster=named, command=shlex.join(["autopar", *(arguments or sys.argv[1:])]))

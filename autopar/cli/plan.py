@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from autopar.cli.inputs import check_writable, global_batch_of, layout_flags
+from autopar.cli.inputs import check_writable, global_batch_of, layout_flags, priced_layout
 from autopar.cli.options import distinct, out_option, output_options, search_options, workload_options
 from autopar.plan.errors import UsageError
 
@@ -46,6 +46,8 @@ def plan_command(
     path = check_writable(Path(output) if output is not None else Path(f"{Path(model).stem}.plan.json"))
     fixed = None
     if layout is not None:
+        if pins:
+            raise UsageError("--pin fixes part of a search, --layout everything; give one of them")
         fixed = parse_layout(layout, layout_flags(recompute=recompute, schedule=schedule))
     target = load_cluster(cluster, **distinct("--cluster-set", cluster_set))
     model_settings = distinct("--set", settings)
@@ -58,33 +60,23 @@ def plan_command(
         workload = load_workload(model, **model_settings)
         batch = global_batch_of(global_batch, fixed.gbs if fixed is not None else None, workload, model)
 
-        from autopar.inter.planner import plan
-
+        options: dict[str, Any] = {
+            "cluster": target,
+            "gpus": gpus,
+            "global_batch": batch,
+            "micro_batch": micro_batch,
+            "dtype": dtype,
+            "memory_gib": memory,
+            "optimizer": optimizer,
+        }
         if fixed is not None:
-            from autopar.inter.estimate import estimate
-
-            if pins:
-                raise UsageError("--pin fixes part of a search, --layout everything; give one of them")
-            found = estimate(
-                workload,
-                cluster=target,
-                gpus=gpus,
-                layout=str(fixed),
-                global_batch=batch,
-                dtype=dtype,
-                memory_gib=memory,
-                optimizer=optimizer,
-            )
+            found = priced_layout(workload, fixed, **options)
         else:
+            from autopar.inter.planner import plan
+
             found = plan(
                 workload,
-                cluster=target,
-                gpus=gpus,
-                global_batch=batch,
-                micro_batch=micro_batch,
-                dtype=dtype,
-                memory_gib=memory,
-                optimizer=optimizer,
+                **options,
                 pins=pins,
                 recompute=recompute,
                 schedule=schedule,
@@ -95,7 +87,7 @@ def plan_command(
     from autopar.cli.output import print_plan, signed
     from autopar.plan.file import save_plan
 
-    found = signed(found)
+    found = signed(found, cluster, cluster_set)
     save_plan(found, path)
     print_plan(found, path, as_json=as_json, verbose=verbose)
     if not as_json and not quiet:

@@ -37,7 +37,9 @@ def run_command(
     plan = load_plan(plan_file)
     if not script:
         raise UsageError("no training script; write it behind --, such as: autopar run gpt.plan.json -- train.py")
-    per_node = ranks_per_node or min(plan.gpus, load_cluster(plan.cluster.name).devices_per_node)
+    per_node = ranks_per_node or min(
+        plan.gpus, load_cluster(plan.cluster.name, **plan.cluster.overrides).devices_per_node
+    )
     nodes, rest = divmod(plan.gpus, per_node)
     if rest and nodes:
         raise UsageError(f"the plan's {plan.gpus} ranks do not fill nodes of {per_node}; give --ranks-per-node")

@@ -13,6 +13,7 @@ from autopar.cluster.cluster import Cluster
 from autopar.cluster.device import Device
 from autopar.cluster.source import Source
 from autopar.plan.errors import PlanFileError, UsageError
+from autopar.plan.file import write_atomically
 
 GIB = 2**30
 T = TypeVar("T", Cluster, Device)
@@ -75,8 +76,8 @@ def uncertainty_document() -> Any:
 
 
 def save_cluster(cluster: Cluster, path: str | Path) -> None:
-    """Write a cluster with its device; ``load_cluster(path)`` gives it back."""
-    Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(cluster), indent=1))
+    """Write a cluster with its device, whole or not at all; ``load_cluster(path)`` gives it back."""
+    write_atomically(Path(path), msgspec.json.format(msgspec.json.encode(cluster), indent=1) + b"\n")
 
 
 def _read(name: "str | Path") -> Cluster:

@@ -3,10 +3,11 @@
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autopar.cluster.cluster import Cluster
 from autopar.cost.execution import ExecutionModel
-from autopar.cost.fusion import fused_bytes
+from autopar.cost.fusion import fused_bytes, with_fused_loss
 from autopar.cost.redistribute import MeshLinks
 from autopar.graph.ir import Block, Graph
 from autopar.graph.profile import GraphProfile, profile_graph
@@ -69,7 +70,9 @@ class Blocks:
         profile: GraphProfile | None = None,
     ) -> None:
         self.graph, self.blocks, self.cluster, self.execution = graph, blocks, cluster, execution
-        self.profile: GraphProfile = profile_graph(graph) if profile is None else profile
+        self.profile: GraphProfile = with_fused_loss(
+            graph, profile_graph(graph) if profile is None else profile, execution.software.fuses
+        )
         self.fused = fused_bytes(graph, self.profile, execution.software.fuses)
         self._data = data_values(graph)
         self.kinds: dict[int, Block] = {}
@@ -85,6 +88,7 @@ class Blocks:
         self._tables: dict[tuple[object, ...], BlockTables] = {}
         self._points: dict[tuple[object, ...], BlockPoints] = {}
         self._prices: dict[Mesh, ParameterPrices] = {}
+        self._plain: dict[tuple[PriceRow, ...], tuple[tuple[PriceRow, ...], NDArray[np.integer]]] = {}
         self._links: dict[tuple[object, ...], MeshLinks] = {}
 
     def held(self, block: Block, first: int) -> frozenset[int]:
@@ -137,17 +141,21 @@ class Blocks:
             if mesh not in self._prices:
                 self._prices[mesh] = ParameterPrices(whole, self.execution)
             tables = self._tables[table_key]
+            solved, repeats = rows, None
             if self.kinds[kind].name in ("embedding", "head"):  # programs wrap their layers in checkpoints, not these
-                rows = tuple(replace(row, mode="none") for row in rows)
-            self._points[key] = block_points(
+                if rows not in self._plain:
+                    self._plain[rows] = _without_recompute(rows)
+                solved, repeats = self._plain[rows]
+            found = block_points(
                 tables,
                 self._prices[mesh],
-                rows,
+                solved,
                 num_microbatches,
                 mesh.data > 1,
                 held,
                 restriction.zero if restriction else None,
             )
+            self._points[key] = found if repeats is None else found.repeated(repeats)
         return self._points[key]
 
     def forget(self, micro_batch: int) -> None:
@@ -166,6 +174,13 @@ class Blocks:
         """What sets the range of prices: the time in which the device streams a byte of its memory."""
         device = self.cluster.device
         return float(device.memory_bound_s(float(device.memory_bytes))) / float(device.memory_bytes)
+
+
+def _without_recompute(rows: tuple[PriceRow, ...]) -> tuple[tuple[PriceRow, ...], NDArray[np.integer]]:
+    """The rows with nothing computed again, each once, and which of them stands for each given one."""
+    at: dict[PriceRow, int] = {}
+    repeats = [at.setdefault(replace(row, mode="none"), len(at)) for row in rows]
+    return tuple(at), np.array(repeats)
 
 
 def _savers(

@@ -36,7 +36,7 @@ def shortest_sums(levels: Levels, band: Band, longest_s: float) -> Floats:
             stages = (slice(1, depth + 1), i, slice(first, end), k)
             time_s = (levels.forward_s[stages] + levels.backward_s[stages])[:, :, None]
             behind = slice(low - size, high - size)
-            time_s = time_s + levels.cut_s[first:end, behind]
+            time_s = time_s + levels.cut_s[k, first:end, behind]
             time_s = np.where(time_s <= longest_s, time_s, np.inf)
             after = sums[1 : depth + 1, i, low:high]
             np.minimum(after, (sums[:depth, first:end, behind] + time_s).min(axis=1), out=after)
@@ -50,7 +50,8 @@ def path(levels: Levels, sums: Floats, num_stages: int, longest_s: float) -> tup
     sizes = np.array(levels.sizes)
     for s in range(num_stages, 0, -1):
         behind = np.maximum(devices - sizes, 0)
-        time_s = levels.forward_s[s, i] + levels.backward_s[s, i] + levels.cut_s[:, behind]
+        cut_s = levels.cut_s[np.arange(len(sizes)), :, behind].T
+        time_s = levels.forward_s[s, i] + levels.backward_s[s, i] + cut_s
         time_s = np.where((time_s <= longest_s) & (sizes <= devices), time_s, np.inf)
         rest = sums[s - 1][:, behind]
         j, k = np.unravel_index(int(np.argmin(time_s + rest)), time_s.shape)
@@ -94,7 +95,7 @@ def candidates(levels: Levels, band: Band, *, num_passes: int = 10, num_counts: 
 def _longest_s(levels: Levels, stages: tuple[Stage, ...]) -> float:
     longest, devices = 0.0, 0
     for s, (i, j, k) in enumerate(reversed(stages), 1):
-        time_s = levels.forward_s[s, i, j, k] + levels.backward_s[s, i, j, k] + levels.cut_s[j, devices]
+        time_s = levels.forward_s[s, i, j, k] + levels.backward_s[s, i, j, k] + levels.cut_s[k, j, devices]
         longest, devices = max(longest, float(time_s)), devices + levels.sizes[k]
     return longest
 

@@ -33,8 +33,8 @@ Floats = NDArray[np.float64]
 class Levels:
     """A problem in arrays. ``forward_s``, ``backward_s``, ``step_s`` are (S + 1, L + 1, L + 1, K): [s, i, j, k] is
     stage number s from the last (level 0 unused) with blocks i..j-1 on class k, inf where impossible. ``sizes`` (K,)
-    and ``num_devices`` count units of the greatest common size; ``cut_s`` (L + 1, D + 1) bounds the transfers of a
-    cut with so many devices behind it."""
+    and ``num_devices`` count units of the greatest common size; ``cut_s`` (K, L + 1, D + 1) bounds the transfers of
+    a cut from a stage of a class, with so many devices behind it."""
 
     schedule: Schedule
     num_microbatches: int
@@ -146,7 +146,7 @@ def level_free(levels: Levels) -> tuple[Floats, Floats]:
             low, high = span(np.isfinite(levels.least_s[i, :, k]))
             if high and size <= D:
                 time = levels.least_s[i, low:high, k, None]
-                after = time + levels.cut_s[low:high, : D + 1 - size] + tail[low:high, : D + 1 - size]
+                after = time + levels.cut_s[k, low:high, : D + 1 - size] + tail[low:high, : D + 1 - size]
                 best = np.where(np.isfinite(after), np.maximum(B * time, after), np.inf).min(axis=0)
                 np.minimum(tail[i, size:], best, out=tail[i, size:])
     for i in range(1, L + 1):
@@ -154,7 +154,7 @@ def level_free(levels: Levels) -> tuple[Floats, Floats]:
             low, high = span(np.isfinite(levels.least_s[:, i, k]))
             if high and size <= D:
                 best = (levels.least_s[low:high, i, k, None] + head[low:high, size:]).min(axis=0)
-                best = best + levels.cut_s[i, : D + 1 - size]
+                best = best + levels.cut_s[k, i, : D + 1 - size]
                 np.minimum(head[i, : D + 1 - size], best, out=head[i, : D + 1 - size])
     return tail, head
 
@@ -187,7 +187,7 @@ def tail_tables(levels: Levels, band: Band, head_s: Floats) -> Tails:
             step = levels.step_s[1 : depth + 1, i, first:end, k, None]
             before = (slice(0, depth), slice(first, end), slice(low - size, high - size))
             after = (slice(1, depth + 1), i, slice(low, high))
-            cut = levels.cut_s[first:end, low - size : high - size]
+            cut = levels.cut_s[k, first:end, low - size : high - size]
             round_trip = trip[before] + cut
             through = (forward + backward) + cut
             own = own_s(levels.schedule, B, place[:depth], forward, backward, round_trip, levels.relaxed)
@@ -225,7 +225,7 @@ def head_tables(levels: Levels, band: Band, tails: Tails) -> Heads:
             step = levels.step_s[2 : depth + 2, first:end, i, k, None]
             before = (slice(2, depth + 2), slice(first, end), slice(low + size, high + size))
             after = (slice(1, depth + 1), i, slice(low, high))
-            cut = levels.cut_s[i, low:high]
+            cut = levels.cut_s[k, i, low:high]
             through = (forward + backward) + cut
             way = tails.trip_s[after][:, None] + cut
             own = own_s(levels.schedule, B, place[1 : depth + 1], forward, backward, way, levels.relaxed)

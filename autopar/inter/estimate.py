@@ -3,7 +3,7 @@
 What a layout leaves open is filled in by `layouts`. A stage (with an interleaved schedule a chunk) is priced like any of
 the search's; the schedule is simulated; memory is that of the fullest run of devices:
 
-    sum over its chunks of (state + held * saved) + max workspace + fixed                 (``run_memory``)
+    sum over its chunks of (state + held * saved + gradients beyond one saved) + max workspace + fixed     (``run_memory``)
 """
 
 import itertools
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from autopar.cluster.cluster import Cluster
 from autopar.cluster.load import load_cluster
 from autopar.cost.execution import ExecutionModel
+from autopar.graph.attention import attention_calls
 from autopar.graph.blocks import cut_blocks, order_for_blocks
 from autopar.graph.ir import Block, Graph
 from autopar.graph.profile import GraphProfile, profile_graph
@@ -24,7 +25,7 @@ from autopar.graph.trace import trace
 from autopar.inter.blocks import Blocks
 from autopar.inter.emit import Found, build_plan
 from autopar.inter.finish import Finished, add
-from autopar.inter.layouts import StageCut, cuts, restriction
+from autopar.inter.layouts import StageCut, cuts, restriction, stage_ends
 from autopar.inter.planner import DTYPES, GIB
 from autopar.inter.scatter_gather import cut_bytes_of, send_seconds
 from autopar.inter.simulate import StageTimes, simulate
@@ -99,8 +100,7 @@ class LayoutPricer:
 
     def price(self, layout: Layout) -> Priced:
         """Resolve and price; LayoutError lists all faults."""
-        resolved = layout.resolve(self.gpus, self.global_batch, heads=self.heads, kv_heads=self.kv_heads)
-        stages = cuts(self.blocks, resolved, self.gpus)
+        resolved, stages = self._resolved(layout)
         books = self._books(resolved, stages)
         held = held_by_chunk(resolved.schedule, resolved.num_stages, resolved.num_microbatches, resolved.vpp)
         runs = []
@@ -127,6 +127,22 @@ class LayoutPricer:
             memory_bytes=memory,
             fits=memory <= self.budget_bytes,
         )
+
+    def _resolved(self, layout: Layout) -> tuple[Layout, tuple[StageCut, ...]]:
+        """The layout with nothing left open, and its stages; LayoutError lists the faults of both."""
+        faults: list[str] = []
+        found = layout
+        try:
+            found = layout.resolve(self.gpus, self.global_batch, heads=self.heads, kv_heads=self.kv_heads)
+        except LayoutError as error:
+            faults += error.faults
+        try:
+            stage_ends(self.blocks, layout)
+        except LayoutError as error:
+            raise LayoutError([*faults, *error.faults]) from None
+        if faults:
+            raise LayoutError(faults)
+        return found, cuts(self.blocks, found, self.gpus)
 
     def _books(self, layout: Layout, stages: tuple[StageCut, ...]) -> tuple[StageBook, ...]:
         """The book of every stage; stages of one mesh share theirs."""
@@ -239,7 +255,7 @@ def run_memory(
         totals = add([(book.points(c, run.choice.mesh, FREE).totals[0, run.choice.boundary], 1.0) for c in columns])
         num_bytes, workspace = found.get(cut.first_device, (book.fixed_bytes(), 0.0))
         found[cut.first_device] = (
-            num_bytes + float(totals[fr.STATE] + count * totals[fr.SAVED]),
+            num_bytes + float(fr.memory_bytes(totals, count) - totals[fr.WORKSPACE]),
             max(workspace, float(totals[fr.WORKSPACE])),
         )
     return {device: num_bytes + workspace for device, (num_bytes, workspace) in found.items()}
@@ -272,10 +288,6 @@ def estimate(
 
 
 def head_counts(graph: Graph) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Query and key/value head counts of the model's attentions."""
-    heads, kv_heads = set(), set()
-    for op in graph.ops:
-        if "scaled_dot_product" in op.target:
-            heads.add(graph.values[op.inputs[0]].shape[-3])
-            kv_heads.add(graph.values[op.inputs[1]].shape[-3])
-    return tuple(sorted(heads)), tuple(sorted(kv_heads))
+    """Query and key/value head counts of the model's attentions; keys repeated for all query heads count once."""
+    calls = attention_calls(graph)
+    return tuple(sorted({call.heads for call in calls})), tuple(sorted({call.kv_heads for call in calls}))

@@ -4,7 +4,7 @@ F, C, B      kernels outside and inside attention, and backward, with the moves 
 launches     calls of the host * launch time, + a wait per collective for the slowest host
 forward      both(max(F + C, launches), gathers)                both(a, b) = max(a, b) + contention * min(a, b)
 backward     both(max(B + again, launches), gathers, scatters)  again = 0 | C | F + C for none | selective | full
-workspace    largest op's tensors + two blocks' gathered parameters + what the recompute mode brings back
+workspace    what passes in one op, at most, + two blocks' gathered parameters + what the recompute mode brings back
 """
 
 from dataclasses import dataclass
@@ -14,27 +14,44 @@ from typing import Literal
 from autopar.cluster.software import Software, load_software
 from autopar.graph.ir import Block, Graph, OpProfile
 from autopar.graph.profile import GraphProfile
+from autopar.inter.judge_again import again
 from autopar.inter.judge_flow import kept, moves
-from autopar.inter.judge_ops import price_op, sizes_at
+from autopar.inter.judge_ops import price_op
 from autopar.inter.judge_parameters import ParameterPrice, price_parameters
 from autopar.inter.judge_routes import Mesh, Route, Step
+from autopar.inter.judge_workspace import passing
 from autopar.plan.errors import CheckError
-from autopar.plan.mesh import parse_placements
 from autopar.plan.plan import BlockProgram, Execution
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Issue:
-    """A collective and how often a block issues it."""
+    """A collective, how often a block issues it, and what it moves."""
 
     step: Step
     count: int
     per: Literal["microbatch", "step"]
+    of: Literal["activations", "parameters", "gradients"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockSeconds:
+    """What forward and backward of a micro-batch are made of, recomputation included: kernels, exchanges of activations,
+    what launching adds to them (``launch_s``), and what of the parameters' collectives they do not hide (``storage_s``).
+    The six add up to forward + backward."""
+
+    matmul_s: float
+    attention_s: float
+    memory_bound_s: float
+    activations_s: float
+    launch_s: float
+    storage_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockPrice:
-    """Seconds per micro-batch, seconds per step (reduction, which backward may hide; optimizer), bytes."""
+    """Seconds per micro-batch, seconds per step (reduction, which backward may hide; optimizer), bytes; parameters that the
+    backward reads, and gathers of those that it does not (a later block that shares one may)."""
 
     forward_s: float
     backward_s: float
@@ -45,7 +62,11 @@ class BlockPrice:
     optimizer_bytes: float
     saved_bytes: float
     workspace_bytes: float
+    late_bytes: float
+    read_again: frozenset[int]
+    gathered_once: tuple[tuple[int, Step], ...]
     issues: tuple[Issue, ...]
+    seconds: BlockSeconds
 
 
 def price_block(
@@ -62,10 +83,13 @@ def price_block(
     accumulates: bool,
     data_axis: bool,
     balanced: bool,
+    stays: tuple[frozenset[int], frozenset[int]],
+    disagreed: frozenset[tuple[int, int]] = frozenset(),
 ) -> BlockPrice:
     """``free`` values are at hand anywhere, ``stored`` parameters are held by an earlier block of the stage; ``fused`` is
     what fusion saves of the ops' traffic, ``data_axis`` whether the first of several axes is the data axis;
-    ``balanced``: those that share a sequence share its attention evenly under a causal mask."""
+    ``balanced``: those that share a sequence share its attention evenly under a causal mask; ``stays``: see
+    ``judge_workspace.kept_anywhere``; ``disagreed`` as in `judge_parameters`."""
     software, device = load_software(execution.fusion), mesh.cluster.device
     ops = graph.ops[block.first_op : block.end_op]
     aligned = ((program.ops, ops), (program.inputs, block.inputs), (program.outputs, block.outputs))
@@ -73,9 +97,12 @@ def price_block(
         raise CheckError(f"program {program.id!r} does not fit block {block.name}: it is of another graph")
     moved = moves(graph, block, program, mesh, micro_batch, free)
     times = [0.0, 0.0, 0.0]
+    products = [0.0, 0.0]  # matmuls forward and backward
+    core_backward = 0.0
     forward = [step for route in moved.forward for step in route.steps]
     backward = [step for route in moved.backward for step in route.steps]
     calls = [software.fixed_calls, 0.0, software.fixed_calls]
+    exchanged: dict[int, tuple[Step, ...]] = {}
     shards: dict[int, tuple[int, int]] = {}
     largest = 0.0
     for op, planned in zip(ops, program.ops, strict=True):
@@ -87,38 +114,60 @@ def price_block(
         core = "scaled_dot_product" in op.target
         times[1 if core else 0] += price.forward_s
         times[2] += price.backward_s
+        if core:
+            core_backward += price.backward_s
+        elif profile.ops[op.id].forward_flops:
+            products[0] += price.forward_s
+            products[1] += price.backward_s
         forward += price.forward_steps
+        if price.forward_steps:
+            exchanged[op.id] = price.forward_steps
         backward += price.backward_steps
         shards[op.id] = (price.shards, price.fixed_shards)
         _count(calls, profile.ops[op.id], core and execution.attn == "math", core, software)
-        tensors = zip((*op.inputs, *op.outputs), (*planned.inputs, *planned.outputs), strict=True)
+        scores = core and execution.attn == "math"
         largest = max(
-            largest,
-            sum(
-                mesh.local_bytes(
-                    sizes_at(graph, graph.values[value].shape, micro_batch),
-                    graph.values[value].itemsize,
-                    parse_placements(text),
-                )
-                for value, text in tensors
-                if graph.values[value].kind == "activation"
-            ),
+            largest, passing(graph, profile, op, planned, mesh, micro_batch, *stays, price.shards, materialised=scores)
         )
-    held = kept(graph, profile, block, program, mesh, micro_batch, moved, free, shards)
-    parameters = price_parameters(graph, block, program, mesh, execution, stored, accumulates)
+    per_score = software.math_attention_bytes_per_score if execution.attn == "math" else 0.0
+    held = kept(graph, profile, block, program, mesh, micro_batch, moved, free, shards, per_score)
+    repeated = again(graph, profile, block, program, moved, free, frozenset(exchanged))
+    rerun = [step for route in repeated.routes for step in route.steps]
+    rerun += [step for op in sorted(repeated.ops) for step in exchanged.get(op, ())]
+    parameters = price_parameters(
+        graph, block, program, mesh, execution, stored, accumulates, repeated.parameters, disagreed
+    )
     f = times[0] + sum(step.time_s for step in forward)
     b = times[2] + sum(step.time_s for step in backward)
     full, mode = program.recompute == "full", program.recompute
-    again = {"none": 0.0, "selective": times[1], "full": f + times[1]}[mode]
+    again_s = {"none": 0.0, "selective": times[1], "full": f + times[1]}[mode]
     wait_s = software.collective_calls * device.launch_s
     waiting = [sum(_waiting(route, mesh, data_axis) for route in routes) for routes in (moved.forward, moved.backward)]
     launch_f = calls[0] * device.launch_s + wait_s * waiting[0]
     launch_b = calls[2] * device.launch_s + wait_s * waiting[1]
     launch_b += {"none": 0.0, "selective": calls[1] * device.launch_s, "full": launch_f}[mode]
     contention = mesh.cluster.overlap_contention if execution.overlap else 1.0
+    busy = (max(f + times[1], launch_f), max(b + parameters.accumulate_s + again_s, launch_b))
+    forward_s, backward_s = (
+        _both(one, held, contention)
+        for one, held in zip(busy, (parameters.forward_s, parameters.backward_s), strict=True)
+    )
+    twice = 2.0 if full else 1.0
+    matmul_s = twice * products[0] + products[1]
+    attention_s = (1.0 if mode == "none" else 2.0) * times[1] + core_backward
+    activations_s = twice * sum(step.time_s for step in forward) + sum(step.time_s for step in backward)
+    kernels_s = f + times[1] + b + parameters.accumulate_s + again_s
     return BlockPrice(
-        forward_s=_both(max(f + times[1], launch_f), parameters.forward_s, contention),
-        backward_s=_both(max(b + parameters.accumulate_s + again, launch_b), parameters.backward_s, contention),
+        forward_s=forward_s,
+        backward_s=backward_s,
+        seconds=BlockSeconds(
+            matmul_s=matmul_s,
+            attention_s=attention_s,
+            memory_bound_s=max(kernels_s - matmul_s - attention_s - activations_s, 0.0),
+            activations_s=activations_s,
+            launch_s=sum(busy) - kernels_s,
+            storage_s=forward_s + backward_s - sum(busy),
+        ),
         reduction_s=parameters.reduction_s,
         optimizer_s=parameters.optimizer_s,
         parameters_bytes=parameters.parameters_bytes,
@@ -128,7 +177,10 @@ def price_block(
         workspace_bytes=largest
         + 2 * parameters.gathered_bytes
         + {"none": 0.0, "selective": held.core, "full": held.saved + held.core}[mode],
-        issues=_issues(forward, backward, parameters, full),
+        late_bytes=parameters.late_bytes,
+        read_again=repeated.parameters,
+        gathered_once=parameters.gathered_once,
+        issues=_issues([*forward, *rerun], backward, parameters),
     )
 
 
@@ -156,7 +208,12 @@ def _count(calls: list[float], profile: OpProfile, materialised: bool, core: boo
     calls[2] += backward
 
 
-def _issues(forward: list[Step], backward: list[Step], parameters: ParameterPrice, full: bool) -> tuple[Issue, ...]:
-    found = [Issue(step=step, count=2 if full else 1, per="microbatch") for step in forward]
-    found += [Issue(step=step, count=1, per="microbatch") for step in (*backward, *parameters.microbatch_steps)]
-    return (*found, *(Issue(step=step, count=1, per="step") for step in parameters.once_steps))
+def _issues(forward: list[Step], backward: list[Step], parameters: ParameterPrice) -> tuple[Issue, ...]:
+    """``forward`` as often as it runs, computed again included."""
+    found = [Issue(step=step, count=1, per="microbatch", of="activations") for step in (*forward, *backward)]
+    found += [Issue(step=step, count=1, per="microbatch", of=_moved(step)) for step in parameters.microbatch_steps]
+    return (*found, *(Issue(step=step, count=1, per="step", of=_moved(step)) for step in parameters.once_steps))
+
+
+def _moved(step: Step) -> Literal["parameters", "gradients"]:
+    return "parameters" if step.kind == "all_gather" else "gradients"

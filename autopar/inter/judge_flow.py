@@ -15,6 +15,7 @@ from autopar.graph.ir import Block, Graph
 from autopar.graph.profile import GraphProfile
 from autopar.inter.judge_ops import sizes_at
 from autopar.inter.judge_routes import Mesh, Route
+from autopar.inter.judge_workspace import whole_scores
 from autopar.plan.errors import CheckError
 from autopar.plan.mesh import parse_placements
 from autopar.plan.plan import BlockProgram
@@ -29,11 +30,13 @@ Copy = tuple[str, int, str]
 @dataclass(slots=True)
 class Moves:
     """Routes of one block in the order they run, forward and backward; ``copies`` maps (op, input position) to the
-    memory it reads."""
+    memory it reads, ``ways`` to the positions in ``forward`` of
+    the routes it came by."""
 
     forward: list[Route] = field(default_factory=list)
     backward: list[Route] = field(default_factory=list)
     copies: dict[tuple[int, int], Copy] = field(default_factory=dict)
+    ways: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,25 +90,31 @@ def moves(
     for value, reads in readers.items():
         name = graph.values[value].name
         via = made[value]
+        way: tuple[int, ...] = ()
         if len(reads) > 1:
             if name not in shared:
                 raise CheckError(f"program {program.id!r}: {name} has {len(reads)} readers but no shared placement")
             via = shared[name]
-            _move(found, graph, value, made[value], via, mesh, micro_batch)
-        for lie in dict.fromkeys(lie for _, lie in reads):
-            _move(found, graph, value, via, lie, mesh, micro_batch)
+            way = (_move(found, graph, value, made[value], via, mesh, micro_batch),)
+        ways = {
+            lie: (*way, _move(found, graph, value, via, lie, mesh, micro_batch))
+            for lie in dict.fromkeys(lie for _, lie in reads)
+        }
         for reader, lie in reads:
             if reader is not None:
+                found.ways[reader] = ways[lie]
                 found.copies[reader] = ("made", value, "") if lie[0] == made[value][0] else ("moved", value, lie[0])
     return found
 
 
-def _move(found: Moves, graph: Graph, value: int, source: Lie, target: Lie, mesh: Mesh, micro_batch: int) -> None:
+def _move(found: Moves, graph: Graph, value: int, source: Lie, target: Lie, mesh: Mesh, micro_batch: int) -> int:
+    """The position of the way forward."""
     tensor = graph.values[value]
     shape = sizes_at(graph, tensor.shape, micro_batch)
     found.forward.append(mesh.route(shape, tensor.itemsize, source[0], target[0]))
     if tensor.requires_grad:
         found.backward.append(mesh.route(shape, tensor.itemsize, target[1], source[1]))
+    return len(found.forward) - 1
 
 
 def kept(
@@ -118,9 +127,10 @@ def kept(
     moved: Moves,
     free: frozenset[int],
     shards: dict[int, tuple[int, int]],
+    bytes_per_score: float,
 ) -> Kept:
     """What one micro-batch keeps; ``shards`` is by how many ranks each op's work is divided, and by how many of
-    axes that do not cut the batch."""
+    axes that do not cut the batch. Materialised attention keeps ``bytes_per_score`` of its scores (0: it is fused)."""
     earlier = _kept_before(graph, profile, block.first_op)
     held: dict[Copy, float] = {}
     core: set[Copy] = set()
@@ -169,6 +179,8 @@ def kept(
         grows = any(graph.batch.grows(size) for shape, _ in ran.saved_internal for size in shape)
         divisor = shards[op.id][0] * graph.batch.traced / micro_batch if grows else shards[op.id][1]
         internal = sum(prod(shape) * itemsize for shape, itemsize in ran.saved_internal) / divisor
+        if is_core and bytes_per_score:
+            internal = whole_scores(graph, op, micro_batch) * bytes_per_score / shards[op.id][0]
         saved, inside = (saved, inside + internal) if is_core else (saved + internal, inside)
     read = {
         value

@@ -2,7 +2,8 @@
 
 Every rank of the receiving stage gets its own part: forward the activation as it lies at the receiver's blocks' inputs,
 backward its gradient as it lies at the previous stage's outputs. A value made further back passes through the stages
-between. Both runs of devices in one node talk over its links, else the senders in a node share its NICs.
+between. Both runs of devices in one node talk over its links, else the devices of a node share its NICs; the slower of
+sending (each sender its share of all parts) and receiving (each receiver its part) counts.
 """
 
 from dataclasses import dataclass
@@ -69,8 +70,12 @@ def _send(
         for d in (meshes[at].first_device, meshes[at].first_device + meshes[at].num_devices - 1)
     ]
     one_node = min(devices) // per_node == max(devices) // per_node
-    sharers = min(meshes[sender].num_devices, per_node)
-    time_s = float(cluster.transfer_s(float(sum(sizes)), same_node=one_node, sharers=sharers))
+    sending, receiving = meshes[sender].num_devices, mesh.num_devices
+    out_s, in_s = (  # the slower side: all parts leave the senders, one reaches each receiver
+        float(cluster.transfer_s(num_bytes, same_node=one_node, sharers=min(count, per_node)))
+        for num_bytes, count in ((sum(sizes) * receiving / sending, sending), (sum(sizes), receiving))
+    )
+    time_s = max(out_s, in_s)
     return Send(time_s=time_s, sizes_bytes=tuple(sizes))
 
 

@@ -1,16 +1,17 @@
-"""A plan as it is handed out: judged, and with the judge's list of collectives in its estimate."""
+"""A plan as it is handed out: judged, and with the judge's collectives and parts of the step in its estimate."""
 
 import msgspec
 
 from autopar.cluster.cluster import Cluster
 from autopar.inter.blocks import Blocks
 from autopar.inter.judge import differences, judge
+from autopar.inter.judge_items import parts_of
 from autopar.plan.errors import CheckError
 from autopar.plan.plan import Plan
 
 
 def judged(plan: Plan, blocks: Blocks, cluster: Cluster) -> Plan:
-    """``plan`` with its collectives. A plan whose figures are not those of its placements, or whose placements the judge
+    """``plan`` with its collectives and what its step is made of. A plan whose figures are not those of its placements, or whose placements the judge
     cannot follow, says so in its notes: what it cannot vouch for it does not hide, and does not withhold."""
     try:
         verdict = judge(plan, blocks.graph, blocks.blocks, cluster, blocks.profile)
@@ -20,5 +21,12 @@ def judged(plan: Plan, blocks: Blocks, cluster: Cluster) -> Plan:
     notes = plan.notes
     if found:
         notes = (*notes, f"priced from its placements the plan differs: {found[0]}")
-    estimate = msgspec.structs.replace(plan.estimate, collectives=verdict.collectives)
+    time = parts_of(verdict.items)
+    estimate = msgspec.structs.replace(
+        plan.estimate,
+        collectives=verdict.collectives,
+        items=verdict.items,
+        time=time,
+        exposed_communication_s=time.exposed_communication_s,
+    )
     return msgspec.structs.replace(plan, estimate=estimate, notes=notes)

@@ -35,12 +35,11 @@ class StageCut:
 def cuts(blocks: tuple[Block, ...], layout: Layout, gpus: int) -> tuple[StageCut, ...]:
     """The stages of a resolved layout in model order, interleaved ones chunk by chunk; LayoutError where there are fewer
     layers than stages, or other blocks than ``stages=`` counts."""
+    ends = stage_ends(blocks, layout)
     if layout.stages:
-        ends = _listed_ends(blocks, layout)
         specs = list(layout.stages)
     else:
         assert layout.dp is not None
-        ends = even_ends(blocks, layout.pp * layout.vpp)
         specs = [StageSpec(blocks=1, dp=layout.dp, cp=layout.cp, tp=layout.tp)] * layout.pp
     devices = [0]
     for spec in specs:
@@ -55,6 +54,11 @@ def cuts(blocks: tuple[Block, ...], layout: Layout, gpus: int) -> tuple[StageCut
         )
         for at, (begin, end) in enumerate(zip([0, *ends], ends, strict=False))
     )
+
+
+def stage_ends(blocks: tuple[Block, ...], layout: Layout) -> list[int]:
+    """Where the stages of a layout, resolved or not, end; LayoutError where the model's blocks are too few or others."""
+    return _listed_ends(blocks, layout) if layout.stages else even_ends(blocks, layout.pp * layout.vpp)
 
 
 def _layers(blocks: tuple[Block, ...]) -> tuple[int, int]:

@@ -66,8 +66,9 @@ class PipelineProblem:
 
     ``submesh_sizes[k]`` is the number of devices of class k (several classes may have one size);
     ``stage_times(in_flight)`` the times of stages that hold the saved tensors of ``in_flight`` micro-batches, called
-    once for each value. ``cut_transfer_s`` (L + 1,) or (L + 1, D + 1), default 0, is the least time a micro-batch's
-    activation and gradient together take across the cut before block i (with d devices behind it). Steps of ``upper_bound_s`` or longer are of no interest.
+    once for each value. ``cut_transfer_s`` (L + 1,) or (K, L + 1, D + 1), default 0, is the least time a micro-batch's
+    activation and gradient together take across the cut before block i (next to a stage of class k, with d devices
+    behind). Steps of ``upper_bound_s`` or longer are of no interest.
     """
 
     num_blocks: int
@@ -186,7 +187,7 @@ class _Tree:
         at = (place, np.arange(end)[:, None], devices)
         B = levels.num_microbatches
         forward, backward = levels.forward_s[place, :end, end], levels.backward_s[place, :end, end]
-        step, cut = levels.step_s[place, :end, end], float(levels.cut_s[end, tail.devices])
+        step = levels.step_s[place, :end, end]
         time_s = forward + backward
         head_trip = heads.trip_s[at]
         fits = np.isfinite(time_s) & np.isfinite(head_trip) & (tail.devices + sizes <= levels.num_devices)
@@ -194,7 +195,10 @@ class _Tree:
         if not len(rows):
             return None
         forward, backward, step, time_s = forward[fits], backward[fits], step[fits], time_s[fits]
-        way = np.array(tail.trip_s + cut)
+        cut = levels.cut_s[classes, end, tail.devices]
+        if tail.stage is not None:
+            cut = np.maximum(cut, levels.cut_s[tail.stage[2], end, tail.devices])
+        way = tail.trip_s + cut
         own = own_s(levels.schedule, B, np.array(place), forward, backward, way, levels.relaxed)
         finish = np.maximum(own, time_s + (cut + tail.finish_s))
         trip = time_s + (cut + tail.trip_s)
@@ -320,10 +324,10 @@ def levels_of(problem: PipelineProblem) -> Levels | None:
         return None
     held = [max_in_flight(problem.schedule, problem.num_microbatches, place) for place in range(1, num_stages + 1)]
     tables = {count: problem.stage_times(count) for count in sorted(set(held))}
-    cut_s = np.zeros((problem.num_blocks + 1, problem.num_devices // unit + 1))
+    cut_s = np.zeros((len(problem.submesh_sizes), problem.num_blocks + 1, problem.num_devices // unit + 1))
     if problem.cut_transfer_s is not None:
         least = problem.cut_transfer_s
-        cut_s[1:-1] = least[1:-1, None] if least.ndim == 1 else least[1:-1, ::unit]
+        cut_s[:, 1:-1] = least[1:-1, None] if least.ndim == 1 else least[:, 1:-1, ::unit]
     return make_levels(
         schedule=problem.schedule,
         num_microbatches=problem.num_microbatches,
@@ -395,7 +399,7 @@ def _climb(levels: Levels, progress: _Progress) -> None:
 def _bound_s(levels: Levels, stages: tuple[Stage, ...]) -> float:
     """`lower_bound_s` of one whole pipeline."""
     times: list[StageTimes] = []
-    behind = levels.num_devices
+    behind, before = levels.num_devices, 0
     for s, (i, j, k) in zip(range(len(stages), 0, -1), stages, strict=True):
         times.append(
             StageTimes(
@@ -403,10 +407,10 @@ def _bound_s(levels: Levels, stages: tuple[Stage, ...]) -> float:
                 backward_s=float(levels.backward_s[s, i, j, k]),
                 step_s=float(levels.step_s[s, i, j, k]),
                 send_forward_s=0.0,
-                send_backward_s=float(levels.cut_s[i, behind]),
+                send_backward_s=float(levels.cut_s[before, i, behind]),
             )
         )
-        behind -= levels.sizes[k]
+        behind, before = behind - levels.sizes[k], k
     return lower_bound_s(levels.schedule, times, levels.num_microbatches)
 
 
@@ -414,16 +418,17 @@ def _relaxed_bound_s(levels: Levels, stages: tuple[Stage, ...]) -> float:
     """What no way to run these stages is below, by the recursion of `bounds` on relaxed times."""
     assert levels.busy_s is not None
     trip = finish = total = np.zeros(())
-    behind = 0
+    behind, after = 0, stages[-1][2]
     for s, (i, j, k) in enumerate(reversed(stages), 1):
         forward, backward = (values[s, i, j, k] for values in (levels.forward_s, levels.backward_s))
-        way = np.asarray(trip + levels.cut_s[j, behind])
+        cut = max(levels.cut_s[k, j, behind], levels.cut_s[after, j, behind])
+        way = np.asarray(trip + cut)
         own = own_s(levels.schedule, levels.num_microbatches, np.array(s), forward, backward, way, True)
-        finish = np.maximum(own, forward + backward + levels.cut_s[j, behind] + finish)
+        finish = np.maximum(own, forward + backward + cut + finish)
         trip = way + forward + backward
         stepped = np.maximum(finish + levels.step_s[s, i, j, k], levels.busy_s[s, i, j, k])
         total = np.maximum(stepped, forward + total)
-        behind += levels.sizes[k]
+        behind, after = behind + levels.sizes[k], k
     return float(total)
 
 

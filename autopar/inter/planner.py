@@ -19,6 +19,7 @@ from autopar.inter.finish import Finished
 from autopar.inter.partition import PipelineProblem, PipelineResult, StageTable, least_s, search
 from autopar.inter.simulate import StageTimes, simulate
 from autopar.inter.smallest import smallest_budget
+from autopar.inter.stage_tables import StageTables
 from autopar.inter.stages import StageBook
 from autopar.inter.uses import stage_memory
 from autopar.plan.errors import InfeasibleError, TimeLimitError, UsageError
@@ -101,31 +102,39 @@ def plan(
         shared = Blocks(graph, blocks, machine, execution)
         for size in candidates:
             if batch % size == 0 and (batch // size > 1) == accumulate:
-                book = StageBook(shared, size, batch // size, budget, modes, gpus)
+                book = StageBook(shared, size, batch // size, budget, modes, gpus, schedule=order)
                 if any(book.meshes(submesh) for submesh in sizes):
                     books.append(book)
     searches = []
     for at, book in enumerate(books):
         searches.append(_Search(book, sizes, order, deadline))
         say("tables", f"micro-batch {book.micro_batch}, {at + 1} of {len(books)}", None, None)
-    searches.sort(key=lambda one: one.free_bound_s)
-    for at, one in enumerate(searches):
+    pending, done = [one for one in searches if math.isfinite(one.free_bound_s)], 0
+    for one in searches:
+        if one not in pending:
+            one.tables.release()
+    while pending:
+        winner = min(found, key=lambda candidate: candidate.step_time_s, default=None)
+        known = winner.step_time_s if winner is not None else np.inf
         if deadline is not None and time.perf_counter() > deadline and found:
-            bound = min(bound, one.free_bound_s)  # the least of those left: they are sorted
+            bound = min(bound, *(one.free_bound_s for one in pending))
             break
-        known = min((best.step_time_s for best in found), default=np.inf)
+        one = _next(pending, winner.book.micro_batch if winner is not None else None)
+        pending.remove(one)
         best, least = one.run(known)
         bound = min(bound, least)
+        done += 1
         if best is not None:
             found.append(best)
-        winner = min(found, key=lambda candidate: candidate.step_time_s, default=None)
-        for other in searches[: at + 1]:
-            if winner is None or other.book is not winner.book:
-                other.book.release()
+        loser = (
+            one if best is None else next((other for other in searches if winner and other.book is winner.book), None)
+        )
+        if loser is not None:
+            loser.tables.release()
         time_s = min((candidate.step_time_s for candidate in found), default=None)
-        open_s = min([bound, *(other.free_bound_s for other in searches[at + 1 :])])
+        open_s = min([bound, *(other.free_bound_s for other in pending)])
         gap = None if time_s is None else max(0.0, 1 - open_s / time_s)
-        say("search", f"micro-batch {one.book.micro_batch}, {at + 1} of {len(searches)}", time_s, gap)
+        say("search", f"micro-batch {one.book.micro_batch}, {done} of {done + len(pending)}", time_s, gap)
     if not found:
         if deadline is not None and time.perf_counter() > deadline:
             raise TimeLimitError(f"no plan within {time_limit_s} s; raise --time-limit")
@@ -160,9 +169,7 @@ def _infeasible(
     """What the leanest plan needs, what fills it, and the way out."""
     leanest = None
     for book in books:
-        count = min(len(book.blocks.blocks), gpus, MAX_STAGES)
-        held = tuple(max_in_flight(schedule, book.num_microbatches, place) for place in range(1, count + 1))
-        one = smallest_budget(book, tuple(size for size in sizes if book.meshes(size)), held)
+        one = smallest_budget(book, tuple(size for size in sizes if book.meshes(size)), held_at_most(book, schedule))
         if one is not None and (leanest is None or one.num_bytes < leanest.num_bytes):
             leanest = one
     if leanest is None:
@@ -272,6 +279,19 @@ def held_microbatches(book: StageBook, stages: tuple[tuple[int, int, int], ...],
     return tuple(_held(book, stages, at, schedule) for at in range(len(stages)))
 
 
+def held_at_most(book: StageBook, schedule: Schedule) -> tuple[int, ...]:
+    """Micro-batches that stage number 1, 2, ... from the last holds, for as many stages as there can be."""
+    count = min(len(book.blocks.blocks), book.gpus, MAX_STAGES)
+    return tuple(max_in_flight(schedule, book.num_microbatches, place) for place in range(1, count + 1))
+
+
+def _next(pending: list["_Search"], best: int | None) -> "_Search":
+    """The search of the micro-batch size next to the best so far (step times fall and rise again along the sizes), else of
+    the middle one."""
+    middle = best or math.exp(sum(math.log(one.book.micro_batch) for one in pending) / len(pending))
+    return min(pending, key=lambda one: (abs(math.log(one.book.micro_batch / middle)), one.free_bound_s))
+
+
 class _Search:
     """The search of one micro-batch size."""
 
@@ -284,10 +304,13 @@ class _Search:
     ) -> None:
         self.book, self.schedule, self.deadline_s = book, schedule, deadline_s
         self.sizes = tuple(size for size in sizes if book.meshes(size))
-        free = book.free_table(self.sizes)
-        self.free_bound_s = max(
-            book.work_bound_s(self.sizes, book.gpus), least_s(self._problem(lambda in_flight: free, np.inf))
-        )
+        self.tables = StageTables(book, self.sizes)
+        self.cuts_s = book.transfers.cut_bounds_s(self.sizes)
+        free = self.tables.free()
+        self.free_bound_s = np.inf
+        if self.tables.can_fit(held_at_most(book, schedule)):
+            bound_s = least_s(self._problem(lambda in_flight: free, np.inf))
+            self.free_bound_s = max(self.tables.work_bound_s(), bound_s)
 
     def _problem(self, table: Callable[[int], StageTable], below_s: float) -> PipelineProblem:
         book = self.book
@@ -300,6 +323,7 @@ class _Search:
             schedule=self.schedule,  # type: ignore[arg-type]
             max_stages=min(len(book.blocks.blocks), book.gpus, MAX_STAGES),
             upper_bound_s=below_s,
+            cut_transfer_s=self.cuts_s,
         )
 
     def _named(self, stages: tuple[tuple[int, int, int], ...]) -> tuple[tuple[int, int, int], ...]:
@@ -325,11 +349,16 @@ class _Search:
             below_s = min(known_s, reach * self.free_bound_s)
             if self.free_bound_s >= below_s:
                 return None, known_s
-            book.ignore_from(below_s)
+            self.tables.ignore_from(below_s)
+            least = least_s(self._problem(self.tables.bounding, below_s))
+            if least >= below_s:
+                if below_s == known_s:
+                    return None, known_s
+                continue
             # First by times that are reached, which finds good pipelines; then by bounds, to prove or find better ones.
-            even = self._run(lambda in_flight: book.even_table(self.sizes, in_flight), below_s, EVEN_EVALUATIONS).best
+            even = self._run(self.tables.even, below_s, EVEN_EVALUATIONS).best
             target_s = even.step_time_s if even is not None else below_s
-            result = self._run(lambda in_flight: book.table(self.sizes, in_flight), target_s, None)
+            result = self._run(self.tables.bounding, target_s, None)
             best = result.best or even
             if best is not None or below_s == known_s:
                 break

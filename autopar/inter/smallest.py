@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.inter.finish import StageChoice
-from autopar.inter.stages import LEAN, StageBook
+from autopar.inter.stages import FREE, StageBook
 
 Floats = NDArray[np.float64]
 
@@ -78,18 +78,18 @@ def smallest_budget(book: StageBook, sizes: tuple[int, ...], in_flight_of: tuple
 
 def _lean(book: StageBook, size: int, held: int) -> Floats:
     """(types,) bytes without the fixed share."""
-    needs = [book.sums(mesh, LEAN).memory_bytes(held).min(axis=(1, 2)) for mesh in book.meshes(size)]
+    needs = [book.sums(mesh, FREE).memory_bytes(held).min(axis=(1, 2)) for mesh in book.meshes(size)]
     return np.asarray(np.min(needs, axis=0)) if needs else np.full(len(book.counts), np.inf)
 
 
 def _lean_choice(book: StageBook, kind: int, size: int, held: int) -> StageChoice:
     found = []
     for mesh in book.meshes(size):
-        memory = book.sums(mesh, LEAN).memory_bytes(held)[kind]
+        memory = book.sums(mesh, FREE).memory_bytes(held)[kind]
         row, boundary = divmod(int(memory.argmin()), memory.shape[1])
         found.append((float(memory[row, boundary]), mesh, row, boundary))
     _, mesh, at, boundary = min(found, key=lambda one: one[0])
     points = tuple(
-        (int(column), (((LEAN, at), int(book.counts[kind, column])),)) for column in np.flatnonzero(book.counts[kind])
+        (int(column), (((FREE, at), int(book.counts[kind, column])),)) for column in np.flatnonzero(book.counts[kind])
     )
     return StageChoice(mesh=mesh, boundary=boundary, points=points)

@@ -7,13 +7,8 @@ overlaps applied once:
     step                 max(reduction - last backward, 0) + optimizer         seconds per step
     memory               state + s * saved + max workspace + fixed             bytes, at most the budget M
 
-Two prices are made of the rows of `intra.frontier` (D_c: a row's optimum for a block of column c, n_c of them):
-
-    bounds    max over rows of [sum_c n_c min_mode D_c - price * (M - fixed - workspace)], for rows with a weight of saved
-              bytes of at most s; then the least over boundary placements and meshes. No choice at all is below it.
-    finish    the fastest choice that fits (`finish`), made when a pipeline that holds the stage is evaluated.
-
-Stages with the same count of each kind of block cost the same, so prices are made once per distinct count vector.
+The fastest choice that fits (`finish`) is made of the solutions of `intra.frontier` when a pipeline that holds the stage
+is evaluated; what no choice is below says `stage_tables`. Stages with the same count of each kind of block cost the same, so prices are made once per distinct count vector.
 """
 
 from dataclasses import dataclass
@@ -24,46 +19,35 @@ from numpy.typing import NDArray
 from autopar.inter.blocks import Blocks, Mesh, Restriction
 from autopar.inter.finish import Finished, StagePoints, fastest
 from autopar.inter.mix import best_mix
-from autopar.inter.partition import StageTable
 from autopar.inter.transfers import Transfers
 from autopar.intra import frontier as fr
 from autopar.intra.frontier import BlockPoints, PriceRow, free_rows, lean_rows, priced_rows
+from autopar.plan.schedule import Schedule
 
 Floats = NDArray[np.float64]
-FREE, LEAN = 0, -1
-WEIGHTS = (16, 4, 1)
-"""Weights of saved bytes for which rows are made where memory binds: the largest not above s serves s in flight."""
-BOUNDS = ("forward_s", "through_s", "step_s", "busy_s")
+FREE, PRICED = 0, 1  # phases: rows where memory or time has no say, rows where both have
+WEIGHTS = (1, 2, 4, 8, 16, 32)
+"""Weights of saved bytes for which rows are made where memory binds."""
 HUGE = 1e30  # stands for "impossible" in sums, where inf times zero would be undefined
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MeshSums:
-    """Per stage type, row and boundary placement: the seven ``totals``, ``time_s`` per micro-batch with its share of
-    the step, and the ``bound_s`` of the rows. ``fastest`` (types,) is the flat position of the least time."""
+    """Per stage type, row and boundary placement: ``time_s`` per micro-batch with its share of the step, bytes ``held``
+    (2, ...) whatever is in flight and per micro-batch in flight, and the ``bound_s`` of the rows. ``fastest`` (types,) is
+    the flat position of the least time; ``phase`` and ``kept`` say which rows these are of `StageBook.points`."""
 
+    phase: int
+    kept: slice
     rows: tuple[PriceRow, ...]
-    totals: Floats
     time_s: Floats
+    held: Floats
     bound_s: Floats
     fastest: NDArray[np.integer]
 
     def memory_bytes(self, in_flight: int) -> Floats:
         """All but the fixed share, (types, rows, boundaries)."""
-        return self.totals[..., fr.STATE] + in_flight * self.totals[..., fr.SAVED] + self.totals[..., fr.WORKSPACE]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class StageBounds:
-    """Seconds that no choice for a stage type is below: of its forward, forward + backward (``through_s``), what it does
-    once per step, and B micro-batches with the step (``busy_s``); inf where nothing fits. ``even_s`` (3, types) are
-    forward, backward and step of the fastest choice whose blocks all take one point: a good start."""
-
-    forward_s: Floats
-    through_s: Floats
-    step_s: Floats
-    busy_s: Floats
-    even_s: Floats
+        return np.asarray(self.held[0] + in_flight * self.held[1])
 
 
 class StageBook:
@@ -78,15 +62,16 @@ class StageBook:
         modes: tuple[str, ...],
         gpus: int,
         restriction: Restriction | None = None,
+        schedule: Schedule = "1f1b",
     ) -> None:
-        self.restriction, self.gpus = restriction, gpus
+        self.restriction, self.gpus, self.schedule = restriction, gpus, schedule
         self.blocks, self.micro_batch, self.num_microbatches = blocks, micro_batch, num_microbatches
         self.budget_bytes = budget_bytes
         self.modes = modes if blocks.core else tuple(mode for mode in modes if mode != "selective") or ("none",)
-        self.cutoff_s = np.inf
         self.transfers = Transfers(self)
         self.columns: list[tuple[int, frozenset[int]]] = []
-        self._rows: dict[tuple[int, ...], int] = {}
+        self._column_at: dict[tuple[int, frozenset[int]], int] = {}
+        types: dict[tuple[int, ...], int] = {}
         count = len(blocks.blocks)
         self.type_of = np.full((count + 1, count + 1), -1)
         for first in range(count):
@@ -96,37 +81,31 @@ class StageBook:
                 column = self.column(block.kind, blocks.held(block, first))
                 counts[column] = counts.get(column, 0) + 1
                 key = tuple(sorted((column << 16) + number for column, number in counts.items()))
-                self.type_of[first, end] = self._rows.setdefault(key, len(self._rows))
-        self.counts = np.zeros((len(self._rows), len(self.columns)))
-        for key, row in self._rows.items():
+                self.type_of[first, end] = types.setdefault(key, len(types))
+        self.counts = np.zeros((len(types), len(self.columns)))
+        for key, row in types.items():
             for packed in key:
                 self.counts[row, packed >> 16] = packed & 0xFFFF
         graph = blocks.graph
         self._growing = {size for value in graph.values for size in value.shape if graph.batch.grows(size)}
         self._meshes: dict[int, list[Mesh]] = {}
-        self._bounds: dict[tuple[int, int], StageBounds] = {}
         self._finished: dict[tuple[int, int, int], Finished | None] = {}
+        self._rows: dict[tuple[tuple[int, ...], bool], tuple[PriceRow, ...]] = {}
         self._points: dict[tuple[int, tuple[int, ...], int], BlockPoints] = {}
         self._sums: dict[tuple[Mesh, int], MeshSums] = {}
-        self._by_mesh: dict[tuple[Mesh, int], StageBounds] = {}
 
     def release(self) -> None:
         """Give back the memory of what was priced; asking again prices it again."""
-        for kept in (self._bounds, self._finished, self._points, self._sums, self._by_mesh):
+        for kept in (self._finished, self._points, self._sums):
             kept.clear()
         self.blocks.forget(self.micro_batch)
 
-    def ignore_from(self, cutoff_s: float) -> None:
-        """Steps of ``cutoff_s`` seconds or longer are of no interest: stages busy for that long need no exact price."""
-        if cutoff_s != self.cutoff_s:
-            self.cutoff_s = cutoff_s
-            self._bounds.clear()
-
     def column(self, kind: int, held: frozenset[int]) -> int:
         """The position of a kind of block whose parameters ``held`` another block of the stage stores."""
-        if (kind, held) not in self.columns:
+        at = self._column_at.setdefault((kind, held), len(self.columns))
+        if at == len(self.columns):
             self.columns.append((kind, held))
-        return self.columns.index((kind, held))
+        return at
 
     def columns_of(self, first: int, end: int) -> list[int]:
         """The columns of blocks first..end-1 of one stage."""
@@ -152,15 +131,26 @@ class StageBook:
         traced = self.blocks.graph.batch.traced
         return all((size * local_batch) % traced == 0 for size in self._growing)
 
-    def rows(self, phase: int) -> tuple[PriceRow, ...]:
-        """The price rows of a phase: ``FREE``, the weight of saved bytes where memory binds, or ``LEAN``, where time has
-        next to no say."""
+    def rows(self, mesh: Mesh, phase: int) -> tuple[PriceRow, ...]:
+        """The price rows of a phase; of ``PRICED``, as many for each weight of saved bytes (`weights_on`)."""
         rate = self.blocks.rate_s_per_byte
-        if phase == LEAN:
-            return tuple(row for weight in (1.0, 8.0) for row in lean_rows(rate, self.modes, weight))
         if self.restriction is not None:  # memory has no say in a layout
             return free_rows(rate, self.modes, ("priced",))
-        return free_rows(rate, self.modes) if phase == FREE else priced_rows(rate, self.modes, float(phase))
+        if phase == FREE:
+            return (*free_rows(rate, self.modes), *lean_rows(self.modes, WEIGHTS))
+        links_bind = any(self.points(column, mesh, FREE).links_bind for column in range(len(self.columns)))
+        weights = self.weights_on(mesh)
+        if (weights, links_bind) not in self._rows:
+            found = tuple(row for weight in weights for row in priced_rows(rate, self.modes, float(weight), links_bind))
+            self._rows[weights, links_bind] = found
+        return self._rows[weights, links_bind]
+
+    def weights_on(self, mesh: Mesh) -> tuple[int, ...]:
+        """The weights of saved bytes that stages on a mesh may need."""
+        if self.schedule == "gpipe":
+            return tuple(weight for weight, _ in self.weights(self.num_microbatches))
+        most = 1 if mesh.num_devices == self.gpus else self.num_microbatches
+        return tuple(weight for at, weight in enumerate(WEIGHTS) if at == 0 or WEIGHTS[at - 1] < most)
 
     def points(self, column: int, mesh: Mesh, phase: int) -> BlockPoints:
         """The frontier of a column's blocks by the rows of a phase."""
@@ -168,109 +158,45 @@ class StageBook:
         if key not in self._points:
             kind, held = self.columns[column]
             self._points[key] = self.blocks.points(
-                kind, held, mesh, self.micro_batch, self.num_microbatches, self.rows(phase), self.restriction
+                kind, held, mesh, self.micro_batch, self.num_microbatches, self.rows(mesh, phase), self.restriction
             )
         return self._points[key]
 
-    def sums(self, mesh: Mesh, phase: int) -> MeshSums:
-        """The rows' totals and bounds for every stage type."""
-        if (mesh, phase) not in self._sums:
+    def sums(self, mesh: Mesh, weight: int) -> MeshSums:
+        """The rows' totals and bounds for every stage type; of the priced rows those of one weight, or ``FREE``."""
+        if (mesh, weight) not in self._sums:
+            phase = PRICED if weight else FREE
             points = [self.points(column, mesh, phase) for column in range(len(self.columns))]
-            totals = np.stack([np.where(np.isfinite(one.totals), one.totals, HUGE) for one in points])
-            bounds = np.stack([np.where(np.isfinite(one.bound_s), one.bound_s, HUGE) for one in points])
+            kept = self.kept(mesh, weight)
+            rows = self.rows(mesh, phase)[kept]
+            totals = np.stack([np.where(np.isfinite(one.totals[kept]), one.totals[kept], HUGE) for one in points])
+            bounds = np.stack([np.where(np.isfinite(one.bound_s[kept]), one.bound_s[kept], HUGE) for one in points])
             sums = np.einsum("tc,crbm->trbm", self.counts, totals)
-            sums[..., fr.WORKSPACE] = 0.0
+            sums[..., fr.WORKSPACE] = 0.0  # the most of the blocks, not their sum
+            workspace = np.zeros(sums.shape[:-1])
             for column, present in enumerate((self.counts > 0).T):
                 held = np.where(present[:, None, None], totals[None, column, :, :, fr.WORKSPACE], 0.0)
-                np.maximum(sums[..., fr.WORKSPACE], held, out=sums[..., fr.WORKSPACE])
-            bound = np.einsum("tc,crb->trb", self.counts, _least_over_modes(self.rows(phase), bounds))
+                np.maximum(workspace, held, out=workspace)
             time = self.time_s(sums)
-            self._sums[mesh, phase] = MeshSums(
-                rows=self.rows(phase),
-                totals=sums,
+            self._sums[mesh, weight] = MeshSums(
+                phase=phase,
+                kept=kept,
+                rows=rows,
                 time_s=time,
-                bound_s=bound,
+                held=np.stack([fr.memory_bytes(sums, 0) + workspace, sums[..., fr.SAVED]]),
+                bound_s=np.einsum("tc,crb->trb", self.counts, _least_over_modes(rows, bounds)),
                 fastest=time.reshape(len(time), -1).argmin(axis=1),
             )
-        return self._sums[mesh, phase]
+        return self._sums[mesh, weight]
 
-    def bounds(self, num_devices: int, in_flight: int) -> StageBounds:
-        """Bounds of every stage type on ``num_devices`` devices with ``in_flight`` micro-batches held."""
-        key = (num_devices, in_flight)
-        if key not in self._bounds:
-            self._bounds[key] = self._make_bounds(num_devices, in_flight)
-        return self._bounds[key]
-
-    def _make_bounds(self, num_devices: int, in_flight: int) -> StageBounds:
-        B, meshes, room = self.num_microbatches, self.meshes(num_devices), self.budget_bytes - self.fixed_bytes()
-        found = [self._mesh_bounds(mesh, FREE) for mesh in meshes]
-        best = np.full(len(self.counts), np.inf)
-        even = np.full((3, len(self.counts)), np.inf)
-        fits_free = []
-        for mesh in meshes:
-            sums = self.sums(mesh, FREE)
-            memory = sums.memory_bytes(in_flight).reshape(len(best), -1)
-            fits_free.append(np.take_along_axis(memory, sums.fastest[:, None], axis=1)[:, 0] <= room)
-            self._improve(best, even, sums, in_flight, room)
-        phase = self._phase(in_flight)
-        needed = np.zeros(len(self.counts), bool)
-        needed[self.type_of[self._possible(num_devices, in_flight)]] = True
-        for at in sorted(range(len(meshes)), key=lambda at: float(found[at].busy_s.min())):
-            lower = found[at].busy_s
-            wanted = needed & ~fits_free[at] & (lower < B * best) & (lower < self.cutoff_s)
-            if wanted.any():
-                self._improve(best, even, self.sums(meshes[at], phase), in_flight, room)
-                found[at] = _larger(found[at], self._mesh_bounds(meshes[at], phase))
-        impossible = ~(best < HUGE / 2)
-        least = {
-            name: np.where(impossible, np.inf, np.min([getattr(one, name) for one in found], axis=0)) for name in BOUNDS
-        }
-        return StageBounds(even_s=np.where(impossible, np.inf, even), **least)
-
-    def _improve(self, best: Floats, even: Floats, sums: MeshSums, in_flight: int, room_bytes: float) -> None:
-        """Take the fastest point that fits, for each type where it is below ``best`` (seconds)."""
-        time = np.where(sums.memory_bytes(in_flight) <= room_bytes, sums.time_s, np.inf)
-        flat = time.reshape(len(best), -1)
-        at = flat.argmin(axis=1)
-        rows = np.arange(len(best))
-        better = flat[rows, at] < best
-        best[better] = flat[rows, at][better]
-        if better.any():
-            picked = sums.totals.reshape(*flat.shape, fr.NUM_TOTALS)[rows[better], at[better]]
-            for number, seconds in enumerate(self.times_s(picked)):
-                even[number, better] = seconds
-
-    def _phase(self, in_flight: int) -> int:
-        return next(weight for weight in WEIGHTS if weight <= in_flight)
-
-    def _mesh_bounds(self, mesh: Mesh, phase: int) -> StageBounds:
-        if (mesh, phase) not in self._by_mesh:
-            self._by_mesh[mesh, phase] = self._make_mesh_bounds(mesh, phase)
-        return self._by_mesh[mesh, phase]
-
-    def _make_mesh_bounds(self, mesh: Mesh, phase: int) -> StageBounds:
-        sums, B = self.sums(mesh, phase), self.num_microbatches
-        least = np.array([self.points(column, mesh, phase).least for column in range(len(self.columns))])
-        present = self.counts > 0
-        workspace = np.where(present, least[:, 1], 0.0).max(axis=1)
-        room = np.maximum(self.budget_bytes - self.fixed_bytes() - workspace, 0.0)
-        price = np.array([row.price_s_per_byte for row in sums.rows])
-        value = sums.bound_s - (price[:, None] * room[:, None, None] if np.isfinite(self.budget_bytes) else 0.0)
-        forward, step = self.counts @ least[:, 0], self.counts @ least[:, 2]
-        launches = self.counts @ np.array([self._launch_floor_s(c, mesh, phase) for c in range(len(self.columns))])
-        best = {family: np.full(value.shape[::2], -np.inf) for family in fr.FAMILIES}
-        for row, family in enumerate(r.family for r in sums.rows):
-            best[family] = np.maximum(best[family], value[:, row])
-        path = np.maximum(np.maximum(best["path"], best["tenth"]), np.maximum(launches, forward)[:, None])
-        busy = B * np.maximum(np.maximum(best["hidden"], best["reduced"]), path)
-        busy = np.maximum(busy, B * path + step[:, None])
-        return StageBounds(
-            forward_s=forward, through_s=path.min(axis=1), step_s=step, busy_s=busy.min(axis=1), even_s=np.zeros(0)
-        )
-
-    def _launch_floor_s(self, column: int, mesh: Mesh, phase: int) -> float:
-        forward, _, backward = self.points(column, mesh, phase).tables.host_s
-        return forward + backward
+    def kept(self, mesh: Mesh, weight: int) -> slice:
+        """Which rows of their phase are those of a weight."""
+        if not weight:
+            return slice(None)
+        weights = self.weights_on(mesh)
+        each = len(self.rows(mesh, PRICED)) // len(weights)
+        at = weights.index(weight)
+        return slice(at * each, (at + 1) * each)
 
     def time_s(self, totals: Floats) -> Floats:
         """Seconds per micro-batch with its share of the step."""
@@ -304,113 +230,71 @@ class StageBook:
         return self._finished[key]
 
     def _finish(self, kind: int, num_devices: int, in_flight: int) -> Finished | None:
-        room = self.budget_bytes - self.fixed_bytes()
         best: Finished | None = None
         meshes = self.meshes(num_devices)
         lower = dict.fromkeys(meshes, 0.0)
         if len(meshes) > 1:
-            lower = {mesh: float(self._mesh_bounds(mesh, FREE).busy_s[kind]) for mesh in meshes}
+            lower = {mesh: self._free_bound_s(kind, mesh) for mesh in meshes}
         for mesh in sorted(lower, key=lambda mesh: lower[mesh]):
-            if best is not None and lower[mesh] >= self.num_microbatches * best.time_s:
+            if best is not None and lower[mesh] >= best.time_s:
                 break
             points = self._stage_points(kind, mesh, in_flight)
             boundary = None
             if self.restriction is not None:
                 boundary = self.points(0, mesh, FREE).tables.boundaries.index(self.restriction.boundary)
-            found = fastest(points, self, in_flight, room, boundary)
+            found = fastest(points, self, in_flight, self.room_bytes, boundary)
             if found is not None and (best is None or found.time_s < best.time_s):
                 best = found
         return best
 
+    def _free_bound_s(self, kind: int, mesh: Mesh) -> float:
+        """Seconds per micro-batch, with its share of the step, that no choice on a mesh is below, memory aside."""
+        sums = self.sums(mesh, FREE)
+        hidden = [at for at, row in enumerate(sums.rows) if row.family == "hidden"]
+        charged_s = max(sums.rows[at].price_s_per_byte for at in hidden) * self.room_bytes
+        return float(sums.bound_s[kind, hidden].min()) - (charged_s if np.isfinite(charged_s) else 0.0)
+
     def _stage_points(self, kind: int, mesh: Mesh, in_flight: int) -> StagePoints:
         columns = tuple(int(column) for column in np.flatnonzero(self.counts[kind]))
-        phases = [FREE]
+        parts = [(FREE, slice(None))]
         if self.restriction is None:
-            sums, room = self.sums(mesh, FREE), self.budget_bytes - self.fixed_bytes()
-            if sums.memory_bytes(in_flight)[kind].reshape(-1)[sums.fastest[kind]] > room:
-                phases.append(self._phase(in_flight))
+            sums = self.sums(mesh, FREE)
+            if sums.memory_bytes(in_flight)[kind].reshape(-1)[sums.fastest[kind]] > self.room_bytes:
+                parts += [(PRICED, self.kept(mesh, weight)) for weight, _ in self.weights(in_flight)]
         numbers = tuple(int(self.counts[kind, column]) for column in columns)
-        found = {phase: [self.points(column, mesh, phase) for column in columns] for phase in phases}
+        found = [(phase, kept, [self.points(column, mesh, phase) for column in columns]) for phase, kept in parts]
         return StagePoints.of(mesh, columns, numbers, found)
 
     def mix(self, kind: int, in_flight: int, run: Finished) -> Finished:
         """``run`` or, on its mesh, the proven best mix of frontier points that is faster."""
         points = self._stage_points(kind, run.choice.mesh, in_flight)
-        best, room = run, self.budget_bytes - self.fixed_bytes()
+        best, room = run, self.room_bytes
         for boundary in range(points.totals.shape[2]):
             found = best_mix(points, self, in_flight, room, boundary, self.num_microbatches, self.contention)
             if found is not None and found.time_s < best.time_s * (1 - 1e-9):
                 best = found
         return best
 
-    def free_table(self, sizes: tuple[int, ...]) -> StageTable:
-        """Bounds over (first block, end block, submesh size) with memory left out of account."""
-        by_size = []
-        for size in sizes:
-            found = [self._mesh_bounds(mesh, FREE) for mesh in self.meshes(size)]
-            by_size.append({name: np.min([getattr(one, name) for one in found], axis=0) for name in BOUNDS})
-        one = self.num_microbatches  # held by all stages: every place is possible
-        return StageTable(
-            forward_s=self._planes(sizes, one, [bound["forward_s"] for bound in by_size]),
-            backward_s=self._planes(sizes, one, [bound["through_s"] - bound["forward_s"] for bound in by_size]),
-            step_s=self._planes(sizes, one, [bound["step_s"] for bound in by_size]),
-            busy_s=self._planes(sizes, one, [bound["busy_s"] for bound in by_size]),
-        )
+    @property
+    def room_bytes(self) -> float:
+        """The budget without the fixed share."""
+        return self.budget_bytes - self.fixed_bytes()
 
-    def work_bound_s(self, sizes: tuple[int, ...], gpus: int) -> float:
-        """No plan of this micro-batch is faster, whatever its memory: the least device-seconds of every block, spread
-        over all GPUs."""
-        least = np.full(len(self.columns), np.inf)
-        for size in sizes:
-            for mesh in self.meshes(size):
-                for column in range(len(self.columns)):
-                    points = self.points(column, mesh, FREE)
-                    path = [at for at, row in enumerate(points.rows) if row.family == "path"]
-                    room_s = max(row.price_s_per_byte for row in points.rows) * self.budget_bytes
-                    seconds = max(float(points.bound_s[path].min()) - room_s, self._launch_floor_s(column, mesh, FREE))
-                    least[column] = min(least[column], size * seconds)
-        whole = self.counts[int(self.type_of[0, len(self.blocks.blocks)])]
-        return float(self.num_microbatches * np.where(whole > 0, whole * least, 0.0).sum() / gpus)
+    def weights(self, in_flight: int) -> tuple[tuple[int, float], ...]:
+        """The weights of saved bytes next to ``in_flight`` and the share of each: their mean is ``in_flight``."""
+        above = next((weight for weight in WEIGHTS if weight >= in_flight), WEIGHTS[-1])
+        below = max(weight for weight in WEIGHTS if weight <= in_flight)
+        if above <= below:
+            return ((below, 1.0),)
+        share = (in_flight - below) / (above - below)
+        return ((below, 1.0 - share), (above, share))
 
     def fixed_bytes(self) -> float:
-        """What torch's allocator does not count: context, and the buffers of two communicators."""
-        return float(self.blocks.cluster.device.context_bytes + self.blocks.cluster.communication_buffer_bytes(2))
-
-    def table(self, sizes: tuple[int, ...], in_flight: int) -> StageTable:
-        """Bounds over (first block, end block, submesh size) as the outer search reads them; inf for stages that cannot
-        stand where ``in_flight`` micro-batches are held (1F1B, stage number ``in_flight`` from the last)."""
-        found = [self.bounds(size, in_flight) for size in sizes]
-        backward = [one.through_s - np.where(np.isfinite(one.through_s), one.forward_s, 0.0) for one in found]
-        return StageTable(
-            forward_s=self._planes(sizes, in_flight, [one.forward_s for one in found]),
-            backward_s=self._planes(sizes, in_flight, backward),
-            step_s=self._planes(sizes, in_flight, [one.step_s for one in found]),
-            busy_s=self._planes(sizes, in_flight, [one.busy_s for one in found]),
+        """What torch's allocator does not count: context, and where ranks talk the buffers of two communicators."""
+        communicators = 2 if self.gpus > 1 else 0
+        return float(
+            self.blocks.cluster.device.context_bytes + self.blocks.cluster.communication_buffer_bytes(communicators)
         )
-
-    def even_table(self, sizes: tuple[int, ...], in_flight: int) -> StageTable:
-        """The same of the fastest choices whose blocks all take one point: times that are reached, no bounds."""
-        found = [self.bounds(size, in_flight).even_s for size in sizes]
-        forward, backward, step = (self._planes(sizes, in_flight, [one[at] for one in found]) for at in range(3))
-        return StageTable(forward_s=forward, backward_s=backward, step_s=step)
-
-    def _planes(self, sizes: tuple[int, ...], in_flight: int, values: list[Floats]) -> Floats:
-        planes = [
-            np.where(self._possible(size, in_flight), of_type[self.type_of], np.inf)
-            for size, of_type in zip(sizes, values, strict=True)
-        ]
-        return np.stack(planes, axis=-1)
-
-    def _possible(self, size: int, in_flight: int) -> NDArray[np.bool_]:
-        """Which (first, end) can stand there: with fewer micro-batches held than there are, 1F1B says how many stages
-        follow, each of a block at least."""
-        count = len(self.blocks.blocks)
-        first, end = np.indices((count + 1, count + 1))
-        if size == self.gpus:
-            return np.asarray((first == 0) & (end == count))
-        if in_flight >= self.num_microbatches:
-            return self.type_of >= 0
-        return np.asarray((self.type_of >= 0) & ((end == count) if in_flight == 1 else end <= count + 1 - in_flight))
 
 
 def _least_over_modes(rows: tuple[PriceRow, ...], bounds: Floats) -> Floats:
@@ -422,8 +306,3 @@ def _least_over_modes(rows: tuple[PriceRow, ...], bounds: Floats) -> Floats:
     for group in groups.values():
         least[:, group] = bounds[:, group].min(axis=1, keepdims=True)
     return least
-
-
-def _larger(one: StageBounds, other: StageBounds) -> StageBounds:
-    larger = {name: np.maximum(getattr(one, name), getattr(other, name)) for name in BOUNDS}
-    return StageBounds(even_s=one.even_s, **larger)

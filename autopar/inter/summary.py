@@ -98,7 +98,8 @@ def summarise(
     """The estimate of a plan; ``parts`` are those of its slowest stage."""
     graph = book.blocks.graph
     count = book.num_microbatches
-    flops = model_flops(graph, global_batch).total
+    model = model_flops(graph, global_batch)
+    flops = model.total
     tokens = _tokens_per_sample(graph)
     exposed = count * parts.activations_s + max(0.0, parts.reduction_s - max(stage.backward_s for stage in stages))
     runs: dict[int, list[StagePlan]] = {}
@@ -119,6 +120,7 @@ def summarise(
         samples_per_s=global_batch / step_time_s,
         mfu=flops / (step_time_s * gpus * cluster.device.peak(book.blocks.execution.dtype)),
         flops_per_step=flops,
+        flops_by_kind=dict(model.by_arithmetic),
         peak_memory_bytes=peak,
         peak_tensor_bytes=max(one.tensor_bytes for one in memory),
         budget_bytes=budget_bytes,

@@ -2,12 +2,19 @@
 
 Every rank of the receiving stage gets its own part of what crosses the cut: forward each activation as the receiver's
 blocks take it, backward each gradient as the previous stage's blocks gave the activation. What only passes through a
-stage is cut by the batch alone. Two stages inside one node talk over its links; else the sender's ranks of a node share
-its NICs.
+stage is cut by the batch alone. With parts of p bytes, n_s senders and n_r receivers
+
+    t = max(p n_r / n_s  over what a sender has, p  over what a receiver has)
+
+where two stages inside one node talk over its links, and else the devices of a node share its NICs. As the parts cover
+what crosses, T bytes, t is at least T over what all devices of either side have together (`cut_bounds_s`).
 """
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from autopar.cluster.cluster import Cluster
 from autopar.graph.blocks import crossing
@@ -19,17 +26,30 @@ if TYPE_CHECKING:
     from autopar.inter.finish import StageChoice
     from autopar.inter.stages import StageBook
 
+Floats = NDArray[np.float64]
 Stage = tuple[int, int, int]
 """(first block, last block + 1, devices)"""
 
 
 def first_devices(num_devices: Sequence[int], per_node: int) -> tuple[int, ...]:
-    """The first device of each stage: in order of the stages where none then lies across nodes that needs not, else the
-    larger stages first.
+    """The first device of each stage. Runs of stages that fill whole nodes follow each other; within a run, in order of
+    the stages where none then lies across nodes that needs not, else the larger stages first.
 
     >>> first_devices((4, 4, 8), 8), first_devices((4, 8, 4), 8)
     ((0, 4, 8), (8, 0, 12))
     """
+    found: list[int] = []
+    run: list[int] = []
+    for at, size in enumerate(num_devices):
+        run.append(size)
+        if sum(run) % per_node == 0 or at == len(num_devices) - 1:
+            start = sum(num_devices[: len(found)])
+            found += [start + first for first in _run_devices(run, per_node)]
+            run = []
+    return tuple(found)
+
+
+def _run_devices(num_devices: Sequence[int], per_node: int) -> tuple[int, ...]:
     in_order = _placed(num_devices, range(len(num_devices)))
     if all(
         first % per_node + min(size, per_node) <= per_node for first, size in zip(in_order, num_devices, strict=True)
@@ -71,9 +91,40 @@ class Transfers:
             one_node = _one_node(cluster, firsts, stages, at)
             for sender, receiver, times in ((at, at + 1, forward), (at + 1, at, backward)):
                 num_bytes = self._part_bytes(cut, stages[receiver], choices[receiver], times is forward)
-                sharers = min(stages[sender][2], cluster.devices_per_node)
-                times[sender] = float(cluster.transfer_s(num_bytes, same_node=one_node, sharers=sharers))
+                times[sender] = self._slower_s(num_bytes, stages[sender][2], stages[receiver][2], one_node)
         return tuple(forward), tuple(backward)
+
+    def _slower_s(self, part_bytes: float, senders: int, receivers: int, one_node: bool) -> float:
+        key = (part_bytes, senders, receivers, one_node)
+        if key not in self._known:
+            cluster = self.book.blocks.cluster
+            most = cluster.devices_per_node
+            out_s = cluster.transfer_s(part_bytes * receivers / senders, same_node=one_node, sharers=min(senders, most))
+            in_s = cluster.transfer_s(part_bytes, same_node=one_node, sharers=min(receivers, most))
+            self._known[key] = float(max(out_s, in_s))
+        return self._known[key]
+
+    def cut_bounds_s(self, sizes: Sequence[int]) -> Floats:
+        """(stage sizes, L + 1, D + 1): the least seconds that an activation and its gradient together take across the cut
+        before block i, with d devices behind it and a stage of so many devices next to it."""
+        cluster, gpus, per_node = self.book.blocks.cluster, self.book.gpus, self.book.blocks.cluster.devices_per_node
+        graph = self.book.blocks.graph
+        behind = np.arange(gpus + 1)
+        between_nodes = (behind % per_node == 0) & (gpus > per_node)
+        found = np.zeros((len(sizes), len(self.book.blocks.blocks) + 1, gpus + 1))
+        for cut, values in enumerate(self._values, 1):
+            whole = 0.0
+            for value in values:
+                shape = [graph.batch.scale(size, self.book.micro_batch) for size in graph.values[value].shape]
+                whole += float(np.prod(shape)) * graph.values[value].itemsize
+            for k, size in enumerate(sizes):
+                nodes_s, node_s = (
+                    2 * float(cluster.transfer_s(whole / size, same_node=same, sharers=min(size, per_node)))
+                    for same in (False, True)
+                )
+                fills_nodes = size >= per_node and gpus > per_node
+                found[k, cut] = np.where(between_nodes | fills_nodes, nodes_s, min(nodes_s, node_s))
+        return found
 
     def _part_bytes(self, cut: int, stage: Stage, choice: "StageChoice", forward: bool) -> float:
         """Bytes a rank of the receiving stage gets of all that crosses before block ``cut``."""

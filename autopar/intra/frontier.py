@@ -8,22 +8,29 @@ elimination solves all rows and all boundary placements at once and exactly. Per
     full        minimise (1 + beta) (F + C) + beta W        + price * (state + weight * boundary)
 
     F, C, W     forward outside and inside attention, backward; communication inside them      (tables)
-    family      beta       ZeRO-3 gathers   reductions / B   rest of the step / B
-    priced      1          charged          charged          charged     nothing is hidden: a good solution
-    hidden      1          free             free             charged     all that can be hidden is: a bound on t + step/B
-    reduced     1 - 1/B    free             charged          charged     the last backward hides reductions: a bound too
-    path        1          free             free             free        a bound on t alone
-    tenth       1          a tenth          free             free        the same, with nine tenths of F, C and W
+    family      beta           F, C, W   ZeRO-3 gathers   reductions / B   rest of the step / B
+    priced      1              1         1                1                1             nothing is hidden: a solution
+    hidden      1              1         g                g                1             a bound on t + step / B
+    reduced     1 - (1-g)/B    1         g                1                1             the same
+    path        1              1         g                0                0             a bound on t alone
+    linked      1              g         1                0                0             the same
+    lean        1              1         1                1                1             next to no time: least memory
+
+g is the contention: compute a beside communication b takes max(a, b) + g min(a, b) = max(a + g b, g a + b), and a step
+exposes max(g r, r - (1 - g) W) of its reductions r, so the optimum of a hidden, reduced, path or linked row is never above
+the true time plus price * memory of any choice of its mode. Linked is the better bound only where gathers take longer than
+compute, as over slow links between nodes.
+
+Gradients that a backward makes (LATE: with one micro-batch all, without overlap what ZeRO-2 and 3 cut) take the place of
+the saved tensors it frees: max(s saved, (s - 1) saved + late) is priced by the mean of the two, which is not above it.
 
 Parameters are leaves: for each row and strategy the cheapest storage is taken. What the solutions cost is then summed per
-metric, with what overlaps (ZeRO-3 gathers behind one block's compute) applied to the block as a whole. Because
-max(a, b) >= (1 - x) a + x b and step >= reductions - last backward, the optimum of a hidden, reduced, path or tenth row is
-never above the true time plus price * memory of any choice of its mode. Tenth is the better bound where gathers take far
-longer than compute, as over slow links between nodes.
+metric, with what overlaps (ZeRO-3 gathers behind one block's compute) applied to the block as a whole.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,11 +43,14 @@ from autopar.intra.tables import BlockTables
 
 Floats = NDArray[np.float64]
 MODES = ("none", "selective", "full")
-FAMILIES = ("priced", "hidden", "reduced", "path", "tenth")
-PRICES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
-"""Prices of a byte tried where memory binds, in units of the time the device takes to stream it."""
-FORWARD, BACKWARD, STEP, STEP_EXPOSED, STATE, SAVED, WORKSPACE = range(7)
-NUM_TOTALS = 7
+FAMILIES = ("priced", "hidden", "reduced", "path", "linked")
+PRICES = (0.03, 0.3, 1.0, 1.7, 2.8, 4.5, 7.0, 11.0, 18.0, 30.0, 60.0, 200.0)
+"""Prices of a byte tried where memory binds, in units of the time the device takes to stream it; densest where computing a
+layer again costs about what its activations free."""
+LEAN_PRICE = 1e3
+"""Seconds per byte at which time has no say."""
+FORWARD, BACKWARD, STEP, STEP_EXPOSED, STATE, SAVED, WORKSPACE, LATE = range(8)
+NUM_TOTALS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,11 +65,11 @@ class PriceRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BlockPoints:
-    """``totals[row, boundary]`` are the seven sums above (seconds, seconds, seconds once per step that backward may hide,
-    seconds once per step, bytes, bytes per micro-batch in flight, bytes), inf where there is no solution; the boundary
+    """``totals[row, boundary]`` are the eight sums above (seconds, seconds, seconds once per step that backward may hide,
+    seconds once per step, bytes, bytes per micro-batch in flight, bytes, bytes of gradients that a backward makes), inf where there is no solution; the boundary
     placement is the same on both sides. ``choices[node, row, boundary]`` and ``storage[op][row]`` say which;
     ``bound_s[row, boundary]`` is the row's optimum. ``least`` holds the least forward seconds, workspace and seconds
-    once per step of any choice."""
+    once per step of any choice; ``links_bind``: ZeRO-3 gathers can take longer than the compute that hides them."""
 
     tables: BlockTables
     rows: tuple[PriceRow, ...]
@@ -68,6 +78,18 @@ class BlockPoints:
     storages: tuple[tuple[tuple[tuple[pm.Storage, ...], ...], NDArray[np.integer]], ...]
     bound_s: Floats
     least: tuple[float, float, float]
+    links_bind: bool
+
+    def repeated(self, at: NDArray[np.integer]) -> "BlockPoints":
+        """Rows number ``at`` of these, in that order."""
+        return replace(
+            self,
+            rows=tuple(self.rows[row] for row in at),
+            totals=self.totals[at],
+            choices=self.choices[:, at],
+            storages=tuple((names, chosen[:, at]) for names, chosen in self.storages),
+            bound_s=self.bound_s[at],
+        )
 
 
 class ParameterPrices:
@@ -97,20 +119,25 @@ def free_rows(
     return tuple(PriceRow(mode=modes[0], price_s_per_byte=low, saved_weight=1.0, family=family) for family in families)
 
 
-def priced_rows(rate_s_per_byte: float, modes: Sequence[str], saved_weight: float) -> tuple[PriceRow, ...]:
-    """Rows for memory that binds, for stages that hold ``saved_weight`` micro-batches or more."""
+def priced_rows(
+    rate_s_per_byte: float, modes: Sequence[str], saved_weight: float, links_bind: bool
+) -> tuple[PriceRow, ...]:
+    """Rows for memory that binds, for stages that hold ``saved_weight`` micro-batches."""
     return tuple(
         PriceRow(mode=mode, price_s_per_byte=factor * rate_s_per_byte, saved_weight=saved_weight, family=family)
         for mode in modes
-        for family in ("priced", "path", "tenth")
+        for family in ("hidden", "path", *(("linked",) if links_bind else ()))
         for factor in PRICES
     )
 
 
-def lean_rows(rate_s_per_byte: float, modes: Sequence[str], saved_weight: float) -> tuple[PriceRow, ...]:
-    """Rows whose solutions need next to the least memory there is."""
-    price = 1e4 * rate_s_per_byte
-    return tuple(PriceRow(mode=mode, price_s_per_byte=price, saved_weight=saved_weight) for mode in modes)
+def lean_rows(modes: Sequence[str], weights: Sequence[int]) -> tuple[PriceRow, ...]:
+    """Rows whose solutions need the least memory there is; time only breaks ties."""
+    return tuple(
+        PriceRow(mode=mode, price_s_per_byte=LEAN_PRICE, saved_weight=float(weight), family="lean")
+        for mode in modes
+        for weight in weights
+    )
 
 
 def block_points(
@@ -124,11 +151,8 @@ def block_points(
 ) -> BlockPoints:
     """Solve all rows. ``data_axis``: mesh axis 0 has several ranks. ``held`` parameters are stored by another block of
     the stage; ``zero`` pins the ZeRO stage over the data axis."""
-    beta = np.array([1.0 - 1.0 / num_microbatches if row.family == "reduced" else 1.0 for row in rows])
-    weights = np.array([_weights(row, late) for row, late in zip(rows, beta, strict=True)])
-    parameter_weights = np.array(
-        [_parameter_weights(row, num_microbatches, late) for row, late in zip(rows, beta, strict=True)]
-    )
+    late_share = 0.5 if prices.execution.late_gradients else 0.0
+    beta, share, weights, parameter_weights = _row_weights(rows, num_microbatches, tables.contention, late_share)
     node_costs: list[Floats] = [weights @ metrics.T for metrics in tables.node_metrics]
     storages = []
     parameter_metrics: list[tuple[Floats, NDArray[np.integer]]] = []
@@ -140,10 +164,8 @@ def block_points(
         node_costs[2 + at] = node_costs[2 + at] + cost
         parameter_metrics.append((metrics, chosen))
         storages.append((names, chosen))
-    late = beta[:, None, None]
-    repeat = np.array([1.0 + b if row.mode == "full" else 1.0 for row, b in zip(rows, beta, strict=True)])[
-        :, None, None
-    ]
+    late = (share * beta)[:, None, None]
+    repeat = (share * np.where([row.mode == "full" for row in rows], 1.0 + beta, 1.0))[:, None, None]
     edge_costs = [_scaled(forward, repeat) + _scaled(backward, late) for _, _, forward, backward in tables.edges]
     table = tables.eliminator.solve(node_costs, edge_costs)
     diagonal = np.arange(len(tables.boundaries))
@@ -159,6 +181,7 @@ def block_points(
         storages=tuple(storages),
         bound_s=values,
         least=_least(tables, parameter_metrics),
+        links_bind=_links_bind(tables, parameter_metrics),
     )
 
 
@@ -181,24 +204,67 @@ def _least(
     return forward, workspace, step
 
 
-def _parameter_weights(row: PriceRow, num_microbatches: int, beta: float) -> list[float]:
+def _links_bind(tables: BlockTables, parameter_metrics: Sequence[tuple[Floats, NDArray[np.integer]]]) -> bool:
+    """Whether some choice's gathers may take longer than its compute: the longest of each against the least of each."""
+    least = [m.min(axis=0) for m in tables.node_metrics]
+    forward = sum(float(m[tb.FORWARD] + m[tb.CORE_FORWARD]) for m in least)
+    backward = sum(float(m[tb.BACKWARD]) for m in least)
+    for metric, compute_s in ((pm.GATHER_FORWARD, forward), (pm.GATHER_BACKWARD, backward)):
+        gathers = sum(
+            float(np.where(np.isfinite(use[..., metric]), use[..., metric], 0.0).max())
+            for metrics, _ in parameter_metrics
+            for use in metrics
+        )
+        if gathers > compute_s:
+            return True
+    return False
+
+
+def memory_bytes(totals: Floats, in_flight: int | Floats) -> Floats:
+    """Bytes with ``in_flight`` micro-batches held, all but the fixed share: at the start of a backward, or at its end,
+    when its saved tensors are gone and its gradients there."""
+    late = np.maximum(totals[..., LATE] - totals[..., SAVED], 0.0)
+    return np.asarray(totals[..., STATE] + in_flight * totals[..., SAVED] + late + totals[..., WORKSPACE])
+
+
+@lru_cache(maxsize=16)
+def _row_weights(
+    rows: tuple[PriceRow, ...], num_microbatches: int, contention: float, late_share: float
+) -> tuple[Floats, Floats, Floats, Floats]:
+    """Per row: beta, what a second of compute counts, and the weights of the ops' and the parameters' metrics."""
+    beta = np.array([1.0 - (1.0 - contention) / num_microbatches if row.family == "reduced" else 1.0 for row in rows])
+    pairs = list(zip(rows, beta.tolist(), strict=True))
+    return (
+        beta,
+        np.array([_shares(row, contention)[0] for row in rows]),
+        np.array([_weights(row, late, contention, late_share) for row, late in pairs]),
+        np.array([_parameter_weights(row, num_microbatches, late, contention, late_share) for row, late in pairs]),
+    )
+
+
+def _parameter_weights(
+    row: PriceRow, num_microbatches: int, beta: float, contention: float, late_share: float
+) -> list[float]:
+    compute, gathers = _shares(row, contention)
     weights = [0.0] * pm.NUM_PARAMETER_METRICS
-    gathers = {"priced": 1.0, "tenth": 0.1}.get(row.family, 0.0)
-    weights[pm.GATHER_FORWARD] = weights[pm.GATHER_BACKWARD] = gathers
-    weights[pm.STEP] = 1.0 / num_microbatches if row.family in ("priced", "reduced") else 0.0
-    weights[pm.STEP_EXPOSED] = 0.0 if row.family in ("path", "tenth") else 1.0 / num_microbatches
+    weights[pm.GATHER_FORWARD], weights[pm.GATHER_BACKWARD] = gathers, beta * gathers
+    reductions = {"priced": 1.0, "reduced": 1.0, "lean": 1.0, "hidden": contention}.get(row.family, 0.0)
+    weights[pm.STEP] = reductions / num_microbatches
+    weights[pm.STEP_EXPOSED] = 0.0 if row.family in ("path", "linked") else 1.0 / num_microbatches
     weights[pm.STATE] = row.price_s_per_byte
-    weights[pm.ACCUMULATE] = _compute_share(row) * beta
+    weights[pm.LATE] = late_share * row.price_s_per_byte
+    weights[pm.ACCUMULATE] = compute * beta
     return weights
 
 
-def _compute_share(row: PriceRow) -> float:
-    return 0.9 if row.family == "tenth" else 1.0
+def _shares(row: PriceRow, contention: float) -> tuple[float, float]:
+    """What a second of compute and a second of gathers count."""
+    return {"priced": (1.0, 1.0), "lean": (1.0, 1.0), "linked": (contention, 1.0)}.get(row.family, (1.0, contention))
 
 
-def _weights(row: PriceRow, beta: float) -> list[float]:
-    saved = row.price_s_per_byte * row.saved_weight
-    share = _compute_share(row)
+def _weights(row: PriceRow, beta: float, contention: float, late_share: float) -> list[float]:
+    saved = row.price_s_per_byte * max(row.saved_weight - late_share, 0.0)
+    share = _shares(row, contention)[0]
     weights = [0.0] * tb.NUM_METRICS
     weights[tb.FORWARD] = share * (1.0 + beta if row.mode == "full" else 1.0)
     weights[tb.CORE_FORWARD] = share * (1.0 if row.mode == "none" else 1.0 + beta)
@@ -311,6 +377,7 @@ def _totals(
     totals[..., STEP] = held[..., pm.STEP]
     totals[..., STEP_EXPOSED] = held[..., pm.STEP_EXPOSED]
     totals[..., STATE] = held[..., pm.STATE]
+    totals[..., LATE] = held[..., pm.LATE]
     totals[..., SAVED] = np.where(full, boundary, np.where(selective, saved, saved + core))
     passing = workspace + 2 * held[..., pm.GATHERED]
     totals[..., WORKSPACE] = passing + np.where(full, saved + core, np.where(selective, core, 0.0))

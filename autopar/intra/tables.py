@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 from autopar.cost.compute import host_calls, op_seconds, weight_gradient_s
 from autopar.cost.execution import ExecutionModel
 from autopar.cost.redistribute import MeshLinks, Placement, redistribute_s
-from autopar.graph.ir import Value
+from autopar.graph.ir import Op, Value
 from autopar.graph.profile import GraphProfile
 from autopar.intra.copies import CopyCounter, LocalSizes
 from autopar.intra.data_axis import text_of
 from autopar.intra.elimination import Eliminator
 from autopar.intra.space import IN, OUT, BlockSpace, OpNode
+from autopar.intra.workspace import overwritten_values, passing_bytes, scratch_bytes
 from autopar.rules.atoms import Atom
 from autopar.rules.options import Option, Token
 from autopar.rules.rule import OpRule
@@ -43,8 +44,9 @@ Allowed = Callable[[int, OpNode, Option], bool]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BlockTables:
-    """``strategies[at]`` of ``space.ops[at]``: (options per inner axis). ``states[n]``: placements of boundary or hub node
-    n's values, and ``boundary_tokens`` those of a block input or output under each boundary placement. ``kept[at]``
+    """Of a block at ``local_batch`` samples on each of ``data`` ranks. ``strategies[at]`` of ``space.ops[at]``: (options
+    per inner axis). ``states[n]``: placements of boundary or hub node n's values, and ``boundary_tokens`` those of a block
+    input or output under each boundary placement. ``kept[at]``
     are the bytes of tensors that SAVED and CORE_SAVED price for op ``at``, (strategies, 2); ``copies`` counts what a solution
     really keeps instead. ``node_metrics[n]`` is (choices, metrics), ``edges`` are (node, node, (choices, choices) forward seconds,
     the same backward). ``parameter_uses[at]`` lists, for op ``at``, (value, per strategy: local elements, axes with a
@@ -56,6 +58,7 @@ class BlockTables:
 
     space: BlockSpace
     local_batch: int
+    data: int
     strategies: tuple[tuple[tuple[Option, ...], ...], ...]
     boundaries: tuple[tuple[str, ...], ...]
     node_metrics: tuple[Floats, ...]
@@ -90,6 +93,24 @@ def _may_be_uneven(rule: OpRule, labels: tuple[int, ...]) -> bool:
     return any((*ins, *outs) == labels and len(ins) == len(outs) == 1 for ins, outs in rule.groups)
 
 
+def degrees_of(
+    node: OpNode, chosen: Sequence[tuple[Option, ...]], sizes: Sequence[int], data: Option, data_ranks: int
+) -> dict[int, Floats]:
+    """Label -> what each strategy and the data axis divide it by, (strategies,)."""
+    degrees = {label: np.full(len(chosen), float(data_ranks)) for label in data.labels[:1]}
+    for at, options in enumerate(chosen):
+        for option, size in zip(options, sizes, strict=True):
+            for label in option.labels[:1]:
+                degrees.setdefault(label, np.ones(len(chosen)))[at] *= size
+    every = (data, *(option for options in chosen for option in options))
+    twins = {label: option.labels for option in every for label in option.labels[:1]}
+    for first, labels in twins.items():
+        for label in labels[1:]:
+            if any(label == known for known, _ in node.rule.roles):
+                degrees[label] = degrees[first]
+    return degrees
+
+
 class TableBuilder:
     """Builds the tables of one block for one inner mesh and local batch; ``links`` are the inner axes' links,
     ``whole`` those of all axes, the data axis of ``data`` ranks first. ``data`` may be one wherever the block is plain."""
@@ -116,6 +137,8 @@ class TableBuilder:
         self.links, self.execution, self.allowed, self.whole = links, execution, allowed, whole
         self.graph, self.sizes = space.graph, links.sizes
         self.savers, self.core = savers, core
+        self._keepers = frozenset(self._first_keeper())
+        self._overwritten = overwritten_values(self.graph, profile)
         self.local = LocalSizes(space, self.sizes, local_batch, data)
         self.kept: list[Floats] = []
         self.redistributions: dict[tuple[tuple[Placement, ...], tuple[float, ...]], Floats] = {}
@@ -147,6 +170,7 @@ class TableBuilder:
         return BlockTables(
             space=self.space,
             local_batch=self.local_batch,
+            data=self.data,
             strategies=strategies,
             boundaries=boundaries,
             node_metrics=tuple(metrics),
@@ -271,7 +295,7 @@ class TableBuilder:
     def _op_metrics(self, node: OpNode, chosen: tuple[tuple[Option, ...], ...], data: Option) -> Floats:
         op, profile = node.op, self.profile.ops[node.op.id]
         metrics = np.zeros((len(chosen), NUM_METRICS))
-        degrees = self._degrees(node, chosen, data)
+        degrees = degrees_of(node, chosen, self.sizes, data, self.data)
         device = self.links.cluster.device
         forward, backward = op_seconds(
             self.graph,
@@ -306,7 +330,9 @@ class TableBuilder:
                 parts = sum(self._local_bytes(values[i], tokens[i], cuts[i]) for i in positions)
                 shared = self.local.share(owner, values[first].id, forward_placement(tokens[first]), cuts[first])
                 tensors[at, int(core)] += min(shared, parts)
-            internal = sum(math.prod(shape) * item for shape, item in profile.saved_internal)
+            internal = float(sum(math.prod(shape) * item for shape, item in profile.saved_internal))
+            if is_core and self.execution.attn == "math":  # its log-sum-exp's place is taken by the scores
+                internal = math.prod(self._scores(op)) * self.execution.software.math_attention_bytes_per_score
             grows = any(self.graph.batch.grows(size) for shape, _ in profile.saved_internal for size in shape)
             scale = self.micro_batch / self.graph.batch.traced if grows else 1.0
             share = math.prod(  # statistics over the batch are whole where the batch is cut
@@ -315,29 +341,25 @@ class TableBuilder:
                 if option.sharded and (grows or not self.graph.batch.grows(option.size))
             )
             metrics[at, CORE_SAVED if is_core else SAVED] += internal * scale / share
-            metrics[at, WORKSPACE] = sum(
-                self._local_bytes(value, token, cut)
-                for value, token, cut in zip(values, tokens, cuts, strict=True)
-                if value.kind == "activation"
+            work = math.prod(size for option, size in zip((data, *options), ranks, strict=True) if option.sharded)
+            metrics[at, WORKSPACE] = passing_bytes(
+                self.graph,
+                self.profile,
+                op,
+                self._keepers,
+                self._overwritten,
+                [self._local_bytes(*placed) for placed in zip(values, tokens, cuts, strict=True)],
+                [position for position in node.parameters if values[position].requires_grad],
+                scratch_bytes(self.graph, self.profile, op, self.execution, is_core, self.micro_batch, work),
             )
         metrics[:, [SAVED, CORE_SAVED]] += tensors
         self.kept.append(tensors)
         return metrics
 
-    def _degrees(self, node: OpNode, chosen: tuple[tuple[Option, ...], ...], data: Option) -> dict[int, Floats]:
-        """By how much each strategy, and the data axis, divide a label."""
-        degrees = {label: np.full(len(chosen), float(self.data)) for label in data.labels[:1]}
-        for at, options in enumerate(chosen):
-            for option, size in zip(options, self.sizes, strict=True):
-                for label in option.labels[:1]:
-                    degrees.setdefault(label, np.ones(len(chosen)))[at] *= size
-        every = (data, *(option for options in chosen for option in options))
-        twins = {label: option.labels for option in every for label in option.labels[:1]}
-        for first, labels in twins.items():
-            for label in labels[1:]:
-                if any(label == known for known, _ in node.rule.roles):
-                    degrees[label] = degrees[first]
-        return degrees
+    def _scores(self, op: Op) -> tuple[int, ...]:
+        """Shape of the scores of a materialised attention, (b, h, q, k)."""
+        query, key = (self.graph.values[value].shape for value in op.inputs[:2])
+        return (*query[:-1], key[-2])
 
     def _add_inside(self, node: OpNode, chosen: tuple[tuple[Option, ...], ...], data: Option, metrics: Floats) -> None:
         """What the op exchanges by itself, over the axes that cut its label."""

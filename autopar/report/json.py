@@ -10,7 +10,7 @@ from autopar.plan.plan import Plan
 
 def plan_document(plan: Plan, path: str | None) -> dict[str, Any]:
     """What `plan`, `estimate` and `show` print under `--json`; ``path`` is the plan's file, None when unwritten."""
-    estimate: dict[str, Any] = msgspec.to_builtins(plan.estimate)
+    estimate: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(plan.estimate))
     estimate.pop("collectives")
     flops_per_step = estimate.pop("flops_per_step")
     return {

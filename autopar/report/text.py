@@ -5,20 +5,25 @@ from io import StringIO
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from autopar.plan.plan import Plan, StagePlan, device_memory, device_runs
+from autopar.plan.plan import Plan, StagePlan
+from autopar.report.breakdown import memory_table, time_table
 from autopar.report.sharding import sharding_lines
 from autopar.report.traffic import traffic_lines
-from autopar.report.units import bar_text, count_text, gib_text, percent_text, ranges_text, seconds_text
+from autopar.report.units import bar_text, count_text, flops_text, gib_text, percent_text, ranges_text, seconds_text
 
 BAR_WIDTH = 10
 ROOMY = 100
 
 
 def plan_text(plan: Plan, *, width: int = 120, verbose: bool = False) -> str:
-    """The whole report, at most ``width`` characters a line; ``verbose`` lists every collective and adds the memory parts."""
+    """The whole report, at most ``width`` characters a line; ``verbose`` lists every collective."""
     parts: list[RenderableType] = [_header(plan), "", _stage_table(plan, width), "", _figures(plan)]
+    if plan.estimate.items:
+        where = " on the devices of the busiest stage" if len(plan.stages) > 1 else ""
+        parts += ["", f"Where the step goes{where}", time_table(plan, bars=width >= ROOMY)]
+    parts += ["", f"Memory of a device in GiB, of {gib_text(plan.estimate.budget_bytes)}"]
+    parts.append(memory_table(plan, width=width))
     if verbose:
-        parts += ["", "Memory of the fullest device", _memory_table(plan)]
         if plan.estimate.collectives:
             parts += ["", "Collectives", _collective_table(plan)]
     elif plan.estimate.collectives:
@@ -74,7 +79,7 @@ def _header(plan: Plan) -> Table:
 def _stage_table(plan: Plan, width: int) -> Table:
     """One row a stage; bars and seconds per step only where there is room, so that no figure is ever cut."""
     roomy = width >= ROOMY
-    chunked = plan.num_chunks > 1
+    chunked = roomy and plan.num_chunks > 1
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("stage", justify="right", no_wrap=True)
     if chunked:
@@ -134,7 +139,12 @@ def _figures(plan: Plan) -> Table:
         ends = (seconds_text(estimate.step_time_low_s), seconds_text(estimate.step_time_high_s))
         memory = (gib_text(estimate.memory_low_bytes), gib_text(estimate.memory_high_bytes))
         grid.add_row("90 % interval", f"step {ends[0]} to {ends[1]}, memory {memory[0]} to {memory[1]}")
-    grid.add_row("MFU", f"{percent_text(estimate.mfu)} ({estimate.flops_per_step / 1e12:,.1f} TFLOP a step)")
+    kinds = ", ".join(
+        f"{kind} {percent_text(flops / max(estimate.flops_per_step, 1))}"
+        for kind, flops in sorted(estimate.flops_by_kind.items(), key=lambda part: -part[1])
+    )
+    grid.add_row("model FLOPs", f"{flops_text(estimate.flops_per_step)} a step" + (f": {kinds}" if kinds else ""))
+    grid.add_row("MFU", percent_text(estimate.mfu))
     grid.add_row("bubble", percent_text(estimate.bubble_fraction))
     grid.add_row("exposed communication", seconds_text(estimate.exposed_communication_s))
     grid.add_row(
@@ -156,21 +166,6 @@ def _search_text(plan: Plan) -> str:
         f"{search.status}, gap {percent_text(search.gap)} "
         f"(bound {seconds_text(search.lower_bound_s)}), {search.seconds:.1f} s"
     )
-
-
-def _memory_table(plan: Plan) -> Table:
-    fullest = max((device_memory(run) for run in device_runs(plan)), key=lambda memory: memory.total)
-    grid = _grid(2)
-    for name, size in (
-        ("parameters", fullest.parameters_bytes),
-        ("gradients", fullest.gradients_bytes),
-        ("optimizer", fullest.optimizer_bytes),
-        ("saved activations", fullest.saved_activations_bytes),
-        ("workspace", fullest.workspace_bytes),
-        ("context, buffers, fragmentation", fullest.fixed_bytes),
-    ):
-        grid.add_row(f"  {name}", gib_text(size))
-    return grid
 
 
 def _collective_table(plan: Plan) -> Table:

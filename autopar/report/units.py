@@ -36,6 +36,14 @@ def count_text(count: float) -> str:
     return f"{count:g}"
 
 
+def flops_text(count: float) -> str:
+    """
+    >>> flops_text(2.5e14), flops_text(3.1e9)
+    ('250.0 TFLOP', '3.1 GFLOP')
+    """
+    return f"{count / 1e12:,.1f} TFLOP" if count >= 1e11 else f"{count / 1e9:,.1f} GFLOP"
+
+
 def percent_text(fraction: float) -> str:
     """
     >>> percent_text(0.4567)

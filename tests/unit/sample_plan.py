@@ -17,6 +17,7 @@ from autopar.plan.plan import (
     Plan,
     SearchOutcome,
     StagePlan,
+    TimeItem,
     TimeParts,
 )
 
@@ -70,6 +71,7 @@ def estimate(**changes: Any) -> Estimate:
         "samples_per_s": 16.0,
         "mfu": 0.4321,
         "flops_per_step": 250_000_000_000_000,
+        "flops_by_kind": {"attention": 25_000_000_000_000, "matmul": 225_000_000_000_000},
         "peak_memory_bytes": 11 * GIB,
         "peak_tensor_bytes": 10 * GIB,
         "budget_bytes": 16 * GIB,
@@ -85,6 +87,17 @@ def estimate(**changes: Any) -> Estimate:
             exposed_communication_s=0.25,
             optimizer_s=0.05,
             transfers_s=0.01,
+        ),
+        "items": (
+            TimeItem(kind="matmul", total_s=0.9, exposed_s=0.9),
+            TimeItem(kind="attention", total_s=0.2, exposed_s=0.2),
+            TimeItem(kind="memory_bound", total_s=0.1, exposed_s=0.1),
+            TimeItem(kind="launches", total_s=0.0, exposed_s=0.0),
+            TimeItem(kind="all_reduce", axes=("tp",), of="activations", total_s=0.2, exposed_s=0.2),
+            TimeItem(kind="reduce_scatter", axes=("dp",), of="gradients", total_s=0.1, exposed_s=0.05),
+            TimeItem(kind="transfers", total_s=0.016, exposed_s=0.01),
+            TimeItem(kind="optimizer", total_s=0.05, exposed_s=0.05),
+            TimeItem(kind="bubble", total_s=0.49, exposed_s=0.49),
         ),
         "collectives": (
             Collective(kind="all_reduce", axes=("tp",), num_bytes=32 * 2**20, count=4, per="microbatch", stage=0),

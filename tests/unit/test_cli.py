@@ -95,7 +95,7 @@ def test_frozen_command_line() -> None:
     shared = "--cluster --cluster-set --dtype --global-batch --gpus --json --layout --memory --micro-batch --optimizer"
     search = "--pin --quiet --recompute --schedule --set --time-limit --verbose --output -o -q -v"
     assert options["plan"] == sorted(f"{shared} {search}".split())
-    assert options["estimate"] == sorted(f"{shared} {search} --tokens".split())
+    assert options["estimate"] == sorted(f"{shared} {search} --tokens --mode --context --weights --kv-cache".split())
     assert options["compare"] == sorted(["--against", "--model", *output])
     assert options["show"] == sorted(output)
     assert sorted(program.commands["cluster"].commands) == ["list", "show"]  # type: ignore[attr-defined]

@@ -31,7 +31,7 @@ MODELS = {
 }
 LAYOUTS = {
     "gpt": ["", "zero=1", "zero=3", "tp=2,sp=1", "tp=2,pp=2,mbs=4", "tp=2,pp=2,recompute=full,zero=1,sp=1"],
-    "llama": ["zero=3", "tp=4,sp=1,mbs=4,zero=1", "pp=2,mbs=4,recompute=selective,schedule=gpipe"],
+    "llama": ["zero=3", "tp=2,sp=1,mbs=4,zero=1", "pp=2,mbs=4,recompute=selective,schedule=gpipe"],
     "moe": ["", "zero=1,recompute=full", "pp=2,mbs=4"],
     "wide_resnet": ["", "zero=3", "pp=2,mbs=4,recompute=full"],
 }
@@ -238,13 +238,16 @@ def test_megatron_collectives_of_a_layer_as_published(graphs):
     assert listed(made, "microbatch")["all_reduce", tp, whole] >= 4 * 4  # four layers
 
 
-def test_zero_3_gathers_twice_and_scatters_once(graphs):
+def test_zero_3_gathers_what_each_pass_reads_and_scatters_once(graphs):
+    """A backward reads no bias of a linear and no table of positions, so these are gathered once."""
     made = estimate(workload(graphs, "gpt"), cluster="dgx-a100", gpus=4, global_batch=8, layout="zero=3,grads=same")
     counts = dict.fromkeys(("all_gather", "reduce_scatter"), 0)
     for (kind, _, size), count in listed(made, "microbatch").items():
         if kind in counts:
             counts[kind] += size * count
-    assert counts["all_gather"] == 2 * counts["reduce_scatter"]
+    biases = 4 * (3 * 256 + 256 + 1024 + 256)  # of four layers, 256 wide
+    once = 2 * (biases + 128 * 256)  # bf16, with 128 positions
+    assert counts["all_gather"] == 2 * counts["reduce_scatter"] - once
     assert not any(kind in counts for kind, _, _ in listed(made, "step"))
 
 
@@ -293,6 +296,8 @@ def test_a_changed_placement_is_found(graphs, pipeline):
             verdict = judged(graphs, "gpt", tampered)
         except CheckError:
             continue
+        if op.name.startswith(("view", "unbind", "transpose", "reshape")):
+            continue  # no kernel and no memory of its own: cutting it again behind is free
         assert list(differences(tampered, verdict)) or verdict.collectives != pipeline.estimate.collectives, op.name
     assert tried >= 8
 

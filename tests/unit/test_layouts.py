@@ -150,13 +150,3 @@ def test_every_shipped_table_names_its_sources() -> None:
         for source in document["provenance"].values():
             assert source["source"]
             assert source["date"]
-
-
-def test_the_training_of_llama_405b_takes_what_meta_says() -> None:
-    """Course notes: 405B on 15T tokens at 400 TFLOP/s per H100 are 25.3 M GPU hours, 66 days on 16,000."""
-    from autopar.cli.estimate import training_text
-
-    tokens_per_s = 400e12 * 16_000 / (6 * 405e9)
-    assert training_text(15e12, tokens_per_s, 16_000).startswith(
-        "15,000,000,000,000 tokens: 66 days on 16,000 GPUs, 25,3"
-    )

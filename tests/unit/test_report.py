@@ -28,12 +28,28 @@ stage  blocks                           GPUs  axes         forward  backward  pe
 batch                  32 samples in 8 micro-batches of 4 samples
 schedule               1f1b, selective recompute
 step time              2.00 s, 16,384 tokens/s
-MFU                    43.2 % (250.0 TFLOP a step)
+model FLOPs            250.0 TFLOP a step: matmul 90.0 %, attention 10.0 %
+MFU                    43.2 %
 bubble                 12.5 %
 exposed communication  250.0 ms
 memory                 11.00 GiB of 16.00 GiB, fits (tensors 10.00 GiB)
 search                 feasible, gap 5.0 % (bound 1.90 s), 12.5 s
 runner-up              dp 8, 2.10 s: more exposed reduction
+
+Where the step goes on the devices of the busiest stage
+  matmul                             900.0 ms  #########...........  45.0 %
+  attention                          200.0 ms  ##..................  10.0 %
+  memory-bound kernels               100.0 ms  #...................   5.0 %
+  all_reduce over tp, activations    200.0 ms  ##..................  10.0 %
+  reduce_scatter over dp, gradients   50.0 ms  ....................   2.5 %  of 100.0 ms, the rest hidden
+  transfers between stages            10.0 ms  ....................   0.5 %  of 16.0 ms, the rest hidden
+  optimizer                           50.0 ms  ....................   2.5 %
+  idle (bubble)                      490.0 ms  #####...............  24.5 %
+
+Memory of a device in GiB, of 16.00 GiB
+  stages  params P  grads G  optim O  saved A  work W  fixed F  total
+  0           2.00     2.00     3.00     2.00    1.00     1.00  11.00  PPPPGGGGOOOOOOAAAAWWFF..........
+  1           2.00     2.00     3.00     1.00    1.00     1.00  10.00  PPPPGGGGOOOOOOAAWWFF............
 
 Collectives
   all_reduce      over tp  4 per micro-batch, stage 0  128.00 MiB

@@ -1,0 +1,261 @@
+"""Tables over all stages, as the outer search reads them: bounds that no choice is below, and times that are reached.
+
+No choice for a stage of blocks with counts n_c takes less than (D_c: optimum of a price row of `intra.frontier`)
+
+    max over rows of [sum_c n_c min_mode D_c - price * (M - fixed - workspace)]
+
+seconds, then the least over boundary placements and meshes. A row's weight of saved bytes is the number s of micro-batches
+held; for an s between two weights the same combination of the two rows' optima is a bound, as D is concave in its prices.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopar.inter.blocks import Mesh
+from autopar.inter.bounds import max_in_flight
+from autopar.inter.partition import StageTable
+from autopar.inter.stages import FREE, MeshSums, StageBook
+from autopar.intra import frontier as fr
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.integer]
+BOUNDS = ("forward_s", "through_s", "step_s", "busy_s")
+HUGE = 1e29  # sums of this and more hold an impossible part
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StageBounds:
+    """Seconds that no choice for a stage type is below: of its forward, forward + backward (``through_s``), what it does
+    once per step, and B micro-batches with the step (``busy_s``); inf where nothing fits. ``even_s`` (3, types) are
+    forward, backward and step of the fastest choice whose blocks all take one point: a good start."""
+
+    forward_s: Floats
+    through_s: Floats
+    step_s: Floats
+    busy_s: Floats
+    even_s: Floats
+
+
+class StageTables:
+    """The tables of one book over the submeshes of ``sizes`` devices."""
+
+    def __init__(self, book: StageBook, sizes: tuple[int, ...]) -> None:
+        self.book, self.sizes = book, sizes
+        self.cutoff_s = np.inf
+        self._bounds: dict[tuple[int, int], StageBounds] = {}
+        self._fitting: dict[tuple[Mesh, int], NDArray[np.bool_]] = {}
+        self._by_mesh: dict[tuple[Mesh, int], StageBounds] = {}
+
+    def release(self) -> None:
+        """Give back the memory of what was priced; asking again prices it again."""
+        for kept in (self._bounds, self._fitting, self._by_mesh):
+            kept.clear()
+        self.book.release()
+
+    def ignore_from(self, cutoff_s: float) -> None:
+        """Steps of ``cutoff_s`` seconds or longer are of no interest: stages busy for that long need no exact price."""
+        if cutoff_s != self.cutoff_s:
+            self.cutoff_s = cutoff_s
+            self._bounds.clear()
+
+    def free(self) -> StageTable:
+        """Bounds over (first block, end block, submesh size) with memory left out of account."""
+        by_size = []
+        for size in self.sizes:
+            found = [self._mesh_bounds(mesh, FREE) for mesh in self.book.meshes(size)]
+            by_size.append({name: np.min([getattr(one, name) for one in found], axis=0) for name in BOUNDS})
+        return StageTable(
+            forward_s=self._planes(FREE, [bound["forward_s"] for bound in by_size]),
+            backward_s=self._planes(FREE, [bound["through_s"] - bound["forward_s"] for bound in by_size]),
+            step_s=self._planes(FREE, [bound["step_s"] for bound in by_size]),
+            busy_s=self._planes(FREE, [bound["busy_s"] for bound in by_size]),
+        )
+
+    def can_fit(self, in_flight_of: tuple[int, ...]) -> bool:
+        """False: the leanest choices of no pipeline fit the budget, if stage number s from the last holds
+        ``in_flight_of[s - 1]`` micro-batches."""
+        count, unit = len(self.book.blocks.blocks), math.gcd(*self.sizes)
+        behind = np.zeros(
+            (count + 1, self.book.gpus // unit + 1), np.float32
+        )  # which (first block, devices) tails reach
+        behind[count, 0] = 1.0
+        for held in in_flight_of:
+            reached = np.zeros_like(behind)
+            for size in self.sizes:
+                fits = np.any([self._fits(mesh, held) for mesh in self.book.meshes(size)], axis=0)
+                stages = np.where(self._possible(size, held), fits[self.book.type_of], False).astype(np.float32)
+                reached[:, size // unit :] += stages @ behind[:, : behind.shape[1] - size // unit]
+            behind = np.minimum(reached, 1.0)
+            if behind[0, -1]:
+                return True
+        return False
+
+    def bounding(self, in_flight: int) -> StageTable:
+        """Bounds over (first block, end block, submesh size); inf for stages that cannot stand where ``in_flight``
+        micro-batches are held (1F1B, stage number ``in_flight`` from the last)."""
+        found = [self.bounds(size, in_flight) for size in self.sizes]
+        backward = [one.through_s - np.where(np.isfinite(one.through_s), one.forward_s, 0.0) for one in found]
+        return StageTable(
+            forward_s=self._planes(in_flight, [one.forward_s for one in found]),
+            backward_s=self._planes(in_flight, backward),
+            step_s=self._planes(in_flight, [one.step_s for one in found]),
+            busy_s=self._planes(in_flight, [one.busy_s for one in found]),
+        )
+
+    def even(self, in_flight: int) -> StageTable:
+        """The same of the fastest choices whose blocks all take one point: times that are reached, no bounds."""
+        found = [self.bounds(size, in_flight).even_s for size in self.sizes]
+        forward, backward, step = (self._planes(in_flight, [one[at] for one in found]) for at in range(3))
+        return StageTable(forward_s=forward, backward_s=backward, step_s=step)
+
+    def work_bound_s(self) -> float:
+        """No plan of this micro-batch is faster, whatever its memory: the least device-seconds of every block, spread
+        over all GPUs."""
+        book = self.book
+        least = np.full(len(book.columns), np.inf)
+        for size in self.sizes:
+            for mesh in book.meshes(size):
+                for column in range(len(book.columns)):
+                    points = book.points(column, mesh, FREE)
+                    path = [at for at, row in enumerate(points.rows) if row.family == "path"]
+                    room_s = max(row.price_s_per_byte for row in points.rows) * book.budget_bytes
+                    seconds = max(float(points.bound_s[path].min()) - room_s, self._launch_floor_s(column, mesh))
+                    least[column] = min(least[column], size * seconds)
+        whole = book.counts[int(book.type_of[0, len(book.blocks.blocks)])]
+        return float(book.num_microbatches * np.where(whole > 0, whole * least, 0.0).sum() / book.gpus)
+
+    def bounds(self, num_devices: int, in_flight: int) -> StageBounds:
+        """Bounds of every stage type on ``num_devices`` devices with ``in_flight`` micro-batches held."""
+        key = (num_devices, in_flight)
+        if key not in self._bounds:
+            self._bounds[key] = self._make_bounds(num_devices, in_flight)
+        return self._bounds[key]
+
+    def _make_bounds(self, num_devices: int, in_flight: int) -> StageBounds:
+        book = self.book
+        B, meshes, room = book.num_microbatches, book.meshes(num_devices), book.room_bytes
+        found = [self._mesh_bounds(mesh, FREE) for mesh in meshes]
+        best = np.full(len(book.counts), np.inf)
+        even = np.full((3, len(book.counts)), np.inf)
+        needed = np.zeros(len(book.counts), bool)
+        needed[book.type_of[self._possible(num_devices, in_flight)]] = True
+        if not needed.any():
+            nothing = np.full(len(book.counts), np.inf)
+            return StageBounds(even_s=even, **dict.fromkeys(BOUNDS, nothing))
+        fits_free = []
+        for mesh in meshes:
+            sums = book.sums(mesh, FREE)
+            memory = sums.memory_bytes(in_flight).reshape(len(best), -1)
+            fits_free.append(np.take_along_axis(memory, sums.fastest[:, None], axis=1)[:, 0] <= room)
+            self._improve(best, even, mesh, sums, in_flight)
+        fits = [self._fits(mesh, in_flight) for mesh in meshes]
+        for at in sorted(range(len(meshes)), key=lambda at: float(found[at].busy_s.min())):
+            lower = found[at].busy_s
+            wanted = needed & fits[at] & ~fits_free[at] & (lower < B * best) & (lower < self.cutoff_s)
+            if wanted.any():
+                for weight, _ in book.weights(in_flight):
+                    self._improve(best, even, meshes[at], book.sums(meshes[at], weight), in_flight)
+                found[at] = _larger(found[at], self._mesh_bounds(meshes[at], in_flight))
+        least = {
+            name: np.min(
+                [np.where(fit, getattr(one, name), np.inf) for one, fit in zip(found, fits, strict=True)], axis=0
+            )
+            for name in BOUNDS
+        }
+        return StageBounds(even_s=np.where(best < HUGE, even, np.inf), **least)
+
+    def _improve(self, best: Floats, even: Floats, mesh: Mesh, sums: MeshSums, in_flight: int) -> None:
+        """Take the fastest point that fits, for each type where it is below ``best`` (seconds)."""
+        time = np.where(sums.memory_bytes(in_flight) <= self.book.room_bytes, sums.time_s, np.inf)
+        flat = time.reshape(len(best), -1)
+        at = flat.argmin(axis=1)
+        rows = np.arange(len(best))
+        better = flat[rows, at] < best
+        best[better] = flat[rows, at][better]
+        if better.any():
+            picked = self._totals(mesh, sums, rows[better], at[better])
+            for number, seconds in enumerate(self.book.times_s(picked)):
+                even[number, better] = seconds
+
+    def _totals(self, mesh: Mesh, sums: MeshSums, types: Ints, flat: Ints) -> Floats:
+        """(picks, metrics) of stage types whose blocks all take the point at a flat (row, boundary) of ``sums``."""
+        row, boundary = np.divmod(flat, sums.time_s.shape[2])
+        points = [self.book.points(column, mesh, sums.phase) for column in range(len(self.book.columns))]
+        totals = np.stack([one.totals[sums.kept][row, boundary] for one in points], axis=1)
+        counts = self.book.counts[types]
+        present = counts[..., None] > 0
+        return np.asarray(np.sum(np.where(present, totals, 0.0) * counts[..., None], axis=1))
+
+    def _fits(self, mesh: Mesh, in_flight: int) -> NDArray[np.bool_]:
+        """(types,) False: no choice on the mesh fits, by the leanest of each block."""
+        if (mesh, in_flight) not in self._fitting:
+            sums = self.book.sums(mesh, FREE)
+            need = np.zeros(())
+            for weight, share in self.book.weights(in_flight):
+                lean = [at for at, row in enumerate(sums.rows) if row.family == "lean" and row.saved_weight == weight]
+                need = need + share * sums.bound_s[:, lean[0]].min(axis=-1) / fr.LEAN_PRICE
+            slack = self.book.counts.sum(axis=1)  # a byte per block: what time may count for
+            self._fitting[mesh, in_flight] = need + self._workspace(mesh) - slack <= self.book.room_bytes
+        return self._fitting[mesh, in_flight]
+
+    def _workspace(self, mesh: Mesh) -> Floats:
+        least = np.array([self.book.points(column, mesh, FREE).least[1] for column in range(len(self.book.columns))])
+        return np.asarray(np.where(self.book.counts > 0, least, 0.0).max(axis=1))
+
+    def _mesh_bounds(self, mesh: Mesh, in_flight: int) -> StageBounds:
+        """With memory for ``in_flight`` micro-batches; ``FREE``: with memory left out of account."""
+        if (mesh, in_flight) not in self._by_mesh:
+            self._by_mesh[mesh, in_flight] = self._make_mesh_bounds(mesh, in_flight)
+        return self._by_mesh[mesh, in_flight]
+
+    def _make_mesh_bounds(self, mesh: Mesh, in_flight: int) -> StageBounds:
+        book, B = self.book, self.book.num_microbatches
+        weights = ((FREE, 1.0),) if in_flight == FREE else book.weights(in_flight)
+        sums = [book.sums(mesh, weight) for weight, _ in weights]
+        bound = sum((share * one.bound_s for one, (_, share) in zip(sums, weights, strict=True)), np.zeros(()))
+        least = np.array([book.points(column, mesh, FREE).least for column in range(len(book.columns))])
+        room = np.maximum(book.room_bytes - self._workspace(mesh), 0.0)
+        price = np.array([row.price_s_per_byte for row in sums[0].rows])
+        value = bound - (price[:, None] * room[:, None, None] if np.isfinite(book.budget_bytes) else 0.0)
+        forward, step = book.counts @ least[:, 0], book.counts @ least[:, 2]
+        launches = book.counts @ np.array([self._launch_floor_s(c, mesh) for c in range(len(book.columns))])
+        best = {family: np.full(value.shape[::2], -np.inf) for family in fr.FAMILIES}
+        for row, family in enumerate(r.family for r in sums[0].rows if r.family != "lean"):
+            best[family] = np.maximum(best[family], value[:, row])
+        path = np.maximum(np.maximum(best["path"], best["linked"]), np.maximum(launches, forward)[:, None])
+        busy = B * np.maximum(np.maximum(best["hidden"], best["reduced"]), path)
+        busy = np.maximum(busy, B * path + step[:, None])
+        return StageBounds(
+            forward_s=forward, through_s=path.min(axis=1), step_s=step, busy_s=busy.min(axis=1), even_s=np.zeros(0)
+        )
+
+    def _launch_floor_s(self, column: int, mesh: Mesh) -> float:
+        forward, _, backward = self.book.points(column, mesh, FREE).tables.host_s
+        return forward + backward
+
+    def _planes(self, in_flight: int, values: list[Floats]) -> Floats:
+        planes = [
+            np.where(self._possible(size, in_flight), of_type[self.book.type_of], np.inf)
+            for size, of_type in zip(self.sizes, values, strict=True)
+        ]
+        return np.stack(planes, axis=-1)
+
+    def _possible(self, size: int, in_flight: int) -> NDArray[np.bool_]:
+        """Which (first, end) can stand there (``FREE``: anywhere): with fewer micro-batches held than there are, 1F1B says how many stages
+        follow, each of a block at least."""
+        type_of, count, B = self.book.type_of, len(self.book.blocks.blocks), self.book.num_microbatches
+        first, end = np.indices((count + 1, count + 1))
+        if size == self.book.gpus:
+            alone = max_in_flight(self.book.schedule, B, 1)
+            return np.asarray((first == 0) & (end == count) & (in_flight in (alone, FREE)))
+        if in_flight == FREE or in_flight >= B:
+            return type_of >= 0
+        return np.asarray((type_of >= 0) & ((end == count) if in_flight == 1 else end <= count + 1 - in_flight))
+
+
+def _larger(one: StageBounds, other: StageBounds) -> StageBounds:
+    larger = {name: np.maximum(getattr(one, name), getattr(other, name)) for name in BOUNDS}
+    return StageBounds(even_s=one.even_s, **larger)

@@ -1,0 +1,161 @@
+"""Seconds of kernels on the device this process runs on: what `profile` makes a device's table of.
+
+A time is the median of repeated runs after one that warms up, until both ``repeats`` runs and ``least_s`` seconds are through.
+On a GPU runs are timed by events on its stream, so what the host does meanwhile is hidden as it is in training.
+
+    matmul       (m, k) @ (k, n)                            2 m n k FLOPs
+    attention    (1, h, s, d), causal, forward              2 h s^2 d FLOPs (half of the square), backward 2.5 times
+    stream       c = a + b over large tensors               3 tensors moved
+    launch       a kernel on a handful of numbers           host seconds until the call returns
+    latency      the same, seconds on the device            of a graph of many, where there are graphs
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+SMALL = 16  # elements of a kernel that is all latency
+GRAPH_KERNELS = 64
+FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stopwatch:
+    """Times work on ``device`` ("cpu" or "cuda")."""
+
+    device: str
+    repeats: int
+    least_s: float
+
+    def time_s(self, work: Callable[[], object]) -> float:
+        """Median seconds of one call."""
+        work()
+        self.wait()
+        found: list[float] = []
+        started = time.perf_counter()
+        while len(found) < self.repeats or time.perf_counter() - started < self.least_s:
+            found.append(self._once_s(work))
+        return statistics.median(found)
+
+    def wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def _once_s(self, work: Callable[[], object]) -> float:
+        if self.device != "cuda":
+            started = time.perf_counter()
+            work()
+            return time.perf_counter() - started
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
+
+
+def matmul_s(watch: Stopwatch, m: int, n: int, k: int, dtype: torch.dtype) -> float:
+    """Seconds of (m, k) @ (k, n), the second operand a weight as ``linear`` holds it."""
+    x, weight = _random(watch, (m, k), dtype), _random(watch, (n, k), dtype)
+    return watch.time_s(lambda: F.linear(x, weight))
+
+
+def attention_s(watch: Stopwatch, seq: int, heads: int, head_dim: int, dtype: torch.dtype) -> tuple[float, float]:
+    """Forward and backward seconds of causal attention with the device's own fused kernel."""
+    with sdpa_kernel(FUSED):
+        return _forward_backward(
+            watch,
+            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+            (1, heads, seq, head_dim),
+            dtype,
+        )
+
+
+def materialised_attention_s(
+    watch: Stopwatch, seq: int, heads: int, head_dim: int, dtype: torch.dtype
+) -> tuple[float, float]:
+    """Forward and backward seconds of attention that writes its scores: two products, a mask and a softmax."""
+    mask = torch.full((seq, seq), -torch.inf, device=watch.device, dtype=dtype).triu(1)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.softmax(query @ key.transpose(-1, -2) * head_dim**-0.5 + mask, dim=-1) @ value
+
+    return _forward_backward(watch, attend, (1, heads, seq, head_dim), dtype)
+
+
+def scores_s(watch: Stopwatch, seq: int, heads: int, head_dim: int, dtype: torch.dtype) -> float:
+    """Seconds of the two products of one attention alone."""
+    query, key = (_random(watch, (heads, seq, head_dim), dtype) for _ in range(2))
+    scores = _random(watch, (heads, seq, seq), dtype)
+    return watch.time_s(lambda: query @ key.transpose(-1, -2)) + watch.time_s(lambda: scores @ key)
+
+
+def stream_bytes_per_s(watch: Stopwatch, num_bytes: int) -> tuple[float, float]:
+    """(fastest of copying and filling, adding two tensors) over tensors of ``num_bytes``."""
+    first, second = (torch.ones(num_bytes // 4, device=watch.device) for _ in range(2))
+    out = torch.empty_like(first)
+    copied = 2 * num_bytes / watch.time_s(lambda: out.copy_(first))
+    filled = num_bytes / watch.time_s(lambda: out.fill_(1.0))
+    added = 3 * num_bytes / watch.time_s(lambda: torch.add(first, second, out=out))
+    return max(copied, filled, added), added
+
+
+def launch_s(watch: Stopwatch, count: int) -> float:
+    """Host seconds of one call of an op on a handful of numbers, among ``count`` in a row with gradient on."""
+    x = torch.ones(SMALL, device=watch.device, requires_grad=True)
+    x.mul(1.0)
+    watch.wait()
+    started = time.perf_counter()
+    for _ in range(count):
+        x.mul(1.0)
+    elapsed = time.perf_counter() - started
+    watch.wait()
+    return elapsed / count
+
+
+def latency_s(watch: Stopwatch) -> float:
+    """Device seconds of a kernel on a handful of numbers."""
+    x = torch.ones(SMALL, device=watch.device)
+    if watch.device != "cuda":
+        return watch.time_s(lambda: x.mul_(1.0))
+    x.mul_(1.0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(GRAPH_KERNELS):
+            x.mul_(1.0)
+    return watch.time_s(graph.replay) / GRAPH_KERNELS
+
+
+def sustained_fraction(watch: Stopwatch, size: int, dtype: torch.dtype, seconds: float) -> float:
+    """Rate of a square matmul after ``seconds`` of them over its rate at first: clocks fall as a device warms up."""
+    x, weight = (_random(watch, (size, size), dtype) for _ in range(2))
+    cool_s = watch.time_s(lambda: F.linear(x, weight))
+    started = time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        F.linear(x, weight)
+        watch.wait()
+    warm_s = watch.time_s(lambda: F.linear(x, weight))
+    return min(cool_s / warm_s, 1.0)
+
+
+def _forward_backward(
+    watch: Stopwatch, attend: Callable[[Tensor, Tensor, Tensor], Tensor], shape: tuple[int, ...], dtype: torch.dtype
+) -> tuple[float, float]:
+    leaves = tuple(_random(watch, shape, dtype).requires_grad_() for _ in range(3))
+    with torch.no_grad():
+        forward_s = watch.time_s(lambda: attend(*leaves))
+    result = attend(*leaves)
+    gradient = torch.ones_like(result)
+    backward_s = watch.time_s(lambda: torch.autograd.grad(result, leaves, gradient, retain_graph=True))
+    return forward_s, backward_s
+
+
+def _random(watch: Stopwatch, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, device=watch.device, dtype=torch.float32).to(dtype)
