@@ -146,8 +146,10 @@ def kept(
             return float(mesh.local_bytes(sizes_at(graph, owner.shape, micro_batch), owner.itemsize, tokens))
         # memory of an earlier block, or of what is at hand anywhere: as much of the whole as the saver's part of it
         owner, seen = graph.values[copy[1]], sizes_at(graph, graph.values[value].shape, micro_batch)
-        whole = prod(sizes_at(graph, owner.shape, micro_batch)) * owner.itemsize
-        return whole * mesh.local_bytes(seen, 1, parse_placements(text)) / max(prod(seen), 1)
+        whole, part = prod(sizes_at(graph, owner.shape, micro_batch)) * owner.itemsize, parse_placements(text)
+        if prod(seen) * graph.values[value].itemsize > whole:  # expanded: a rank keeps what it sees, at most all
+            return min(float(whole), float(mesh.local_bytes(seen, graph.values[value].itemsize, part)))
+        return whole * mesh.local_bytes(seen, 1, part) / max(prod(seen), 1)
 
     for op, planned in zip(graph.ops[block.first_op : block.end_op], program.ops, strict=True):
         if free.issuperset((*op.inputs, *op.outputs)):

@@ -53,12 +53,17 @@ class LocalSizes:
         return self._known[key]
 
     def share(self, owner: int, value: int, tokens: Placement, data: Token) -> float:
-        """Bytes of a memory of which a reader sees ``value`` lying so: as much of the whole as of the value."""
-        seen, batch = self.graph.values[value], self.graph.batch
-        whole = prod(batch.scale(size, self.micro_batch) for size in seen.shape) * seen.itemsize
-        part = self.num_bytes(value, tokens, data) / whole if whole else 1.0
-        memory = self.graph.values[owner]
-        return prod(batch.scale(size, self.micro_batch) for size in memory.shape) * memory.itemsize * part
+        """Bytes of a memory of which a reader sees ``value`` lying so: as much of the whole as of the value; of a memory
+        smaller than the value (it was expanded) what the reader sees, at most all."""
+        memory, whole, part = self._whole(owner), self._whole(value), self.num_bytes(value, tokens, data)
+        if whole > memory:
+            return min(memory, part)
+        return memory * part / whole if whole else memory
+
+    def _whole(self, value: int) -> float:
+        found = self.graph.values[value]
+        sizes = (self.graph.batch.scale(size, self.micro_batch) for size in found.shape)
+        return float(prod(sizes) * found.itemsize)
 
     def _repeats(self, atom: Atom, data: Token) -> int:
         """Pieces on a data rank: fewer where it holds part of the samples that repeat the atom."""

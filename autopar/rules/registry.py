@@ -112,6 +112,7 @@ MAKERS: dict[str, Maker] = {
     **dict.fromkeys(("grid_sampler", "grid_sampler_2d", "grid_sampler_3d"), windows.grid_sample),
     "index": lookups.index,
     "index_select": lookups.index_select,
+    **dict.fromkeys(("slice_scatter", "select_scatter"), views.written),
     "index_add": lookups.index_add,
     "histc": lookups.histogram,
     **dict.fromkeys(("gather", "take_along_dim", "scatter", "scatter_add", "scatter_reduce"), lookups.gather),
@@ -138,7 +139,9 @@ POINTWISE |= {
     "polar",
 }
 WHOLE = frozenset({"index_put", "index_put_"})  # known, and of no use in pieces: every rank does it all
-NOTHING = frozenset({"arange", "zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "empty", "scalar_tensor"})
+NOTHING = frozenset(
+    {"arange", "zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "new_empty", "empty", "scalar_tensor"}
+)
 
 
 def rule_of(op: Op, values: Sequence[Value]) -> OpRule:

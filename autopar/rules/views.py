@@ -165,6 +165,18 @@ def slices(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     return labels.rule([tuple(dims)], [out], compute="free", **PASSES)
 
 
+def written(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+    """slice_scatter, select_scatter (x, part, dim, ...): part is written into x along ``dim``, which is whole."""
+    shape = inputs[0].shape
+    dim = argument(op, 2, "dim", 0) % len(shape)
+    labels = Labels()
+    dims = [labels.new("whole" if at == dim else "parallel") if n != 1 else NO_LABEL for at, n in enumerate(shape)]
+    part = [dims[at] for at in range(len(shape)) if at != dim]
+    if "slice" in op.target:
+        part.insert(dim, labels.new("whole") if inputs[1].shape[dim] != 1 else NO_LABEL)
+    return labels.rule([tuple(dims), tuple(part)], [tuple(dims)])
+
+
 def concatenate(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     """cat and stack: the joined dim stays whole, the others are parallel. cat takes a vector of no elements as nothing."""
     rank = len(outputs[0].shape)

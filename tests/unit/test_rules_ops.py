@@ -170,6 +170,9 @@ CASES: dict[str, tuple[Forward, tuple[int, ...], tuple[int, ...], int]] = {
         lambda x, t, w, b: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (4, 2)))).flatten(-2) * b,
         (4, 8), (1,), 8,
     ),
+    "written": (
+        lambda x, t, w, b: x.slice_scatter(x[:, :2] * b, 1, 0, 2) + x.select_scatter(x[:, 1] * b, 1, 0), (4, 8), (1,), 8,
+    ),
     "logical": (lambda x, t, w, b: x * ((x > 0) & (x < 1) | x.isnan()).to(x.dtype) * b, (4, 8), (1,), 8),
 }  # fmt: skip
 
