@@ -107,8 +107,6 @@ def _train(
     from autopar.plan.layout import parse_layout
 
     path = None if output is None else check_writable(Path(output))
-    if pins:
-        raise UsageError("--pin fixes part of a search; `estimate` prices a whole layout: use `autopar plan --pin`")
     fixed = parse_layout(layout, layout_flags(recompute=recompute, schedule=schedule))
     target = load_cluster(cluster, **distinct("--cluster-set", cluster_set))
     model_settings = distinct("--set", settings)
@@ -131,6 +129,7 @@ def _train(
             dtype=dtype,
             memory_gib=memory,
             optimizer=optimizer,
+            pins=pins,
         )
 
     from autopar.cli.output import print_plan, signed

@@ -8,7 +8,6 @@ import click
 
 from autopar.cli.inputs import check_writable, global_batch_of, layout_flags, priced_layout
 from autopar.cli.options import distinct, out_option, output_options, search_options, workload_options
-from autopar.plan.errors import UsageError
 
 
 @click.command("plan")
@@ -46,8 +45,6 @@ def plan_command(
     path = check_writable(Path(output) if output is not None else Path(f"{Path(model).stem}.plan.json"))
     fixed = None
     if layout is not None:
-        if pins:
-            raise UsageError("--pin fixes part of a search, --layout everything; give one of them")
         fixed = parse_layout(layout, layout_flags(recompute=recompute, schedule=schedule))
     target = load_cluster(cluster, **distinct("--cluster-set", cluster_set))
     model_settings = distinct("--set", settings)
@@ -68,6 +65,7 @@ def plan_command(
             "dtype": dtype,
             "memory_gib": memory,
             "optimizer": optimizer,
+            "pins": pins,
         }
         if fixed is not None:
             found = priced_layout(workload, fixed, **options)
@@ -77,7 +75,6 @@ def plan_command(
             found = plan(
                 workload,
                 **options,
-                pins=pins,
                 recompute=recompute,
                 schedule=schedule,
                 time_limit_s=time_limit,
