@@ -48,7 +48,7 @@ serving_options = stacked(
 )
 
 
-@click.command("estimate", epilog=EXAMPLES)
+@click.command("estimate", short_help="Price one manual layout, in training or in inference.", epilog=EXAMPLES)
 @workload_options
 @click.option("--layout", required=True, metavar="TEXT", help="The layout, such as tp=8,pp=4,zero=1.")
 @click.option("--tokens", type=Positive(), metavar="N", help="Tokens of the whole training: adds GPU hours and days.")

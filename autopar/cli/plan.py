@@ -9,8 +9,15 @@ import click
 from autopar.cli.inputs import check_writable, global_batch_of, layout_flags, priced_layout
 from autopar.cli.options import distinct, out_option, output_options, search_options, workload_options
 
+EXAMPLES = """\b
+Examples:
+  autopar plan gpt.py --gpus 64 --set size=39B
+  autopar plan gpt.py --gpus 16 --cluster dgx-a100 --cluster-set inter_node_gbits_per_s=800 --memory 60 -o a100.json
+  autopar plan gpt.py --gpus 8 --layout tp=4,zero=1 --pin 'layers.*.mlp.fc1.weight=RS(0)'
+  autopar plan gpt.py --gpus 8 --cluster table.json --json -q | jq .estimate.step_time_s"""
 
-@click.command("plan")
+
+@click.command("plan", short_help="Search the fastest plan and write it to a file.", epilog=EXAMPLES)
 @workload_options
 @click.option("--layout", metavar="TEXT", help="Search nothing: price this layout, such as tp=8,pp=4,zero=1.")
 @search_options
