@@ -109,24 +109,32 @@ def plan(
     for at, book in enumerate(books):
         searches.append(_Search(book, sizes, order, deadline))
         say("tables", f"micro-batch {book.micro_batch}, {at + 1} of {len(books)}", None, None)
-    searches.sort(key=lambda one: one.free_bound_s)
-    for at, one in enumerate(searches):
+    pending, done = [one for one in searches if math.isfinite(one.free_bound_s)], 0
+    for one in searches:
+        if one not in pending:
+            one.tables.release()
+    while pending:
+        winner = min(found, key=lambda candidate: candidate.step_time_s, default=None)
+        known = winner.step_time_s if winner is not None else np.inf
         if deadline is not None and time.perf_counter() > deadline and found:
-            bound = min(bound, one.free_bound_s)  # the least of those left: they are sorted
+            bound = min(bound, *(one.free_bound_s for one in pending))
             break
-        known = min((best.step_time_s for best in found), default=np.inf)
+        one = _next(pending, winner.book.micro_batch if winner is not None else None)
+        pending.remove(one)
         best, least = one.run(known)
         bound = min(bound, least)
+        done += 1
         if best is not None:
             found.append(best)
-        winner = min(found, key=lambda candidate: candidate.step_time_s, default=None)
-        for other in searches[: at + 1]:
-            if winner is None or other.book is not winner.book:
-                other.tables.release()
+        loser = (
+            one if best is None else next((other for other in searches if winner and other.book is winner.book), None)
+        )
+        if loser is not None:
+            loser.tables.release()
         time_s = min((candidate.step_time_s for candidate in found), default=None)
-        open_s = min([bound, *(other.free_bound_s for other in searches[at + 1 :])])
+        open_s = min([bound, *(other.free_bound_s for other in pending)])
         gap = None if time_s is None else max(0.0, 1 - open_s / time_s)
-        say("search", f"micro-batch {one.book.micro_batch}, {at + 1} of {len(searches)}", time_s, gap)
+        say("search", f"micro-batch {one.book.micro_batch}, {done} of {done + len(pending)}", time_s, gap)
     if not found:
         if deadline is not None and time.perf_counter() > deadline:
             raise TimeLimitError(f"no plan within {time_limit_s} s; raise --time-limit")
@@ -277,6 +285,13 @@ def held_at_most(book: StageBook, schedule: Schedule) -> tuple[int, ...]:
     return tuple(max_in_flight(schedule, book.num_microbatches, place) for place in range(1, count + 1))
 
 
+def _next(pending: list["_Search"], best: int | None) -> "_Search":
+    """The search of the micro-batch size next to the best so far (step times fall and rise again along the sizes), else of
+    the middle one."""
+    middle = best or math.exp(sum(math.log(one.book.micro_batch) for one in pending) / len(pending))
+    return min(pending, key=lambda one: (abs(math.log(one.book.micro_batch / middle)), one.free_bound_s))
+
+
 class _Search:
     """The search of one micro-batch size."""
 
@@ -335,6 +350,11 @@ class _Search:
             if self.free_bound_s >= below_s:
                 return None, known_s
             self.tables.ignore_from(below_s)
+            least = least_s(self._problem(self.tables.bounding, below_s))
+            if least >= below_s:
+                if below_s == known_s:
+                    return None, known_s
+                continue
             # First by times that are reached, which finds good pipelines; then by bounds, to prove or find better ones.
             even = self._run(self.tables.even, below_s, EVEN_EVALUATIONS).best
             target_s = even.step_time_s if even is not None else below_s

@@ -70,6 +70,7 @@ class StageBook:
         self.modes = modes if blocks.core else tuple(mode for mode in modes if mode != "selective") or ("none",)
         self.transfers = Transfers(self)
         self.columns: list[tuple[int, frozenset[int]]] = []
+        self._column_at: dict[tuple[int, frozenset[int]], int] = {}
         types: dict[tuple[int, ...], int] = {}
         count = len(blocks.blocks)
         self.type_of = np.full((count + 1, count + 1), -1)
@@ -101,9 +102,10 @@ class StageBook:
 
     def column(self, kind: int, held: frozenset[int]) -> int:
         """The position of a kind of block whose parameters ``held`` another block of the stage stores."""
-        if (kind, held) not in self.columns:
+        at = self._column_at.setdefault((kind, held), len(self.columns))
+        if at == len(self.columns):
             self.columns.append((kind, held))
-        return self.columns.index((kind, held))
+        return at
 
     def columns_of(self, first: int, end: int) -> list[int]:
         """The columns of blocks first..end-1 of one stage."""

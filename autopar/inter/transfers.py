@@ -95,11 +95,14 @@ class Transfers:
         return tuple(forward), tuple(backward)
 
     def _slower_s(self, part_bytes: float, senders: int, receivers: int, one_node: bool) -> float:
-        cluster = self.book.blocks.cluster
-        most = cluster.devices_per_node
-        out_s = cluster.transfer_s(part_bytes * receivers / senders, same_node=one_node, sharers=min(senders, most))
-        in_s = cluster.transfer_s(part_bytes, same_node=one_node, sharers=min(receivers, most))
-        return float(max(out_s, in_s))
+        key = (part_bytes, senders, receivers, one_node)
+        if key not in self._known:
+            cluster = self.book.blocks.cluster
+            most = cluster.devices_per_node
+            out_s = cluster.transfer_s(part_bytes * receivers / senders, same_node=one_node, sharers=min(senders, most))
+            in_s = cluster.transfer_s(part_bytes, same_node=one_node, sharers=min(receivers, most))
+            self._known[key] = float(max(out_s, in_s))
+        return self._known[key]
 
     def cut_bounds_s(self, sizes: Sequence[int]) -> Floats:
         """(stage sizes, L + 1, D + 1): the least seconds that an activation and its gradient together take across the cut

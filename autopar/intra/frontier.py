@@ -27,6 +27,7 @@ metric, with what overlaps (ZeRO-3 gathers behind one block's compute) applied t
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,12 +148,7 @@ def block_points(
 ) -> BlockPoints:
     """Solve all rows. ``data_axis``: mesh axis 0 has several ranks. ``held`` parameters are stored by another block of
     the stage; ``zero`` pins the ZeRO stage over the data axis."""
-    c = tables.contention
-    beta = np.array([1.0 - (1.0 - c) / num_microbatches if row.family == "reduced" else 1.0 for row in rows])
-    weights = np.array([_weights(row, late, c) for row, late in zip(rows, beta, strict=True)])
-    parameter_weights = np.array(
-        [_parameter_weights(row, num_microbatches, late, c) for row, late in zip(rows, beta, strict=True)]
-    )
+    beta, share, weights, parameter_weights = _row_weights(rows, num_microbatches, tables.contention)
     node_costs: list[Floats] = [weights @ metrics.T for metrics in tables.node_metrics]
     storages = []
     parameter_metrics: list[tuple[Floats, NDArray[np.integer]]] = []
@@ -163,7 +159,6 @@ def block_points(
         node_costs[2 + at] = node_costs[2 + at] + cost
         parameter_metrics.append((metrics, chosen))
         storages.append((names, chosen))
-    share = np.array([_shares(row, c)[0] for row in rows])
     late = (share * beta)[:, None, None]
     repeat = (share * np.where([row.mode == "full" for row in rows], 1.0 + beta, 1.0))[:, None, None]
     edge_costs = [_scaled(forward, repeat) + _scaled(backward, late) for _, _, forward, backward in tables.edges]
@@ -218,6 +213,21 @@ def _links_bind(tables: BlockTables, parameter_metrics: Sequence[tuple[Floats, N
         if gathers > compute_s:
             return True
     return False
+
+
+@lru_cache(maxsize=16)
+def _row_weights(
+    rows: tuple[PriceRow, ...], num_microbatches: int, contention: float
+) -> tuple[Floats, Floats, Floats, Floats]:
+    """Per row: beta, what a second of compute counts, and the weights of the ops' and the parameters' metrics."""
+    beta = np.array([1.0 - (1.0 - contention) / num_microbatches if row.family == "reduced" else 1.0 for row in rows])
+    pairs = list(zip(rows, beta.tolist(), strict=True))
+    return (
+        beta,
+        np.array([_shares(row, contention)[0] for row in rows]),
+        np.array([_weights(row, late, contention) for row, late in pairs]),
+        np.array([_parameter_weights(row, num_microbatches, late, contention) for row, late in pairs]),
+    )
 
 
 def _parameter_weights(row: PriceRow, num_microbatches: int, beta: float, contention: float) -> list[float]:
