@@ -21,7 +21,7 @@ from autopar.plan.errors import UsageError
 EXAMPLES = """\b
 Examples:
   autopar estimate gpt.py --gpus 64 --layout tp=8,pp=4,zero=1 --set size=39B --global-batch 1024
-  autopar estimate llama.py --gpus 16000 --layout tp=8,pp=16,mbs=1,gbs=2000 --set size=405B --tokens 15e12
+  autopar estimate llama.py --gpus 16000 --layout tp=8,pp=16,sp=1,zero=1,recompute=full,gbs=2000 --set size=405B --tokens 15e12
   autopar estimate llama.py --gpus 8 --layout tp=8 --mode decode --weights int4 --context 2048"""
 
 TRAINING_ONLY = (
