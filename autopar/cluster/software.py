@@ -12,12 +12,13 @@ import msgspec
 from autopar.cluster.load import software_document
 from autopar.cluster.source import Source, require_fraction, require_not_negative, require_sources
 
-Chain = Literal["pointwise", "norm"]
+Chain = Literal["pointwise", "norm", "loss"]
 
 
 class Software(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``fuses``: what joins its neighbours in one kernel. Host calls count kernels; a view, which only makes Python and
-    the dispatcher work, counts ``view_calls``; materialised attention counts ``math_attention_*_calls``; ``fixed_calls``
+    the dispatcher work, counts ``view_calls``; materialised attention counts ``math_attention_*_calls`` and keeps
+    ``math_attention_bytes_per_score``; ``fixed_calls``
     are paid once per block and pass (hooks, checkpoints, Python between modules), ``collective_calls`` per collective and
     further rank, as ranks wait for the slowest host; ``microbatch_calls`` per micro-batch on every stage and ``step_calls``
     per step (data, loss, synchronisation), which nothing hides.
@@ -35,6 +36,7 @@ class Software(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     step_calls: float
     math_attention_forward_calls: float
     math_attention_backward_calls: float
+    math_attention_bytes_per_score: float
     loss_forward_bytes_per_logit: float
     loss_backward_bytes_per_logit: float
     optimizer_bytes_half: float

@@ -73,7 +73,7 @@ def op_seconds(
     backward = np.asarray(device.memory_bound_s(backward_bytes / share), float)
     if not profile.forward_flops:
         return forward, backward
-    roles = _local_roles(rule, sizes, degrees, one)
+    roles = local_roles(rule, sizes, degrees, one)
     if rule.compute == "attention":
         return _attention(op, roles, graph, forward, backward, profile, device, execution)
     b, m, n, k = (roles.get(role, one) for role in "bmnk")
@@ -126,14 +126,14 @@ def weight_gradient_s(
     if rule.compute != "matmul" or not rule.roles or not weights or not weights[0].requires_grad:
         return np.zeros(count)
     sizes, one = label_sizes(graph, op, rule, local_batch), np.ones(count)
-    roles = _local_roles(rule, sizes, degrees, one)
+    roles = local_roles(rule, sizes, degrees, one)
     b, m, n, k = (roles.get(role, one) for role in "bmnk")
     dtype = _dtype(op, graph)
     aligned = _aligned(rule, sizes, degrees, one, dtype)
     return np.asarray(device.matmul_s(n, k, m, b, dtype=dtype, aligned=aligned), float)
 
 
-def _local_roles(
+def local_roles(
     rule: OpRule, sizes: Mapping[int, int], degrees: Mapping[int, Floats], one: Floats
 ) -> dict[str, Floats]:
     """Role -> product of the local sizes of its labels, per strategy."""

@@ -31,6 +31,12 @@ class ExecutionModel:
         """The table of the program that ``fusion`` names."""
         return load_software(self.fusion)
 
+    @property
+    def late_gradients(self) -> bool:
+        """Whether a backward makes gradients that were not there before: with one micro-batch there are none at its start,
+        and without overlap nothing is reduced before its end."""
+        return not (self.accumulate and self.overlap)
+
     def gradient_bytes(self, itemsize: int) -> int:
         """Bytes of one gradient element at rest of a parameter of ``itemsize`` bytes."""
         return 4 if self.fp32_grads else itemsize

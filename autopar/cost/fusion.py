@@ -6,11 +6,14 @@ A value v made by op A and read by op B, both fusable:
     B's backward does not write v's gradient nor A's read it, when B alone reads v
 
 Which ops are fusable is the program's: "pointwise" chains (bias, activation, dropout, residual additions: Megatron-LM's
-fused kernels), and "norm", which adds normalisations and softmax as a compiler's reductions do.
+fused kernels), and "norm", which adds normalisations and softmax as a compiler's reductions do. "loss" is a cross entropy
+that works in the memory of its fp32 logits: they become the softmax, which is kept, and then its own gradient (Megatron-LM,
+tensor_parallel/cross_entropy.py); eager PyTorch keeps the log-softmax and makes two gradients as large.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 
 from autopar.graph.ir import Graph, Op
@@ -79,6 +82,25 @@ def fused_kernels(graph: Graph, fuses: Sequence[str]) -> dict[int, int]:
 
 def _kinds(fuses: Sequence[str]) -> frozenset[str]:
     return (POINTWISE if "pointwise" in fuses else frozenset()) | (NORM if "norm" in fuses else frozenset())
+
+
+def with_fused_loss(graph: Graph, profile: GraphProfile, fuses: Sequence[str]) -> GraphProfile:
+    """The profile with cross entropies that work in place, where the program has them."""
+    if "loss" not in fuses:
+        return profile
+    ops = list(profile.ops)
+    for op in graph.ops:
+        ran = profile.ops[op.id]
+        if _packet(op) != "cross_entropy_loss" or not graph.values[op.inputs[0]].requires_grad:
+            continue
+        logits, small = graph.values[op.inputs[0]], ran.saved_internal[1:]
+        if logits.dtype == "float32":
+            kept = tuple(sorted({0, *ran.saved_inputs}))
+            changed = replace(ran, saved_inputs=kept, saved_internal=small, overwritten=(0,))
+        else:  # it makes the fp32 copy itself, and its gradient from there
+            changed = replace(ran, saved_internal=((logits.shape, 4), *small))
+        ops[op.id] = replace(changed, forward_scratch_bytes=0, backward_scratch_bytes=0)
+    return replace(profile, ops=tuple(ops))
 
 
 def _packet(op: Op) -> str:

@@ -20,8 +20,8 @@ from autopar.cost.execution import ExecutionModel
 from autopar.cost.redistribute import MeshLinks
 
 Floats = NDArray[np.float64]
-GATHER_FORWARD, GATHER_BACKWARD, STEP, STEP_EXPOSED, STATE, GATHERED, ACCUMULATE = range(7)
-NUM_PARAMETER_METRICS = 7
+GATHER_FORWARD, GATHER_BACKWARD, STEP, STEP_EXPOSED, STATE, GATHERED, ACCUMULATE, LATE = range(8)
+NUM_PARAMETER_METRICS = 8
 BUCKET_BYTES = 128 * 2**20
 
 
@@ -45,9 +45,9 @@ def storages(axes: tuple[int, ...]) -> tuple[Storage, ...]:
 def storage_metrics(
     storage: Storage, axes: tuple[int, ...], elements: int, itemsize: int, links: MeshLinks, execution: ExecutionModel
 ) -> Floats:
-    """The seven metrics above of ``elements`` trainable elements (local to one rank as its op uses them), replicated with
-    partial gradient over ``axes``: seconds, seconds, seconds that backward can hide, seconds, bytes, bytes, seconds per
-    micro-batch of adding up gradients."""
+    """The eight metrics above of ``elements`` trainable elements (local to one rank as its op uses them), replicated with
+    partial gradient over ``axes``: seconds, seconds, seconds that backward can hide, seconds, bytes at rest, bytes, seconds per
+    micro-batch of adding up gradients, bytes of gradients that a backward makes (``state_bytes``)."""
     shards = int(np.prod([links.sizes[axis] for axis in storage.axes], dtype=int))
     rest = tuple(axis for axis in axes if axis not in storage.axes)
     parameter, sent = float(elements * itemsize), float(elements * execution.reduced_bytes(itemsize))
@@ -70,8 +70,19 @@ def storage_metrics(
     if execution.accumulate:  # the new gradient is read and added to the sum, every micro-batch
         added = float(elements * (itemsize + 2 * execution.gradient_bytes(itemsize)))
         metrics[ACCUMULATE] = float(links.cluster.device.memory_bound_s(added / (shards if storage.stage >= 2 else 1)))
-    metrics[STATE] = sum(state_bytes(storage, shards, elements, itemsize, execution))
+    parameters, gradients, optimizer = state_bytes(storage, shards, elements, itemsize, execution)
+    metrics[STATE] = parameters + optimizer + (gradients if execution.accumulate else 0.0)
+    metrics[LATE] = late_bytes(storage, gradients, elements, itemsize, execution)
     return metrics
+
+
+def late_bytes(storage: Storage, at_rest: float, elements: int, itemsize: int, execution: ExecutionModel) -> float:
+    """Bytes of gradients that a backward makes and that were not there before, in the place of the saved tensors it frees.
+    Where gradients are cut but nothing is reduced before the backward's end, they are whole until then: Alpa's peaks of
+    ZeRO-2 and 3 on two to eight V100."""
+    if storage.stage >= 2 and not execution.overlap:
+        return float(elements * itemsize)
+    return 0.0 if execution.accumulate else at_rest
 
 
 def bucketed_s(links: MeshLinks, kind: str, num_bytes: float, axes: tuple[int, ...]) -> float:

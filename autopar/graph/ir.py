@@ -104,7 +104,9 @@ class OpProfile:
 
     FLOPs count matmul-like work only (matmul, convolution, attention). Bytes are read plus written by kernels that are
     not matmul-like, views excluded. ``saved_inputs``/``saved_outputs`` are positions in ``Op.inputs``/``Op.outputs`` that
-    autograd keeps for the backward; ``saved_internal`` are (shape, itemsize) of further tensors it keeps (masks, statistics)."""
+    autograd keeps for the backward; ``saved_internal`` are (shape, itemsize) of further tensors it keeps (masks, statistics).
+    ``*_scratch_bytes`` are the most that is allocated at once beside results, kept tensors and gradients;
+    ``overwritten`` are positions of kept inputs in whose memory the backward writes their gradients."""
 
     forward_flops: int
     backward_flops: int
@@ -115,6 +117,9 @@ class OpProfile:
     saved_inputs: tuple[int, ...]
     saved_outputs: tuple[int, ...]
     saved_internal: tuple[tuple[tuple[int, ...], int], ...]
+    forward_scratch_bytes: int = 0
+    backward_scratch_bytes: int = 0
+    overwritten: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

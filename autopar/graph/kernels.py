@@ -7,11 +7,13 @@ and adds up
     bytes    of all other calls: every tensor read once and every result written once. A broadcast dim (stride 0) is
              read once. Calls that touch only rows of a table (gathers, scatters) count those rows: see
              ``PARTIAL_BYTES``
+    peak     bytes that are allocated inside and alive at once, results included
     kernels  launches of eager PyTorch on CUDA: one per call but for ``KERNELS``; views and empty allocations are free
 
 Example: ``y = x + 1`` with x of (4, 8) bfloat16 is 0 FLOPs, 64 + 64 bytes, 1 kernel.
 """
 
+import weakref
 from collections.abc import Callable, Iterator
 from math import prod
 from typing import Any, TypeAlias
@@ -70,6 +72,21 @@ class KernelRecorder(TorchDispatchMode):
         self.flops = 0
         self.num_bytes = 0
         self.kernels = 0
+        self.peak_bytes = 0
+        self._live: dict[int, tuple[weakref.ref[Any], int]] = {}
+
+    def live_bytes(self) -> int:
+        """Bytes of what was allocated inside and is still alive."""
+        self._live = {key: entry for key, entry in self._live.items() if entry[0]() is not None}
+        return sum(num_bytes for _, num_bytes in self._live.values())
+
+    def _allocated(self, read: Tensors, written: Tensors) -> None:
+        known = {storage_key(tensor) for tensor in read}
+        for tensor in written:
+            storage = tensor.untyped_storage()
+            if storage_key(tensor) not in known:
+                self._live[storage_key(tensor)] = (weakref.ref(storage), storage.nbytes())
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes())
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -80,6 +97,7 @@ class KernelRecorder(TorchDispatchMode):
             return out
         name = func._schema.name.split("::")[1]
         read, written = list(tensors_of((args, kwargs))), list(tensors_of(out))
+        self._allocated(read, written)
         if name in FREE or not written or _is_view(func, read, written):
             return out
         formula = _flop_formula(func)

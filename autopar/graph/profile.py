@@ -152,6 +152,7 @@ def _run_fake(op: Op, inputs: list[Value], outputs: list[Value], layout: tuple[S
         forward, backward = KernelRecorder(), KernelRecorder()
         with torch.set_grad_enabled(grad), torch.autograd.graph.saved_tensors_hooks(keep, _same), forward:
             results = list(tensors_of(function(*args, **kwargs)))[: len(outputs)]
+        staying = forward.live_bytes()
         assert len(results) == len(outputs), f"{op.target} returned {len(results)} tensors, not {len(outputs)}"
         of_input, of_output = _positions(arguments), _positions(results)
         kept = _classify(saved, (of_output, of_input) if mutable else (of_input, of_output), of_input, packet_name(op))
@@ -161,8 +162,15 @@ def _run_fake(op: Op, inputs: list[Value], outputs: list[Value], layout: tuple[S
         except Exception as error:
             gradients, note = (), f"{op.target} has no backward on its own: {str(error).splitlines()[:1]}"
             backward = KernelRecorder()
+        profile = _profile(forward, backward, kept)
+        written = sum(leaves[at].numel() * leaves[at].element_size() for at in gradients)
+        profile = replace(
+            profile,
+            forward_scratch_bytes=max(forward.peak_bytes - staying, 0),
+            backward_scratch_bytes=max(backward.peak_bytes - written, 0),
+        )
         return _Outcome(
-            profile=_profile(forward, backward, kept),
+            profile=profile,
             strides=tuple(tuple(result.stride()) for result in results),
             aliases=tuple(of_input.get(storage_key(result), [None])[0] for result in results),
             gradients=gradients,

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from autopar.cluster.cluster import Cluster
 from autopar.cost.execution import ExecutionModel
-from autopar.cost.fusion import fused_bytes
+from autopar.cost.fusion import fused_bytes, with_fused_loss
 from autopar.cost.redistribute import MeshLinks
 from autopar.graph.ir import Block, Graph
 from autopar.graph.profile import GraphProfile, profile_graph
@@ -70,7 +70,9 @@ class Blocks:
         profile: GraphProfile | None = None,
     ) -> None:
         self.graph, self.blocks, self.cluster, self.execution = graph, blocks, cluster, execution
-        self.profile: GraphProfile = profile_graph(graph) if profile is None else profile
+        self.profile: GraphProfile = with_fused_loss(
+            graph, profile_graph(graph) if profile is None else profile, execution.software.fuses
+        )
         self.fused = fused_bytes(graph, self.profile, execution.software.fuses)
         self._data = data_values(graph)
         self.kinds: dict[int, Block] = {}

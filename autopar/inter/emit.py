@@ -12,6 +12,7 @@ from autopar.inter.blocks import Mesh
 from autopar.inter.finish import Finished
 from autopar.inter.judged import judged
 from autopar.inter.lying import Lying
+from autopar.inter.provenance import with_provenance
 from autopar.inter.simulate import StageTimes, simulate
 from autopar.inter.stages import StageBook
 from autopar.inter.summary import Parts, alike_on_all_ranks, summarise, time_parts
@@ -74,7 +75,7 @@ def build_plan(found: Found) -> Plan:
         [devices for _, _, devices in found.stages], found.cluster.devices_per_node
     )
     alike: list[str] = []
-    totals_of_slowest: tuple[float, Parts] = (-1.0, Parts())
+    slowest: tuple[float, int, list[Use], Parts] = (-1.0, 0, [], Parts())
     for at, (first, end, devices) in enumerate(found.stages):
         if found.books:
             book = found.books[at]
@@ -87,14 +88,13 @@ def build_plan(found: Found) -> Plan:
             if key not in programs:
                 programs[key] = _program(book, use, f"p{len(programs)}")
             refs.append(BlockRef(index=block.index, name=block.name, program=programs[key].id))
-        parts = time_parts(uses)
         names = [axis.name for axis in axes][-len(choice.mesh.inner) :] if choice.mesh.inner else []
         for name, (share, attention) in alike_on_all_ranks(uses, book.blocks.profile, names).items():
             what = "attention among them, " if attention else ""
             alike.append(f"stage {at}: {share:.1%} of the FLOPs, {what}are computed alike on all ranks of {name}")
         busy = found.times[at].forward_s + found.times[at].backward_s
-        if busy > totals_of_slowest[0]:
-            totals_of_slowest = (busy, parts)
+        if busy > slowest[0]:
+            slowest = (busy, at, uses, time_parts(uses))
         stages.append(
             StagePlan(
                 blocks=tuple(refs),
@@ -127,7 +127,7 @@ def build_plan(found: Found) -> Plan:
         stages=stages,
         step_time_s=simulation.step_time_s,
         bubble_fraction=simulation.bubble_fraction,
-        parts=totals_of_slowest[1],
+        parts=slowest[3],
     )
     bound_s = min(found.lower_bound_s, simulation.step_time_s)
     gap = 1 - bound_s / simulation.step_time_s
@@ -183,7 +183,8 @@ def build_plan(found: Found) -> Plan:
             "python": platform.python_version(),
         },
     )
-    return judged(plan, book.blocks, found.cluster)
+    plan = judged(plan, book.blocks, found.cluster)
+    return with_provenance(plan, slowest[1], slowest[2], book.blocks, found.cluster)
 
 
 def _program(book: StageBook, use: Use, name: str) -> BlockProgram:

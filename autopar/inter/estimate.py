@@ -3,7 +3,7 @@
 What a layout leaves open is filled in by `layouts`. A stage (with an interleaved schedule a chunk) is priced like any of
 the search's; the schedule is simulated; memory is that of the fullest run of devices:
 
-    sum over its chunks of (state + held * saved) + max workspace + fixed                 (``run_memory``)
+    sum over its chunks of (state + held * saved + gradients beyond one saved) + max workspace + fixed     (``run_memory``)
 """
 
 import itertools
@@ -270,7 +270,7 @@ def run_memory(
         totals = add([(book.points(c, run.choice.mesh, FREE).totals[0, run.choice.boundary], 1.0) for c in columns])
         num_bytes, workspace = found.get(cut.first_device, (book.fixed_bytes(), 0.0))
         found[cut.first_device] = (
-            num_bytes + float(totals[fr.STATE] + count * totals[fr.SAVED]),
+            num_bytes + float(fr.memory_bytes(totals, count) - totals[fr.WORKSPACE]),
             max(workspace, float(totals[fr.WORKSPACE])),
         )
     return {device: num_bytes + workspace for device, (num_bytes, workspace) in found.items()}

@@ -4,7 +4,7 @@ With one point p for all blocks, the stage's totals are sums over its columns c 
 that is fast does not fit and the one that fits is slow, the column m with most blocks may mix two of them,
 
     k blocks at the lean point q, n_m - k at the fast point p, the other columns at p or at q,
-    k = ceil((memory at p - M) / (memory_m(p) - memory_m(q)))            the least k that fits
+    k = ceil((memory at p - M) / (memory_m(p) - memory_m(q)))            the least k that fits, at both ``_moments``
 
 (DESIGN: a stage as a mix of two neighbouring frontier points; the same as "recompute k layers" of Megatron-LM.)
 """
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from autopar.inter.blocks import Mesh
 from autopar.intra import frontier as fr
-from autopar.intra.frontier import BlockPoints
+from autopar.intra.frontier import BlockPoints, memory_bytes
 
 Floats = NDArray[np.float64]
 PointRef = tuple[int, int]  # phase of the price rows, and the row
@@ -109,11 +109,6 @@ def fastest(
     return best
 
 
-def memory_bytes(totals: Floats, in_flight: int) -> Floats:
-    """Bytes of stage totals with ``in_flight`` micro-batches held, without the fixed share."""
-    return np.asarray(totals[..., fr.STATE] + in_flight * totals[..., fr.SAVED] + totals[..., fr.WORKSPACE])
-
-
 def _at_boundary(points: StagePoints, prices: Prices, in_flight: int, room_bytes: float, at: int) -> Finished | None:
     usable = np.flatnonzero(np.isfinite(points.totals[:, :, at]).all(axis=(0, 2)))
     if not len(usable):
@@ -147,19 +142,21 @@ def _at_boundary(points: StagePoints, prices: Prices, in_flight: int, room_bytes
     number = points.numbers[main]
     hull = _hull(memory_bytes(totals[main], in_flight), prices.time_s(totals[main]))
     fast, lean = (grid.reshape(-1) for grid in np.meshgrid(hull, hull, indexing="ij"))
-    saving = totals[main, fast][:, [fr.STATE, fr.SAVED]] - totals[main, lean][:, [fr.STATE, fr.SAVED]]
-    per_block = saving[:, 0] + in_flight * saving[:, 1]
+    saving = totals[main, fast] - totals[main, lean]
     others = [at for at in range(len(points.numbers)) if at != main]
     for side in (fast, lean):
         rest = [(totals[other, side], float(points.numbers[other])) for other in others]
         none = add([*rest, (totals[main, fast], float(number))])
         # workspace of both points from the start: k is then enough whichever is the larger
-        start = memory_bytes(none, in_flight) - none[:, fr.WORKSPACE]
-        start += np.maximum(none[:, fr.WORKSPACE], totals[main, lean][:, fr.WORKSPACE])
-        with np.errstate(divide="ignore", invalid="ignore"):
-            k = np.ceil((start - room_bytes) / per_block)
-        valid = (per_block > 0) & (k >= 1) & (k <= number - 1)
-        k = np.where(valid, k, 0.0)
+        work = np.maximum(none[:, fr.WORKSPACE], totals[main, lean][:, fr.WORKSPACE])
+        needed = np.zeros(len(fast))
+        for weights in _moments(in_flight):
+            over, per_block = none @ weights + work - room_bytes, saving @ weights
+            with np.errstate(divide="ignore", invalid="ignore"):
+                blocks = np.ceil(over / per_block)
+            needed = np.maximum(needed, np.where(over <= 0, 0.0, np.where(per_block > 0, blocks, np.inf)))
+        valid = (needed >= 1) & (needed <= number - 1)
+        k = np.where(valid, needed, 0.0)
         mixed = add([*rest, (totals[main, fast], number - k), (totals[main, lean], k)])
         value = np.where(valid & (memory_bytes(mixed, in_flight) <= room_bytes), prices.time_s(mixed), np.inf)
         won = int(value.argmin())
@@ -169,6 +166,14 @@ def _at_boundary(points: StagePoints, prices: Prices, in_flight: int, room_bytes
             mixes[main] = ((ref(int(lean[won])), count), (ref(int(fast[won])), number - count))
             best = build(mixed[won], mixes)
     return best
+
+
+def _moments(in_flight: int) -> tuple[Floats, Floats]:
+    """Weights of the totals in memory, workspace left out, at the start of a backward and at its end."""
+    start, end = np.zeros(fr.NUM_TOTALS), np.zeros(fr.NUM_TOTALS)
+    start[[fr.STATE, fr.SAVED]] = 1.0, in_flight
+    end[[fr.STATE, fr.SAVED, fr.LATE]] = 1.0, in_flight - 1.0, 1.0
+    return start, end
 
 
 def _hull(memory: Floats, time: Floats) -> NDArray[np.integer]:

@@ -5,7 +5,8 @@ micro-batches) and what is given (graph, profiles, sharding rules, device and li
 
     block     `judge_block`: kernels at local shapes, moves between placements, kept copies, parameters
     stage     sums over blocks + the loop's calls; step = reduction that the last backward does not hide + optimizer
-    memory    state + micro-batches in flight * saved + largest workspace + what the allocator does not count
+    memory    state + micro-batches in flight * saved + largest workspace + what the allocator does not count, with one of
+              the saved given back for the gradients that a backward makes where these are larger
     step      the event simulation of the schedule
 
 ``judge`` returns what it found, ``differences`` names where a plan says otherwise.
@@ -19,7 +20,7 @@ import msgspec
 
 from autopar.cluster.cluster import Cluster
 from autopar.cluster.software import load_software
-from autopar.cost.fusion import fused_bytes
+from autopar.cost.fusion import fused_bytes, with_fused_loss
 from autopar.graph.ir import Block, Graph
 from autopar.graph.profile import GraphProfile, profile_graph
 from autopar.inter.judge_block import BlockPrice, price_block
@@ -28,6 +29,7 @@ from autopar.inter.judge_flow import at_hand
 from autopar.inter.judge_items import step_items
 from autopar.inter.judge_routes import Mesh
 from autopar.inter.judge_transfers import Send, sends
+from autopar.inter.judge_workspace import kept_anywhere
 from autopar.inter.simulate import StageTimes, simulate
 from autopar.plan.errors import CheckError
 from autopar.plan.plan import Collective, MemoryParts, Plan, StagePlan, TimeItem, device_memory
@@ -42,6 +44,7 @@ BYTES = (
     "saved_activations_bytes",
     "workspace_bytes",
     "fixed_bytes",
+    "overlaid_bytes",
 )
 
 
@@ -78,9 +81,10 @@ def judge(
     Worked example: a block of one (8, 4) x (4, 6) product in fp16, column parallel on 2 ranks, takes the matmul curve at
     (8, 3, 4) and, before it, an all_gather of 8 * 4 * 2 = 64 bytes when its input lies as ``S(0)``.
     """
-    profile = profile or profile_graph(graph)
-    free = at_hand(graph)
-    fused = fused_bytes(graph, profile, load_software(plan.execution.fusion).fuses)
+    fuses = load_software(plan.execution.fusion).fuses
+    profile = with_fused_loss(graph, profile or profile_graph(graph), fuses)
+    free, stays = at_hand(graph), kept_anywhere(graph, profile)
+    fused = fused_bytes(graph, profile, fuses)
     kinds: dict[int, Block] = {}
     for block in blocks:
         kinds.setdefault(block.kind, block)
@@ -116,6 +120,7 @@ def judge(
                     plan.microbatches > 1,
                     prod(axis.size for axis in stage.axes if axis.name != "dp"),
                     plan.search.status == "fixed",  # a manual layout is Megatron's program
+                    stays,
                 )
             found.append(prices[key])
         per_stage.append(found)
@@ -170,6 +175,11 @@ def _stage(
     contention = cluster.overlap_contention if plan.execution.overlap else 1.0
     exposed_s = max(reduction_s - backward_s, 0.0) + contention * min(reduction_s, backward_s)
     software, launch_s = load_software(plan.execution.fusion), cluster.device.launch_s
+    saved = sum(price.saved_bytes for price in found)
+    gradients = sum(price.gradients_bytes for price in found)
+    at_end = sum(price.late_bytes for price in found) + (gradients if plan.microbatches > 1 else 0.0)
+    at_start = saved + (gradients if plan.microbatches > 1 else 0.0)
+    more = max(at_start, at_end) - saved - gradients  # than the parts that are told
     loop_s = software.microbatch_calls * launch_s / 2
     return StageJudgement(
         forward_s=sum(price.forward_s for price in found) + loop_s,
@@ -180,11 +190,14 @@ def _stage(
         in_flight=in_flight,
         memory=MemoryParts(
             parameters_bytes=round(sum(price.parameters_bytes for price in found)),
-            gradients_bytes=round(sum(price.gradients_bytes for price in found)),
+            gradients_bytes=round(gradients),
             optimizer_bytes=round(sum(price.optimizer_bytes for price in found)),
-            saved_activations_bytes=round(in_flight * sum(price.saved_bytes for price in found)),
-            workspace_bytes=round(max(price.workspace_bytes for price in found)),
-            fixed_bytes=round(cluster.device.context_bytes + cluster.communication_buffer_bytes(2)),
+            saved_activations_bytes=round(in_flight * saved),
+            workspace_bytes=round(max(price.workspace_bytes for price in found) + max(more, 0.0)),
+            fixed_bytes=round(
+                cluster.device.context_bytes + cluster.communication_buffer_bytes(2 if plan.gpus > 1 else 0)
+            ),
+            overlaid_bytes=round(max(-more, 0.0)),
         ),
     )
 

@@ -4,7 +4,7 @@ F, C, B      kernels outside and inside attention, and backward, with the moves 
 launches     calls of the host * launch time, + a wait per collective for the slowest host
 forward      both(max(F + C, launches), gathers)                both(a, b) = max(a, b) + contention * min(a, b)
 backward     both(max(B + again, launches), gathers, scatters)  again = 0 | C | F + C for none | selective | full
-workspace    largest op's tensors + two blocks' gathered parameters + what the recompute mode brings back
+workspace    what passes in one op, at most, + two blocks' gathered parameters + what the recompute mode brings back
 """
 
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from autopar.cluster.software import Software, load_software
 from autopar.graph.ir import Block, Graph, OpProfile
 from autopar.graph.profile import GraphProfile
 from autopar.inter.judge_flow import kept, moves
-from autopar.inter.judge_ops import price_op, sizes_at
+from autopar.inter.judge_ops import price_op
 from autopar.inter.judge_parameters import ParameterPrice, price_parameters
 from autopar.inter.judge_routes import Mesh, Step
+from autopar.inter.judge_workspace import passing
 from autopar.plan.errors import CheckError
-from autopar.plan.mesh import parse_placements
 from autopar.plan.plan import BlockProgram, Execution
 
 
@@ -59,6 +59,7 @@ class BlockPrice:
     optimizer_bytes: float
     saved_bytes: float
     workspace_bytes: float
+    late_bytes: float
     issues: tuple[Issue, ...]
     seconds: BlockSeconds
 
@@ -77,10 +78,11 @@ def price_block(
     accumulates: bool,
     inner_ranks: int,
     balanced: bool,
+    stays: tuple[frozenset[int], frozenset[int]],
 ) -> BlockPrice:
     """``free`` values are at hand anywhere, ``stored`` parameters are held by an earlier block of the stage; ``fused`` is
     what fusion saves of the ops' traffic, ``inner_ranks`` how many ranks share a data rank's work;
-    ``balanced``: those that share a sequence share its attention evenly under a causal mask."""
+    ``balanced``: those that share a sequence share its attention evenly under a causal mask; ``stays``: see ``judge_workspace.kept_anywhere``."""
     software, device = load_software(execution.fusion), mesh.cluster.device
     ops = graph.ops[block.first_op : block.end_op]
     aligned = ((program.ops, ops), (program.inputs, block.inputs), (program.outputs, block.outputs))
@@ -113,20 +115,12 @@ def price_block(
         backward += price.backward_steps
         shards[op.id] = (price.shards, price.fixed_shards)
         _count(calls, profile.ops[op.id], core and execution.attn == "math", core, software)
-        tensors = zip((*op.inputs, *op.outputs), (*planned.inputs, *planned.outputs), strict=True)
+        scores = core and execution.attn == "math"
         largest = max(
-            largest,
-            sum(
-                mesh.local_bytes(
-                    sizes_at(graph, graph.values[value].shape, micro_batch),
-                    graph.values[value].itemsize,
-                    parse_placements(text),
-                )
-                for value, text in tensors
-                if graph.values[value].kind == "activation"
-            ),
+            largest, passing(graph, profile, op, planned, mesh, micro_batch, *stays, price.shards, materialised=scores)
         )
-    held = kept(graph, profile, block, program, mesh, micro_batch, moved, free, shards)
+    per_score = software.math_attention_bytes_per_score if execution.attn == "math" else 0.0
+    held = kept(graph, profile, block, program, mesh, micro_batch, moved, free, shards, per_score)
     parameters = price_parameters(graph, block, program, mesh, execution, stored, accumulates)
     f = times[0] + sum(step.time_s for step in forward)
     b = times[2] + sum(step.time_s for step in backward)
@@ -168,6 +162,7 @@ def price_block(
         workspace_bytes=largest
         + 2 * parameters.gathered_bytes
         + {"none": 0.0, "selective": held.core, "full": held.saved + held.core}[mode],
+        late_bytes=parameters.late_bytes,
         issues=_issues(forward, backward, parameters, full),
     )
 

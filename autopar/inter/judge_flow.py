@@ -15,6 +15,7 @@ from autopar.graph.ir import Block, Graph
 from autopar.graph.profile import GraphProfile
 from autopar.inter.judge_ops import sizes_at
 from autopar.inter.judge_routes import Mesh, Route
+from autopar.inter.judge_workspace import whole_scores
 from autopar.plan.errors import CheckError
 from autopar.plan.mesh import parse_placements
 from autopar.plan.plan import BlockProgram
@@ -115,9 +116,10 @@ def kept(
     moved: Moves,
     free: frozenset[int],
     shards: dict[int, tuple[int, int]],
+    bytes_per_score: float,
 ) -> Kept:
     """What one micro-batch keeps; ``shards`` is by how many ranks each op's work is divided, and by how many of
-    axes that do not cut the batch."""
+    axes that do not cut the batch. Materialised attention keeps ``bytes_per_score`` of its scores (0: it is fused)."""
     earlier = _kept_before(graph, profile, block.first_op)
     held: dict[Copy, float] = {}
     core: set[Copy] = set()
@@ -164,6 +166,8 @@ def kept(
         grows = any(graph.batch.grows(size) for shape, _ in ran.saved_internal for size in shape)
         divisor = shards[op.id][0] * graph.batch.traced / micro_batch if grows else shards[op.id][1]
         internal = sum(prod(shape) * itemsize for shape, itemsize in ran.saved_internal) / divisor
+        if is_core and bytes_per_score:
+            internal = whole_scores(graph, op, micro_batch) * bytes_per_score / shards[op.id][0]
         saved, inside = (saved, inside + internal) if is_core else (saved + internal, inside)
     read = {
         value

@@ -25,7 +25,8 @@ from autopar.plan.plan import BlockProgram, CollectiveKind, Execution, Parameter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterPrice:
-    """Seconds and bytes of all parameters of a block; ``gathered_bytes`` is what gathers bring in at once."""
+    """Seconds and bytes of all parameters of a block; ``gathered_bytes`` is what gathers bring in at once,
+    ``late_bytes`` the gradients that are there at the end of a backward and were not before it."""
 
     forward_s: float
     backward_s: float
@@ -36,6 +37,7 @@ class ParameterPrice:
     gradients_bytes: float
     optimizer_bytes: float
     gathered_bytes: float
+    late_bytes: float
     microbatch_steps: tuple[Step, ...]
     once_steps: tuple[Step, ...]
 
@@ -51,7 +53,9 @@ def price_parameters(
 ) -> ParameterPrice:
     """``stored`` parameters are kept and reduced by an earlier block of the stage."""
     plans = _by_value(graph, block, program)
-    sums = dict.fromkeys(("forward", "backward", "reduction", "optimizer", "p", "g", "o", "gathered", "sum"), 0.0)
+    sums = dict.fromkeys(
+        ("forward", "backward", "reduction", "optimizer", "p", "g", "o", "gathered", "sum", "late"), 0.0
+    )
     software, device = load_software(execution.fusion), mesh.cluster.device
     per_microbatch: list[Step] = []
     once: list[Step] = []
@@ -97,6 +101,10 @@ def price_parameters(
         sums["p"] += size / (shards if stage3 else 1)
         sums["g"] += gradient / (shards if stage2 else 1)
         sums["o"] += state / shards
+        if stage2 and not execution.overlap:  # nothing is reduced before the backward's end
+            sums["late"] += size
+        elif not accumulates:
+            sums["late"] += gradient / (shards if stage2 else 1)
     return ParameterPrice(
         forward_s=sums["forward"],
         backward_s=sums["backward"],
@@ -107,6 +115,7 @@ def price_parameters(
         gradients_bytes=sums["g"],
         optimizer_bytes=sums["o"],
         gathered_bytes=sums["gathered"],
+        late_bytes=sums["late"],
         microbatch_steps=tuple(per_microbatch),
         once_steps=tuple(once),
     )

@@ -20,8 +20,9 @@ import numpy as np
 import pulp
 from numpy.typing import NDArray
 
-from autopar.inter.finish import Finished, PointRef, Prices, StageChoice, StagePoints, add, memory_bytes
+from autopar.inter.finish import Finished, PointRef, Prices, StageChoice, StagePoints, add
 from autopar.intra import frontier as fr
+from autopar.intra.frontier import memory_bytes
 
 Floats = NDArray[np.float64]
 TIME_LIMIT_S = 5.0
@@ -47,7 +48,7 @@ def best_mix(
     step = program.add_variable("step", lowBound=0)
     work = program.add_variable("work", lowBound=0)
     time: list[Any] = [step * (1.0 / num_microbatches)]
-    held, exposed, rest = [work * 1.0], [], []
+    held, freed, exposed, rest = [work * 1.0], [work * 1.0], [], []
     counts: list[dict[int, Any]] = []
     for c, (column, number, allowed) in enumerate(zip(totals, points.numbers, kept, strict=True)):
         x = {p: program.add_variable(f"x_{c}_{p}", 0, number, pulp.LpInteger) for p in allowed}
@@ -59,11 +60,14 @@ def best_mix(
             program += work >= float(values[fr.WORKSPACE] * scale_bytes) * y, f"work_{c}_{p}"
             time.append(float((values[fr.FORWARD] + values[fr.BACKWARD]) * scale_s) * count)
             held.append(float((values[fr.STATE] + in_flight * values[fr.SAVED]) * scale_bytes) * count)
+            at_end = values[fr.STATE] + (in_flight - 1) * values[fr.SAVED] + values[fr.LATE]
+            freed.append(float(at_end * scale_bytes) * count)
             hidden = (1.0 - contention) * float(values[fr.BACKWARD])
             exposed.append(float((values[fr.STEP] - hidden + values[fr.STEP_EXPOSED]) * scale_s) * count)
             rest.append(float((contention * values[fr.STEP] + values[fr.STEP_EXPOSED]) * scale_s) * count)
         counts.append(x)
     program += pulp.lpSum(held) <= 1.0, "room"
+    program += pulp.lpSum(freed) <= 1.0, "room_for_gradients"
     program += step >= pulp.lpSum(exposed), "exposed"
     program += step >= pulp.lpSum(rest), "rest"
     program.setObjective(pulp.lpSum(time))
@@ -102,6 +106,7 @@ def _useful(column: Floats, in_flight: int, num_microbatches: int) -> list[int]:
             column[finite, fr.STEP],
             column[finite, fr.STEP_EXPOSED],
             column[finite, fr.STATE] + in_flight * column[finite, fr.SAVED],
+            column[finite, fr.STATE] + (in_flight - 1) * column[finite, fr.SAVED] + column[finite, fr.LATE],
             column[finite, fr.WORKSPACE],
         ],
         axis=1,

@@ -172,6 +172,7 @@ class StageBook:
             totals = np.stack([np.where(np.isfinite(one.totals[kept]), one.totals[kept], HUGE) for one in points])
             bounds = np.stack([np.where(np.isfinite(one.bound_s[kept]), one.bound_s[kept], HUGE) for one in points])
             sums = np.einsum("tc,crbm->trbm", self.counts, totals)
+            sums[..., fr.WORKSPACE] = 0.0  # the most of the blocks, not their sum
             workspace = np.zeros(sums.shape[:-1])
             for column, present in enumerate((self.counts > 0).T):
                 held = np.where(present[:, None, None], totals[None, column, :, :, fr.WORKSPACE], 0.0)
@@ -182,7 +183,7 @@ class StageBook:
                 kept=kept,
                 rows=rows,
                 time_s=time,
-                held=np.stack([sums[..., fr.STATE] + workspace, sums[..., fr.SAVED]]),
+                held=np.stack([fr.memory_bytes(sums, 0) + workspace, sums[..., fr.SAVED]]),
                 bound_s=np.einsum("tc,crb->trb", self.counts, _least_over_modes(rows, bounds)),
                 fastest=time.reshape(len(time), -1).argmin(axis=1),
             )
@@ -289,8 +290,11 @@ class StageBook:
         return ((below, 1.0 - share), (above, share))
 
     def fixed_bytes(self) -> float:
-        """What torch's allocator does not count: context, and the buffers of two communicators."""
-        return float(self.blocks.cluster.device.context_bytes + self.blocks.cluster.communication_buffer_bytes(2))
+        """What torch's allocator does not count: context, and where ranks talk the buffers of two communicators."""
+        communicators = 2 if self.gpus > 1 else 0
+        return float(
+            self.blocks.cluster.device.context_bytes + self.blocks.cluster.communication_buffer_bytes(communicators)
+        )
 
 
 def _least_over_modes(rows: tuple[PriceRow, ...], bounds: Floats) -> Floats:

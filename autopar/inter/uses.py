@@ -58,7 +58,7 @@ def uses_of(book: StageBook, choice: StageChoice, first: int, end: int) -> list[
 
 def memory_of(book: StageBook, uses: list[Use], in_flight: int) -> MemoryParts:
     """Bytes on the fullest device with ``in_flight`` micro-batches held."""
-    sums = np.zeros(3)
+    sums = np.zeros(4)
     saved = workspace = 0.0
     execution = book.blocks.execution
     for use in uses:
@@ -77,12 +77,17 @@ def memory_of(book: StageBook, uses: list[Use], in_flight: int) -> MemoryParts:
                     continue
                 storage = names[number * len(per_strategy) + strategy][int(chosen[number][use.row, strategy])]
                 shards = int(np.prod([use.mesh.sizes[axis] for axis in storage.axes], dtype=int))
-                sums += pm.state_bytes(storage, shards, elements, value.itemsize, execution)
+                state = pm.state_bytes(storage, shards, elements, value.itemsize, execution)
+                sums += (*state, pm.late_bytes(storage, state[1], elements, value.itemsize, execution))
+    # what the backward's gradients add to the saved tensors in whose place they come, beyond those counted at rest
+    at_start = sums[1] if execution.accumulate else 0.0
+    late = at_start + max(float(sums[3]) - saved, 0.0) - float(sums[1])
     return MemoryParts(
         parameters_bytes=round(sums[0]),
         gradients_bytes=round(sums[1]),
         optimizer_bytes=round(sums[2]),
         saved_activations_bytes=round(in_flight * saved),
-        workspace_bytes=round(workspace),
+        workspace_bytes=round(workspace + max(late, 0.0)),
         fixed_bytes=round(book.fixed_bytes()),
+        overlaid_bytes=round(max(-late, 0.0)),
     )

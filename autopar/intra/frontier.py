@@ -21,6 +21,9 @@ exposes max(g r, r - (1 - g) W) of its reductions r, so the optimum of a hidden,
 the true time plus price * memory of any choice of its mode. Linked is the better bound only where gathers take longer than
 compute, as over slow links between nodes.
 
+Gradients that a backward makes (LATE: with one micro-batch all, without overlap what ZeRO-2 and 3 cut) take the place of
+the saved tensors it frees: max(s saved, (s - 1) saved + late) is priced by the mean of the two, which is not above it.
+
 Parameters are leaves: for each row and strategy the cheapest storage is taken. What the solutions cost is then summed per
 metric, with what overlaps (ZeRO-3 gathers behind one block's compute) applied to the block as a whole.
 """
@@ -46,8 +49,8 @@ PRICES = (0.03, 0.3, 1.0, 1.7, 2.8, 4.5, 7.0, 11.0, 18.0, 30.0, 60.0, 200.0)
 layer again costs about what its activations free."""
 LEAN_PRICE = 1e3
 """Seconds per byte at which time has no say."""
-FORWARD, BACKWARD, STEP, STEP_EXPOSED, STATE, SAVED, WORKSPACE = range(7)
-NUM_TOTALS = 7
+FORWARD, BACKWARD, STEP, STEP_EXPOSED, STATE, SAVED, WORKSPACE, LATE = range(8)
+NUM_TOTALS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +65,8 @@ class PriceRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BlockPoints:
-    """``totals[row, boundary]`` are the seven sums above (seconds, seconds, seconds once per step that backward may hide,
-    seconds once per step, bytes, bytes per micro-batch in flight, bytes), inf where there is no solution; the boundary
+    """``totals[row, boundary]`` are the eight sums above (seconds, seconds, seconds once per step that backward may hide,
+    seconds once per step, bytes, bytes per micro-batch in flight, bytes, bytes of gradients that a backward makes), inf where there is no solution; the boundary
     placement is the same on both sides. ``choices[node, row, boundary]`` and ``storage[op][row]`` say which;
     ``bound_s[row, boundary]`` is the row's optimum. ``least`` holds the least forward seconds, workspace and seconds
     once per step of any choice; ``links_bind``: ZeRO-3 gathers can take longer than the compute that hides them."""
@@ -148,7 +151,8 @@ def block_points(
 ) -> BlockPoints:
     """Solve all rows. ``data_axis``: mesh axis 0 has several ranks. ``held`` parameters are stored by another block of
     the stage; ``zero`` pins the ZeRO stage over the data axis."""
-    beta, share, weights, parameter_weights = _row_weights(rows, num_microbatches, tables.contention)
+    late_share = 0.5 if prices.execution.late_gradients else 0.0
+    beta, share, weights, parameter_weights = _row_weights(rows, num_microbatches, tables.contention, late_share)
     node_costs: list[Floats] = [weights @ metrics.T for metrics in tables.node_metrics]
     storages = []
     parameter_metrics: list[tuple[Floats, NDArray[np.integer]]] = []
@@ -215,9 +219,16 @@ def _links_bind(tables: BlockTables, parameter_metrics: Sequence[tuple[Floats, N
     return False
 
 
+def memory_bytes(totals: Floats, in_flight: int | Floats) -> Floats:
+    """Bytes with ``in_flight`` micro-batches held, all but the fixed share: at the start of a backward, or at its end,
+    when its saved tensors are gone and its gradients there."""
+    late = np.maximum(totals[..., LATE] - totals[..., SAVED], 0.0)
+    return np.asarray(totals[..., STATE] + in_flight * totals[..., SAVED] + late + totals[..., WORKSPACE])
+
+
 @lru_cache(maxsize=16)
 def _row_weights(
-    rows: tuple[PriceRow, ...], num_microbatches: int, contention: float
+    rows: tuple[PriceRow, ...], num_microbatches: int, contention: float, late_share: float
 ) -> tuple[Floats, Floats, Floats, Floats]:
     """Per row: beta, what a second of compute counts, and the weights of the ops' and the parameters' metrics."""
     beta = np.array([1.0 - (1.0 - contention) / num_microbatches if row.family == "reduced" else 1.0 for row in rows])
@@ -225,12 +236,14 @@ def _row_weights(
     return (
         beta,
         np.array([_shares(row, contention)[0] for row in rows]),
-        np.array([_weights(row, late, contention) for row, late in pairs]),
-        np.array([_parameter_weights(row, num_microbatches, late, contention) for row, late in pairs]),
+        np.array([_weights(row, late, contention, late_share) for row, late in pairs]),
+        np.array([_parameter_weights(row, num_microbatches, late, contention, late_share) for row, late in pairs]),
     )
 
 
-def _parameter_weights(row: PriceRow, num_microbatches: int, beta: float, contention: float) -> list[float]:
+def _parameter_weights(
+    row: PriceRow, num_microbatches: int, beta: float, contention: float, late_share: float
+) -> list[float]:
     compute, gathers = _shares(row, contention)
     weights = [0.0] * pm.NUM_PARAMETER_METRICS
     weights[pm.GATHER_FORWARD], weights[pm.GATHER_BACKWARD] = gathers, beta * gathers
@@ -238,6 +251,7 @@ def _parameter_weights(row: PriceRow, num_microbatches: int, beta: float, conten
     weights[pm.STEP] = reductions / num_microbatches
     weights[pm.STEP_EXPOSED] = 0.0 if row.family in ("path", "linked") else 1.0 / num_microbatches
     weights[pm.STATE] = row.price_s_per_byte
+    weights[pm.LATE] = late_share * row.price_s_per_byte
     weights[pm.ACCUMULATE] = compute * beta
     return weights
 
@@ -247,8 +261,8 @@ def _shares(row: PriceRow, contention: float) -> tuple[float, float]:
     return {"priced": (1.0, 1.0), "lean": (1.0, 1.0), "linked": (contention, 1.0)}.get(row.family, (1.0, contention))
 
 
-def _weights(row: PriceRow, beta: float, contention: float) -> list[float]:
-    saved = row.price_s_per_byte * row.saved_weight
+def _weights(row: PriceRow, beta: float, contention: float, late_share: float) -> list[float]:
+    saved = row.price_s_per_byte * max(row.saved_weight - late_share, 0.0)
     share = _shares(row, contention)[0]
     weights = [0.0] * tb.NUM_METRICS
     weights[tb.FORWARD] = share * (1.0 + beta if row.mode == "full" else 1.0)
@@ -361,6 +375,7 @@ def _totals(
     totals[..., STEP] = held[..., pm.STEP]
     totals[..., STEP_EXPOSED] = held[..., pm.STEP_EXPOSED]
     totals[..., STATE] = held[..., pm.STATE]
+    totals[..., LATE] = held[..., pm.LATE]
     totals[..., SAVED] = np.where(full, boundary, np.where(selective, saved, saved + core))
     passing = workspace + 2 * held[..., pm.GATHERED]
     totals[..., WORKSPACE] = passing + np.where(full, saved + core, np.where(selective, core, 0.0))

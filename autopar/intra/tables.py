@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 from autopar.cost.compute import host_calls, op_seconds, weight_gradient_s
 from autopar.cost.execution import ExecutionModel
 from autopar.cost.redistribute import MeshLinks, Placement, redistribute_s
-from autopar.graph.ir import Graph, Value
+from autopar.graph.ir import Graph, Op, Value
 from autopar.graph.profile import GraphProfile
 from autopar.intra.copies import CopyCounter, LocalSizes
 from autopar.intra.elimination import Eliminator
 from autopar.intra.space import IN, OUT, BlockSpace, OpNode
+from autopar.intra.workspace import overwritten_values, passing_bytes, scratch_bytes
 from autopar.rules.atoms import Atom
 from autopar.rules.options import Option, Token
 from autopar.rules.rule import NO_LABEL, OpRule
@@ -97,6 +98,21 @@ def exchanges_batch(node: OpNode, graph: Graph) -> bool:
     )
 
 
+def degrees_of(node: OpNode, chosen: Sequence[tuple[Option, ...]], sizes: Sequence[int]) -> dict[int, Floats]:
+    """Label -> what each strategy divides it by, (strategies,)."""
+    degrees: dict[int, Floats] = {}
+    for at, options in enumerate(chosen):
+        for option, size in zip(options, sizes, strict=True):
+            for label in option.labels[:1]:
+                degrees.setdefault(label, np.ones(len(chosen)))[at] *= size
+    twins = {label: option.labels for options in chosen for option in options for label in option.labels[:1]}
+    for first, labels in twins.items():
+        for label in labels[1:]:
+            if any(label == known for known, _ in node.rule.roles):
+                degrees[label] = degrees[first]
+    return degrees
+
+
 class TableBuilder:
     """Builds the tables of one block for one inner mesh and local batch; ``links`` are the inner axes' links,
     ``whole`` those of all axes, the data axis first."""
@@ -120,6 +136,8 @@ class TableBuilder:
         self.links, self.execution, self.allowed, self.whole = links, execution, allowed, whole
         self.graph, self.sizes = space.graph, links.sizes
         self.savers, self.core = savers, core
+        self._keepers = frozenset(self._first_keeper())
+        self._overwritten = overwritten_values(self.graph, profile)
         self.local = LocalSizes(space, self.sizes, local_batch)
         self.kept: list[Floats] = []
         self.redistributions: dict[tuple[tuple[Placement, ...], float], Floats] = {}
@@ -246,16 +264,7 @@ class TableBuilder:
     def _op_metrics(self, node: OpNode, chosen: tuple[tuple[Option, ...], ...]) -> Floats:
         op, profile = node.op, self.profile.ops[node.op.id]
         metrics = np.zeros((len(chosen), NUM_METRICS))
-        degrees: dict[int, Floats] = {}
-        for at, options in enumerate(chosen):
-            for option, size in zip(options, self.sizes, strict=True):
-                for label in option.labels[:1]:
-                    degrees.setdefault(label, np.ones(len(chosen)))[at] *= size
-        twins = {label: option.labels for options in chosen for option in options for label in option.labels[:1]}
-        for first, labels in twins.items():
-            for label in labels[1:]:
-                if any(label == known for known, _ in node.rule.roles):
-                    degrees[label] = degrees[first]
+        degrees = degrees_of(node, chosen, self.sizes)
         device = self.links.cluster.device
         forward, backward = op_seconds(
             self.graph,
@@ -288,7 +297,9 @@ class TableBuilder:
                 owner = self.graph.values[self.profile.owners[values[positions[0]].id]]
                 parts = sum(self._local_bytes(values[i], tokens[i]) for i in positions)
                 tensors[at, int(core)] += min(self._owner_bytes(owner, tokens[positions[0]]), parts)
-            internal = sum(math.prod(shape) * item for shape, item in profile.saved_internal)
+            internal = float(sum(math.prod(shape) * item for shape, item in profile.saved_internal))
+            if is_core and self.execution.attn == "math":  # its log-sum-exp's place is taken by the scores
+                internal = math.prod(self._scores(op)) * self.execution.software.math_attention_bytes_per_score
             grows = any(self.graph.batch.grows(size) for shape, _ in profile.saved_internal for size in shape)
             scale = self.local_batch / self.graph.batch.traced if grows else 1.0
             if not grows:  # statistics over the batch are whole where the batch is cut
@@ -298,14 +309,25 @@ class TableBuilder:
                     if option.sharded and not self.graph.batch.grows(option.size)
                 )
             metrics[at, CORE_SAVED if is_core else SAVED] += internal * scale / share
-            metrics[at, WORKSPACE] = sum(
-                self._local_bytes(value, token)
-                for value, token in zip(values, tokens, strict=True)
-                if value.kind == "activation"
+            work = math.prod(size for option, size in zip(options, self.sizes, strict=True) if option.sharded)
+            metrics[at, WORKSPACE] = passing_bytes(
+                self.graph,
+                self.profile,
+                op,
+                self._keepers,
+                self._overwritten,
+                [self._local_bytes(value, placed) for value, placed in zip(values, tokens, strict=True)],
+                [position for position in node.parameters if values[position].requires_grad],
+                scratch_bytes(self.graph, self.profile, op, self.execution, is_core, self.local_batch, work),
             )
         metrics[:, [SAVED, CORE_SAVED]] += tensors
         self.kept.append(tensors)
         return metrics
+
+    def _scores(self, op: Op) -> tuple[int, ...]:
+        """Shape of the scores of a materialised attention, (b, h, q, k)."""
+        query, key = (self.graph.values[value].shape for value in op.inputs[:2])
+        return (*query[:-1], key[-2])
 
     def _owner_bytes(self, owner: Value, tokens: Sequence[Token]) -> float:
         size = self._local_bytes(owner, ("R",) * len(self.sizes))

@@ -89,7 +89,8 @@ class BlockRef(Noun, frozen=True, kw_only=True):
 class MemoryParts(Noun, frozen=True, kw_only=True):
     """Bytes on the fullest device of a stage at its peak. ``saved_activations_bytes`` covers all micro-batches in
     flight; ``workspace_bytes`` is the largest passing need; ``fixed_bytes`` is what torch's allocator does not count
-    (context, communication buffers, fragmentation)."""
+    (context, communication buffers, fragmentation). Gradients of a single micro-batch take the place of saved tensors that
+    the backward frees: ``overlaid_bytes`` are counted as both and are there once."""
 
     parameters_bytes: int
     gradients_bytes: int
@@ -97,6 +98,7 @@ class MemoryParts(Noun, frozen=True, kw_only=True):
     saved_activations_bytes: int
     workspace_bytes: int
     fixed_bytes: int
+    overlaid_bytes: int = 0
 
     @property
     def state_bytes(self) -> int:
@@ -105,7 +107,7 @@ class MemoryParts(Noun, frozen=True, kw_only=True):
     @property
     def tensor_bytes(self) -> int:
         """All but ``fixed_bytes``: what torch's allocator counts."""
-        return self.state_bytes + self.saved_activations_bytes + self.workspace_bytes
+        return self.state_bytes + self.saved_activations_bytes + self.workspace_bytes - self.overlaid_bytes
 
     @property
     def total(self) -> int:
@@ -183,7 +185,11 @@ class Estimate(Noun, frozen=True, kw_only=True):
     ``budget_bytes``; ``peak_tensor_bytes`` is torch's part of it. ``flops_per_step`` counts matmul and full attention,
     forward and backward, without recompute; ``mfu`` = that / (step time x GPUs x dense peak of the dtype).
     The low and high ends are of 90 % intervals from measured runs; 0 where none was made. ``flops_by_kind`` says
-    which arithmetic they are; ``items`` are what the step is made of, empty where the judge could not follow the plan."""
+    which arithmetic they are; ``items`` are what the step is made of, empty where the judge could not follow the plan.
+
+    ``provenance`` counts the priced terms of the slowest stage by what stands behind them, ``provenance_s`` their seconds
+    per step, hidden or not: "measured" (inside a measured table), "modelled" (a formula, or a sibling's table scaled),
+    "extrapolated" (outside its table)."""
 
     step_time_s: float
     tokens_per_s: float
@@ -204,6 +210,8 @@ class Estimate(Noun, frozen=True, kw_only=True):
     memory_high_bytes: int = 0
     items: tuple[TimeItem, ...] = ()
     flops_by_kind: dict[str, int] = {}
+    provenance: dict[str, int] = {}
+    provenance_s: dict[str, float] = {}
 
 
 class SearchOutcome(Noun, frozen=True, kw_only=True):
@@ -303,6 +311,7 @@ def device_memory(stages: tuple[StagePlan, ...]) -> MemoryParts:
         saved_activations_bytes=sum(part.saved_activations_bytes for part in parts),
         workspace_bytes=max(part.workspace_bytes for part in parts),
         fixed_bytes=max(part.fixed_bytes for part in parts),
+        overlaid_bytes=sum(part.overlaid_bytes for part in parts),
     )
 
 

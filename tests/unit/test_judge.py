@@ -31,7 +31,7 @@ MODELS = {
 }
 LAYOUTS = {
     "gpt": ["", "zero=1", "zero=3", "tp=2,sp=1", "tp=2,pp=2,mbs=4", "tp=2,pp=2,recompute=full,zero=1,sp=1"],
-    "llama": ["zero=3", "tp=4,sp=1,mbs=4,zero=1", "pp=2,mbs=4,recompute=selective,schedule=gpipe"],
+    "llama": ["zero=3", "tp=2,sp=1,mbs=4,zero=1", "pp=2,mbs=4,recompute=selective,schedule=gpipe"],
     "moe": ["", "zero=1,recompute=full", "pp=2,mbs=4"],
     "wide_resnet": ["", "zero=3", "pp=2,mbs=4,recompute=full"],
 }
@@ -291,6 +291,8 @@ def test_a_changed_placement_is_found(graphs, pipeline):
             verdict = judged(graphs, "gpt", tampered)
         except CheckError:
             continue
+        if op.name.startswith(("view", "unbind", "transpose", "reshape")):
+            continue  # no kernel and no memory of its own: cutting it again behind is free
         assert list(differences(tampered, verdict)) or verdict.collectives != pipeline.estimate.collectives, op.name
     assert tried >= 8
 

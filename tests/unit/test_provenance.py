@@ -1,0 +1,56 @@
+"""Tags of priced terms: the borders of tables, and what an estimate counts."""
+
+import pytest
+
+import autopar
+from autopar.cluster import load_cluster
+from autopar.cluster.cluster import Group
+from autopar.cost.provenance import attention_tag, collective_tag, matmul_tag
+
+A100, V100 = load_cluster("dgx-a100"), load_cluster("p3.16xlarge")
+SETTINGS = {"layers": 2, "hidden": 512, "heads": 8, "ffn": 2048, "vocab": 1024, "seq": 1024}
+
+
+def inside(num_ranks: int) -> Group:
+    return Group(num_ranks=num_ranks, ranks_per_node=num_ranks, num_nodes=1, groups_per_node=1)
+
+
+def test_a_matmul_is_measured_inside_the_table_of_its_device_only() -> None:
+    assert matmul_tag(A100.device, 4096, 4096, 4096) == "measured"
+    assert matmul_tag(V100.device, 4096, 4096, 4096) == "modelled"  # the curve of an A100, scaled
+    assert matmul_tag(A100.device, 4096, 4096, 64) == "extrapolated"
+    assert matmul_tag(A100.device, 65536, 4096, 4096) == "measured"  # looked up lying on its side
+    assert matmul_tag(A100.device, 65536, 65536, 4096) == "extrapolated"
+    assert matmul_tag(A100.device, 4096, 4096, 4096, batch=8) == "modelled"
+
+
+def test_flash_attention_is_measured_forward_with_the_heads_of_the_table() -> None:
+    assert attention_tag(A100.device, 2048, 64, 128, backward=False) == "measured"
+    assert attention_tag(A100.device, 2048, 64, 128, backward=True) == "modelled"
+    assert attention_tag(A100.device, 2048, 64, 64, backward=False) == "modelled"
+    assert attention_tag(A100.device, 128, 64, 128, backward=False) == "extrapolated"
+
+
+def test_a_collective_is_measured_among_the_ranks_of_a_curve_inside_a_node() -> None:
+    assert collective_tag(A100, "all_reduce", 2**20, inside(8)) == "measured"
+    assert collective_tag(A100, "all_reduce", 2**20, inside(3)) == "modelled"
+    assert collective_tag(A100, "all_reduce", 2**50, inside(8)) == "extrapolated"
+    across = Group(num_ranks=16, ranks_per_node=8, num_nodes=2, groups_per_node=1)
+    assert collective_tag(A100, "all_reduce", 2**20, across) == "modelled"
+
+
+@pytest.mark.parametrize(("layout", "collectives"), [("dp=1", 0), ("tp=2", 2 * 2 * 2)])
+def test_terms_of_a_stage_are_counted_once(layout: str, collectives: int) -> None:
+    """Two layers with two all-reduces each way; all the rest of tp is in embedding and head."""
+    workload = autopar.load_workload("examples/gpt.py", **SETTINGS)
+    gpus = 2 if collectives else 1
+    found = autopar.estimate(workload, cluster="dgx-a100", gpus=gpus, layout=layout, global_batch=2)
+    assert set(found.provenance) == set(found.provenance_s) == {"measured", "modelled", "extrapolated"}
+    parts = found.time
+    seconds = parts.matmul_s + parts.attention_s + parts.memory_bound_s + parts.optimizer_s
+    seconds += sum(parts.communication_s.values())
+    # collectives that ops make inside themselves are in both; those times are small beside the rest
+    assert sum(found.provenance_s.values()) == pytest.approx(seconds, rel=0.05)
+    listed = sum(one.count for one in found.collectives)
+    assert listed >= collectives
+    assert sum(found.provenance.values()) > 20 + listed
