@@ -8,9 +8,14 @@ import click
 from autopar.cli.options import Assignment, distinct
 
 LONGEST_LIST = 8
+EXAMPLES = """\b
+Examples:
+  autopar cluster list
+  autopar cluster show dgx-a100 --cluster-set inter_node_gbits_per_s=800
+  autopar cluster show table.json --json | jq .device.matmul"""
 
 
-@click.group("cluster")
+@click.group("cluster", epilog=EXAMPLES)
 def cluster_group() -> None:
     """List the clusters that ship with autopar, or show one."""
 

@@ -7,8 +7,13 @@ import click
 from autopar.cli.options import output_options
 from autopar.plan.errors import UsageError
 
+EXAMPLES = """\b
+Examples:
+  autopar compare gpt.plan.json --against megatron
+  autopar compare gpt.plan.json --against megatron:tp=8,pp=2,zero=1"""
 
-@click.command("compare")
+
+@click.command("compare", short_help="A plan beside the best Megatron layout.", epilog=EXAMPLES)
 @click.argument("plan_file", metavar="PLAN", type=click.Path())
 @click.option("--against", required=True, metavar="megatron[:LAYOUT]", help="megatron, or megatron:tp=8,pp=2 for one.")
 @click.option("--model", type=click.Path(), metavar="MODEL.py", help="The model file, instead of the plan's own.")

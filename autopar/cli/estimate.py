@@ -21,7 +21,7 @@ from autopar.plan.errors import UsageError
 EXAMPLES = """\b
 Examples:
   autopar estimate gpt.py --gpus 64 --layout tp=8,pp=4,zero=1 --set size=39B --global-batch 1024
-  autopar estimate llama.py --gpus 16000 --layout tp=8,pp=16,mbs=1,gbs=2000 --set size=405B --tokens 15e12
+  autopar estimate llama.py --gpus 16000 --layout tp=8,pp=16,sp=1,zero=1,recompute=full,gbs=2000 --set size=405B --tokens 15e12
   autopar estimate llama.py --gpus 8 --layout tp=8 --mode decode --weights int4 --context 2048"""
 
 TRAINING_ONLY = (
@@ -48,7 +48,7 @@ serving_options = stacked(
 )
 
 
-@click.command("estimate", epilog=EXAMPLES)
+@click.command("estimate", short_help="Price one manual layout, in training or in inference.", epilog=EXAMPLES)
 @workload_options
 @click.option("--layout", required=True, metavar="TEXT", help="The layout, such as tp=8,pp=4,zero=1.")
 @click.option("--tokens", type=Positive(), metavar="N", help="Tokens of the whole training: adds GPU hours and days.")
@@ -107,8 +107,6 @@ def _train(
     from autopar.plan.layout import parse_layout
 
     path = None if output is None else check_writable(Path(output))
-    if pins:
-        raise UsageError("--pin fixes part of a search; `estimate` prices a whole layout: use `autopar plan --pin`")
     fixed = parse_layout(layout, layout_flags(recompute=recompute, schedule=schedule))
     target = load_cluster(cluster, **distinct("--cluster-set", cluster_set))
     model_settings = distinct("--set", settings)
@@ -131,6 +129,7 @@ def _train(
             dtype=dtype,
             memory_gib=memory,
             optimizer=optimizer,
+            pins=pins,
         )
 
     from autopar.cli.output import print_plan, signed

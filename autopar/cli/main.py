@@ -21,7 +21,18 @@ from autopar.plan.errors import AutoparError
 INTERRUPTED = 130
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+EPILOG = """Results go to stdout, progress and errors to stderr; --json prints one document, errors included, to whose keys later
+versions only add.
+
+\b
+Exit codes:
+  0 done                                      5 the time limit came before any plan
+  2 usage                                     6 a bad or stale file
+  3 the model cannot be loaded or traced      7 a check failed
+  4 no plan fits                              130 interrupted"""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}, epilog=EPILOG)
 @click.version_option(package_name="autopar")
 def autopar() -> None:
     """Plan how to train a PyTorch model on many GPUs."""

@@ -60,7 +60,7 @@ class Assignment(click.ParamType):  # type: ignore[type-arg]
 
 
 class Pin(click.ParamType):  # type: ignore[type-arg]
-    """``GLOB=PLACEMENTS``: names of parameters or ops, and one placement token per mesh axis."""
+    """``GLOB=PLACEMENTS``: names of parameters, and one placement token per mesh axis."""
 
     name = "glob=placements"
 
@@ -144,7 +144,12 @@ workload_options = stacked(
 
 search_options = stacked(
     click.option(
-        "--pin", "pins", multiple=True, type=Pin(), metavar="GLOB=PLACEMENTS", help="Fix part, search the rest."
+        "--pin",
+        "pins",
+        multiple=True,
+        type=Pin(),
+        metavar="GLOB=PLACEMENTS",
+        help="Fix how parameters lie, leave the rest open.",
     ),
     click.option(
         "--recompute",

@@ -8,10 +8,16 @@ import click
 
 from autopar.cli.inputs import check_writable, global_batch_of, layout_flags, priced_layout
 from autopar.cli.options import distinct, out_option, output_options, search_options, workload_options
-from autopar.plan.errors import UsageError
+
+EXAMPLES = """\b
+Examples:
+  autopar plan gpt.py --gpus 64 --set size=39B
+  autopar plan gpt.py --gpus 16 --cluster dgx-a100 --cluster-set inter_node_gbits_per_s=800 --memory 60 -o a100.json
+  autopar plan gpt.py --gpus 8 --layout tp=4,zero=1 --pin 'layers.*.mlp.fc1.weight=RS(0)'
+  autopar plan gpt.py --gpus 8 --cluster table.json --json -q | jq .estimate.step_time_s"""
 
 
-@click.command("plan")
+@click.command("plan", short_help="Search the fastest plan and write it to a file.", epilog=EXAMPLES)
 @workload_options
 @click.option("--layout", metavar="TEXT", help="Search nothing: price this layout, such as tp=8,pp=4,zero=1.")
 @search_options
@@ -46,8 +52,6 @@ def plan_command(
     path = check_writable(Path(output) if output is not None else Path(f"{Path(model).stem}.plan.json"))
     fixed = None
     if layout is not None:
-        if pins:
-            raise UsageError("--pin fixes part of a search, --layout everything; give one of them")
         fixed = parse_layout(layout, layout_flags(recompute=recompute, schedule=schedule))
     target = load_cluster(cluster, **distinct("--cluster-set", cluster_set))
     model_settings = distinct("--set", settings)
@@ -68,6 +72,7 @@ def plan_command(
             "dtype": dtype,
             "memory_gib": memory,
             "optimizer": optimizer,
+            "pins": pins,
         }
         if fixed is not None:
             found = priced_layout(workload, fixed, **options)
@@ -77,7 +82,6 @@ def plan_command(
             found = plan(
                 workload,
                 **options,
-                pins=pins,
                 recompute=recompute,
                 schedule=schedule,
                 time_limit_s=time_limit,

@@ -18,7 +18,7 @@ Examples:
   autopar plan gpt.py --gpus 8 --cluster table.json"""
 
 
-@click.command("profile", epilog=EXAMPLES)
+@click.command("profile", short_help="Measure this machine into a table for --cluster.", epilog=EXAMPLES)
 @click.option(
     "-o", "--output", required=True, type=click.Path(dir_okay=False), metavar="FILE", help="The table's file."
 )

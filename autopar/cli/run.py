@@ -9,8 +9,19 @@ import click
 from autopar.cli.options import AtLeastOne
 from autopar.plan.errors import UsageError
 
+EXAMPLES = """\b
+Examples:
+  autopar run gpt.plan.json -- train_gpt.py --steps 100
+  autopar run gpt.plan.json --launcher slurm --rendezvous node0:29500 -- train_gpt.py
+  autopar run gpt.plan.json --exec -- train_gpt.py"""
 
-@click.command("run", context_settings={"ignore_unknown_options": True})
+
+@click.command(
+    "run",
+    context_settings={"ignore_unknown_options": True},
+    short_help="Print or run a plan's launch command.",
+    epilog=EXAMPLES,
+)
 @click.argument("plan_file", metavar="PLAN", type=click.Path())
 @click.argument("script", metavar="-- train.py [ARGS]...", nargs=-1, type=click.UNPROCESSED)
 @click.option("--launcher", type=click.Choice(["torchrun", "slurm", "torchx"]), default="torchrun", show_default=True)

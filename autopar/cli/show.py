@@ -6,8 +6,14 @@ import click
 
 from autopar.cli.options import output_options
 
+EXAMPLES = """\b
+Examples:
+  autopar show gpt.plan.json
+  autopar show gpt.plan.json --verbose
+  autopar show gpt.plan.json --json | jq .estimate.items"""
 
-@click.command("show")
+
+@click.command("show", short_help="Print a plan.", epilog=EXAMPLES)
 @click.argument("plan_file", metavar="PLAN", type=click.Path())
 @output_options
 def show_command(*, plan_file: str, as_json: bool, quiet: bool, verbose: bool) -> None:

@@ -12,9 +12,13 @@ if TYPE_CHECKING:
     from autopar.runtime.verify import Report
 
 NUM_WORST = 3
+EXAMPLES = """\b
+Examples:
+  autopar verify gpt.plan.json --ranks 4
+  autopar verify gpt.plan.json --model examples/gpt.py --set hidden=64 --set layers=4"""
 
 
-@click.command("verify")
+@click.command("verify", short_help="Check a plan's numbers against one process.", epilog=EXAMPLES)
 @click.argument("plan_file", metavar="PLAN", type=click.Path())
 @click.option("--model", type=click.Path(), metavar="MODEL.py", help="The model file; else the one the plan names.")
 @click.option("--ranks", type=AtLeastOne(), default=8, show_default=True, metavar="N", help="CPU processes to use.")

@@ -21,7 +21,8 @@ MOVES = frozenset(
 class AttentionCall:
     """``op`` attends ``heads`` heads of ``head_dim`` over ``sequence`` queries and ``key_sequence`` keys; a token's keys are
     ``key_elements`` numbers and its values ``value_elements``. ``moving`` are the ops that repeat keys and values for the call,
-    which a kernel that reads the cache does not need."""
+    which a kernel that reads the cache does not need. ``masked``: causal, or under a mask that may be. ``crossing``: its keys
+    come of a model input that its queries do not come of, as a decoder's from an encoder."""
 
     op: int
     heads: int
@@ -31,6 +32,8 @@ class AttentionCall:
     key_elements: int
     value_elements: int
     moving: tuple[int, ...]
+    masked: bool
+    crossing: bool
 
     @property
     def kv_heads(self) -> int:
@@ -42,6 +45,7 @@ def attention_calls(graph: Graph) -> tuple[AttentionCall, ...]:
 
     Example: Llama 3 8B has 32 calls of 32 heads whose keys are 8 * 128 numbers a token."""
     makers = {value: op for op in graph.ops for value in op.outputs}
+    origins = _origins(graph)
     found = []
     for op in graph.ops:
         if "scaled_dot_product" not in op.target:
@@ -59,9 +63,20 @@ def attention_calls(graph: Graph) -> tuple[AttentionCall, ...]:
                 key_elements=keys // samples,
                 value_elements=values // samples,
                 moving=(*moving_keys, *moving_values),
+                masked=len(op.inputs) > 3 or True in op.args[3:] or dict(op.kwargs).get("is_causal") is True,
+                crossing=not origins[op.inputs[1]] <= origins[op.inputs[0]],
             )
         )
     return tuple(found)
+
+
+def _origins(graph: Graph) -> dict[int, frozenset[int]]:
+    """Value -> the model inputs that it is computed from."""
+    found = {value.id: frozenset((value.id,) if value.kind == "input" else ()) for value in graph.values}
+    for op in graph.ops:
+        of_op = frozenset[int]().union(*(found[value] for value in op.inputs))
+        found.update(dict.fromkeys(op.outputs, of_op))
+    return found
 
 
 def _cached(graph: Graph, makers: dict[int, Op], value: int) -> tuple[int, list[int]]:

@@ -8,6 +8,7 @@ the search's; the schedule is simulated; memory is that of the fullest run of de
 
 import itertools
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -22,10 +23,11 @@ from autopar.graph.blocks import cut_blocks, order_for_blocks
 from autopar.graph.ir import Block, Graph
 from autopar.graph.profile import GraphProfile, profile_graph
 from autopar.graph.trace import trace
-from autopar.inter.blocks import Blocks
+from autopar.inter.blocks import Blocks, Restriction
 from autopar.inter.emit import Found, build_plan
 from autopar.inter.finish import Finished, add
 from autopar.inter.layouts import StageCut, cuts, restriction, stage_ends
+from autopar.inter.pins import BlockPins
 from autopar.inter.planner import DTYPES, GIB
 from autopar.inter.scatter_gather import cut_bytes_of, send_seconds
 from autopar.inter.simulate import StageTimes, simulate
@@ -33,6 +35,7 @@ from autopar.inter.stages import FREE, StageBook
 from autopar.intra import frontier as fr
 from autopar.plan.errors import LayoutError
 from autopar.plan.layout import Layout, parse_layout
+from autopar.plan.pin import unmet
 from autopar.plan.plan import Plan
 from autopar.plan.schedule import held_by_chunk
 from autopar.workload.workload import Workload
@@ -88,6 +91,7 @@ class LayoutPricer:
         global_batch: int | None,
         memory_gib: float | None,
         optimizer: str,
+        pins: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.workload, self.gpus, self.optimizer = model.workload, gpus, optimizer
         self.cluster, self.global_batch, self.dtype = cluster, global_batch, model.dtype
@@ -97,6 +101,7 @@ class LayoutPricer:
         self.budget_bytes = memory_gib * GIB if memory_gib is not None else float(self.cluster.device.memory_bytes)
         self._cut_bytes = cut_bytes_of(self.graph, self.blocks) / self.graph.batch.traced
         self._shared: dict[ExecutionModel, Blocks] = {}
+        self.pins = BlockPins(self.graph, self.blocks, pins)
 
     def price(self, layout: Layout, layer_s: tuple[float, float] | None = None) -> Priced:
         """Resolve and price; LayoutError lists all faults. ``layer_s``: measured forward and backward seconds of a
@@ -196,7 +201,7 @@ class LayoutPricer:
                     inf,
                     (layout.recompute,),
                     self.gpus,
-                    restriction(self.graph, layout, cut.spec),
+                    self._restriction(layout, cut),
                 )
                 if not book.whole(layout.micro_batch_size // cut.spec.dp):
                     raise LayoutError(
@@ -204,6 +209,13 @@ class LayoutPricer:
                     )
                 found[key] = book
         return tuple(found[cut.spec.dp, cut.spec.cp, cut.spec.tp] for cut in stages)
+
+    def _restriction(self, layout: Layout, cut: StageCut) -> Restriction:
+        """What the layout leaves open, less what pins fix."""
+        found = restriction(self.graph, layout, cut.spec)
+        if not self.pins.pins:
+            return found
+        return replace(found, allowed=self.pins.allowed(found.mesh.has_data_axis, found.allowed))
 
     def _times(
         self, layout: Layout, stages: tuple[StageCut, ...], books: tuple[StageBook, ...], runs: list[Finished]
@@ -247,8 +259,8 @@ class LayoutPricer:
         raise KeyError(name)
 
     def plan(self, priced: Priced, seconds: float) -> Plan:
-        """The whole plan of a priced layout."""
-        return build_plan(
+        """The whole plan of a priced layout; LayoutError where a pin contradicts it."""
+        plan = build_plan(
             Found(
                 workload=self.workload,
                 cluster=self.cluster,
@@ -270,6 +282,9 @@ class LayoutPricer:
                 fixed=True,
             )
         )
+        if faults := unmet(plan, self.pins.pins):
+            raise LayoutError([f"--pin {fault}" for fault in faults])
+        return plan
 
 
 def run_memory(
@@ -298,8 +313,10 @@ def estimate(
     dtype: str | None = None,
     memory_gib: float | None = None,
     optimizer: str = "adamw",
+    pins: Sequence[tuple[str, str]] = (),
 ) -> Plan:
-    """The plan of one layout, priced; memory never makes it fail (``estimate.fits`` says). LayoutError lists all faults."""
+    """The plan of one layout, priced; memory never makes it fail (``estimate.fits`` says). LayoutError lists all faults.
+    ``pins`` (glob, placements) fix parameters that the layout leaves open: columns or rows of a pair."""
     started = time.perf_counter()
     parsed = parse_layout(layout)
     machine = load_cluster(cluster)
@@ -310,6 +327,7 @@ def estimate(
         global_batch=global_batch or parsed.gbs or workload.global_batch,
         memory_gib=memory_gib,
         optimizer=optimizer,
+        pins=pins,
     )
     return pricer.plan(pricer.price(parsed), time.perf_counter() - started)
 

@@ -98,7 +98,7 @@ def serve(
     machine = load_cluster(cluster)
     model = model_graph(workload, dtype=dtype or machine.device.default_dtype)
     calls = attention_calls(model.graph)
-    sequence = _sequence(calls)
+    sequence = _sequence(calls, mode)
     chosen = _served_layout(layout, gpus, batch, calls)
     replicas = chosen.dp or 1
     if "fusion=" not in layout.replace(" ", ""):
@@ -171,18 +171,20 @@ def serve(
     )
 
 
-def _sequence(calls: tuple[AttentionCall, ...]) -> int:
-    """The traced sequence; UsageError for models without attention, or with one over something else than the sequence."""
+def _sequence(calls: tuple[AttentionCall, ...], mode: Mode) -> int:
+    """The traced sequence; UsageError for models that keep no keys and values of one sequence, or do not generate."""
     if not calls:
         raise UsageError(
             "the model calls no scaled_dot_product_attention, so it keeps no keys and values: --mode train prices it"
         )
     lengths = sorted({length for call in calls for length in (call.sequence, call.key_sequence)})
-    if len(lengths) > 1:
-        told = ", ".join(map(str, lengths))
+    if len(lengths) > 1 or any(call.crossing for call in calls):
+        told = " and ".join(map(str, lengths))
         raise UsageError(
-            f"the model attends over sequences of {told} tokens; inference is priced of decoder-only models"
+            f"the model attends from one sequence to another ({told} tokens); inference is priced of decoder-only models"
         )
+    if mode == "decode" and not all(call.masked for call in calls):
+        raise UsageError("the model attends without a causal mask, so it generates nothing: --mode prefill prices it")
     return lengths[0]
 
 

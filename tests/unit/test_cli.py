@@ -98,7 +98,27 @@ def test_frozen_command_line() -> None:
     assert options["estimate"] == sorted(f"{shared} {search} --tokens --mode --context --weights --kv-cache".split())
     assert options["compare"] == sorted(["--against", "--model", *output])
     assert options["show"] == sorted(output)
+    assert options["profile"] == sorted(["--base", "--device", "--json", "--output", "--quick", "--quiet", "-o", "-q"])
     assert sorted(program.commands["cluster"].commands) == ["list", "show"]  # type: ignore[attr-defined]
+
+
+def test_every_command_has_examples_that_parse(capsys: pytest.CaptureFixture[str]) -> None:
+    """The words of an example are options that the command has."""
+    for name, command in program.commands.items():
+        assert run([name, "--help"]) == 0
+        lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+        examples = [line for line in lines if f"autopar {name} " in line or f"main {name} " in line]
+        assert examples, name
+        known = {
+            o for part in (command, *getattr(command, "commands", {}).values()) for p in part.params for o in p.opts
+        }
+        for example in examples:
+            ours = example.split(f" {name} ", 1)[1].split(" -- ")[0].split(" | ")[0]
+            assert {word for word in ours.split() if word.startswith("-")} <= known, example
+    assert run(["--help"]) == 0
+    help_text = capsys.readouterr().out
+    for code in ("0 done", "2 usage", "4 no plan fits", "7 a check failed", "130 interrupted"):
+        assert code in help_text
 
 
 def test_plan_passes_everything_on(library: Library, capsys: pytest.CaptureFixture[str]) -> None:

@@ -170,8 +170,31 @@ def test_models_that_do_not_generate() -> None:
         return {name: torch.empty(batch_size, size, 64, device="meta") for name, size in (("x", 16), ("y", 32))}
 
     workload = autopar.Workload(build_model=Crossing, example_inputs=inputs)
-    with pytest.raises(UsageError, match="attends over sequences of 16, 32 tokens"):
+    with pytest.raises(UsageError, match=r"from one sequence to another .16 and 32 tokens"):
         serve(workload, gpus=1, layout="", mode="prefill")
+
+
+def test_encoders_read_but_do_not_generate() -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    def inputs(batch_size: int) -> dict[str, Tensor]:
+        return {
+            name: torch.empty((batch_size, 64), dtype=torch.long, device="meta") for name in ("input_ids", "labels")
+        }
+
+    def build() -> nn.Module:
+        return BertForMaskedLM(BertConfig(num_hidden_layers=1, vocab_size=512, attn_implementation="sdpa"))
+
+    workload = autopar.Workload(build_model=build, example_inputs=inputs)
+    with pytest.raises(UsageError, match="without a causal mask"):
+        serve(workload, gpus=1, layout="", mode="decode")
+    assert serve(workload, gpus=1, layout="", mode="prefill").time_s > 0
+
+
+def test_encoder_decoders_of_equal_sequences_are_seen() -> None:
+    workload = load_workload(str(EXAMPLES.parent / "tests/distributed/models/t5.py"))
+    with pytest.raises(UsageError, match="from one sequence to another"):
+        serve(workload, gpus=1, layout="", mode="decode")
 
 
 def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

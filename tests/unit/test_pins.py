@@ -1,0 +1,92 @@
+"""Pins: what they name, what they fix of a layout, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from autopar.cluster import load_cluster
+from autopar.inter.estimate import LayoutPricer, ModelGraph, model_graph
+from autopar.inter.pins import BlockPins
+from autopar.plan.errors import LayoutError, UsageError
+from autopar.plan.layout import parse_layout
+from autopar.plan.pin import meets
+from autopar.plan.plan import Plan
+from autopar.workload import load_workload
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def model() -> ModelGraph:
+    settings = {"layers": 4, "hidden": 512, "heads": 8, "vocab": 2048, "seq": 128}
+    return model_graph(load_workload(str(EXAMPLES / "gpt.py"), **settings), dtype="bf16")
+
+
+def priced(model: ModelGraph, layout: str, *pins: tuple[str, str]) -> Plan:
+    pricer = LayoutPricer(
+        model,
+        cluster=load_cluster("dgx-h100"),
+        gpus=8,
+        global_batch=16,
+        memory_gib=None,
+        optimizer="adamw",
+        pins=pins,
+    )
+    return pricer.plan(pricer.price(parse_layout(layout)), 0.0)
+
+
+def lies(plan: Plan, name: str) -> str:
+    return next(p.compute for program in plan.programs for p in program.parameters if p.name == name)
+
+
+@pytest.mark.parametrize("placements", ["RS(0)", "RS(1)", "RR"])
+def test_a_pin_decides_what_a_layout_leaves_open(model: ModelGraph, placements: str) -> None:
+    plan = priced(model, "tp=4", ("layers.*.mlp.fc1.weight", placements))
+    assert lies(plan, "layers.0.mlp.fc1.weight") == placements
+    free = priced(model, "tp=4")
+    assert lies(free, "layers.0.mlp.fc1.weight") == "RS(0)"  # Megatron-LM's columns, unpinned the fastest
+    assert plan.estimate.step_time_s >= free.estimate.step_time_s * (1 - 1e-9)
+    assert (plan.estimate.step_time_s == free.estimate.step_time_s) == (placements == "RS(0)")
+
+
+def test_any_name_of_a_tied_table_pins_it(model: ModelGraph) -> None:
+    """The head multiplies by the table of the tokens: pinned by the second name, it lies so under the first."""
+    plan = priced(model, "tp=4", ("head.weight", "RS(0)"))
+    assert lies(plan, "tokens.weight") == "RS(0)"
+
+
+def test_a_strided_cut_is_a_cut() -> None:
+    assert meets("_S(0,3)", "S(0)")
+    assert meets("_S(0,3)", "_S(0,3)")
+    assert not meets("_S(0,3)", "_S(0,2)")
+    assert not meets("_S(1,3)", "S(0)")
+    assert not meets("R", "S(0)")
+
+
+def test_the_data_axis_says_what_is_cut_at_rest(model: ModelGraph) -> None:
+    priced(model, "zero=3", ("layers.*.mlp.*.weight", "S(0)"))
+    with pytest.raises(LayoutError, match=r"layers.0.mlp.fc1.weight lies as R on \(dp\)"):
+        priced(model, "zero=1", ("layers.*.mlp.*.weight", "S(0)"))
+
+
+@pytest.mark.parametrize(
+    ("glob", "placements", "message"),
+    [
+        ("layer.*.qkv.weight", "RS(0)", r"no parameter has such a name; near it are .*layers\.\*"),
+        ("layers.2.mlp.fc1.weight", "RS(0)", "leaves out layers.0.mlp.fc1.weight"),
+        ("layers.*.mlp.fc1.weight", "RP", "a parameter is no partial sum"),
+        ("layers.*.mlp.fc1.weight", "", "for each mesh axis"),
+    ],
+)
+def test_pins_that_say_nothing_sound(model: ModelGraph, glob: str, placements: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        BlockPins(model.graph, model.blocks, [(glob, placements)])
+
+
+def test_pins_that_contradict_each_other_or_the_mesh(model: ModelGraph) -> None:
+    with pytest.raises(UsageError, match="both name"):
+        BlockPins(model.graph, model.blocks, [("*fc1.weight", "RR"), ("layers.*.mlp.fc1.weight", "RS(0)")])
+    with pytest.raises(LayoutError, match=r"1 tokens, the mesh has 2 axes \(dp, tp\)"):
+        priced(model, "tp=2", ("*fc1.weight", "S(0)"))
+    with pytest.raises(LayoutError, match="lies as"):
+        priced(model, "tp=2", ("*norm1.weight", "RS(0)"))
