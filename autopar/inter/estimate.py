@@ -165,6 +165,7 @@ class LayoutPricer:
             fp32_grads=layout.grads == "fp32",
             accumulate=layout.num_microbatches > 1,
             balanced_context=True,
+            blocking=layout.launch == "blocking",
         )
         if execution not in self._shared:
             self._shared[execution] = Blocks(self.graph, self.blocks, self.cluster, execution, self.profile)

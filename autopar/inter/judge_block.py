@@ -108,10 +108,13 @@ def price_block(
     launch_f = calls[0] * device.launch_s + wait_s * waits[0]
     launch_b = calls[2] * device.launch_s + wait_s * waits[1]
     launch_b += {"none": 0.0, "selective": calls[1] * device.launch_s, "full": launch_f}[mode]
+    forward_s, backward_s = f + times[1], b + parameters.accumulate_s + again
+    if execution.launch == "blocking":  # the host waits for each kernel before it launches the next
+        forward_s, backward_s = forward_s + launch_f, backward_s + launch_b
     contention = mesh.cluster.overlap_contention if execution.overlap else 1.0
     return BlockPrice(
-        forward_s=_both(max(f + times[1], launch_f), parameters.forward_s, contention),
-        backward_s=_both(max(b + parameters.accumulate_s + again, launch_b), parameters.backward_s, contention),
+        forward_s=_both(max(forward_s, launch_f), parameters.forward_s, contention),
+        backward_s=_both(max(backward_s, launch_b), parameters.backward_s, contention),
         reduction_s=parameters.reduction_s,
         optimizer_s=parameters.optimizer_s,
         parameters_bytes=parameters.parameters_bytes,

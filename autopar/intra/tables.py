@@ -51,7 +51,8 @@ class BlockTables:
     partial gradient); axes count the data axis as 0, inner axes from 1. ``host_s`` are the seconds that the host takes to
     launch the forward, attention's part of it (which selective recompute launches again), and the backward; every
     collective adds ``sync_s``, as ranks wait for the slowest host. Communication behind compute costs ``contention`` of the
-    shorter of the two (1: nothing overlaps). ``eliminator`` is made for the edges."""
+    shorter of the two (1: nothing overlaps); ``blocking`` launches add to
+    what the device computes. ``eliminator`` is made for the edges."""
 
     space: BlockSpace
     local_batch: int
@@ -67,6 +68,7 @@ class BlockTables:
     host_s: tuple[float, float, float]
     sync_s: float
     contention: float
+    blocking: bool
     eliminator: Eliminator
 
 
@@ -186,6 +188,7 @@ class TableBuilder:
             * self.links.cluster.device.launch_s
             * (math.prod(self.sizes) - 1),
             contention=self.links.cluster.overlap_contention if self.execution.overlap else 1.0,
+            blocking=self.execution.blocking,
             eliminator=Eliminator(
                 tuple(len(choices) for choices in metrics),
                 tuple((source, target) for source, target, _, _ in edges),

@@ -160,3 +160,18 @@ def test_the_training_of_llama_405b_takes_what_meta_says() -> None:
     assert training_text(15e12, tokens_per_s, 16_000).startswith(
         "15,000,000,000,000 tokens: 66 days on 16,000 GPUs, 25,3"
     )
+
+
+def test_blocking_launches_add_to_what_the_device_computes() -> None:
+    """The host's calls cost in full, also where the device is the slower of the two."""
+    settings = {"layers": 4, "hidden": 4096, "heads": 32, "ffn": 16384, "vocab": 1024, "seq": 2048}
+    workload = load_workload(str(EXAMPLES / "gpt.py"), **settings)
+    times = {}
+    for launch in ("async", "blocking"):
+        layout = f"mbs=2,gbs=2,launch={launch}"
+        times[launch] = estimate(workload, cluster="dgx-a100", gpus=1, layout=layout).estimate.step_time_s
+    launch_s = load_cluster("dgx-a100").device.launch_s
+    kernels = (times["blocking"] - times["async"]) / launch_s
+    assert (
+        4 * 25 < kernels < 4 * 100
+    )  # of a layer forward and backward: about 17 ops and views, two to three kernels each
