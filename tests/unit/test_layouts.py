@@ -10,7 +10,7 @@ import pytest
 from autopar.cluster.load import load_cluster, load_device, tables_folder
 from autopar.cluster.software import Software, load_software
 from autopar.cluster.uncertainty import Uncertainty, load_uncertainty
-from autopar.inter.estimate import LayoutPricer, model_graph
+from autopar.inter.estimate import LayoutPricer, estimate, model_graph
 from autopar.inter.layouts import cuts
 from autopar.plan.errors import LayoutError
 from autopar.plan.invariants import check
