@@ -157,6 +157,7 @@ def build_plan(found: Found) -> Plan:
             overlap=book.blocks.execution.overlap,
             fusion=book.blocks.execution.fusion,
             grads="fp32" if book.blocks.execution.fp32_grads else "same",
+            launch="blocking" if book.blocks.execution.blocking else "async",
         ),
         gpus=found.gpus,
         global_batch=found.global_batch,
