@@ -3,7 +3,8 @@
 matmul     t = max(T(m, n, k) / sustained_fraction, bytes / bandwidth, kernel_latency_s)    T / unaligned_matmul_speed for odd rows
            T: measured, interpolated in log time over log (m, n, k); beyond the table work grows at its last efficiency
 flash      t = FLOPs / (peak * E(seq, batch * heads) * sustained_fraction * relative speeds)   (causal counts half)
-math       t = FLOPs / (peak * math_attention_efficiency) + scores * bytes per score / sustained bandwidth
+math       t = products * max(FLOPs / (peak * best of table * sustained_fraction), bytes / sustained bandwidth)
+               + scores * bytes per score / sustained bandwidth         2 products forward, 4 backward
 any other  t = bytes / (memory_bytes_per_s * memory_efficiency)
 """
 
@@ -84,7 +85,6 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     flash_speed: float
     flash_backward_speed: float
     flash_head_dim_exponent: float
-    math_attention_efficiency: float
     math_forward_bytes_per_score: float
     math_backward_bytes_per_score: float
     provenance: dict[str, Source]
@@ -100,7 +100,6 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         for key in ("memory_efficiency", "sustained_fraction", "flash_speed", "flash_backward_speed"):
             require_fraction(key, getattr(self, key))
         require_fraction("unaligned_matmul_speed", self.unaligned_matmul_speed)
-        require_fraction("math_attention_efficiency", self.math_attention_efficiency)
         for key in ("memory_bytes", "memory_bytes_per_s"):
             require_positive(key, getattr(self, key))
         for key in ("launch_s", "kernel_latency_s", "context_bytes", "flash_head_dim_exponent"):
@@ -172,8 +171,11 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             # all scores are computed and masked afterwards: causal saves nothing; bytes a score are of half precision
             per_score = self.math_backward_bytes_per_score if backward else self.math_forward_bytes_per_score
             traffic = b * h * q * s * per_score * ITEMSIZE[dtype] / 2
-            flops = (8.0 if backward else 4.0) * b * h * q * s * d
-            return np.asarray(flops / (peak * self.math_attention_efficiency) + self.memory_bound_s(traffic), float)
+            size_bytes = ITEMSIZE[dtype] * b * h * (q * s + q * d + s * d)  # a product reads or writes the scores once
+            rate = peak * max(self.matmul.efficiency) * self.sustained_fraction
+            product_s = np.maximum(2.0 * b * h * q * s * d / rate, self.memory_bound_s(size_bytes))
+            product_s = np.maximum(product_s, self.kernel_latency_s)
+            return np.asarray((4.0 if backward else 2.0) * product_s + self.memory_bound_s(traffic), float)
         flops = 4.0 * b * h * q * s * d * (0.5 if causal else 1.0) * (2.5 if backward else 1.0)
         speed = self._flash_efficiency(np.sqrt(q * s) * (1.0 if causal else 2.0), b * h)
         speed = speed * np.minimum(1.0, (d / REFERENCE_HEAD_DIM) ** self.flash_head_dim_exponent)

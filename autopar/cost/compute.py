@@ -86,12 +86,17 @@ def op_seconds(
         b, scale = one, 1.0
     forward = forward + scale * np.asarray(device.matmul_s(m, n, k, b, dtype=dtype, aligned=aligned), float)
     ratio = profile.backward_flops / profile.forward_flops
-    wanted = [bool(graph.values[value].requires_grad) for value in op.inputs[:2]]
+    wanted = [bool(graph.values[value].requires_grad) for value in _operands(op)]
     shapes = [shape for shape, want in zip(((m, k, n), (n, k, m)), wanted, strict=False) if want] or [(m, n, k)]
     for shape in shapes:
         part = np.asarray(device.matmul_s(*shape, b, dtype=dtype, aligned=aligned), float)
         backward = backward + scale * part * ratio / len(shapes)
     return forward, backward
+
+
+def _operands(op: Op) -> tuple[int, ...]:
+    """The two values an op multiplies; what addmm and baddbmm add comes before them."""
+    return op.inputs[1:3] if op.target.startswith(("aten.addmm", "aten.baddbmm")) else op.inputs[:2]
 
 
 def _vocabulary_cut(rule: OpRule, degrees: Mapping[int, Floats], one: Floats) -> NDArray[np.bool_]:
@@ -122,7 +127,7 @@ def weight_gradient_s(
     count: int,
 ) -> Floats:
     """Seconds of a linear op's weight gradient, (count,) strategies: what may hide its input gradient's collective."""
-    weights = [graph.values[value] for value in op.inputs[1:2] if graph.values[value].kind == "parameter"]
+    weights = [graph.values[value] for value in _operands(op)[1:] if graph.values[value].kind == "parameter"]
     if rule.compute != "matmul" or not rule.roles or not weights or not weights[0].requires_grad:
         return np.zeros(count)
     sizes, one = label_sizes(graph, op, rule, local_batch), np.ones(count)

@@ -1,13 +1,13 @@
 """Seconds to bring a tensor from one placement to another inside a mesh, as the cheapest sequence of collectives.
 
 A placement is a token per mesh axis: "R", "P" or an Atom. One step changes one axis, or several axes at once with one
-flattened collective; bytes are of the tensor divided by what the axes that do not move shard (``o``):
+flattened collective; bytes are what a rank holds before it, after it for a gather:
 
-    P -> R  all_reduce(n/o)     P -> S  reduce_scatter(n/o)     S -> R  all_gather(n/o)     S -> S'  all_to_all(n/o/size)
+    P -> R  all_reduce          P -> S  reduce_scatter          S -> R  all_gather          S -> S'  all_to_all
     R -> S  a local slice, free                                 nothing becomes P
 
 Axes are cut outermost first, so where two axes share an atom only the innermost of them may leave or join it. The cheapest
-sequence is a shortest path over all placements (Floyd-Warshall, for all tensor sizes of a mesh at once).
+sequence is a shortest path over all placements (Floyd-Warshall, for several tensors at once).
 """
 
 import itertools
@@ -44,23 +44,23 @@ class MeshLinks:
         return np.asarray(self.cluster.collective_s(kind, num_bytes, self._groups[axes]), float)
 
 
-def redistribute_s(links: MeshLinks, placements: Sequence[Placement], num_bytes: Floats) -> Floats:
-    """Seconds between every two placements for tensors of ``num_bytes`` (whole): (tensors, from, to); inf where there
-    is no way (only "P" cannot be reached from others)."""
+def redistribute_s(links: MeshLinks, placements: Sequence[Placement], local_bytes: Floats) -> Floats:
+    """Seconds between every two placements: (tensors, from, to); inf where there is no way (only "P" cannot be reached from
+    others). ``local_bytes`` (tensors, placements) is what the fullest rank holds."""
     count = len(placements)
-    costs = np.full((num_bytes.size, count, count), np.inf)
+    costs = np.full((len(local_bytes), count, count), np.inf)
     costs[:, np.arange(count), np.arange(count)] = 0.0
     position = {placement: at for at, placement in enumerate(placements)}
-    steps: dict[tuple[str, tuple[int, ...], int], Floats] = {}
+    known: dict[tuple[str, tuple[int, ...], bytes], Floats] = {}
     for (axes, _), source in itertools.product(links._groups.items(), placements):
         for target, kind in _steps(source, axes, placements, len(links.sizes)):
             if target in position:
-                key = (kind, axes, _divisor(links, kind, source, axes))
-                if key not in steps:
-                    steps[key] = _step_s(links, *key, num_bytes)
-                step = steps[key]
+                held = local_bytes[:, position[target if kind == "all_gather" else source]]
+                key = (kind, axes, held.tobytes())
+                if key not in known:
+                    known[key] = np.zeros_like(held) if kind == "slice" else links.collective_s(kind, held, axes)
                 at = (slice(None), position[source], position[target])
-                costs[at] = np.minimum(costs[at], step)
+                costs[at] = np.minimum(costs[at], known[key])
     for via in range(count):
         np.minimum(costs, costs[:, :, via, None] + costs[:, None, via, :], out=costs)
     return costs
@@ -99,18 +99,3 @@ def _innermost(placement: Placement, token: Atom | str, axes: tuple[int, ...], n
         axis not in axes and axis > axes[0] and isinstance(other := placement[axis], Atom) and other.dim == token.dim
         for axis in range(num_axes)
     )
-
-
-def _divisor(links: MeshLinks, kind: str, source: Placement, axes: tuple[int, ...]) -> int:
-    """By what the whole tensor's bytes are divided to give those the collective is told."""
-    divisor = 1
-    for axis, token in enumerate(source):
-        if axis in axes:
-            divisor *= links.sizes[axis] if kind == "all_to_all" else 1
-        elif isinstance(token, Atom):
-            divisor *= links.sizes[axis]
-    return divisor
-
-
-def _step_s(links: MeshLinks, kind: str, axes: tuple[int, ...], divisor: int, num_bytes: Floats) -> Floats:
-    return np.zeros_like(num_bytes) if kind == "slice" else links.collective_s(kind, num_bytes / divisor, axes)

@@ -13,7 +13,7 @@ from autopar.graph.ir import Block, Graph
 from autopar.graph.profile import GraphProfile, profile_graph
 from autopar.intra.frontier import BlockPoints, ParameterPrices, PriceRow, block_points
 from autopar.intra.space import BlockSpace, block_space, data_values
-from autopar.intra.tables import Allowed, BlockTables, TableBuilder, exchanges_batch
+from autopar.intra.tables import Allowed, BlockTables, TableBuilder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,10 +118,12 @@ class Blocks:
             local = micro_batch // mesh.data
             groups = tuple(links.group((axis,)) for axis in range(len(mesh.inner)))
             whole = MeshLinks(self.cluster, num_devices, mesh.sizes, tuple(range(len(mesh.sizes))))
-            exchanged = any(exchanges_batch(node, self.graph) for node in self.space(kind).ops)
-            over_data = tuple(whole.group(axes) for axes in ((0,), (0, 1))[: len(mesh.sizes)]) if exchanged else ()
+            data = (
+                1 if self.space(kind).data_axis.plain else mesh.data
+            )  # plain blocks are priced by the local batch alone
+            groups_of_all = tuple(whole.group(axes) for axes in ((0,), (0, 1))[: len(mesh.sizes)]) if data > 1 else ()
             fixed = (restriction.boundary, restriction.names) if restriction else None
-            table_key = (kind, local, mesh.inner, groups, over_data, fixed)
+            table_key = (kind, local, mesh.inner, groups, data, groups_of_all, fixed)
             if table_key not in self._tables:
                 self._tables[table_key] = TableBuilder(
                     self.space(kind),
@@ -134,6 +136,7 @@ class Blocks:
                     whole,
                     restriction.allowed if restriction else None,
                     self.fused,
+                    data,
                 ).build()
             if mesh not in self._prices:
                 self._prices[mesh] = ParameterPrices(whole, self.execution)

@@ -196,12 +196,14 @@ def _program(book: StageBook, use: Use, name: str) -> BlockProgram:
     for at, node in enumerate(tables.space.ops):
         strategy = use.strategy(at)
         options = tables.strategies[at][strategy]
-        placements[node.op.id] = lie.op_plan(node.op, options)
+        data = tables.space.data_axis.options[at]
+        placements[node.op.id] = lie.op_plan(node.op, options, data)
         names, chosen = points.storages[at]
         for number, position in enumerate(node.parameters):
             value = graph.values[node.op.inputs[position]]
             storage = names[number * len(tables.strategies[at]) + strategy][int(chosen[number][use.row, strategy])]
-            tokens = [option.inputs[position] for option in options]
+            cut = "G" if value.id in tables.space.data_axis.summed else "R"
+            tokens = [cut, *(option.inputs[position] for option in options)]
             parameters.setdefault(value.id, _parameter(value.names or (value.name,), tokens, storage, use.mesh))
     for op in tables.space.data_ops:
         placements[op.id] = lie.data_op_plan(op, len(use.mesh.inner))
@@ -219,16 +221,17 @@ def _program(book: StageBook, use: Use, name: str) -> BlockProgram:
 
 
 def _parameter(names: Sequence[str], tokens: Sequence[Token], storage: pm.Storage, mesh: Mesh) -> ParameterPlan:
-    """ZeRO cuts dim 0 of what the op's own cuts leave to a rank, so its pieces are those that they make."""
-    compute = ["R", *(token.text if isinstance(token, Atom) else "R" for token in tokens)]
+    """ZeRO cuts dim 0 of what the op's own cuts leave to a rank, so its pieces are those that they make. ``tokens`` are those
+    of all axes, the data axis first."""
+    compute = [token.text if isinstance(token, Atom) else "R" for token in tokens]
     pieces = 1
-    for token, size in zip(tokens, mesh.sizes[1:], strict=True):
+    for token, size in zip(tokens, mesh.sizes, strict=True):
         if isinstance(token, Atom) and token.dim == 0:
             pieces = max(pieces, token.repeats * size)
     shard = "S(0)" if pieces == 1 else f"_S(0,{pieces})"
     cut = [shard if axis in storage.axes else token for axis, token in enumerate(compute)]
     gradient = [
-        "P" if token == "R" and (axis == 0 or tokens[axis - 1] == "G") else token
+        "P" if token == "R" and tokens[axis] == "G" else token
         for axis, token in enumerate(cut if storage.stage >= 2 else compute)
     ]
     first = 0 if mesh.has_data_axis else 1

@@ -103,8 +103,10 @@ class LayoutPricer:
         self._shared: dict[ExecutionModel, Blocks] = {}
         self.pins = BlockPins(self.graph, self.blocks, pins)
 
-    def price(self, layout: Layout) -> Priced:
-        """Resolve and price; LayoutError lists all faults."""
+    def price(self, layout: Layout, layer_s: tuple[float, float] | None = None) -> Priced:
+        """Resolve and price; LayoutError lists all faults. ``layer_s``: measured forward and backward seconds of a
+        micro-batch in one layer (the most frequent block) under this layout, recompute and collectives included, which
+        then stand for the model's own."""
         resolved, stages = self._resolved(layout)
         books = self._books(resolved, stages)
         held = held_by_chunk(resolved.schedule, resolved.num_stages, resolved.num_microbatches, resolved.vpp)
@@ -116,6 +118,8 @@ class LayoutPricer:
                     [f"mbs={resolved.mbs} samples per rank cannot be run by the model with these degrees"]
                 )
             runs.append(run)
+        if layer_s is not None:
+            runs = self._with_layers(stages, books, runs, layer_s)
         times = self._times(resolved, stages, books, runs)
         devices = [cut.spec.num_gpus for cut in stages[: resolved.num_stages]]
         memory = max(run_memory(stages, books, runs, held).values())
@@ -148,6 +152,29 @@ class LayoutPricer:
         if faults:
             raise LayoutError(faults)
         return found, cuts(self.blocks, found, self.gpus)
+
+    def _with_layers(
+        self,
+        stages: tuple[StageCut, ...],
+        books: tuple[StageBook, ...],
+        runs: list[Finished],
+        layer_s: tuple[float, float],
+    ) -> list[Finished]:
+        """Runs with the measured seconds in place of the priced ones in every layer."""
+        kinds = [block.kind for block in self.blocks]
+        layer = max(set(kinds), key=kinds.count)
+        found = []
+        for cut, book, run in zip(stages, books, runs, strict=True):
+            more = [0.0, 0.0]
+            for block, column in zip(
+                self.blocks[cut.first : cut.end], book.columns_of(cut.first, cut.end), strict=True
+            ):
+                if block.kind == layer:
+                    totals = book.points(column, run.choice.mesh, FREE).totals[0, run.choice.boundary]
+                    more[0] += layer_s[0] - float(totals[fr.FORWARD])
+                    more[1] += layer_s[1] - float(totals[fr.BACKWARD])
+            found.append(replace(run, forward_s=run.forward_s + more[0], backward_s=run.backward_s + more[1]))
+        return found
 
     def _books(self, layout: Layout, stages: tuple[StageCut, ...]) -> tuple[StageBook, ...]:
         """The book of every stage; stages of one mesh share theirs."""

@@ -14,7 +14,6 @@ micro-batches) and what is given (graph, profiles, sharding rules, device and li
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import prod
 
 import msgspec
 
@@ -23,11 +22,12 @@ from autopar.cluster.software import load_software
 from autopar.cost.fusion import fused_bytes, with_fused_loss
 from autopar.graph.ir import Block, Graph
 from autopar.graph.profile import GraphProfile, profile_graph
-from autopar.inter.judge_block import BlockPrice, price_block
+from autopar.inter.judge_block import BlockPrice, Issue, price_block
 from autopar.inter.judge_collectives import listed
 from autopar.inter.judge_flow import at_hand
 from autopar.inter.judge_items import step_items
-from autopar.inter.judge_routes import Mesh
+from autopar.inter.judge_parameters import disagreements
+from autopar.inter.judge_routes import Mesh, Step
 from autopar.inter.judge_transfers import Send, sends
 from autopar.inter.judge_workspace import kept_anywhere
 from autopar.inter.simulate import StageTimes, simulate
@@ -94,6 +94,9 @@ def judge(
     for stage, mesh in zip(plan.stages, meshes, strict=True):
         found = []
         seen: set[int] = set()
+        once: dict[int, Step] = {}  # gathered in the forward alone so far
+        run = [(blocks[ref.index], plan.program(ref.program), kinds[blocks[ref.index].kind]) for ref in stage.blocks]
+        tied = disagreements(graph, run)
         for ref in stage.blocks:
             block = blocks[ref.index]
             program = plan.program(ref.program)
@@ -104,7 +107,9 @@ def judge(
             first = kinds[block.kind]
             stored = frozenset(first.parameters[at] for at, value in enumerate(block.parameters) if value in seen)
             seen.update(block.parameters)
-            key = (ref.program, mesh.sizes, mesh.first_device, stored)
+            alike = dict(zip(block.parameters, first.parameters, strict=True))
+            here = frozenset((alike[value], axis) for value, axis in tied if value in alike)
+            key = (ref.program, mesh.sizes, mesh.first_device, stored, here)
             if key not in prices:
                 prices[key] = price_block(
                     graph,
@@ -118,11 +123,17 @@ def judge(
                     stored,
                     fused,
                     plan.microbatches > 1,
-                    prod(axis.size for axis in stage.axes if axis.name != "dp"),
+                    len(stage.axes) > 1 and stage.axes[0].name == "dp",
                     plan.search.status == "fixed",  # a manual layout is Megatron's program
                     stays,
+                    here,
                 )
-            found.append(prices[key])
+            price = prices[key]
+            again = [once.pop(value) for value, own in alike.items() if own in price.read_again and value in once]
+            issues = tuple(Issue(step=step, count=1, per="microbatch", of="parameters") for step in again)
+            found.append(replace(price, issues=(*price.issues, *issues)))
+            gathers = dict(price.gathered_once)
+            once.update((value, gathers[own]) for value, own in alike.items() if own in gathers)
         per_stage.append(found)
     sent = sends(plan, graph, blocks, meshes, free)
     if (

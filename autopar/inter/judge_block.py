@@ -8,15 +8,17 @@ workspace    what passes in one op, at most, + two blocks' gathered parameters +
 """
 
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 from autopar.cluster.software import Software, load_software
 from autopar.graph.ir import Block, Graph, OpProfile
 from autopar.graph.profile import GraphProfile
+from autopar.inter.judge_again import again
 from autopar.inter.judge_flow import kept, moves
 from autopar.inter.judge_ops import price_op
 from autopar.inter.judge_parameters import ParameterPrice, price_parameters
-from autopar.inter.judge_routes import Mesh, Step
+from autopar.inter.judge_routes import Mesh, Route, Step
 from autopar.inter.judge_workspace import passing
 from autopar.plan.errors import CheckError
 from autopar.plan.plan import BlockProgram, Execution
@@ -48,7 +50,8 @@ class BlockSeconds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockPrice:
-    """Seconds per micro-batch, seconds per step (reduction, which backward may hide; optimizer), bytes."""
+    """Seconds per micro-batch, seconds per step (reduction, which backward may hide; optimizer), bytes; parameters that the
+    backward reads, and gathers of those that it does not (a later block that shares one may)."""
 
     forward_s: float
     backward_s: float
@@ -60,6 +63,8 @@ class BlockPrice:
     saved_bytes: float
     workspace_bytes: float
     late_bytes: float
+    read_again: frozenset[int]
+    gathered_once: tuple[tuple[int, Step], ...]
     issues: tuple[Issue, ...]
     seconds: BlockSeconds
 
@@ -76,13 +81,15 @@ def price_block(
     stored: frozenset[int],
     fused: dict[int, tuple[float, float]],
     accumulates: bool,
-    inner_ranks: int,
+    data_axis: bool,
     balanced: bool,
     stays: tuple[frozenset[int], frozenset[int]],
+    disagreed: frozenset[tuple[int, int]] = frozenset(),
 ) -> BlockPrice:
     """``free`` values are at hand anywhere, ``stored`` parameters are held by an earlier block of the stage; ``fused`` is
-    what fusion saves of the ops' traffic, ``inner_ranks`` how many ranks share a data rank's work;
-    ``balanced``: those that share a sequence share its attention evenly under a causal mask; ``stays``: see ``judge_workspace.kept_anywhere``."""
+    what fusion saves of the ops' traffic, ``data_axis`` whether the first of several axes is the data axis;
+    ``balanced``: those that share a sequence share its attention evenly under a causal mask; ``stays``: see
+    ``judge_workspace.kept_anywhere``; ``disagreed`` as in `judge_parameters`."""
     software, device = load_software(execution.fusion), mesh.cluster.device
     ops = graph.ops[block.first_op : block.end_op]
     aligned = ((program.ops, ops), (program.inputs, block.inputs), (program.outputs, block.outputs))
@@ -95,6 +102,7 @@ def price_block(
     forward = [step for route in moved.forward for step in route.steps]
     backward = [step for route in moved.backward for step in route.steps]
     calls = [software.fixed_calls, 0.0, software.fixed_calls]
+    exchanged: dict[int, tuple[Step, ...]] = {}
     shards: dict[int, tuple[int, int]] = {}
     largest = 0.0
     for op, planned in zip(ops, program.ops, strict=True):
@@ -112,6 +120,8 @@ def price_block(
             products[0] += price.forward_s
             products[1] += price.backward_s
         forward += price.forward_steps
+        if price.forward_steps:
+            exchanged[op.id] = price.forward_steps
         backward += price.backward_steps
         shards[op.id] = (price.shards, price.fixed_shards)
         _count(calls, profile.ops[op.id], core and execution.attn == "math", core, software)
@@ -121,18 +131,23 @@ def price_block(
         )
     per_score = software.math_attention_bytes_per_score if execution.attn == "math" else 0.0
     held = kept(graph, profile, block, program, mesh, micro_batch, moved, free, shards, per_score)
-    parameters = price_parameters(graph, block, program, mesh, execution, stored, accumulates)
+    repeated = again(graph, profile, block, program, moved, free, frozenset(exchanged))
+    rerun = [step for route in repeated.routes for step in route.steps]
+    rerun += [step for op in sorted(repeated.ops) for step in exchanged.get(op, ())]
+    parameters = price_parameters(
+        graph, block, program, mesh, execution, stored, accumulates, repeated.parameters, disagreed
+    )
     f = times[0] + sum(step.time_s for step in forward)
     b = times[2] + sum(step.time_s for step in backward)
     full, mode = program.recompute == "full", program.recompute
-    again = {"none": 0.0, "selective": times[1], "full": f + times[1]}[mode]
-    wait_s = software.collective_calls * device.launch_s * (inner_ranks - 1)
-    waits = [sum(1 for route in routes if route.steps) for routes in (moved.forward, moved.backward)]
-    launch_f = calls[0] * device.launch_s + wait_s * waits[0]
-    launch_b = calls[2] * device.launch_s + wait_s * waits[1]
+    again_s = {"none": 0.0, "selective": times[1], "full": f + times[1]}[mode]
+    wait_s = software.collective_calls * device.launch_s
+    waiting = [sum(_waiting(route, mesh, data_axis) for route in routes) for routes in (moved.forward, moved.backward)]
+    launch_f = calls[0] * device.launch_s + wait_s * waiting[0]
+    launch_b = calls[2] * device.launch_s + wait_s * waiting[1]
     launch_b += {"none": 0.0, "selective": calls[1] * device.launch_s, "full": launch_f}[mode]
     contention = mesh.cluster.overlap_contention if execution.overlap else 1.0
-    busy = (max(f + times[1], launch_f), max(b + parameters.accumulate_s + again, launch_b))
+    busy = (max(f + times[1], launch_f), max(b + parameters.accumulate_s + again_s, launch_b))
     forward_s, backward_s = (
         _both(one, held, contention)
         for one, held in zip(busy, (parameters.forward_s, parameters.backward_s), strict=True)
@@ -141,7 +156,7 @@ def price_block(
     matmul_s = twice * products[0] + products[1]
     attention_s = (1.0 if mode == "none" else 2.0) * times[1] + core_backward
     activations_s = twice * sum(step.time_s for step in forward) + sum(step.time_s for step in backward)
-    kernels_s = f + times[1] + b + parameters.accumulate_s + again
+    kernels_s = f + times[1] + b + parameters.accumulate_s + again_s
     return BlockPrice(
         forward_s=forward_s,
         backward_s=backward_s,
@@ -163,8 +178,18 @@ def price_block(
         + 2 * parameters.gathered_bytes
         + {"none": 0.0, "selective": held.core, "full": held.saved + held.core}[mode],
         late_bytes=parameters.late_bytes,
-        issues=_issues(forward, backward, parameters, full),
+        read_again=repeated.parameters,
+        gathered_once=parameters.gathered_once,
+        issues=_issues([*forward, *rerun], backward, parameters),
     )
+
+
+def _waiting(route: Route, mesh: Mesh, data_axis: bool) -> int:
+    """Ranks whose host a rank waits for in a move: all where the data axis moves, else those that share its samples."""
+    if not route.steps:
+        return 0
+    inner = mesh.sizes[1:] if data_axis and not any(0 in step.axes for step in route.steps) else mesh.sizes
+    return prod(inner) - 1
 
 
 def _both(compute_s: float, communication_s: float, contention: float) -> float:
@@ -183,9 +208,9 @@ def _count(calls: list[float], profile: OpProfile, materialised: bool, core: boo
     calls[2] += backward
 
 
-def _issues(forward: list[Step], backward: list[Step], parameters: ParameterPrice, full: bool) -> tuple[Issue, ...]:
-    found = [Issue(step=step, count=2 if full else 1, per="microbatch", of="activations") for step in forward]
-    found += [Issue(step=step, count=1, per="microbatch", of="activations") for step in backward]
+def _issues(forward: list[Step], backward: list[Step], parameters: ParameterPrice) -> tuple[Issue, ...]:
+    """``forward`` as often as it runs, computed again included."""
+    found = [Issue(step=step, count=1, per="microbatch", of="activations") for step in (*forward, *backward)]
     found += [Issue(step=step, count=1, per="microbatch", of=_moved(step)) for step in parameters.microbatch_steps]
     return (*found, *(Issue(step=step, count=1, per="step", of=_moved(step)) for step in parameters.once_steps))
 

@@ -30,11 +30,13 @@ Copy = tuple[str, int, str]
 @dataclass(slots=True)
 class Moves:
     """Routes of one block in the order they run, forward and backward; ``copies`` maps (op, input position) to the
-    memory it reads."""
+    memory it reads, ``ways`` to the positions in ``forward`` of
+    the routes it came by."""
 
     forward: list[Route] = field(default_factory=list)
     backward: list[Route] = field(default_factory=list)
     copies: dict[tuple[int, int], Copy] = field(default_factory=dict)
+    ways: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,16 +64,17 @@ def moves(
     """All moves of a block; CheckError where the plan leaves one open or impossible."""
     ops = graph.ops[block.first_op : block.end_op]
     made: dict[int, Lie] = {
-        value: (planned.placement, planned.gradient)
+        value: (mesh.settled(planned.placement), mesh.settled(planned.gradient))
         for value, planned in zip(block.inputs, program.inputs, strict=True)
     }
     readers: dict[int, list[tuple[tuple[int, int] | None, Lie]]] = {}
     for op, planned in zip(ops, program.ops, strict=True):
         if len(planned.input_gradients) != len(op.inputs) or len(planned.output_gradients) != len(op.outputs):
             raise CheckError(f"program {program.id!r}: op {op.name} lacks the placements of its gradients")
-        lies = list(
-            zip((*planned.inputs, *planned.outputs), (*planned.input_gradients, *planned.output_gradients), strict=True)
+        texts = zip(
+            (*planned.inputs, *planned.outputs), (*planned.input_gradients, *planned.output_gradients), strict=True
         )
+        lies = [(mesh.settled(text), mesh.settled(gradient)) for text, gradient in texts]
         for at, value in enumerate(op.inputs):
             if graph.values[value].kind == "activation" and value not in free:
                 readers.setdefault(value, []).append(((op.id, at), lies[at]))
@@ -79,31 +82,39 @@ def moves(
             made[value] = lies[len(op.inputs) + at]
     for value, output in zip(block.outputs, program.outputs, strict=True):
         if value not in free:
-            readers.setdefault(value, []).append((None, (output.placement, output.gradient)))
-    shared = {value.name: (value.placement, value.gradient) for value in program.shared}
+            readers.setdefault(value, []).append(
+                (None, (mesh.settled(output.placement), mesh.settled(output.gradient)))
+            )
+    shared = {value.name: (mesh.settled(value.placement), mesh.settled(value.gradient)) for value in program.shared}
     found = Moves()
     for value, reads in readers.items():
         name = graph.values[value].name
         via = made[value]
+        way: tuple[int, ...] = ()
         if len(reads) > 1:
             if name not in shared:
                 raise CheckError(f"program {program.id!r}: {name} has {len(reads)} readers but no shared placement")
             via = shared[name]
-            _move(found, graph, value, made[value], via, mesh, micro_batch)
-        for lie in dict.fromkeys(lie for _, lie in reads):
-            _move(found, graph, value, via, lie, mesh, micro_batch)
+            way = (_move(found, graph, value, made[value], via, mesh, micro_batch),)
+        ways = {
+            lie: (*way, _move(found, graph, value, via, lie, mesh, micro_batch))
+            for lie in dict.fromkeys(lie for _, lie in reads)
+        }
         for reader, lie in reads:
             if reader is not None:
+                found.ways[reader] = ways[lie]
                 found.copies[reader] = ("made", value, "") if lie[0] == made[value][0] else ("moved", value, lie[0])
     return found
 
 
-def _move(found: Moves, graph: Graph, value: int, source: Lie, target: Lie, mesh: Mesh, micro_batch: int) -> None:
+def _move(found: Moves, graph: Graph, value: int, source: Lie, target: Lie, mesh: Mesh, micro_batch: int) -> int:
+    """The position of the way forward."""
     tensor = graph.values[value]
     shape = sizes_at(graph, tensor.shape, micro_batch)
     found.forward.append(mesh.route(shape, tensor.itemsize, source[0], target[0]))
     if tensor.requires_grad:
         found.backward.append(mesh.route(shape, tensor.itemsize, target[1], source[1]))
+    return len(found.forward) - 1
 
 
 def kept(
@@ -135,8 +146,10 @@ def kept(
             return float(mesh.local_bytes(sizes_at(graph, owner.shape, micro_batch), owner.itemsize, tokens))
         # memory of an earlier block, or of what is at hand anywhere: as much of the whole as the saver's part of it
         owner, seen = graph.values[copy[1]], sizes_at(graph, graph.values[value].shape, micro_batch)
-        whole = prod(sizes_at(graph, owner.shape, micro_batch)) * owner.itemsize
-        return whole * mesh.local_bytes(seen, 1, parse_placements(text)) / max(prod(seen), 1)
+        whole, part = prod(sizes_at(graph, owner.shape, micro_batch)) * owner.itemsize, parse_placements(text)
+        if prod(seen) * graph.values[value].itemsize > whole:  # expanded: a rank keeps what it sees, at most all
+            return min(float(whole), float(mesh.local_bytes(seen, graph.values[value].itemsize, part)))
+        return whole * mesh.local_bytes(seen, 1, part) / max(prod(seen), 1)
 
     for op, planned in zip(graph.ops[block.first_op : block.end_op], program.ops, strict=True):
         if free.issuperset((*op.inputs, *op.outputs)):

@@ -69,7 +69,8 @@ def price_op(
         for dim, label in enumerate(labels):
             if label != NO_LABEL and local.setdefault(label, shape[dim]) != shape[dim]:
                 raise CheckError(f"op {op.name}: its tensors disagree on how a dim is cut: {_told(planned)}")
-    _check_partial(op, rule, planned, placed, labelled, values_grad=[v.requires_grad for v in values[: len(op.inputs)]])
+    wanting = [v.requires_grad for v in values[: len(op.inputs)]]
+    _check_partial(op, rule, planned, placed, labelled, wanting, mesh.sizes)
     sharding = [any(shard_dim(tokens[axis]) is not None for tokens in placed) for axis in range(len(mesh.sizes))]
     shards = prod(size for size, cut in zip(mesh.sizes, sharding, strict=True) if cut)
     fixed = [
@@ -135,11 +136,14 @@ def _check_partial(
     placed: list[tuple[str, ...]],
     labelled: Sequence[tuple[int, ...]],
     values_grad: list[bool],
+    sizes: tuple[int, ...],
 ) -> None:
     """On an axis that shards the op by labels, what lacks them is partial: outputs forward, inputs backward."""
     gradients = [parse_placements(text) if text else None for text in planned.input_gradients]
     num_inputs = len(op.inputs)
     for axis in range(len(placed[0]) if placed else 0):
+        if sizes[axis] == 1:
+            continue
         cut = {
             labels[dim]
             for tokens, labels in zip(placed, labelled, strict=True)
@@ -205,7 +209,7 @@ def _matmul(
         for label, role in rule.roles
     )
     forward = repeats * float(device.matmul_s(m, n, k, b, dtype=dtype, aligned=aligned))
-    operands = op.inputs[1:3] if "addmm" in op.target else op.inputs[:2]
+    operands = op.inputs[1:3] if op.target.split(".")[1] in ("addmm", "baddbmm") else op.inputs[:2]
     wanted = [graph.values[value].requires_grad for value in operands]
     products = [shape for shape, want in zip(((m, k, n), (n, k, m)), wanted, strict=False) if want] or [(m, n, k)]
     share = profile.backward_flops / profile.forward_flops / len(products)

@@ -2,7 +2,8 @@
 
 G    axes over which the optimizer state is cut and the use is not
 D    axes on which a use leaves a partial gradient
-parameters cut over G   all_gather before forward and before backward, reduce_scatter after it: per micro-batch
+parameters cut over G   all_gather before forward and before a backward that reads them, reduce_scatter after it:
+                        per micro-batch
 gradients cut over G    reduce_scatter per micro-batch; all_gather of parameters per step
 optimizer cut over G    reduce_scatter and all_gather per step
 D without G             all_reduce of the gradient at rest, per step
@@ -12,6 +13,7 @@ accumulation            reads the new gradient and the sum, writes the sum, per 
 Collectives are parts of those of a bucket; fp16 programs reduce gradients in fp16.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from autopar.cluster.software import load_software
@@ -26,7 +28,8 @@ from autopar.plan.plan import BlockProgram, CollectiveKind, Execution, Parameter
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterPrice:
     """Seconds and bytes of all parameters of a block; ``gathered_bytes`` is what gathers bring in at once,
-    ``late_bytes`` the gradients that are there at the end of a backward and were not before it."""
+    ``late_bytes`` the gradients that are there at the end of a backward and were not before it, ``gathered_once``
+    (parameter, gather) that the block's own backward does not repeat."""
 
     forward_s: float
     backward_s: float
@@ -40,6 +43,7 @@ class ParameterPrice:
     late_bytes: float
     microbatch_steps: tuple[Step, ...]
     once_steps: tuple[Step, ...]
+    gathered_once: tuple[tuple[int, Step], ...]
 
 
 def price_parameters(
@@ -50,8 +54,12 @@ def price_parameters(
     execution: Execution,
     stored: frozenset[int],
     accumulates: bool = False,
+    read_again: frozenset[int] | None = None,
+    disagreed: frozenset[tuple[int, int]] = frozenset(),
 ) -> ParameterPrice:
-    """``stored`` parameters are kept and reduced by an earlier block of the stage."""
+    """``stored`` parameters are kept and reduced by an earlier block of the stage; ``microbatch_steps`` gathers again only
+    those that the backward reads (``read_again``; None: all), while its seconds charge for the whole bucket. ``disagreed``
+    are (parameter, axis) on which blocks of the stage use a tied one differently: its gradient is a sum of terms there."""
     plans = _by_value(graph, block, program)
     sums = dict.fromkeys(
         ("forward", "backward", "reduction", "optimizer", "p", "g", "o", "gathered", "sum", "late"), 0.0
@@ -59,6 +67,7 @@ def price_parameters(
     software, device = load_software(execution.fusion), mesh.cluster.device
     per_microbatch: list[Step] = []
     once: list[Step] = []
+    gathers: list[tuple[int, Step]] = []
     for value, planned in plans.items():
         if value in stored:
             continue
@@ -84,13 +93,21 @@ def price_parameters(
             sums["forward"] += _time(gather)
             sums["backward"] += _time(gather) + _time(scatter)
             sums["gathered"] += size * (1 - 1 / shards)
-            per_microbatch += [step for step in (gather, gather, scatter) if step]
+            twice = read_again is None or value in read_again
+            per_microbatch += [step for step in (gather, gather if twice else None, scatter) if step]
+            gathers += [(value, gather)] if gather and not twice else []
         else:
             sums["optimizer"] += _time(gather)
             sums["backward" if stage2 else "reduction"] += _time(scatter)
             once += [gather] if gather else []
             (per_microbatch if stage2 else once).extend([scatter] if scatter else [])
         sums["reduction"] += _time(rest)
+        terms = tuple(
+            axis
+            for axis in range(len(compute))
+            if axis not in cut and (axis in partial or (compute[axis] == "R" and (value, axis) in disagreed))
+        )
+        rest = _part(mesh, "all_reduce", sent / shards, terms)
         once += [rest] if rest else []
         moved = software.optimizer_bytes_half if tensor.itemsize < 4 else software.optimizer_bytes_full
         moved -= 16 if execution.optimizer == "sgd" else 0
@@ -118,7 +135,27 @@ def price_parameters(
         late_bytes=sums["late"],
         microbatch_steps=tuple(per_microbatch),
         once_steps=tuple(once),
+        gathered_once=tuple(gathers),
     )
+
+
+def disagreements(graph: Graph, blocks: Sequence[tuple[Block, BlockProgram, Block]]) -> frozenset[tuple[int, int]]:
+    """(parameter, axis) on which blocks of one stage, each with its program and the first block of its kind, use a tied
+    parameter differently: one cuts it, or leaves terms of its gradient, and another does not."""
+    seen: dict[int, ParameterPlan] = {}
+    found = set()
+    for block, program, first in blocks:
+        alike = dict(zip(first.parameters, block.parameters, strict=True))
+        for value, planned in _by_value(graph, first, program).items():
+            other = seen.setdefault(alike[value], planned)
+            sides = [
+                zip(parse_placements(each.compute), parse_placements(each.gradient), strict=True)
+                for each in (other, planned)
+            ]
+            for axis, (one, two) in enumerate(zip(*sides, strict=True)):
+                if one[0] != two[0] or {one[1], two[1]} == {"R", "P"}:
+                    found.add((alike[value], axis))
+    return frozenset(found)
 
 
 def _part(mesh: Mesh, kind: CollectiveKind, num_bytes: float, axes: tuple[int, ...]) -> Step | None:
@@ -153,8 +190,9 @@ def _names(graph: Graph, value: int) -> tuple[str, ...]:
 def _partial_axes(
     graph: Graph, block: Block, program: BlockProgram, value: int, planned: ParameterPlan, mesh: Mesh
 ) -> tuple[int, ...]:
-    """D: what the uses of a parameter say of its gradient; all uses must take the parameter as it is planned."""
-    found: set[tuple[int, ...]] = set()
+    """D: where some use of a parameter leaves a term of its gradient (one that leaves all of it counts on the first rank);
+    all uses must take the parameter as it is planned."""
+    found: set[int] = set()
     for op, at_op in zip(graph.ops[block.first_op : block.end_op], program.ops, strict=True):
         for at, read in enumerate(op.inputs):
             if read == value:
@@ -163,10 +201,8 @@ def _partial_axes(
                         f"op {op.name} reads {planned.name} as {at_op.inputs[at]}, the plan keeps {planned.compute}"
                     )
                 tokens = parse_placements(at_op.input_gradients[at])
-                found.add(tuple(axis for axis, token in enumerate(tokens) if token == "P" and mesh.sizes[axis] > 1))
-    if len(found) > 1:
-        raise CheckError(f"uses of {planned.name} leave its gradient partial over different axes")
-    return found.pop() if found else ()
+                found.update(axis for axis, token in enumerate(tokens) if token == "P" and mesh.sizes[axis] > 1)
+    return tuple(sorted(found))
 
 
 def _check_storage(

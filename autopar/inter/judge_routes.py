@@ -4,9 +4,9 @@ States are placements (a token text per axis), steps change all axes of a set th
 
     P -> R  all_reduce      bytes: what a rank holds            P -> S  reduce_scatter   bytes: what a rank holds
     S -> R  all_gather      bytes: what a rank holds after      S -> S' all_to_all       bytes: what a rank holds
-    R -> S  a local slice, free                                 nothing becomes P
+    R -> S  a local slice, free                                 R -> P  zeros on all ranks but the first, free
 
-Dims are cut outermost axis first, so a shard may only come or go where no axis further in cuts the same dim. Axes of one
+Nothing becomes P on an axis that does not end as P. Dims are cut outermost axis first, so a shard may only come or go where no axis further in cuts the same dim. Axes of one
 rank change for nothing. Among equally cheap ways the one of fewest steps wins, then the first in order of its text.
 
 Worked example: (4, 8) fp16 = 64 bytes from ``P`` to ``S(0)`` on an axis of 2: one reduce_scatter of 64 bytes.
@@ -47,17 +47,26 @@ class Route:
 
 
 def local_shape(shape: tuple[int, ...], tokens: Tokens, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape on the fullest rank: cut dim by dim, outermost axis first, rounding up piece by piece.
+    """The shape on the fullest rank: cut dim by dim, outermost axis first, rounding up piece by piece. Cuts of few pieces
+    lie outside those of many, and leave a rank its share of the pieces.
 
     >>> local_shape((24, 5), ("_S(0,3)",), (4,)), local_shape((10, 4), ("S(0)", "R"), (4, 2))
     ((6, 5), (3, 4))
+    >>> local_shape((16,), ("S(0)", "_S(0,8)"), (4, 2))  # 8 samples of 2: a rank has 2 samples, half of each
+    (2,)
     """
     found = list(shape)
-    for token, size in zip(tokens, sizes, strict=True):
+    cuts = []
+    for axis, token in enumerate(tokens):
         dim = shard_dim(token)
         if dim is not None:
-            pieces = int(token[:-1].split(",")[1]) if token.startswith("_") else 1
-            found[dim] = pieces * -(-found[dim] // (pieces * size))
+            cuts.append((int(token[:-1].split(",")[1]) if token.startswith("_") else 1, axis, dim))
+    for pieces, axis, dim in sorted(cuts):
+        taken = 1
+        for fewer, outer, same in cuts:
+            taken *= sizes[outer] if same == dim and fewer < pieces else 1
+        held = max(1, pieces // taken)
+        found[dim] = held * -(-found[dim] // (held * sizes[axis]))
     return tuple(found)
 
 
@@ -119,7 +128,7 @@ class Mesh:
             if state in done:
                 continue
             done.add(state)
-            for axes, token in _changes(state, movable, tokens):
+            for axes, token in _changes(state, movable, tokens, target):
                 after = tuple(token if axis in axes else held for axis, held in enumerate(state))
                 if after in done or not _innermost(after, axes):
                     continue
@@ -128,6 +137,11 @@ class Mesh:
                 made = (*steps, step) if step else steps
                 heapq.heappush(queue, (cost, count + 1, (*passed, "".join(after)), after, made))
         raise CheckError(f"no collective brings a tensor from {''.join(source)} to {''.join(target)}")
+
+    def settled(self, text: str) -> str:
+        """A placement with what it says of axes of one rank, where all tokens mean the same, written "R"."""
+        tokens = parse_placements(text)
+        return "".join("R" if size == 1 else token for token, size in zip(tokens, self.sizes, strict=bool(tokens)))
 
     def _one(
         self, shape: tuple[int, ...], itemsize: int, before: Tokens, after: Tokens, axes: tuple[int, ...]
@@ -153,8 +167,12 @@ def _movable(source: Tokens, target: Tokens) -> tuple[int, ...]:
     return tuple(sorted(moving | inside))
 
 
-def _changes(state: Tokens, movable: tuple[int, ...], tokens: Tokens) -> list[tuple[tuple[int, ...], str]]:
-    found = []
+def _changes(
+    state: Tokens, movable: tuple[int, ...], tokens: Tokens, target: Tokens
+) -> list[tuple[tuple[int, ...], str]]:
+    found: list[tuple[tuple[int, ...], str]] = [
+        ((axis,), "P") for axis in movable if state[axis] == "R" and target[axis] == "P"
+    ]
     for count in range(1, len(movable) + 1):
         for axes in itertools.combinations(movable, count):
             old = state[axes[0]]

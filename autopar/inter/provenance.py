@@ -65,8 +65,14 @@ def _block_terms(use: Use, blocks: Blocks, profile: GraphProfile, cluster: Clust
             node.op,
             node.rule,
             profile.ops[node.op.id],
-            tables.local_batch,
-            tb.degrees_of(node, (tables.strategies[at][strategy],), use.mesh.inner),
+            tables.local_batch * tables.data,
+            tb.degrees_of(
+                node,
+                (tables.strategies[at][strategy],),
+                use.mesh.inner,
+                tables.space.data_axis.options[at],
+                tables.data,
+            ),
             cluster.device,
             blocks.execution,
         )

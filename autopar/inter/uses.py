@@ -69,7 +69,7 @@ def memory_of(book: StageBook, uses: list[Use], in_flight: int) -> MemoryParts:
             strategy = use.strategy(at)
             names, chosen = use.points.storages[at]
             for number, (value, per_strategy) in enumerate(of_op):
-                if value.id in held:
+                if value.id in held or (at, number) in use.points.tables.again:
                     continue
                 elements = per_strategy[strategy][0]
                 if value.kind == "buffer" or not value.requires_grad:

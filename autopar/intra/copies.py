@@ -6,6 +6,7 @@ so what solutions really keep is counted here: a *copy* is a result (views share
 """
 
 from collections.abc import Mapping, Sequence
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,33 +19,59 @@ from autopar.rules.options import Option, Token
 
 Floats = NDArray[np.float64]
 Placement = tuple[Token, ...]
+Lie = tuple[Token, Placement]
+"""How a value lies: on the data axis, and on the inner axes."""
 
 
 class LocalSizes:
-    """Bytes of a graph's values on the fullest rank of an inner mesh, at one local batch."""
+    """Bytes of a graph's values on the fullest rank: ``data`` ranks cut the batch (or hold it whole), inner axes the rest.
+    ``local_batch`` are the samples of a data rank."""
 
-    def __init__(self, space: BlockSpace, sizes: tuple[int, ...], local_batch: int) -> None:
-        self.graph, self.local_batch = space.graph, local_batch
+    def __init__(self, space: BlockSpace, sizes: tuple[int, ...], local_batch: int, data: int = 1) -> None:
+        self.graph, self.local_batch, self.micro_batch = space.graph, local_batch, local_batch * data
         self.axes = tuple(Axis(name=f"axis{at}", size=size) for at, size in enumerate(sizes))
-        self._known: dict[tuple[int, Placement], float] = {}
+        self._known: dict[tuple[int, Token, Placement], float] = {}
 
-    def num_bytes(self, value: int, tokens: Placement) -> float:
-        key = (value, tokens)
+    def shape(self, value: int, data: Token) -> tuple[int, ...]:
+        """The shape on a data rank, whole on the inner axes."""
+        batch = self.graph.batch
+        cut = data.dim if isinstance(data, Atom) else None
+        return tuple(
+            batch.scale(size, self.local_batch if dim == cut else self.micro_batch)
+            for dim, size in enumerate(self.graph.values[value].shape)
+        )
+
+    def num_bytes(self, value: int, tokens: Placement, data: Token) -> float:
+        key = (value, data, tokens)
         if key not in self._known:
-            found, batch = self.graph.values[value], self.graph.batch
-            shape = tuple(
-                size * self.local_batch // batch.traced if batch.grows(size) else size for size in found.shape
-            )
             text = "".join(
-                Atom(dim=t.dim, repeats=max(1, self._repeats(t)), size=t.size).text if isinstance(t, Atom) else "R"
+                Atom(dim=t.dim, repeats=self._repeats(t, data), size=t.size).text if isinstance(t, Atom) else "R"
                 for t in tokens
             )
-            self._known[key] = float(local_size(shape, text, self.axes) * found.itemsize)
+            elements = local_size(self.shape(value, data), text, self.axes)
+            self._known[key] = float(elements * self.graph.values[value].itemsize)
         return self._known[key]
 
-    def _repeats(self, atom: Atom) -> int:
+    def share(self, owner: int, value: int, tokens: Placement, data: Token) -> float:
+        """Bytes of a memory of which a reader sees ``value`` lying so: as much of the whole as of the value; of a memory
+        smaller than the value (it was expanded) what the reader sees, at most all."""
+        memory, whole, part = self._whole(owner), self._whole(value), self.num_bytes(value, tokens, data)
+        if whole > memory:
+            return min(memory, part)
+        return memory * part / whole if whole else memory
+
+    def _whole(self, value: int) -> float:
+        found = self.graph.values[value]
+        sizes = (self.graph.batch.scale(size, self.micro_batch) for size in found.shape)
+        return float(prod(sizes) * found.itemsize)
+
+    def _repeats(self, atom: Atom, data: Token) -> int:
+        """Pieces on a data rank: fewer where it holds part of the samples that repeat the atom."""
         batch = self.graph.batch
-        return atom.repeats * self.local_batch // batch.traced if batch.grows(atom.repeats) else atom.repeats
+        if not batch.grows(atom.repeats):
+            return atom.repeats
+        within = isinstance(data, Atom) and data.dim == atom.dim
+        return max(1, atom.repeats * (self.local_batch if within else self.micro_batch) // batch.traced)
 
 
 class CopyCounter:
@@ -61,6 +88,10 @@ class CopyCounter:
         sizes: LocalSizes,
     ) -> None:
         """``first_keeper``: value whose memory is kept -> the first op of the graph that keeps it; ``core``: attentions."""
+        self._data = [
+            tuple("R" if t == "G" else t for t in (*option.inputs, *option.outputs))
+            for option in space.data_axis.options
+        ]
         self.space, self.profile, self.first_keeper = space, profile, first_keeper
         self._made_by_core = {v for node in space.ops if node.op.id in core for v in node.op.outputs}
         self._at_hand = {profile.owners[node.op.inputs[i]] for node in space.ops for i in node.free}
@@ -86,22 +117,23 @@ class CopyCounter:
         return np.asarray(counted[np.asarray(back).ravel()])
 
     def _count(self, column: NDArray[np.integer]) -> tuple[float, float]:
-        owners = self.profile.owners
-        lies: dict[int, Placement] = {
-            value: _whole(states[int(column[IN])]) for value, states in self.boundary_tokens.items()
+        owners, ends = self.profile.owners, self.space.data_axis.ends
+        lies: dict[int, Lie] = {
+            value: (_forward(ends[value]), _whole(states[int(column[IN])]))
+            for value, states in self.boundary_tokens.items()
         }
-        memory: dict[int, tuple[int, Placement | None]] = {}  # of a value as made: (owner, None) or of a moved copy
-        bytes_of: dict[tuple[int, Placement | None], float] = {}
+        memory: dict[int, tuple[int, Lie | None]] = {}  # of a value as made: (owner, None) or of a moved copy
+        bytes_of: dict[tuple[int, Lie | None], float] = {}
         for at, node in enumerate(self.space.ops):
-            op, options = node.op, self.strategies[at][int(column[node.node])]
-            read: dict[int, tuple[int, Placement | None]] = {}
+            op, options, data = node.op, self.strategies[at][int(column[node.node])], self._data[at]
+            read: dict[int, tuple[int, Lie | None]] = {}
             for i, value in enumerate(op.inputs):
-                lie = _whole(tuple(option.inputs[i] for option in options))
-                moved = i not in node.free and value in lies and lies[value] != lie
+                lie = (data[i], _whole(tuple(option.inputs[i] for option in options)))
+                moved = i not in node.free and value in lies and not self._same(lies[value], lie)
                 read[value] = (value, lie) if moved else memory.get(value, (owners[value], None))
             made = {}
             for i, value in enumerate(op.outputs):
-                lies[value] = _whole(tuple(option.outputs[i] for option in options))
+                lies[value] = (data[len(op.inputs) + i], _whole(tuple(option.outputs[i] for option in options)))
                 viewed = [v for v in op.inputs if owners[value] != value and owners[v] == owners[value]]
                 memory[value] = made[value] = read[viewed[0]] if viewed else (value, None)
             tensors = (*op.inputs, *op.outputs)
@@ -109,33 +141,45 @@ class CopyCounter:
                 value = tensors[position]
                 copy = read[value] if position < len(op.inputs) else made[value]
                 if copy not in bytes_of:
-                    bytes_of[copy] = self._bytes(copy, node.op.id, position, value, options, lies)
+                    bytes_of[copy] = self._bytes(copy, node.op.id, at, position, value, options, lies)
         inside = sum(size for (owner, moved), size in bytes_of.items() if moved is None and owner in self._made_by_core)
         return sum(bytes_of.values()) - inside, inside
 
+    def _same(self, made: Lie, read: Lie) -> bool:
+        """Whether nothing moves: on a data axis of one rank nothing ever does."""
+        return made[1] == read[1] and (self.sizes.micro_batch == self.sizes.local_batch or _alike(made[0], read[0]))
+
     def _bytes(
         self,
-        copy: tuple[int, Placement | None],
+        copy: tuple[int, Lie | None],
         op: int,
+        at: int,
         position: int,
         value: int,
         options: tuple[Option, ...],
-        lies: Mapping[int, Placement],
+        lies: Mapping[int, Lie],
     ) -> float:
         owner, moved = copy
         if moved is not None:
-            return self.sizes.num_bytes(owner, moved)
+            return self.sizes.num_bytes(owner, moved[1], moved[0])
         first_op = self.space.block.first_op
         if self.first_keeper.get(owner, op) < first_op:
             return 0.0  # charged to the block that keeps it first
         if owner in lies and owner not in self._at_hand:
-            return self.sizes.num_bytes(owner, lies[owner])
+            return self.sizes.num_bytes(owner, lies[owner][1], lies[owner][0])
         tokens = tuple((*option.inputs, *option.outputs)[position] for option in options)
-        whole = ("R",) * len(tokens)
-        seen = self.sizes.num_bytes(value, whole)
-        share = self.sizes.num_bytes(value, _whole(tokens)) / seen if seen else 1.0
-        return self.sizes.num_bytes(owner, whole) * share
+        return self.sizes.share(owner, value, _whole(tokens), self._data[at][position])
 
 
 def _whole(tokens: Sequence[Token]) -> Placement:
     return tuple("R" if token == "G" else token for token in tokens)
+
+
+def _forward(token: Token) -> Token:
+    return "R" if token == "G" else token
+
+
+def _alike(first: Token, second: Token) -> bool:
+    if isinstance(first, Atom) and isinstance(second, Atom):
+        return (first.dim, first.repeats) == (second.dim, second.repeats)
+    return first == second

@@ -157,8 +157,9 @@ def block_points(
     storages = []
     parameter_metrics: list[tuple[Floats, NDArray[np.integer]]] = []
     for at, uses in enumerate(tables.parameter_uses):
+        again = frozenset(number for number in range(len(uses)) if (at, number) in tables.again)
         cost, chosen, metrics, names = _parameter_costs(
-            uses, prices, parameter_weights, data_axis, held, zero, len(tables.strategies[at])
+            uses, prices, parameter_weights, data_axis, held, again, zero, len(tables.strategies[at])
         )
         node_costs[2 + at] = node_costs[2 + at] + cost
         parameter_metrics.append((metrics, chosen))
@@ -280,6 +281,7 @@ def _parameter_costs(
     weight: Floats,
     data_axis: bool,
     held: frozenset[int],
+    again: frozenset[int],
     zero: int | None,
     num_strategies: int,
 ) -> tuple[Floats, NDArray[np.integer], Floats, tuple[tuple[pm.Storage, ...], ...]]:
@@ -289,13 +291,14 @@ def _parameter_costs(
     chosen = np.zeros((len(uses), num_rows, num_strategies), int)
     width = 1
     found = []
-    for value, per_strategy in uses:
+    for number, (value, per_strategy) in enumerate(uses):
+        stored = value.id in held or number in again
         row: list[tuple[tuple[pm.Storage, ...], Floats]] = []
         for elements, axes in per_strategy:
-            full_axes = ((0, *axes) if data_axis else axes) if value.requires_grad else ()
-            if value.kind == "buffer" or not value.requires_grad or value.id in held:
+            full_axes = tuple(axis for axis in axes if axis or data_axis) if value.requires_grad else ()
+            if value.kind == "buffer" or not value.requires_grad or stored:
                 metrics = np.zeros((1, pm.NUM_PARAMETER_METRICS))
-                metrics[0, pm.STATE] = 0.0 if value.id in held else elements * value.itemsize
+                metrics[0, pm.STATE] = 0.0 if stored else elements * value.itemsize
                 row.append(((pm.Storage(stage=0, axes=()),), metrics))
             else:
                 options, metrics = prices.of(elements, value.itemsize, full_axes)
@@ -343,15 +346,14 @@ def _totals(
         sums[..., [tb.SAVED, tb.CORE_SAVED]] -= tensors[choices[2 + at]]
     kept = tables.copies.kept(choices.reshape(len(choices), -1))
     sums[..., [tb.SAVED, tb.CORE_SAVED]] += kept.reshape(*shape, 2)
-    waits = np.zeros((*shape, 2))  # collectives, forward and backward
     # a cell without a solution is arbitrary here, infinite at most, and set to inf by the caller
-    waits = np.zeros((*shape, 2))  # collectives, forward and backward
-    for source, target, forward, backward in tables.edges:
+    waits = np.zeros((*shape, 2))  # seconds that ranks wait for each other, forward and backward
+    for (source, target, forward, backward), sync_s in zip(tables.edges, tables.sync_s, strict=True):
         pair = (choices[source], choices[target])
         for way, metric, table in ((0, tb.FORWARD, forward), (1, tb.BACKWARD, backward)):
             time_s = table[pair]
             sums[..., metric] += time_s
-            waits[..., way] += time_s > 0
+            waits[..., way] += sync_s[way] * (time_s > 0)
     held = np.zeros((*shape, pm.NUM_PARAMETER_METRICS))
     row_at = np.arange(shape[0])[:, None]
     for at, (metrics, chosen) in enumerate(parameter_metrics):
@@ -363,8 +365,8 @@ def _totals(
     saved, core, boundary = (sums[..., m] for m in (tb.SAVED, tb.CORE_SAVED, tb.BOUNDARY))
     again = np.where(full, f + c, np.where(selective, c, 0.0))
     forward_host_s, core_host_s, backward_host_s = tables.host_s
-    forward_host = forward_host_s + tables.sync_s * waits[..., 0]
-    backward_host = backward_host_s + tables.sync_s * waits[..., 1]
+    forward_host = forward_host_s + waits[..., 0]
+    backward_host = backward_host_s + waits[..., 1]
     backward_host = backward_host + np.where(full, forward_host, np.where(selective, core_host_s, 0.0))
     totals = np.zeros((*shape, NUM_TOTALS))
     for total, busy, gather in (

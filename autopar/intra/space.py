@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autopar.graph.ir import Block, Graph, Op, Value
+from autopar.intra.data_axis import Call, DataAxis, data_axis
 from autopar.rules.atoms import Cuts
 from autopar.rules.local_forms import can_run
 from autopar.rules.options import Option, Token, op_options
@@ -60,7 +61,7 @@ class Flow:
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BlockSpace:
     """See the module's docstring. ``data_ops`` touch only values that are at hand anywhere; ``tokens`` maps a value that
-    flows to what one axis may hold of it."""
+    flows to what one axis may hold of it; ``data_axis`` says what the data axis does to each op."""
 
     graph: Graph
     block: Block
@@ -69,6 +70,7 @@ class BlockSpace:
     flows: tuple[Flow, ...]
     data_ops: tuple[Op, ...]
     tokens: dict[int, tuple[Token, ...]]
+    data_axis: DataAxis
 
     @property
     def num_nodes(self) -> int:
@@ -107,6 +109,21 @@ def block_space(graph: Graph, block: Block, data: frozenset[int]) -> BlockSpace:
         )
     tokens = _tokens(nodes, graph.values)
     hubs, flows = _flows(nodes, block, tokens)
+    made = data_axis(
+        graph,
+        block,
+        [
+            Call(
+                rule=node.rule,
+                options=node.options,
+                inputs=tuple(graph.values[value] for value in node.op.inputs),
+                outputs=tuple(graph.values[value] for value in node.op.outputs),
+            )
+            for node in nodes
+        ],
+        [hub.value for hub in hubs],
+        [(flow.value, flow.source, flow.target, flow.output, flow.input) for flow in flows],
+    )
     return BlockSpace(
         graph=graph,
         block=block,
@@ -115,6 +132,7 @@ def block_space(graph: Graph, block: Block, data: frozenset[int]) -> BlockSpace:
         flows=tuple(flows),
         data_ops=tuple(op for op in all_ops if data.issuperset((*op.inputs, *op.outputs))),
         tokens=tokens,
+        data_axis=made,
     )
 
 

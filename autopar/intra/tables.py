@@ -1,8 +1,8 @@
 """Prices of a block on one mesh: seconds and bytes for every choice of every node and every pair, before any weighing.
 
-The mesh is (data axis, inner axes ...). The data axis always shards the batch: it is priced from outside, through
-``local_batch`` and the parameters. On each inner axis every op chooses an option freely; a *strategy* of an op is an option
-per inner axis. Metrics per micro-batch and node, and what they mean:
+The mesh is (data axis, inner axes ...). What the data axis does to an op is given (`data_axis`): mostly it cuts the batch, so
+that a block's prices follow from ``local_batch`` alone, and are made as for one data rank. On each inner axis every op
+chooses an option freely; a *strategy* of an op is an option per inner axis. Metrics per micro-batch and node:
 
     FORWARD, CORE_FORWARD    seconds; CORE is attention, which selective recomputation redoes
     BACKWARD                 seconds
@@ -22,15 +22,16 @@ from numpy.typing import NDArray
 from autopar.cost.compute import host_calls, op_seconds, weight_gradient_s
 from autopar.cost.execution import ExecutionModel
 from autopar.cost.redistribute import MeshLinks, Placement, redistribute_s
-from autopar.graph.ir import Graph, Op, Value
+from autopar.graph.ir import Op, Value
 from autopar.graph.profile import GraphProfile
 from autopar.intra.copies import CopyCounter, LocalSizes
+from autopar.intra.data_axis import text_of
 from autopar.intra.elimination import Eliminator
 from autopar.intra.space import IN, OUT, BlockSpace, OpNode
 from autopar.intra.workspace import overwritten_values, passing_bytes, scratch_bytes
 from autopar.rules.atoms import Atom
 from autopar.rules.options import Option, Token
-from autopar.rules.rule import NO_LABEL, OpRule
+from autopar.rules.rule import OpRule
 
 Floats = NDArray[np.float64]
 FORWARD, CORE_FORWARD, BACKWARD, SAVED, CORE_SAVED, BOUNDARY, WORKSPACE = range(7)
@@ -43,29 +44,33 @@ Allowed = Callable[[int, OpNode, Option], bool]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BlockTables:
-    """``strategies[at]`` of ``space.ops[at]``: (options per inner axis). ``states[n]``: placements of boundary or hub node
-    n's values, and ``boundary_tokens`` those of a block input or output under each boundary placement. ``kept[at]``
+    """Of a block at ``local_batch`` samples on each of ``data`` ranks. ``strategies[at]`` of ``space.ops[at]``: (options
+    per inner axis). ``states[n]``: placements of boundary or hub node n's values, and ``boundary_tokens`` those of a block
+    input or output under each boundary placement. ``kept[at]``
     are the bytes of tensors that SAVED and CORE_SAVED price for op ``at``, (strategies, 2); ``copies`` counts what a solution
     really keeps instead. ``node_metrics[n]`` is (choices, metrics), ``edges`` are (node, node, (choices, choices) forward seconds,
     the same backward). ``parameter_uses[at]`` lists, for op ``at``, (value, per strategy: local elements, axes with a
-    partial gradient); axes count the data axis as 0, inner axes from 1. ``host_s`` are the seconds that the host takes to
-    launch the forward, attention's part of it (which selective recompute launches again), and the backward; every
-    collective adds ``sync_s``, as ranks wait for the slowest host. Communication behind compute costs ``contention`` of the
+    partial gradient); axes count the data axis as 0, inner axes from 1. ``again`` are the (op, number) of uses of a
+    parameter that an earlier op of the block uses, and stores, alike. ``host_s`` are the seconds that the host takes to
+    launch the forward, attention's part of it (which selective recompute launches again), and the backward; a move adds
+    ``sync_s``, forward and backward per edge, as ranks wait for the slowest host. Communication behind compute costs ``contention`` of the
     shorter of the two (1: nothing overlaps). ``eliminator`` is made for the edges."""
 
     space: BlockSpace
     local_batch: int
+    data: int
     strategies: tuple[tuple[tuple[Option, ...], ...], ...]
     boundaries: tuple[tuple[str, ...], ...]
     node_metrics: tuple[Floats, ...]
     edges: tuple[tuple[int, int, Floats, Floats], ...]
     parameter_uses: tuple[tuple[tuple[Value, tuple[tuple[int, tuple[int, ...]], ...]], ...], ...]
+    again: frozenset[tuple[int, int]]
     hub_states: tuple[tuple[tuple[Token, ...], ...], ...]
     boundary_tokens: dict[int, tuple[tuple[Token, ...], ...]]
     kept: tuple[Floats, ...]
     copies: CopyCounter
     host_s: tuple[float, float, float]
-    sync_s: float
+    sync_s: tuple[tuple[float, float], ...]
     contention: float
     eliminator: Eliminator
 
@@ -88,24 +93,17 @@ def _may_be_uneven(rule: OpRule, labels: tuple[int, ...]) -> bool:
     return any((*ins, *outs) == labels and len(ins) == len(outs) == 1 for ins, outs in rule.groups)
 
 
-def exchanges_batch(node: OpNode, graph: Graph) -> bool:
-    """Whether an op exchanges statistics over the batch (batch norm), and so over the data axis."""
-    return node.rule.inside is not None and any(
-        label != NO_LABEL and node.rule.kinds[label] == "inside" and graph.batch.grows(size)
-        for value, labels in zip(node.op.inputs, node.rule.inputs, strict=True)
-        for size, label in zip(graph.values[value].shape, labels, strict=True)
-        if label < len(node.rule.kinds)
-    )
-
-
-def degrees_of(node: OpNode, chosen: Sequence[tuple[Option, ...]], sizes: Sequence[int]) -> dict[int, Floats]:
-    """Label -> what each strategy divides it by, (strategies,)."""
-    degrees: dict[int, Floats] = {}
+def degrees_of(
+    node: OpNode, chosen: Sequence[tuple[Option, ...]], sizes: Sequence[int], data: Option, data_ranks: int
+) -> dict[int, Floats]:
+    """Label -> what each strategy and the data axis divide it by, (strategies,)."""
+    degrees = {label: np.full(len(chosen), float(data_ranks)) for label in data.labels[:1]}
     for at, options in enumerate(chosen):
         for option, size in zip(options, sizes, strict=True):
             for label in option.labels[:1]:
                 degrees.setdefault(label, np.ones(len(chosen)))[at] *= size
-    twins = {label: option.labels for options in chosen for option in options for label in option.labels[:1]}
+    every = (data, *(option for options in chosen for option in options))
+    twins = {label: option.labels for option in every for label in option.labels[:1]}
     for first, labels in twins.items():
         for label in labels[1:]:
             if any(label == known for known, _ in node.rule.roles):
@@ -115,7 +113,7 @@ def degrees_of(node: OpNode, chosen: Sequence[tuple[Option, ...]], sizes: Sequen
 
 class TableBuilder:
     """Builds the tables of one block for one inner mesh and local batch; ``links`` are the inner axes' links,
-    ``whole`` those of all axes, the data axis first."""
+    ``whole`` those of all axes, the data axis of ``data`` ranks first. ``data`` may be one wherever the block is plain."""
 
     def __init__(
         self,
@@ -129,7 +127,10 @@ class TableBuilder:
         whole: MeshLinks,
         allowed: Allowed | None = None,
         fused: dict[int, tuple[float, float]] | None = None,
+        data: int = 1,
     ) -> None:
+        assert data in (1, whole.sizes[0])
+        self.data, self.micro_batch = data, local_batch * data
         self.fused = fused or {}
         self._hiding: dict[int, Floats] = {}
         self.space, self.profile, self.local_batch = space, profile, local_batch
@@ -138,9 +139,9 @@ class TableBuilder:
         self.savers, self.core = savers, core
         self._keepers = frozenset(self._first_keeper())
         self._overwritten = overwritten_values(self.graph, profile)
-        self.local = LocalSizes(space, self.sizes, local_batch)
+        self.local = LocalSizes(space, self.sizes, local_batch, data)
         self.kept: list[Floats] = []
-        self.redistributions: dict[tuple[tuple[Placement, ...], float], Floats] = {}
+        self.redistributions: dict[tuple[tuple[Placement, ...], tuple[float, ...]], Floats] = {}
 
     def build(self) -> BlockTables:
         strategies = tuple(self._strategies(node) for node in self.space.ops)
@@ -151,10 +152,11 @@ class TableBuilder:
             if flow_value in self.space.tokens:
                 value = self.graph.values[flow_value]
                 for at, roles in enumerate(boundaries):
-                    metrics[IN][at, BOUNDARY] += self._local_bytes(value, self.role_tokens(value, roles))
+                    tokens = self.role_tokens(value, roles)
+                    metrics[IN][at, BOUNDARY] += self._local_bytes(value, tokens, self.space.data_axis.ends[value.id])
         calls = np.zeros(3)
-        for node, chosen in zip(self.space.ops, strategies, strict=True):
-            metrics.append(self._op_metrics(node, chosen))
+        for node, chosen, data in zip(self.space.ops, strategies, self.space.data_axis.options, strict=True):
+            metrics.append(self._op_metrics(node, chosen, data))
             is_core = node.op.id in self.core
             forward, backward = host_calls(node.op, self.profile.ops[node.op.id], self.execution, is_core)
             calls += forward, forward * is_core, backward
@@ -164,10 +166,11 @@ class TableBuilder:
             value: tuple(self.role_tokens(self.graph.values[value], roles) for roles in boundaries)
             for value in (*self.space.block.inputs, *self.space.block.outputs)
         }
-        edges = self._edges(strategies, hub_states, boundaries)
+        edges = (*self._edges(strategies, hub_states, boundaries), *self._alike(strategies))
         return BlockTables(
             space=self.space,
             local_batch=self.local_batch,
+            data=self.data,
             strategies=strategies,
             boundaries=boundaries,
             node_metrics=tuple(metrics),
@@ -175,6 +178,7 @@ class TableBuilder:
             parameter_uses=tuple(
                 self._parameter_uses(node, chosen) for node, chosen in zip(self.space.ops, strategies, strict=True)
             ),
+            again=frozenset((at, number) for _, _, at, number in self._repeated()),
             hub_states=hub_states,
             boundary_tokens=boundary_tokens,
             kept=tuple(self.kept),
@@ -182,9 +186,7 @@ class TableBuilder:
                 self.space, self.profile, self._first_keeper(), self.core, strategies, boundary_tokens, self.local
             ),
             host_s=tuple(float(count * self.links.cluster.device.launch_s) for count in calls),  # type: ignore[arg-type]
-            sync_s=self.execution.software.collective_calls
-            * self.links.cluster.device.launch_s
-            * (math.prod(self.sizes) - 1),
+            sync_s=(*self._sync_s(), *((0.0, 0.0) for _ in edges[len(self.space.flows) :])),
             contention=self.links.cluster.overlap_contention if self.execution.overlap else 1.0,
             eliminator=Eliminator(
                 tuple(len(choices) for choices in metrics),
@@ -192,6 +194,33 @@ class TableBuilder:
                 keep=(IN, OUT),
             ),
         )
+
+    def _sync_s(self) -> tuple[tuple[float, float], ...]:
+        """Per flow what its move, forward and backward, waits for the slowest host: of all ranks where the data axis moves,
+        else of those of the inner axes."""
+        each = self.execution.software.collective_calls * self.links.cluster.device.launch_s
+        inner = math.prod(self.sizes)
+        found = []
+        for flow in self.space.flows:
+            source, target = (
+                self._cut(flow.value, flow.source, flow.output, True),
+                self._cut(flow.value, flow.target, flow.input, False),
+            )
+            ways = [forward_placement((source, target)), gradient_placement((target, source))]
+            moves = [a not in ("R", b) and text_of(a) != text_of(b) for a, b in ways]
+            found.append(tuple(each * ((self.data if moved else 1) * inner - 1) for moved in moves))
+        return tuple(found)  # type: ignore[arg-type]
+
+    def _cut(self, value: int, node: int, position: int | None, outgoing: bool) -> Token:
+        """What the data axis makes of a value at one end of a flow."""
+        given, first_hub = self.space.data_axis, 2 + len(self.space.ops)
+        if node in (IN, OUT):
+            return given.ends[value]
+        if node >= first_hub:
+            return given.hubs[node - first_hub]
+        assert position is not None
+        option = given.options[node - 2]
+        return (option.outputs if outgoing else option.inputs)[position]
 
     def _first_keeper(self) -> dict[int, int]:
         """Value whose memory is kept -> the first op of the graph that keeps it."""
@@ -224,14 +253,15 @@ class TableBuilder:
         return max(atoms, key=lambda atom: atom.size) if atoms else None
 
     def _strategies(self, node: OpNode) -> tuple[tuple[Option, ...], ...]:
+        data = self.space.data_axis.options[node.node - 2]
         per_axis = []
         for axis in range(len(self.sizes)):
             options = [o for o in node.options if self.allowed is None or self.allowed(axis, node, o)]
             per_axis.append(options or list(node.options[:1]))
-        found = [chosen for chosen in itertools.product(*per_axis) if self._divides(node, chosen)]
+        found = [chosen for chosen in itertools.product(*per_axis) if self._divides(node, chosen, data)]
         return tuple(found) or ((node.options[0],) * len(self.sizes),)
 
-    def _divides(self, node: OpNode, chosen: tuple[Option, ...]) -> bool:
+    def _divides(self, node: OpNode, chosen: tuple[Option, ...], data: Option) -> bool:
         degrees: dict[tuple[tuple[int, ...], int], int] = {}
         for option, size in zip(chosen, self.sizes, strict=True):
             if option.sharded:
@@ -239,9 +269,10 @@ class TableBuilder:
                 degrees[key] = degrees.get(key, 1) * size
         for (labels, size), degree in degrees.items():
             grows = self.graph.batch.grows(size)
-            if grows and (size * self.local_batch) % self.graph.batch.traced:
+            samples = self.local_batch if data.labels == labels else self.micro_batch
+            if grows and (size * samples) % self.graph.batch.traced:
                 return False
-            whole = self.graph.batch.scale(size, self.local_batch)
+            whole = self.graph.batch.scale(size, samples)
             if whole % degree and (grows or whole < UNEVEN * degree or not _may_be_uneven(node.rule, labels)):
                 return False
         return True
@@ -257,21 +288,21 @@ class TableBuilder:
                 found.append(state)
         return tuple(found)
 
-    def _local_bytes(self, value: Value, tokens: Sequence[Token]) -> float:
-        """Bytes of a value on the fullest rank at the local batch, per inner placement."""
-        return self.local.num_bytes(value.id, tuple("R" if token == "G" else token for token in tokens))
+    def _local_bytes(self, value: Value, tokens: Sequence[Token], data: Token) -> float:
+        """Bytes of a value on the fullest rank."""
+        return self.local.num_bytes(value.id, forward_placement(tokens), data)
 
-    def _op_metrics(self, node: OpNode, chosen: tuple[tuple[Option, ...], ...]) -> Floats:
+    def _op_metrics(self, node: OpNode, chosen: tuple[tuple[Option, ...], ...], data: Option) -> Floats:
         op, profile = node.op, self.profile.ops[node.op.id]
         metrics = np.zeros((len(chosen), NUM_METRICS))
-        degrees = degrees_of(node, chosen, self.sizes)
+        degrees = degrees_of(node, chosen, self.sizes, data, self.data)
         device = self.links.cluster.device
         forward, backward = op_seconds(
             self.graph,
             op,
             node.rule,
             profile,
-            self.local_batch,
+            self.micro_batch,
             degrees,
             device,
             self.execution,
@@ -279,46 +310,47 @@ class TableBuilder:
         )
         if self.execution.software.tensor_overlap and self.sizes:
             self._hiding[node.node] = self.execution.software.tensor_overlap * weight_gradient_s(
-                self.graph, op, node.rule, self.local_batch, degrees, device, len(chosen)
+                self.graph, op, node.rule, self.micro_batch, degrees, device, len(chosen)
             )
         is_core = op.id in self.core
         metrics[:, CORE_FORWARD if is_core else FORWARD] += forward
         metrics[:, BACKWARD] += backward
-        self._add_inside(node, chosen, metrics)
+        self._add_inside(node, chosen, data, metrics)
         values = [self.graph.values[value] for value in (*op.inputs, *op.outputs)]
+        cuts = (*data.inputs, *data.outputs)
         tensors = np.zeros((len(chosen), 2))
+        ranks = (self.data, *self.sizes)
         for at, options in enumerate(chosen):
             tokens = [tuple(option.inputs[i] for option in options) for i in range(len(op.inputs))] + [
                 tuple(option.outputs[i] for option in options) for i in range(len(op.outputs))
             ]
-            share = math.prod(size for option, size in zip(options, self.sizes, strict=True) if option.sharded)
             for positions, core in self.savers.get(op.id, ()):
                 # Views of one memory keep all of it, or their own part where they were moved: never less than this.
-                owner = self.graph.values[self.profile.owners[values[positions[0]].id]]
-                parts = sum(self._local_bytes(values[i], tokens[i]) for i in positions)
-                tensors[at, int(core)] += min(self._owner_bytes(owner, tokens[positions[0]]), parts)
+                owner, first = self.profile.owners[values[positions[0]].id], positions[0]
+                parts = sum(self._local_bytes(values[i], tokens[i], cuts[i]) for i in positions)
+                shared = self.local.share(owner, values[first].id, forward_placement(tokens[first]), cuts[first])
+                tensors[at, int(core)] += min(shared, parts)
             internal = float(sum(math.prod(shape) * item for shape, item in profile.saved_internal))
             if is_core and self.execution.attn == "math":  # its log-sum-exp's place is taken by the scores
                 internal = math.prod(self._scores(op)) * self.execution.software.math_attention_bytes_per_score
             grows = any(self.graph.batch.grows(size) for shape, _ in profile.saved_internal for size in shape)
-            scale = self.local_batch / self.graph.batch.traced if grows else 1.0
-            if not grows:  # statistics over the batch are whole where the batch is cut
-                share = math.prod(
-                    size
-                    for option, size in zip(options, self.sizes, strict=True)
-                    if option.sharded and not self.graph.batch.grows(option.size)
-                )
+            scale = self.micro_batch / self.graph.batch.traced if grows else 1.0
+            share = math.prod(  # statistics over the batch are whole where the batch is cut
+                size
+                for option, size in zip((data, *options), ranks, strict=True)
+                if option.sharded and (grows or not self.graph.batch.grows(option.size))
+            )
             metrics[at, CORE_SAVED if is_core else SAVED] += internal * scale / share
-            work = math.prod(size for option, size in zip(options, self.sizes, strict=True) if option.sharded)
+            work = math.prod(size for option, size in zip((data, *options), ranks, strict=True) if option.sharded)
             metrics[at, WORKSPACE] = passing_bytes(
                 self.graph,
                 self.profile,
                 op,
                 self._keepers,
                 self._overwritten,
-                [self._local_bytes(value, placed) for value, placed in zip(values, tokens, strict=True)],
+                [self._local_bytes(*placed) for placed in zip(values, tokens, cuts, strict=True)],
                 [position for position in node.parameters if values[position].requires_grad],
-                scratch_bytes(self.graph, self.profile, op, self.execution, is_core, self.local_batch, work),
+                scratch_bytes(self.graph, self.profile, op, self.execution, is_core, self.micro_batch, work),
             )
         metrics[:, [SAVED, CORE_SAVED]] += tensors
         self.kept.append(tensors)
@@ -329,31 +361,58 @@ class TableBuilder:
         query, key = (self.graph.values[value].shape for value in op.inputs[:2])
         return (*query[:-1], key[-2])
 
-    def _owner_bytes(self, owner: Value, tokens: Sequence[Token]) -> float:
-        size = self._local_bytes(owner, ("R",) * len(self.sizes))
-        for token, degree in zip(tokens, self.sizes, strict=True):
-            size /= degree if isinstance(token, Atom) else 1
-        return size
-
-    def _add_inside(self, node: OpNode, chosen: tuple[tuple[Option, ...], ...], metrics: Floats) -> None:
-        """What the op exchanges by itself, over the axes that cut its label; the data axis cuts the batch always."""
+    def _add_inside(self, node: OpNode, chosen: tuple[tuple[Option, ...], ...], data: Option, metrics: Floats) -> None:
+        """What the op exchanges by itself, over the axes that cut its label."""
         inside = node.rule.inside
         if inside is None:
             return
-        links, first = (self.whole, 1) if exchanges_batch(node, self.graph) else (self.links, 0)
-        scale = self.local_batch / self.graph.batch.traced
+        sizes = (self.data, *self.sizes)
         for at, options in enumerate(chosen):
-            axes = (0,) * first + tuple(first + axis for axis, option in enumerate(options) if option.inside)
-            axes = tuple(axis for axis in axes if links.sizes[axis] > 1)
+            every = (data, *options)
+            axes = tuple(axis for axis, option in enumerate(every) if option.inside and sizes[axis] > 1)
             if axes:
                 share = math.prod(
                     size
-                    for option, size in zip(options, self.sizes, strict=True)
+                    for option, size in zip(every, sizes, strict=True)
                     if option.sharded and not option.inside and set(option.labels) & set(inside.labels)
                 )
                 for metric, size in ((FORWARD, inside.forward_bytes), (BACKWARD, inside.backward_bytes)):
-                    held = size * (scale if self.graph.batch.grows(size) else 1.0) / share
-                    metrics[at, metric] += float(links.collective_s("all_reduce", held, axes))
+                    scale = self.micro_batch / self.graph.batch.traced if self.graph.batch.grows(size) else 1.0
+                    held = size * scale / share
+                    metrics[at, metric] += float(self.whole.collective_s("all_reduce", held, axes))
+
+    def _repeated(self) -> list[tuple[int, int, int, int]]:
+        """(op, number) of the first use of a parameter and (op, number) of each later one in the block."""
+        first: dict[int, tuple[int, int]] = {}
+        found = []
+        for at, node in enumerate(self.space.ops):
+            for number, position in enumerate(node.parameters):
+                value = node.op.inputs[position]
+                if value in first:
+                    found.append((*first[value], at, number))
+                else:
+                    first[value] = (at, number)
+        return found
+
+    def _alike(
+        self, strategies: Sequence[tuple[tuple[Option, ...], ...]]
+    ) -> tuple[tuple[int, int, Floats, Floats], ...]:
+        """Edges that let ops of the block use a parameter in one placement only."""
+        edges = []
+        for first, number, second, again in self._repeated():
+            if first == second:
+                continue
+            sides = [
+                [
+                    tuple(option.inputs[self.space.ops[at].parameters[which]] for option in options)
+                    for options in strategies[at]
+                ]
+                for at, which in ((first, number), (second, again))
+            ]
+            apart = np.array([[0.0 if one == other else np.inf for other in sides[1]] for one in sides[0]])
+            if apart.any():
+                edges.append((2 + first, 2 + second, apart, np.zeros_like(apart)))
+        return tuple(edges)
 
     def _parameter_uses(
         self, node: OpNode, chosen: tuple[tuple[Option, ...], ...]
@@ -364,12 +423,10 @@ class TableBuilder:
             per_strategy = []
             for options in chosen:
                 tokens = [option.inputs[position] for option in options]
-                shape = list(value.shape)
-                for token, size in zip(tokens, self.sizes, strict=True):
-                    if isinstance(token, Atom):
-                        shape[token.dim] = -(-shape[token.dim] // size)
-                elements = math.prod(shape)
-                per_strategy.append((elements, tuple(1 + axis for axis, token in enumerate(tokens) if token == "G")))
+                elements = round(self._local_bytes(value, tokens, "R") / value.itemsize)
+                data = "G" if value.id in self.space.data_axis.summed else "R"
+                axes = tuple(axis for axis, token in enumerate((data, *tokens)) if token == "G")
+                per_strategy.append((elements, axes))
             uses.append((value, tuple(per_strategy)))
         return tuple(uses)
 
@@ -383,11 +440,13 @@ class TableBuilder:
         edges = []
         for flow in self.space.flows:
             value = self.graph.values[flow.value]
-            sides = []
+            sides: list[Sequence[tuple[Token, ...]]] = []
+            cuts: list[Token] = []
             for node, position, outgoing in (
                 (flow.source, flow.output, True),
                 (flow.target, flow.input, False),
             ):
+                cuts.append(self._cut(value.id, node, position, outgoing))
                 if node in (IN, OUT):
                     sides.append([self.role_tokens(value, roles) for roles in boundaries])
                 elif node >= first_hub:
@@ -400,7 +459,7 @@ class TableBuilder:
                             for options in strategies[node - 2]
                         ]
                     )
-            forward, backward = self._conversion(value, sides[0], sides[1])
+            forward, backward = self._conversion(value, sides[0], sides[1], cuts[0], cuts[1])
             if (
                 flow.target in self._hiding
             ):  # the gradient of a linear op's input travels while its weight's is computed
@@ -409,33 +468,71 @@ class TableBuilder:
         return tuple(edges)
 
     def _conversion(
-        self, value: Value, sources: Sequence[tuple[Token, ...]], targets: Sequence[tuple[Token, ...]]
+        self,
+        value: Value,
+        sources: Sequence[tuple[Token, ...]],
+        targets: Sequence[tuple[Token, ...]],
+        source_cut: Token,
+        target_cut: Token,
     ) -> tuple[Floats, Floats]:
-        """(sources, targets) seconds to move the value forward and its gradient back."""
-        placements: dict[Placement, int] = {}
-        for tokens in (*sources, *targets):
-            for placement in (forward_placement(tokens), gradient_placement(tokens)):
-                placements.setdefault(placement, len(placements))
-        tokens_seen: dict[Token, None] = {}
-        for placement in placements:
-            tokens_seen.update(dict.fromkeys(placement))
-        for placement in itertools.product(tokens_seen, repeat=len(self.sizes)):
-            placements.setdefault(placement, len(placements))
-        whole = np.array([self._owner_bytes(value, ("R",) * len(self.sizes))])
-        key = (tuple(placements), float(whole[0]))
-        if key not in self.redistributions:
-            self.redistributions[key] = redistribute_s(self.links, list(placements), whole)[0]
-        table = self.redistributions[key]
-        at = {
-            side: [placements[make(tokens)] for tokens in tokens_of]
-            for side, tokens_of, make in (
-                ("source", sources, forward_placement),
-                ("target", targets, forward_placement),
-                ("source_gradient", sources, gradient_placement),
-                ("target_gradient", targets, gradient_placement),
-            )
-        }
-        forward = table[np.ix_(at["source"], at["target"])]
+        """(sources, targets) seconds to move the value forward and its gradient back; the cuts are the data axis's."""
+        forward = self._moves(
+            value,
+            [forward_placement(tokens) for tokens in sources],
+            [forward_placement(tokens) for tokens in targets],
+            *forward_placement((source_cut, target_cut)),
+        )
         if not value.requires_grad:
             return forward, np.zeros_like(forward)
-        return forward, table[np.ix_(at["target_gradient"], at["source_gradient"])].T
+        backward = self._moves(
+            value,
+            [gradient_placement(tokens) for tokens in targets],
+            [gradient_placement(tokens) for tokens in sources],
+            *gradient_placement((target_cut, source_cut)),
+        )
+        return forward, backward.T
+
+    def _moves(
+        self,
+        value: Value,
+        sources: Sequence[Placement],
+        targets: Sequence[Placement],
+        source_cut: Token,
+        target_cut: Token,
+    ) -> Floats:
+        """(sources, targets) seconds. Where the data axis stays as it is, only inner axes move."""
+        if self.data == 1 or text_of(source_cut) == text_of(target_cut):
+            table, at = self._table(self.links, value, (*sources, *targets), source_cut)
+            return table[np.ix_([at[one] for one in sources], [at[one] for one in targets])]
+        if target_cut == "P":  # zeros on all ranks but the first: a whole tensor becomes a sum for nothing
+            target_cut = "R"
+        made, taken = [(source_cut, *one) for one in sources], [(target_cut, *one) for one in targets]
+        table, at = self._table(self.whole, value, (*made, *taken), None)
+        return table[np.ix_([at[one] for one in made], [at[one] for one in taken])]
+
+    def _table(
+        self, links: MeshLinks, value: Value, wanted: Sequence[Placement], cut: Token | None
+    ) -> tuple[Floats, dict[Placement, int]]:
+        """Seconds between every two placements on the axes of ``links``, and where each is in the table. ``cut`` is how the
+        data axis cuts the value where it is none of the axes."""
+        per_axis: list[dict[Token, None]] = [{} for _ in links.sizes]
+        for placement in wanted:
+            for axis, token in enumerate(placement):
+                per_axis[axis][token] = None
+        if cut is None:
+            inner = dict.fromkeys(token for tokens in per_axis[1:] for token in tokens)
+            per_axis = [per_axis[0] | {"R": None}, *(inner | {"R": None} for _ in per_axis[1:])]
+        else:
+            tokens = dict.fromkeys(token for tokens in per_axis for token in tokens)
+            per_axis = [tokens for _ in per_axis]
+        placements = tuple(dict.fromkeys((*wanted, *itertools.product(*per_axis))))
+        held = tuple(
+            self._local_bytes(value, placement, cut)
+            if cut is not None
+            else self._local_bytes(value, placement[1:], placement[0])
+            for placement in placements
+        )
+        key = (placements, held)
+        if key not in self.redistributions:
+            self.redistributions[key] = redistribute_s(links, placements, np.array([held]))[0]
+        return self.redistributions[key], {placement: at for at, placement in enumerate(placements)}

@@ -99,12 +99,19 @@ def local_size(shape: tuple[int, ...], placements: str, axes: tuple[Axis, ...]) 
     12
     >>> local_size((24, 5), "_S(0,3)", (Axis(name="tp", size=4),))
     30
+    >>> local_size((16,), "S(0)_S(0,8)", (Axis(name="dp", size=4), Axis(name="cp", size=2)))
+    2
     """
     sizes = list(shape)
-    for token, axis in zip(parse_placements(placements), axes, strict=True):
+    cuts = []
+    for at, (token, _) in enumerate(zip(parse_placements(placements), axes, strict=True)):
         dim, pieces = _shard(token)
         if dim is not None:
-            sizes[dim] = pieces * -(-sizes[dim] // (pieces * axis.size))
+            cuts.append((pieces, at, dim))
+    for pieces, at, dim in sorted(cuts):  # cuts of few pieces lie outside, and leave a rank its share of the pieces
+        taken = num_ranks(tuple(axes[outer] for fewer, outer, same in cuts if same == dim and fewer < pieces))
+        held = max(1, pieces // taken)
+        sizes[dim] = held * -(-sizes[dim] // (held * axes[at].size))
     elements = 1
     for size in sizes:
         elements *= size

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from autopar.graph.ir import Op, Value
 from autopar.rules.labels import Labels, argument, broadcast, replicated
-from autopar.rules.rule import NO_LABEL, OpRule
+from autopar.rules.rule import NO_LABEL, LabelKind, OpRule
 
 
 def linear(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
@@ -28,46 +28,108 @@ def addmm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
 
 
 def matmul(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """a[..., m, k], b[..., k, n] -> [..., m, n], leading dims broadcast."""
+    """a[..., m, k], b[..., k, n] -> [..., m, n], leading dims broadcast; a vector lacks m or n."""
     first, second = inputs[0].shape, inputs[1].shape
-    if len(first) < 2 or len(second) < 2:
-        return replicated(op, inputs, outputs, known=False)
     labels = Labels()
-    lead = labels.dims(outputs[0].shape[:-2])
-    m, n, k = labels.new(), labels.new(), labels.new("sum")
-    whole = outputs[0].shape[:-2]
+    k = labels.new("sum")
+    m, n = ((labels.new(),) if len(shape) > 1 else () for shape in (first, second))
+    whole = outputs[0].shape[: len(outputs[0].shape) - len(m) - len(n)]
+    lead = labels.dims(whole)
     a = broadcast(first[:-2], whole, lead)
     b = broadcast(second[:-2], whole, lead)
     roles = tuple((label, "b" if label in a and label in b else "m") for label in lead if label != NO_LABEL)
     return labels.rule(
-        [(*a, m, k), (*b, k, n)],
-        [(*lead, m, n)],
+        [(*a, *m, k), (*b, k, *n)],
+        [(*lead, *m, *n)],
         compute="matmul",
-        roles=(*roles, (m, "m"), (n, "n"), (k, "k")),
+        roles=(*roles, *((label, "m") for label in m), *((label, "n") for label in n), (k, "k")),
     )
 
 
+def baddbmm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+    """bias, a[b, m, k], b[b, k, n] -> [b, m, n]. Local form along k: the bias is added on the first rank only."""
+    labels = Labels()
+    b, m, n = labels.dims(outputs[0].shape)
+    k = labels.new("sum")
+    bias = broadcast(inputs[0].shape, outputs[0].shape, (b, m, n))
+    roles = tuple((label, role) for label, role in ((b, "b"), (m, "m"), (n, "n"), (k, "k")) if label != NO_LABEL)
+    sides = [bias, (b, m, k), (b, k, n)]
+    return labels.rule(sides, [(b, m, n)], compute="matmul", roles=roles, local_form=(k,))
+
+
+def outer(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+    """a[m], b[n] -> [m, n]."""
+    labels = Labels()
+    m, n = labels.dims(outputs[0].shape)
+    return labels.rule([(m,), (n,)], [(m, n)])
+
+
+def bilinear(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+    """x[..., i], y[..., j], w[o, i, j], bias[o] -> [..., o]. Local form along i and j: the bias on the first rank only."""
+    labels = Labels()
+    rows = labels.dims(outputs[0].shape[:-1])
+    o, i, j = labels.new(), labels.new("sum"), labels.new("sum")
+    sides = [(*rows, i), (*rows, j), (o, i, j), (o,)]
+    return labels.rule(sides[: len(inputs)], [(*rows, o)], local_form=(i, j) if len(inputs) > 3 else ())
+
+
 def einsum(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """Two operands and letters only; each letter is a label."""
-    equation = str(op.args[0]).replace(" ", "")
-    left, arrow, right = equation.partition("->")
-    terms = left.split(",")
-    if not arrow or "." in equation or len(terms) > 2 or any(len(set(term)) < len(term) for term in (*terms, right)):
+    """Each letter is a label; a letter that an operand has twice is a diagonal, and whole. The dims that "..." stands for
+    have letters of their own; without "->" the result has the letters that occur once, in order."""
+    terms, right = _letters(str(op.args[0]).replace(" ", ""), inputs)
+    if len(terms) != len(inputs):
         return replicated(op, inputs, outputs, known=False)
     labels = Labels()
-    numbers = {letter: labels.new("parallel" if letter in right else "sum") for letter in dict.fromkeys("".join(terms))}
+    everything = "".join(terms)
+    numbers: dict[str, int] = {}
+    for letter in dict.fromkeys(everything):
+        sizes = {
+            n for term, v in zip(terms, inputs, strict=True) for c, n in zip(term, v.shape, strict=True) if c == letter
+        }
+        whole = any(term.count(letter) > 1 for term in terms)
+        kind: LabelKind = "whole" if whole else "parallel" if letter in right else "sum"
+        numbers[letter] = labels.new(kind) if sizes != {1} else NO_LABEL
 
     def role(letter: str) -> str:
         if letter not in right:
             return "k"
         return "b" if all(letter in term for term in terms) else "m" if letter in terms[0] else "n"
 
+    two = len(terms) == 2 and not any(len(set(term)) < len(term) for term in terms)
     return labels.rule(
-        [tuple(numbers[letter] for letter in term) for term in terms],
+        [
+            tuple(numbers[c] if n != 1 else NO_LABEL for c, n in zip(term, v.shape, strict=True))
+            for term, v in zip(terms, inputs, strict=True)
+        ],
         [tuple(numbers[letter] for letter in right)],
-        compute="matmul" if len(terms) == 2 else "memory",
-        roles=tuple((number, role(letter)) for letter, number in numbers.items()),
+        compute="matmul" if two else "memory",
+        roles=tuple((n, role(letter)) for letter, n in numbers.items() if n != NO_LABEL) if two else (),
     )
+
+
+def _letters(equation: str, inputs: Sequence[Value]) -> tuple[list[str], str]:
+    """The terms and the result with every dim a letter; no terms where they do not fit the operands.
+
+    >>> # "...k,kn->...n" of operands of 3 and 2 dims: (["ABk", "kn"], "ABn")
+    """
+    left, arrow, right = equation.partition("->")
+    terms = left.split(",")
+    if len(terms) != len(inputs):
+        return [], ""
+    dotted = [
+        len(v.shape) - len(term.replace("...", "")) for term, v in zip(terms, inputs, strict=True) if "..." in term
+    ]
+    spare = list(map(chr, range(0x100, 0x100 + max(dotted, default=0))))  # letters no equation has
+    if not arrow:
+        once = sorted(letter for letter in set(left) - set(",.") if left.count(letter) == 1)
+        right = ("..." if dotted else "") + "".join(once)
+    found = []
+    for term, value in zip(terms, inputs, strict=True):
+        count = len(value.shape) - len(term.replace("...", ""))
+        found.append(term.replace("...", "".join(spare[len(spare) - count :]) if count else ""))
+    if any(len(term) != len(value.shape) for term, value in zip(found, inputs, strict=True)):
+        return [], ""
+    return found, right.replace("...", "".join(spare))
 
 
 def grouped_mm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:

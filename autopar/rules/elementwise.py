@@ -118,19 +118,32 @@ def extremum(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRul
 def cross_entropy(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     """logits[t, v], target[t] -> loss: tokens give partial losses; a sharded vocabulary exchanges maximum, sum of
     exponentials and the target's logit, fp32 each (Shoeybi et al., "Megatron-LM", 2019, section 3). Local form of a mean
-    over cut tokens: the sum of the rank's losses over the count of all targets that are not ignored."""
-    if len(inputs[0].shape) != 2 or len(inputs) != 2 or inputs[1].shape != inputs[0].shape[:1]:
-        return replicated(op, inputs, outputs, known=False)
-    labels = Labels()
-    t = labels.new("sum" if not outputs[0].shape else "parallel")
-    v = labels.new("inside")
+    over cut tokens: the sum of the rank's losses over the count of all targets that are not ignored. logits[t, v, ...]:
+    the classes are whole."""
+    rule = _by_token(op, inputs, outputs)
+    if rule is None:
+        return replicated(op, inputs, outputs, known=True)
+    if len(inputs[0].shape) > 2:
+        return rule
+    t, v = rule.inputs[0]
+    kinds = tuple("inside" if label == v else kind for label, kind in enumerate(rule.kinds))
     exchanged = 3 * inputs[0].shape[0] * 4
-    return labels.rule(
-        [(t, v), (t,)],
-        [(t,)] if outputs[0].shape else [()],
-        inside=Inside(forward_bytes=exchanged, backward_bytes=0, labels=(t,)),
-        local_form=(t, v) if not outputs[0].shape and argument(op, 3, "reduction", 1) == 1 else (v,),
-    )
+    inside = Inside(forward_bytes=exchanged, backward_bytes=0, labels=(t,))
+    return replace(rule, kinds=kinds, inside=inside, local_form=(*rule.local_form, v))
+
+
+def _by_token(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule | None:
+    """[t, v, ...], target[t, ...] -> loss, the classes v whole; None with weights of classes or targets that are no classes,
+    whose means are no sums over tokens with one count."""
+    shape = inputs[0].shape
+    if len(inputs) != 2 or len(shape) < 2 or inputs[1].shape != (shape[0], *shape[2:]):
+        return None
+    labels = Labels()
+    scalar = not outputs[0].shape
+    t, *rest = (labels.new("sum" if scalar else "parallel") for _ in (shape[0], *shape[2:]))
+    v = labels.new("whole")
+    averaged = (t, *rest) if scalar and argument(op, 3, "reduction", 1) == 1 else ()
+    return labels.rule([(t, v, *rest), (t, *rest)], [() if scalar else (t, *rest)], local_form=averaged)
 
 
 def log_softmax(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
@@ -150,14 +163,16 @@ def log_softmax(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> Op
 
 
 def nll_loss(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """log-probabilities[t, v], target[t] -> loss. Local form: a rank adds up what it has of the tokens' log-probabilities,
-    zero for targets in another part of the vocabulary, over the count of all tokens that are not ignored."""
-    if len(inputs[0].shape) != 2 or len(inputs) != 2 or inputs[1].shape != inputs[0].shape[:1]:
-        return replicated(op, inputs, outputs, known=False)
-    labels = Labels()
-    t = labels.new("parallel" if outputs[0].shape else "sum")
-    v = labels.new("sum")
-    return labels.rule([(t, v), (t,)], [(t,)] if outputs[0].shape else [()], local_form=(t, v))
+    """log-probabilities[t, v, ...], target[t, ...] -> loss. Local form along t: as a cross entropy's; along v of two dims:
+    a rank adds up what it has of the tokens' log-probabilities, zero for targets in another part of the vocabulary."""
+    rule = _by_token(op, inputs, outputs)
+    if rule is None:
+        return replicated(op, inputs, outputs, known=True)
+    if len(inputs[0].shape) > 2 or outputs[0].shape:
+        return rule
+    t, v = rule.inputs[0]
+    kinds = tuple("sum" if label == v else kind for label, kind in enumerate(rule.kinds))
+    return replace(rule, kinds=kinds, local_form=(t, v))
 
 
 def loss(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
@@ -167,14 +182,99 @@ def loss(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     if any(value.shape != inputs[0].shape for value in inputs):
         return replicated(op, inputs, outputs, known=False)
     dims = labels.dims(inputs[0].shape, "sum" if scalar else "parallel")
-    averaged = tuple(label for label in dims if label != NO_LABEL) if scalar else ()
+    position = {"binary_cross_entropy": 3, "binary_cross_entropy_with_logits": 4}.get(op.target.split(".")[1], 2)
+    averages = scalar and argument(op, position, "reduction", 1) == 1
+    averaged = tuple(label for label in dims if label != NO_LABEL) if averages else ()
     return labels.rule([dims for _ in inputs], [() if scalar else dims], local_form=averaged)
 
 
-def pool(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """Samples and channels are independent; space is whole."""
+def over(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+    """logsumexp, std, var, norms, prod, any ... over some dims: these are whole, the others parallel."""
+    shape = inputs[0].shape
+    at = 2 if op.target.startswith(("aten.linalg_vector_norm", "aten.norm", "aten.kthvalue")) else 1
+    given = argument(op, at, "dim", None)
+    if given is None or isinstance(given, (bool, str, float)):
+        given = -1 if outputs[0].shape else tuple(range(len(shape)))  # kthvalue and mode: the last dim
+    acted = {dim % len(shape) for dim in (given if isinstance(given, tuple) else (given,))} if shape else set()
+    acted = acted or set(range(len(shape)))
     labels = Labels()
-    lead = labels.dims(inputs[0].shape[:2])
-    space = labels.dims(inputs[0].shape[2:], "whole")
-    outs = [(*lead, *labels.dims(value.shape[2:], "whole")) for value in outputs]
-    return labels.rule([(*lead, *space)], outs)
+    dims = tuple(
+        labels.new("whole" if dim in acted else "parallel") if size != 1 else NO_LABEL for dim, size in enumerate(shape)
+    )
+    outs = [
+        tuple(NO_LABEL if dim in acted else label for dim, label in enumerate(dims))
+        if len(value.shape) == len(shape)
+        else tuple(label for dim, label in enumerate(dims) if dim not in acted)
+        for value in outputs
+    ]
+    return labels.rule([dims], outs)
+
+
+def glu(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+    """Both halves of a dim are read together: it is whole."""
+    shape = inputs[0].shape
+    dim = argument(op, 1, "dim", -1) % len(shape)
+    labels = Labels()
+    dims = [labels.new("whole" if at == dim else "parallel") if n != 1 else NO_LABEL for at, n in enumerate(shape)]
+    out = [
+        (labels.new("whole") if n != 1 else NO_LABEL) if at == dim else dims[at]
+        for at, n in enumerate(outputs[0].shape)
+    ]
+    return labels.rule([tuple(dims)], [tuple(out)])
+
+
+def prelu(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+    """x[b, c, ...] with a slope per channel, or one."""
+    labels = Labels()
+    dims = labels.dims(inputs[0].shape)
+    slope = dims[1] if len(dims) > 1 and inputs[1].shape[-1:] == inputs[0].shape[1:2] else NO_LABEL
+    return labels.rule([dims, (slope,) * len(inputs[1].shape)], [dims])
+
+
+def looked_up(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+    """bucketize(x, edges), searchsorted(edges, x) with a vector of edges: x is element by element, the edges are whole."""
+    x, edges = (0, 1) if op.target.startswith("aten.bucketize") else (1, 0)
+    if len(inputs) != 2 or len(inputs[edges].shape) != 1 or inputs[x].shape != outputs[0].shape:
+        return replicated(op, inputs, outputs, known=True)
+    labels = Labels()
+    dims = labels.dims(inputs[x].shape)
+    whole = labels.dims(inputs[edges].shape, "whole")
+    return labels.rule([dims, whole] if x == 0 else [whole, dims], [dims])
+
+
+def transformed(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+    """Fourier transforms (x, n, dim): the dims transformed are whole, the others parallel."""
+    shape = inputs[0].shape
+    name = op.target.split(".")[1]
+    default = tuple(range(len(shape))) if name.endswith("n") else (-2, -1) if name.endswith("2") else -1
+    given = argument(op, 2, "dim", default)
+    given = default if given is None else given
+    acted = {dim % len(shape) for dim in (given if isinstance(given, tuple) else (given,))}
+    labels = Labels()
+    dims = [labels.new("whole" if at in acted else "parallel") if n != 1 else NO_LABEL for at, n in enumerate(shape)]
+    out = [
+        (labels.new("whole") if n != 1 else NO_LABEL) if at in acted else dims[at]
+        for at, n in enumerate(outputs[0].shape)
+    ]
+    return labels.rule([tuple(dims)], [tuple(out)])
+
+
+def pairs(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+    """cdist: a[..., p, m], b[..., r, m] -> [..., p, r]; the dim compared is whole."""
+    labels = Labels()
+    *lead, p, r = labels.dims(outputs[0].shape)
+    whole, m = outputs[0].shape[:-2], labels.new("whole")
+    a, b = (broadcast(value.shape[:-2], whole, lead) for value in inputs)
+    return labels.rule([(*a, p, m), (*b, r, m)], [(*lead, p, r)])
+
+
+def cosine(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+    """cosine_similarity(a, b, dim): both broadcast; the dim compared is whole."""
+    rank = max(len(value.shape) for value in inputs)
+    dim = argument(op, 2, "dim", 1) % rank
+    sizes = [max((v.shape[at - rank] for v in inputs if len(v.shape) >= rank - at), default=1) for at in range(rank)]
+    labels = Labels()
+    dims = [labels.new("whole" if at == dim else "parallel") if n != 1 else NO_LABEL for at, n in enumerate(sizes)]
+    return labels.rule(
+        [broadcast(value.shape, sizes, dims) for value in inputs], [tuple(d for at, d in enumerate(dims) if at != dim)]
+    )

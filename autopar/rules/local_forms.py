@@ -9,24 +9,13 @@ from autopar.graph.ir import Op
 from autopar.rules.rule import OpRule
 
 WITH_LOCAL_FORM = frozenset(
-    {
-        "addmm",
-        "batch_norm",
-        "binary_cross_entropy_with_logits",
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "convolution",
-        "cross_entropy_loss",
-        "embedding",
-        "l1_loss",
-        "linear",
-        "mean",
-        "mse_loss",
-        "scaled_dot_product_attention",
-        "smooth_l1_loss",
-    }
-)
+    (
+        "addmm", "baddbmm", "batch_norm", "bilinear", "binary_cross_entropy", "binary_cross_entropy_with_logits", "conv1d",
+        "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution", "cross_entropy_loss",
+        "embedding", "huber_loss", "kl_div", "l1_loss", "linear", "mean", "mse_loss", "nll_loss", "nll_loss_nd",
+        "scaled_dot_product_attention", "smooth_l1_loss", "soft_margin_loss",
+    )
+)  # fmt: skip
 
 
 def can_run(op: Op, rule: OpRule, labels: Iterable[int]) -> bool:

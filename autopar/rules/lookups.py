@@ -4,9 +4,10 @@ They hold value by value: an option never permutes rows inside a rank, as a read
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from autopar.graph.ir import Op, Value
-from autopar.rules.labels import Labels, argument, replicated
+from autopar.rules.labels import Labels, argument, broadcast, replicated
 from autopar.rules.rule import NO_LABEL, OpRule
 
 
@@ -23,14 +24,74 @@ def index(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
 
     Local form of cut rows v: as a look-up in a part of a vocabulary, zeros for the rows that others hold."""
     places = op.args[1] if len(op.args) > 1 and isinstance(op.args[1], tuple) else ()
-    if len(places) != 1 or len(inputs) != 2 or inputs[1].dtype == "bool":
+    if any(value.dtype == "bool" for value in inputs[1:]):
         return replicated(op, inputs, outputs, known=True)
+    if len(places) != 1 or len(inputs) != 2:
+        return _several(places, op, inputs, outputs)
     labels = Labels()
     asked = labels.dims(inputs[1].shape)
     rest = labels.dims(inputs[0].shape[1:])
     floats = inputs[0].dtype.startswith(("float", "bfloat"))
     rows = labels.new("sum" if floats else "whole") if inputs[0].shape[0] > 1 else NO_LABEL
     return labels.rule([(rows, *rest), asked], [(*asked, *rest)], local_form=(rows,) if rows != NO_LABEL else ())
+
+
+def _several(places: tuple[Any, ...], op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+    """x[:, i, j] and kin: dims without an index are parallel, those with one whole; the dims of the indices, which broadcast,
+    stand where the first of them stood, or in front where a dim without an index lies between them."""
+    indexed = [at for at, place in enumerate(places) if place is not None]
+    if not indexed or len(indexed) != len(inputs) - 1:
+        return replicated(op, inputs, outputs, known=True)
+    rank = max(len(value.shape) for value in inputs[1:])
+    asked_shape = tuple(
+        max(value.shape[at - rank] for value in inputs[1:] if len(value.shape) >= rank - at) for at in range(rank)
+    )
+    labels = Labels()
+    dims = tuple(
+        NO_LABEL if size == 1 else labels.new("whole" if at in indexed else "parallel")
+        for at, size in enumerate(inputs[0].shape)
+    )
+    asked = labels.dims(asked_shape)
+    together = indexed[-1] - indexed[0] == len(indexed) - 1
+    start = indexed[0] if together else 0
+    rest = [label for at, label in enumerate(dims) if at not in indexed]
+    sides = [broadcast(value.shape, asked_shape, asked) for value in inputs[1:]]
+    return labels.rule([dims, *sides], [(*rest[:start], *asked, *rest[start:])])
+
+
+def index_select(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+    """x picked along ``dim`` by a vector: what is asked for is independent, and so are the other dims."""
+    shape = inputs[0].shape
+    dim = argument(op, 1, "dim", 0)
+    if not shape or not isinstance(dim, int) or len(inputs) != 2 or len(inputs[1].shape) != 1:
+        return replicated(op, inputs, outputs, known=True)
+    labels = Labels()
+    dims = [
+        labels.new("whole" if at == dim % len(shape) else "parallel") if n != 1 else NO_LABEL
+        for at, n in enumerate(shape)
+    ]
+    asked = labels.dims(inputs[1].shape)[0]
+    return labels.rule(
+        [tuple(dims), (asked,)], [tuple(asked if at == dim % len(shape) else d for at, d in enumerate(dims))]
+    )
+
+
+def index_add(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+    """index_add(x, dim, index, source): the dims other than ``dim`` are parallel."""
+    shape = inputs[0].shape
+    dim = argument(op, 1, "dim", 0)
+    if not shape or len(inputs) != 3 or len(inputs[2].shape) != len(shape):
+        return replicated(op, inputs, outputs, known=True)
+    labels = Labels()
+    dims = [
+        labels.new("whole" if at == dim % len(shape) else "parallel") if n != 1 else NO_LABEL
+        for at, n in enumerate(shape)
+    ]
+    source = [
+        (labels.new("whole") if n != 1 else NO_LABEL) if at == dim % len(shape) else dims[at]
+        for at, n in enumerate(inputs[2].shape)
+    ]
+    return labels.rule([tuple(dims), labels.dims(inputs[1].shape, "whole"), tuple(source)], [tuple(dims)])
 
 
 def histogram(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
@@ -45,7 +106,7 @@ def gather(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     all tensors is parallel; ``dim`` is whole, but that each element a gather asks for is independent."""
     tensors = (*inputs, *outputs)
     rank = len(inputs[0].shape)
-    dim = argument(op, 1, "dim", 0)
+    dim = argument(op, 2 if op.target.startswith("aten.take_along_dim") else 1, "dim")
     if not rank or type(dim) is not int or any(len(value.shape) != rank for value in tensors):
         return replicated(op, inputs, outputs, known=True)
     labels = Labels()
@@ -53,7 +114,7 @@ def gather(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
         labels.new() if at != dim % rank and len({value.shape[at] for value in tensors}) == 1 else None
         for at in range(rank)
     ]
-    picked = labels.new() if op.target.startswith("aten.gather.") else None
+    picked = labels.new() if op.target.startswith(("aten.gather.", "aten.take_along_dim")) else None
 
     def dims(value: Value, *, asks: bool) -> tuple[int, ...]:
         found = []

@@ -37,17 +37,30 @@ def reshape(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule
 def permute(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     """transpose, permute, t, movedim: labels follow their dims."""
     rank = len(inputs[0].shape)
-    if op.target.startswith("aten.permute"):
+    name = op.target.split(".")[1]
+    order = list(range(rank))
+    if name == "permute":
         order = [dim % rank for dim in op.args[1]]
-    elif op.target.startswith("aten.transpose"):
-        order = list(range(rank))
+    elif name in ("transpose", "swapaxes", "swapdims"):
         first, second = op.args[1] % rank, op.args[2] % rank
         order[first], order[second] = order[second], order[first]
-    else:  # t, and the like, of at most two dims
-        order = list(reversed(range(rank)))
+    elif name in ("movedim", "moveaxis"):
+        order = _moved(rank, op.args[1], op.args[2])
+    elif name in ("mT", "mH", "adjoint"):
+        order[-2:] = reversed(order[-2:])
+    else:  # t, and the like: all dims the other way round
+        order.reverse()
     labels = Labels()
     dims = labels.dims(inputs[0].shape)
     return labels.rule([dims], [tuple(dims[dim] for dim in order)], compute="free", **PASSES)
+
+
+def _moved(rank: int, sources: int | tuple[int, ...], targets: int | tuple[int, ...]) -> list[int]:
+    given = sources if isinstance(sources, tuple) else (sources,)
+    wanted = targets if isinstance(targets, tuple) else (targets,)
+    places = {to % rank: dim % rank for dim, to in zip(given, wanted, strict=True)}
+    rest = iter(dim for dim in range(rank) if dim not in places.values())
+    return [places[at] if at in places else next(rest) for at in range(rank)]
 
 
 def same(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
@@ -64,7 +77,47 @@ def expand(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     """New and broadcast dims are labels of the output alone."""
     labels = Labels()
     dims = labels.dims(outputs[0].shape)
-    return labels.rule([broadcast(inputs[0].shape, outputs[0].shape, dims)], [dims], compute="free", **PASSES)
+    sides = [broadcast(value.shape, outputs[0].shape, dims) for value in inputs]
+    passing = PASSES if len(inputs) == 1 else {}
+    return labels.rule(sides, [dims], compute="free", **passing)
+
+
+def repeat(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+    """repeat, tile: dims that stay as they are are parallel; those that are repeated are whole."""
+    source, target = inputs[0].shape, outputs[0].shape
+    labels = Labels()
+    dims, out = [], []
+    for at, size in enumerate(target):
+        before = at - (len(target) - len(source))
+        same = before >= 0 and source[before] == size
+        out.append(labels.new("parallel" if same else "whole") if size != 1 else NO_LABEL)
+        if before >= 0:
+            dims.append(out[-1] if same else labels.new("whole") if source[before] != 1 else NO_LABEL)
+    return labels.rule([tuple(dims)], [tuple(out)], **PASSES)
+
+
+def diagonal(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+    """diagonal(offset, dim1, dim2): the two dims become one, the last; the others are parallel."""
+    shape = inputs[0].shape
+    acted = [argument(op, at, f"dim{at - 1}", at - 2) % len(shape) for at in (2, 3)]
+    labels = Labels()
+    dims = tuple(
+        labels.new("whole" if at in acted else "parallel") if n != 1 else NO_LABEL for at, n in enumerate(shape)
+    )
+    last = labels.new("whole") if outputs[0].shape[-1] != 1 else NO_LABEL
+    return labels.rule([dims], [(*(d for at, d in enumerate(dims) if at not in acted), last)], **PASSES)
+
+
+def diag_embed(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+    """diag_embed(offset, dim1, dim2): the last dim becomes two; the others are parallel."""
+    target = outputs[0].shape
+    acted = [argument(op, at, f"dim{at - 1}", at - 4) % len(target) for at in (2, 3)]
+    labels = Labels()
+    out = tuple(
+        labels.new("whole" if at in acted else "parallel") if n != 1 else NO_LABEL for at, n in enumerate(target)
+    )
+    last = labels.new("whole") if inputs[0].shape[-1] != 1 else NO_LABEL
+    return labels.rule([(*(d for at, d in enumerate(out) if at not in acted), last)], [out], **PASSES)
 
 
 def split(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
@@ -112,8 +165,20 @@ def slices(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     return labels.rule([tuple(dims)], [out], compute="free", **PASSES)
 
 
+def written(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+    """slice_scatter, select_scatter (x, part, dim, ...): part is written into x along ``dim``, which is whole."""
+    shape = inputs[0].shape
+    dim = argument(op, 2, "dim", 0) % len(shape)
+    labels = Labels()
+    dims = [labels.new("whole" if at == dim else "parallel") if n != 1 else NO_LABEL for at, n in enumerate(shape)]
+    part = [dims[at] for at in range(len(shape)) if at != dim]
+    if "slice" in op.target:
+        part.insert(dim, labels.new("whole") if inputs[1].shape[dim] != 1 else NO_LABEL)
+    return labels.rule([tuple(dims), tuple(part)], [tuple(dims)])
+
+
 def concatenate(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """cat and stack: the joined dim stays whole, the others are parallel."""
+    """cat and stack: the joined dim stays whole, the others are parallel. cat takes a vector of no elements as nothing."""
     rank = len(outputs[0].shape)
     dim = argument(op, 1, "dim", 0) % rank
     labels = Labels()
@@ -128,6 +193,8 @@ def concatenate(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> Op
                 (labels.new("whole") if size != 1 else NO_LABEL) if at == dim else dims[at]
                 for at, size in enumerate(value.shape)
             )
+            if value.shape != (0,)
+            else (NO_LABEL,)
             for value in inputs
         ]
     return labels.rule(sides, [tuple(dims)])
@@ -144,3 +211,13 @@ def _along(labels: Labels, dims: list[int], dim: int, inputs: Sequence[Value], o
         for value in outputs
     ]
     return labels.rule([tuple(dims)], outs, compute="free", **PASSES)
+
+
+def complex_view(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+    """view_as_complex and view_as_real: the last dim of the real tensor holds both parts, the others are the same."""
+    real, other = (inputs[0], outputs[0]) if "complex" in op.target else (outputs[0], inputs[0])
+    labels = Labels()
+    dims = labels.dims(other.shape)
+    sides = [(*dims, labels.new("whole")), dims]
+    assert len(real.shape) == len(other.shape) + 1
+    return labels.rule([sides[0 if real is inputs[0] else 1]], [sides[1 if real is inputs[0] else 0]], compute="free")

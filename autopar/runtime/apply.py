@@ -1,7 +1,7 @@
 """From a plan and a model to a trainer: the way in."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from autopar.graph.retype import retyped
 from autopar.graph.trace import trace
 from autopar.plan.errors import AutoparError, PlanFileError, UsageError
 from autopar.plan.plan import Plan
-from autopar.runtime.collectives import sequence_of
+from autopar.runtime.collectives import order_of, sequences_of
 from autopar.runtime.initialise import DeferredInitialisation
 from autopar.runtime.mesh import make_meshes
 from autopar.runtime.parameters import MakeOptimizer, StageParameters, tie
@@ -135,21 +135,30 @@ def check_world(plan: Plan) -> None:
 
 
 def check_collectives(stages: Mapping[int, StageRunner]) -> None:
-    """AutoparError on every rank where ranks of one stage would run different collectives: they would hang."""
-    mine = {
-        index: hashlib.sha256("\n".join(sequence_of(stage.lowered, stage.function.mesh)).encode()).hexdigest()
-        for index, stage in stages.items()
-        if stage.lowered is not None
-    }
+    """AutoparError on every rank where the members of a group would run different collectives: they would hang."""
+    mine: dict[tuple[int, str], str] = {}
+    for index, stage in stages.items():
+        if stage.lowered is not None:
+            mesh = stage.function.mesh
+            mine[index, "stage"] = _digest(order_of(stage.lowered, mesh))
+            mine |= {(index, group): _digest(run) for group, run in sequences_of(stage.lowered, mesh).items()}
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
-    for index in sorted({index for theirs in found for index in theirs}):
-        ranks = {theirs[index]: rank for rank, theirs in enumerate(found) if index in theirs}
+    for index, group in sorted({key for theirs in found for key in theirs}):
+        ranks: dict[str, list[int]] = {}
+        for rank, theirs in enumerate(found):
+            if (index, group) in theirs:
+                ranks.setdefault(theirs[index, group], []).append(rank)
         if len(ranks) > 1:
+            sides = " and ".join(str(alike) for alike in ranks.values())
             raise AutoparError(
-                f"ranks {sorted(ranks.values())} of stage {index} lowered it to different collectives; "
+                f"ranks {sides} of stage {index} lowered it to different collectives; "
                 "run with mode='reference' and report the plan"
             )
+
+
+def _digest(lines: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _own_device() -> torch.device:

@@ -38,9 +38,24 @@ def collectives_of(lowered: Lowered, mesh: Mesh) -> Counter[Counted]:
     return Counter([*_found(lowered.forward.graph, mesh), *_found(lowered.backward.graph, mesh)])
 
 
-def sequence_of(lowered: Lowered, mesh: Mesh) -> list[str]:
-    """All collectives in the order they run: what the members of a group must agree on."""
-    return [str(found) for graph in (lowered.forward.graph, lowered.backward.graph) for found in _found(graph, mesh)]
+def order_of(lowered: Lowered, mesh: Mesh) -> list[str]:
+    """Kind and axes of all collectives in the order they run: what all ranks of a stage must agree on."""
+    return [f"{found.kind} {found.axes}" for found in _in_order(lowered, mesh)]
+
+
+def sequences_of(lowered: Lowered, mesh: Mesh) -> dict[str, list[str]]:
+    """Per group of the rank, its collectives in the order they run: what the members of the group must agree on. Ranks of
+    one stage may differ in bytes: where an axis cuts a dim unevenly, the groups across it move tensors of other sizes."""
+    group_of = {tuple(mesh.names[axis] for axis in axes): name for axes, name in mesh.groups.items()}
+    found: dict[str, list[str]] = {name: [] for name in group_of.values()}
+    for counted in _in_order(lowered, mesh):
+        found[group_of[counted.axes]].append(str(counted))
+    return found
+
+
+def _in_order(lowered: Lowered, mesh: Mesh) -> Iterator[Counted]:
+    for graph in (lowered.forward.graph, lowered.backward.graph):
+        yield from _found(graph, mesh)
 
 
 def _found(graph: fx.Graph, mesh: Mesh) -> Iterator[Counted]:

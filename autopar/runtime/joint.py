@@ -165,7 +165,15 @@ def _is_recomputed(node: fx.Node, forward: set[fx.Node]) -> bool:
     block, recompute = _mark(node)
     if not recompute:
         return False
-    return block == GATHER or all(_mark(user)[0] == block for user in node.users if user in forward)
+    return block == GATHER or not _leaves(node, block, forward)
+
+
+def _leaves(node: fx.Node, block: int, forward: set[fx.Node]) -> bool:
+    """Whether another block reads a node, or a view of it: views hold no memory of their own."""
+    for user in node.users:
+        if user in forward and (_mark(user)[0] != block or (_is_view(user) and _leaves(user, block, forward))):
+            return True
+    return False
 
 
 def _mark(node: fx.Node) -> tuple[int, bool]:

@@ -176,8 +176,14 @@ def _linear(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor
     return F.linear(tensors[0], tensors[1])
 
 
-def _addmm(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Any:
-    return local.call((local.only_first(tensors[0], local.usage.summed_axes()), *tensors[1:]))
+def _bias_once(at: int) -> "Kernel":
+    """The bias, input ``at``, is added on the first rank of those that share the sum."""
+
+    def run(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Any:
+        axes = local.usage.summed_axes()
+        return local.call([local.only_first(t, axes) if i == at else t for i, t in enumerate(tensors)])
+
+    return run
 
 
 def _convolution(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Any:
@@ -207,7 +213,7 @@ def _loss(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
     return result * (tensors[0].numel() / prod(local.input_shapes[0]))
 
 
-_REDUCTION_AT = {"binary_cross_entropy_with_logits": 4}
+_REDUCTION_AT = {"binary_cross_entropy": 3, "binary_cross_entropy_with_logits": 4}
 
 
 def _embedding(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
@@ -293,6 +299,24 @@ def _cross_entropy(local: LocalOp, tensors: Sequence[Tensor], around: Around) ->
     return total / counted.to(total.dtype)
 
 
+def _nll_loss(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
+    """This rank's term: of its tokens, and of targets that lie in its part of the classes."""
+    logs, target = tensors[:2]
+    reduction = argument(local.op, 3, "reduction", MEAN)
+    ignored = argument(local.op, 4, "ignore_index", -100)
+    if reduction == NONE or not local.usage.summed_axes():
+        return local.call(tensors)
+    if cuts_of(local.usage.inputs[0], 1):
+        rows, mine = local.local_index(target.clamp(min=0), 0, 1)
+        own = logs.gather(1, rows.unsqueeze(1)).squeeze(1)
+        total = -torch.where(mine & (target != ignored), own, 0.0).sum()
+    else:
+        total = local.call(tensors, reduction=SUM)
+    if reduction == SUM:
+        return total
+    return total / (around.whole(1) != ignored).sum().to(total.dtype)
+
+
 def _vocabulary_parallel(local: LocalOp, logits: Tensor, target: Tensor, axes: tuple[int, ...]) -> Tensor:
     """The loss of each token, the vocabulary cut over ``axes``."""
     smoothing = argument(local.op, 5, "label_smoothing", 0.0)
@@ -354,13 +378,28 @@ KERNELS: dict[str, Kernel] = {
     **dict.fromkeys(("expand", "broadcast_to", "expand_as"), _expand),
     **dict.fromkeys(("split", "chunk", "split_with_sizes"), _split),
     "linear": _linear,
-    "addmm": _addmm,
+    **dict.fromkeys(("addmm", "baddbmm"), _bias_once(0)),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _bias_once(2)),
+    "bilinear": _bias_once(3),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _convolution),
     "mean": _mean,
-    **dict.fromkeys(("mse_loss", "l1_loss", "smooth_l1_loss", "binary_cross_entropy_with_logits"), _loss),
+    **dict.fromkeys(
+        (
+            "mse_loss",
+            "l1_loss",
+            "smooth_l1_loss",
+            "huber_loss",
+            "kl_div",
+            "binary_cross_entropy",
+            "binary_cross_entropy_with_logits",
+            "soft_margin_loss",
+        ),
+        _loss,
+    ),
     "embedding": _embedding,
     "scaled_dot_product_attention": _attention,
     "cross_entropy_loss": _cross_entropy,
+    **dict.fromkeys(("nll_loss", "nll_loss_nd"), _nll_loss),
     "batch_norm": _batch_norm,
     "dropout": _dropout,
 }

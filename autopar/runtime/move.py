@@ -4,6 +4,7 @@ One step changes one axis (an all-reduce, all axes that it concerns):
 
     P -> R  all_reduce     P -> S  reduce_scatter     S -> R  all_gather     S -> S'  all_to_all
     R -> S  a local slice  R -> P  zeros everywhere but on the first rank of the axis
+    S -> P  the rank's part among zeros
 
 Slices come first, gathers last, so that collectives move as little as they can. Where several axes share an atom (the
 same dim and pieces), only the innermost may leave or join it: the ones inside are gathered first and sliced again.
@@ -49,6 +50,10 @@ class _Mover:
             self.local = all_reduce(self.local, self.mesh, summed)
             for axis in summed:
                 self.now[axis] = "R"
+        for axis in reversed(axes):
+            token = self.now[axis]
+            if isinstance(token, Cut) and self.target[axis] == "P" and not self._inside(axis, token):
+                self._widen(axis, token)
         for axis in axes:
             if self._may_exchange(axis):
                 self._exchange(axis)
@@ -127,6 +132,20 @@ class _Mover:
         bounds = chunk_bounds(split.shape[cut.dim + 1], self.mesh.sizes[axis], self.mesh.coordinate[axis])
         self.local = split.narrow(cut.dim + 1, *bounds).flatten(cut.dim, cut.dim + 1)
         self.now[axis] = cut
+
+    def _widen(self, axis: int, cut: Cut) -> None:
+        """A cut tensor is the sum of its parts, each among zeros."""
+        pieces = local_pieces(tuple(self.now), axis, self.mesh.sizes)
+        extent = self._whole_extent(axis, cut, pieces)
+        start, length = chunk_bounds(extent, self.mesh.sizes[axis], self.mesh.coordinate[axis])
+        split = _split(self.local, cut.dim, pieces)
+        sides = []
+        for missing in (start, extent - start - length):
+            shape = list(split.shape)
+            shape[cut.dim + 1] = missing
+            sides.append(split.new_zeros(shape))
+        self.local = torch.cat((sides[0], split, sides[1]), cut.dim + 1).flatten(cut.dim, cut.dim + 1)
+        self.now[axis] = "P"
 
     def _whole_extent(self, axis: int, cut: Cut, pieces: int) -> int:
         """Elements of one local piece when ``axis`` does not cut it."""

@@ -1,35 +1,53 @@
-"""What each stage computes: its ops with their usages, how every reader takes every value, and what crosses stages.
+"""What each stage computes: its ops with their usages, the moves between them, and what crosses stages.
 
-All ranks derive the programs of all stages, from the plan and the graph alone, so sender and receiver of a value agree
-on its placements at both ends: the sender's are those its maker leaves it in, the receiver's those its first reader
-wants (partial sums are reduced before they are sent, and gradients, too).
+An activation moves as the plan says: from where its op leaves it to the ``shared`` placement of several readers, from there
+to every (placement, gradient) that some reader takes, and at a block's end to where blocks meet; its gradient goes the same
+way back. A value in one of these places is a *slot*; where nothing changes, two places are one slot. A plan that names no
+placements between ops (``shared``, ``inputs``, ``outputs``) leaves every value where its op does.
+
+All ranks derive the programs of all stages, from the plan and the graph alone, so sender and receiver of a value agree on
+its placements at both ends. What is read further on passes through the stages between, from each to the next, and its
+gradient back; partial sums are reduced before they are sent.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from autopar.graph.ir import Block, Graph, Op
 from autopar.graph.literals import resolve
 from autopar.plan.errors import PlanFileError, UsageError
-from autopar.plan.plan import BlockProgram, OpPlan, Plan, Recompute, StagePlan
+from autopar.plan.plan import BlockProgram, OpPlan, Plan, Recompute, StagePlan, ValuePlan
 from autopar.rules.labels import argument
 from autopar.runtime.kernels import at_micro_batch
-from autopar.runtime.layout import Cut, Placement, parse
+from autopar.runtime.layout import Cut, Placement, Token, is_legal, parse
 from autopar.runtime.move import Conversion
 from autopar.runtime.usage import Usage, UsageReader, gradient_of, settled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgramOp:
-    """An op of a stage; ``conversions`` say how it takes each of its inputs, shapes are global. ``block`` is the block that runs it, -1 for
-    the preparation of data that another block holds."""
+    """An op of a stage: the slots it reads and makes; ``conversions`` say how it takes each of its inputs, shapes are global.
+    ``block`` is the block that runs it, -1 for the preparation of data that another block holds."""
 
     op: Op
     usage: Usage
+    reads: tuple[int, ...]
+    makes: tuple[int, ...]
     conversions: tuple[Conversion, ...]
     output_shapes: tuple[tuple[int, ...], ...]
+    block: int
+    recompute: Recompute
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramMove:
+    """Brings what slot ``source`` holds to slot ``target``."""
+
+    source: int
+    target: int
+    conversion: Conversion
     block: int
     recompute: Recompute
 
@@ -51,7 +69,8 @@ class StageParameter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crossing:
-    """An activation made in stage ``maker`` and read in stage ``reader``, with its placement on either's mesh."""
+    """An activation on its way from stage ``maker``, which makes it or passes it on, to the next, ``reader``, with its
+    placement on either's mesh."""
 
     value: int
     shape: tuple[int, ...]
@@ -66,12 +85,13 @@ class Crossing:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageProgram:
     """A stage's computation on one micro-batch. ``received`` and ``sent`` are activations, by value; ``send_conversions``
-    bring a value from where its maker leaves it to its ``sent`` placement. ``loss`` is how the loss lies, None where
-    another stage makes it; ``random``: some op drops out; ``shapes`` are the global shapes of inputs and of what crosses stages."""
+    bring a value from where blocks meet (its ``send_slots``) to its ``sent`` placement. A value's own id is the slot of
+    what comes from outside. ``loss`` is how the loss lies in its ``loss_slot``, None where another stage makes it;
+    ``random``: some op drops out; ``shapes`` are the global shapes of inputs and of what crosses stages."""
 
     index: int
     plan: StagePlan
-    ops: tuple[ProgramOp, ...]
+    steps: tuple[ProgramOp | ProgramMove, ...]
     parameters: tuple[StageParameter, ...]
     buffers: tuple[StageParameter, ...]
     written: tuple[int, ...]
@@ -80,10 +100,16 @@ class StageProgram:
     received: tuple[int, ...]
     received_placements: tuple[Placement, ...]
     sent: tuple[int, ...]
+    send_slots: tuple[int, ...]
     send_conversions: tuple[Conversion, ...]
     loss: Placement | None
+    loss_slot: int
     random: bool
     shapes: dict[int, tuple[int, ...]]
+
+    @property
+    def ops(self) -> tuple[ProgramOp, ...]:
+        return tuple(step for step in self.steps if isinstance(step, ProgramOp))
 
 
 def build_programs(
@@ -132,26 +158,64 @@ class _Builder:
         return _StageBuilder(self, index).build()
 
     def crossings(self, programs: tuple[StageProgram, ...]) -> Iterable[Crossing]:
-        for reader in programs:
-            for value, placement in zip(reader.received, reader.received_placements, strict=True):
-                maker = programs[self.maker[value]]
-                conversion = maker.send_conversions[maker.sent.index(value)]
-                found = self.graph.values[value]
+        """From each stage to the next, in order of value."""
+        for value in sorted({value for program in programs for value in program.received}):
+            made = self.maker[value]
+            last = max(program.index for program in programs if value in program.received)
+            maker = programs[made]
+            conversion = maker.send_conversions[maker.sent.index(value)]
+            found, lies = self.graph.values[value], conversion.target
+            for at in range(made, last):
+                next_lies = self._lies(programs[at + 1], value)
                 yield Crossing(
                     value=value,
                     shape=conversion.shape,
                     dtype=found.dtype,
                     requires_grad=found.requires_grad,
-                    maker=maker.index,
-                    reader=reader.index,
-                    sent=conversion.target,
-                    received=placement,
+                    maker=at,
+                    reader=at + 1,
+                    sent=lies,
+                    received=next_lies,
                 )
+                lies = next_lies
+
+    def _lies(self, program: StageProgram, value: int) -> Placement:
+        """How a stage takes a value in: as it reads it, cut by the batch alone where it only passes it on."""
+        if value in program.received:
+            return program.received_placements[program.received.index(value)]
+        shape = self.graph.values[value].shape
+        grows = next((dim for dim, size in enumerate(shape) if self.graph.batch.grows(size)), None)
+        cut: Token = "R" if grows is None else Cut(grows)
+        tokens = tuple(cut if axis.name == "dp" and not at else "R" for at, axis in enumerate(program.plan.axes))
+        sizes = [axis.size for axis in program.plan.axes]
+        scaled = tuple(self.graph.batch.scale(size, self.plan.micro_batch_size) for size in shape)
+        return settled(tokens, sizes) if is_legal(scaled, tokens, sizes) else ("R",) * len(sizes)
+
+    def lies_between(
+        self, block: Block, program: BlockProgram
+    ) -> tuple[dict[int, ValuePlan], dict[int, ValuePlan], dict[int, ValuePlan]]:
+        """How values lie where the block begins, for several of its readers, and where it ends, as far as the plan says."""
+        first = self.first_of_kind[block.kind]
+        alike = dict(zip(first.inputs, block.inputs, strict=True))
+        ops = self.graph.ops
+        for mine, theirs in zip(ops[block.first_op : block.end_op], ops[first.first_op : first.end_op], strict=True):
+            alike.update(zip(theirs.outputs, mine.outputs, strict=True))
+        by_name = {self.graph.values[theirs].name: mine for theirs, mine in alike.items()}
+        unknown = [planned.name for planned in program.shared if planned.name not in by_name]
+        sides = ((program.inputs, block.inputs), (program.outputs, block.outputs))
+        if unknown or any(planned and len(planned) != len(values) for planned, values in sides):
+            raise PlanFileError(
+                f"program {program.id} of the plan does not fit block {block.name} of the model; plan again"
+            )
+        shared = {by_name[planned.name]: planned for planned in program.shared}
+        begins, ends = (dict(zip(values, planned, strict=True)) if planned else {} for planned, values in sides)
+        return begins, shared, ends
 
     def block_ops(
         self, block: Block, program: BlockProgram
-    ) -> Iterable[tuple[Op, tuple[Placement, ...], tuple[Placement, ...], frozenset[int]]]:
-        """Each op of a block with its planned placements, and the axes on which a partial gradient is to go through it."""
+    ) -> Iterable[tuple[Op, tuple[Placement, ...], tuple[Placement, ...], frozenset[int] | None]]:
+        """Each op of a block with its planned placements, and the axes on which a partial gradient is to go through it,
+        None where the plan does not say."""
         ops = self.graph.ops[block.first_op : block.end_op]
         if len(ops) != len(program.ops) or program.kind != block.kind:
             raise PlanFileError(
@@ -161,7 +225,7 @@ class _Builder:
         for op, planned in zip(ops, program.ops, strict=True):
             if len(planned.inputs) != len(op.inputs) or len(planned.outputs) != len(op.outputs):
                 raise PlanFileError(f"the plan's op {planned.name} does not fit the model's {op.name}; plan again")
-            passing = _partial_axes(planned)
+            passing = _partial_axes(planned) if planned.output_gradients else None
             yield op, tuple(map(parse, planned.inputs)), tuple(map(parse, planned.outputs)), passing
 
     def block_parameters(self, block: Block, program: BlockProgram) -> Iterable[tuple[int, StageParameter]]:
@@ -219,8 +283,19 @@ def _partial_axes(planned: OpPlan) -> frozenset[int]:
     )
 
 
+def _of_all_uses(first: StageParameter, other: StageParameter) -> StageParameter:
+    """A tied parameter is stored as its first block uses it. Where another block cuts it, or leaves terms of its gradient, the
+    gradient stays a sum of terms until the end of the step."""
+    gradient = tuple(
+        "P" if kept == "R" and (used != kept or {one, two} == {"R", "P"}) else one
+        for kept, used, one, two in zip(first.compute, other.compute, first.gradient, other.gradient, strict=True)
+    )
+    return replace(first, gradient=gradient)
+
+
 class _StageBuilder:
-    """Builds one stage's program; ``placed`` is where each value lies, and where its gradient must go."""
+    """Builds one stage's program; ``placed`` is where each slot's value lies, and where its gradient must go; ``at`` the
+    slot of each value for the next reader, ``between`` where blocks meet."""
 
     def __init__(self, parent: _Builder, index: int) -> None:
         self.parent, self.graph, self.index = parent, parent.graph, index
@@ -229,24 +304,25 @@ class _StageBuilder:
         self.reader = UsageReader(self.graph, parent.plan.micro_batch_size, self.sizes)
         self.whole: Placement = ("R",) * len(self.sizes)
         self.placed: dict[int, tuple[Placement, Placement]] = {}
+        self.at: dict[int, int] = {}
+        self.between: dict[int, int] = {}
+        self.num_slots = len(self.graph.values)
         self.pure: dict[int, tuple[bool, ...]] = {}
         self.stored: dict[int, StageParameter] = {}
         self.received: dict[int, Placement] = {}
         self.inputs: dict[int, None] = {}
         self.constants: dict[int, None] = {}
         self.written: dict[int, None] = {}
-        self.ops: list[ProgramOp] = []
+        self.steps: list[ProgramOp | ProgramMove] = []
 
     def build(self) -> StageProgram:
         planned = {ref.index: self.parent.programs[ref.program] for ref in self.plan.blocks}
         mine = [self.parent.blocks[ref.index] for ref in self.plan.blocks]
         for block in mine:
             for value, parameter in self.parent.block_parameters(block, planned[block.index]):
-                self.stored.setdefault(value, parameter)
+                self.stored[value] = _of_all_uses(self.stored[value], parameter) if value in self.stored else parameter
         for block in mine:
-            for op, inputs, outputs, passing in self.parent.block_ops(block, planned[block.index]):
-                if self._is_needed(op):
-                    self._add(op, inputs, outputs, passing, block.index, planned[block.index].recompute)
+            self._add_block(block, planned[block.index])
         sent = sorted(
             value
             for value, readers in self.parent.readers.items()
@@ -255,11 +331,13 @@ class _StageBuilder:
             and any(reader != self.index for reader in readers)
         )
         loss = self.graph.outputs[0]
+        makes_loss = self.parent.maker[loss] == self.index
         kept = [self.stored[value] for value in sorted(self.stored)]
+        steps = tuple(self.steps)
         return StageProgram(
             index=self.index,
             plan=self.plan,
-            ops=tuple(self.ops),
+            steps=steps,
             parameters=tuple(p for p in kept if self.graph.values[p.value].kind == "parameter"),
             buffers=tuple(p for p in kept if self.graph.values[p.value].kind == "buffer"),
             written=tuple(self.written),
@@ -268,11 +346,82 @@ class _StageBuilder:
             received=tuple(self.received),
             received_placements=tuple(settled(placement, self.sizes) for placement in self.received.values()),
             sent=tuple(sent),
+            send_slots=tuple(self._slot(value) for value in sent),
             send_conversions=tuple(self._send(value) for value in sent),
-            loss=settled(self.placed[loss][0], self.sizes) if self.parent.maker[loss] == self.index else None,
-            random=any(_is_random(op.op) for op in self.ops),
+            loss=settled(self.placed[self._slot(loss)][0], self.sizes) if makes_loss else None,
+            loss_slot=self._slot(loss),
+            random=any(_is_random(step.op) for step in steps if isinstance(step, ProgramOp)),
             shapes={value: self.reader.shape(value) for value in (*self.inputs, *self.received, *sent)},
         )
+
+    def _add_block(self, block: Block, program: BlockProgram) -> None:
+        begins, shared, ends = self.parent.lies_between(block, program)
+        self.at = {}
+        for value, planned in begins.items():
+            if value in self.parent.carrying:
+                lie = self._lie(value, planned)
+                if self._slot(value) not in self.placed:  # an activation of another stage comes as the block wants it
+                    self._receive(value, lie)
+                self._move(value, lie, block, program)
+                if value in shared:
+                    self._move(value, self._lie(value, shared[value]), block, program)
+        for op, inputs, outputs, passing in self.parent.block_ops(block, program):
+            if self._is_needed(op):
+                self._add(op, inputs, outputs, passing, block.index, program.recompute)
+                for value in op.outputs:
+                    if value in shared and value in self.parent.carrying:
+                        self._move(value, self._lie(value, shared[value]), block, program)
+        for value, planned in ends.items():
+            if value in self.parent.carrying:
+                self._move(value, self._lie(value, planned), block, program)
+        for op in self.graph.ops[block.first_op : block.end_op]:
+            self.between.update((value, self.at[value]) for value in op.outputs if value in self.at)
+        self.at = {}
+
+    def _slot(self, value: int) -> int:
+        """The slot that the next reader of a value finds it in."""
+        return self.at.get(value, self.between.get(value, value))
+
+    def _lie(self, value: int, planned: ValuePlan) -> tuple[Placement, Placement]:
+        """The plan's placement and that of the gradient, replicated on axes where the value's sizes do not allow the cut."""
+        placement, shape = parse(planned.placement), self.reader.shape(value)
+        gradient = parse(planned.gradient) if planned.gradient else gradient_of(placement)
+        for axis in reversed(range(len(self.sizes))):
+            if is_legal(shape, placement, self.sizes):
+                break
+            placement, gradient = (
+                tuple("R" if at == axis else token for at, token in enumerate(side)) for side in (placement, gradient)
+            )
+        return placement, gradient
+
+    def _receive(self, value: int, lie: tuple[Placement, Placement]) -> None:
+        self.received[value] = gradient_of(lie[0])
+        self.pure[value] = (False,) * len(self.sizes)
+        self.placed[value] = (self.received[value], gradient_of(lie[1]))
+
+    def _move(self, value: int, lie: tuple[Placement, Placement], block: Block, program: BlockProgram) -> None:
+        """Bring a value to where the block's next readers find it."""
+        source = self._slot(value)
+        made, wanted = self.placed[source]
+        conversion = self._conversion(value, made, lie[0], lie[1], wanted)
+        target = source
+        if conversion.changes:
+            target = self._new_slot(lie)
+            self.steps.append(
+                ProgramMove(
+                    source=source,
+                    target=target,
+                    conversion=conversion,
+                    block=block.index,
+                    recompute=program.recompute,
+                )
+            )
+        self.at[value] = target
+
+    def _new_slot(self, lie: tuple[Placement, Placement]) -> int:
+        self.num_slots += 1
+        self.placed[self.num_slots - 1] = lie
+        return self.num_slots - 1
 
     def _is_needed(self, op: Op) -> bool:
         """Preparation of data is made where it is read; what writes a buffer runs where it stands."""
@@ -285,7 +434,7 @@ class _StageBuilder:
         op: Op,
         inputs: tuple[Placement, ...],
         outputs: tuple[Placement, ...],
-        passing: frozenset[int],
+        passing: frozenset[int] | None,
         block: int,
         recompute: Recompute,
     ) -> None:
@@ -293,27 +442,32 @@ class _StageBuilder:
             self._provide(value)
         carriers = [self.pure[value] for value in op.inputs if self.graph.values[value].requires_grad]
         pure = [all(each[axis] for each in carriers) for axis in range(len(self.sizes))]
-        usage = self.reader.read(op, inputs, outputs, [alone or axis in passing for axis, alone in enumerate(pure)])
+        through = pure if passing is None else [axis in passing for axis in range(len(self.sizes))]
+        usage = self.reader.read(op, inputs, outputs, through)
         conversions = []
         for at, value in enumerate(op.inputs):
-            if value not in self.placed:  # an activation of another stage comes as its first reader wants it
-                self.received[value] = gradient_of(usage.inputs[at])
-                self.placed[value] = (self.received[value], self.received[value])
-            made, wanted = self.placed[value]
+            if self._slot(value) not in self.placed:  # where the plan names no placements between blocks
+                self._receive(value, (usage.inputs[at], usage.inputs[at]))
+            made, wanted = self.placed[self._slot(value)]
             conversions.append(self._conversion(value, made, usage.inputs[at], usage.input_gradients[at], wanted))
+        reads = tuple(self._slot(value) for value in op.inputs)
         for at, value in enumerate(op.outputs):
-            self.placed[value] = (usage.outputs[at], usage.output_gradients[at])
+            self.at[value] = self._new_slot((usage.outputs[at], usage.output_gradients[at]))
             self.pure[value] = tuple(
                 alone and not labels and token == "R"
                 for alone, labels, token in zip(pure, usage.labels, usage.outputs[at], strict=True)
             )
+            if block < 0:
+                self.between[value] = self.at.pop(value)
         if op.target.split(".")[1] == "batch_norm" or op.target.split(".")[1].endswith("_"):
             self.written.update((value, None) for value in op.inputs if self.graph.values[value].kind == "buffer")
         scaled = at_micro_batch(op, self.graph.batch, self.parent.plan.micro_batch_size)
-        self.ops.append(
+        self.steps.append(
             ProgramOp(
                 op=scaled,
                 usage=usage,
+                reads=reads,
+                makes=tuple(self._slot(value) for value in op.outputs),
                 conversions=tuple(conversions),
                 output_shapes=tuple(self.reader.shape(value) for value in op.outputs),
                 block=block,
@@ -323,7 +477,7 @@ class _StageBuilder:
 
     def _provide(self, value: int) -> None:
         """Makes sure that a value is there: stored, to be received, an input, or prepared here from the inputs."""
-        if value in self.placed:
+        if self._slot(value) in self.placed:
             return
         found = self.graph.values[value]
         self.pure[value] = (True,) * len(self.sizes)
@@ -349,13 +503,13 @@ class _StageBuilder:
                 self.pure[value] = (False,) * len(self.sizes)
         elif found.kind == "activation":
             op = self.parent.op_of[value]
-            self._add(op, (self.whole,) * len(op.inputs), (self.whole,) * len(op.outputs), frozenset(), -1, "none")
+            self._add(op, (self.whole,) * len(op.inputs), (self.whole,) * len(op.outputs), None, -1, "none")
         else:
             (self.inputs if found.kind == "input" else self.constants)[value] = None
             self.placed[value] = (self.whole, self.whole)
 
     def _send(self, value: int) -> Conversion:
-        made, wanted = self.placed[value]
+        made, wanted = self.placed[self._slot(value)]
         sent = gradient_of(made)
         return self._conversion(value, made, sent, sent, wanted)
 

@@ -19,7 +19,7 @@ from autopar.runtime.kernels import Around, LocalOp, Written, run_op
 from autopar.runtime.layout import chunk_bounds, local_shape
 from autopar.runtime.mesh import Mesh
 from autopar.runtime.move import Conversion, convert, gather_pieces, move, scatter_pieces
-from autopar.runtime.program import ProgramOp, StageParameter, StageProgram
+from autopar.runtime.program import ProgramMove, ProgramOp, StageParameter, StageProgram
 
 GATHER = -2  # the block of what gathers ZeRO-3 parameters
 KEY = -1  # stands among values for the number that random ops start from
@@ -65,7 +65,7 @@ class StageFunction:
         self.sent_with_gradient = tuple(
             at for at, value in enumerate(program.sent) if graph.values[value].requires_grad
         )
-        self._local_ops = [self._local(op) for op in program.ops]
+        self._local_ops = [self._local(step) if isinstance(step, ProgramOp) else None for step in program.steps]
 
     def _local(self, op: ProgramOp) -> LocalOp:
         return LocalOp(
@@ -122,49 +122,63 @@ class StageFunction:
 
     def forward(self, leaves: Leaves) -> Outputs:
         """The outputs, attached to the leaves."""
-        values = dict(leaves.values)
-        taken: dict[tuple[int, Conversion], Tensor] = {}
+        slots = dict(leaves.values)
+        taken: dict[tuple[int, int, Conversion], Tensor] = {}
 
-        def take(value: int, conversion: Conversion) -> Tensor:
+        def take(slot: int, conversion: Conversion, block: int) -> Tensor:
+            """What a block reads of a slot, the same copy whenever it reads it like that."""
             if not conversion.changes:
-                return values[value]
-            key = (value, conversion)
+                return slots[slot]
+            key = (block, slot, conversion)
             if key not in taken:
-                taken[key] = convert(values[value], conversion, self.mesh)
+                gathered = slot in self.parameters and self.parameters[slot].zero == 3
+                with mark(GATHER, "full") if gathered else nullcontext():  # made again with what it is a part of
+                    taken[key] = convert(slots[slot], conversion, self.mesh)
             return taken[key]
 
         with torch.enable_grad():
-            for op, local in zip(self.program.ops, self._local_ops, strict=True):
-                with mark(op.block, op.recompute if op.recompute != "selective" or _is_core(op) else "none"):
-                    self._run(op, local, values, take)
+            for step, local in zip(self.program.steps, self._local_ops, strict=True):
+                again = "full" if step.recompute == "full" else "none"
+                if local is None or not isinstance(step, ProgramOp):
+                    assert isinstance(step, ProgramMove)
+                    with mark(step.block, again):
+                        slots[step.target] = convert(slots[step.source], step.conversion, self.mesh)
+                    continue
+                with mark(step.block, again):  # selective recomputation redoes core attention, not the moves before it
+                    tensors = [
+                        take(slot, made, step.block) for slot, made in zip(step.reads, step.conversions, strict=True)
+                    ]
+                with mark(step.block, step.recompute if _is_core(step) else again):
+                    self._run(step, local, slots, tensors, take)
             sent = tuple(
-                take(value, conversion)
-                for value, conversion in zip(self.program.sent, self.program.send_conversions, strict=True)
+                take(slot, conversion, -1)
+                for slot, conversion in zip(self.program.send_slots, self.program.send_conversions, strict=True)
             )
-        loss = values[self.graph.outputs[0]] if self.program.loss is not None else None
-        return Outputs(sent=sent, loss=loss, buffers=tuple(values[value].detach() for value in self.program.written))
+        loss = slots[self.program.loss_slot] if self.program.loss is not None else None
+        return Outputs(sent=sent, loss=loss, buffers=tuple(slots[value].detach() for value in self.program.written))
 
-    def _run(self, op: ProgramOp, local: LocalOp, values: dict[int, Tensor], take: Any) -> None:
-        tensors = [take(value, conversion) for value, conversion in zip(op.op.inputs, op.conversions, strict=True)]
-
+    def _run(
+        self, step: ProgramOp, local: LocalOp, slots: dict[int, Tensor], tensors: Sequence[Tensor], take: Any
+    ) -> None:
         def whole(at: int) -> Tensor:
-            made = op.conversions[at]
+            made = step.conversions[at]
             everywhere = ("R",) * len(self.mesh.sizes)
             return take(
-                op.op.inputs[at],
+                step.reads[at],
                 Conversion(
                     shape=made.shape, source=made.source, target=everywhere, gradient_source=(), gradient_target=()
                 ),
+                step.block,
             )
 
-        result = run_op(local, tensors, Around(whole=whole, key=values.get(KEY)))
+        result = run_op(local, tensors, Around(whole=whole, key=slots.get(KEY)))
         if isinstance(result, Written):
             for at, tensor in result.buffers.items():
-                made = op.conversions[at]  # back to where the buffer is stored
-                values[op.op.inputs[at]] = move(tensor.detach(), made.shape, made.target, made.source, self.mesh)
+                made = step.conversions[at]  # back to where the buffer is stored
+                slots[step.reads[at]] = move(tensor.detach(), made.shape, made.target, made.source, self.mesh)
             result = result.result
-        for value, (_, tensor) in zip(op.op.outputs, tensors_of(result), strict=True):
-            values[value] = tensor if self.graph.values[value].requires_grad else tensor.detach()
+        for slot, value, (_, tensor) in zip(step.makes, step.op.outputs, tensors_of(result), strict=True):
+            slots[slot] = tensor if self.graph.values[value].requires_grad else tensor.detach()
 
     def backward(self, leaves: Leaves, outputs: Outputs, tangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Gradients of what is differentiated, parameters' as ZeRO keeps them; ``tangents`` of sent activations, then of

@@ -16,7 +16,6 @@ from autopar.plan.errors import AutoparError, UsageError
 from autopar.plan.plan import Plan, device_runs
 from autopar.plan.schedule import Action, actions
 from autopar.runtime.mesh import Mesh
-from autopar.runtime.move import move
 from autopar.runtime.parameters import StoredParameter, Ties, global_norm
 from autopar.runtime.program import Crossing, StageProgram
 from autopar.runtime.randomness import step_key
@@ -209,21 +208,22 @@ class Trainer:
         for crossing, way, _ in self._channels:
             if crossing.reader == action.stage:
                 received[crossing.value] = way.receive(getattr(torch, crossing.dtype), self.device, mailbox)
-        made = self.stages[action.stage].forward(action.microbatch, data[action.microbatch], received)
+        stage = self.stages[action.stage]
+        mine = {value: received[value] for value in stage.program.received}
+        made = stage.forward(action.microbatch, data[action.microbatch], mine)
+        leaving = {**received, **made.sent}
         for crossing, way, _ in self._channels:
             if crossing.maker == action.stage:
-                way.send(made.sent[crossing.value], mailbox)
+                way.send(leaving[crossing.value], mailbox)
         return made.loss
 
     def _backward(self, action: Action, mailbox: Mailbox) -> None:
         stage = self.stages[action.stage]
-        tangents: dict[int, Tensor] = {}
+        returned: dict[int, Tensor] = {}
         for crossing, _, back in self._channels:
             if crossing.maker == action.stage and crossing.requires_grad:
-                gradient = back.receive(getattr(torch, crossing.dtype), self.device, mailbox)
-                known = tangents.get(crossing.value)
-                tangents[crossing.value] = gradient if known is None else known + gradient
-        wanted = [tangents[stage.program.sent[at]] for at in stage.function.sent_with_gradient]
+                returned[crossing.value] = back.receive(getattr(torch, crossing.dtype), self.device, mailbox)
+        wanted = [returned[stage.program.sent[at]] for at in stage.function.sent_with_gradient]
         if stage.program.loss is not None:
             dtype = getattr(torch, self.graph.values[self.graph.outputs[0]].dtype)
             share = (1.0 if self.scale is None else self.scale.factor) / self.plan.microbatches
@@ -231,18 +231,22 @@ class Trainer:
         gradients = stage.backward(action.microbatch, wanted)
         for crossing, _, back in self._channels:
             if crossing.reader == action.stage and crossing.requires_grad:
-                back.send(gradients[crossing.value], mailbox)
+                own, beyond = gradients.get(crossing.value), returned.get(crossing.value)
+                terms = [
+                    term for term in (own, beyond) if term is not None
+                ]  # what later stages read passed through here
+                back.send(terms[0] if len(terms) == 1 else terms[0] + terms[1], mailbox)
 
     def _mean(self, losses: Sequence[Tensor]) -> Tensor:
-        """The mean loss on every rank, from the stage that makes it."""
+        """The mean loss on every rank, from the stage that makes it: each of its terms once."""
         last = next(program for program in self.programs if program.loss is not None)
-        mesh = self.meshes[last.index]
         mean = torch.zeros((), dtype=torch.float64, device=self.device)
         if losses:
             assert last.loss is not None
-            mean = torch.stack([loss.double() for loss in losses]).mean()
-            mean = move(mean, (), last.loss, ("R",) * len(mesh.sizes), mesh)
-        dist.broadcast(mean, src=mesh.first_rank)
+            coordinate = self.meshes[last.index].coordinate
+            if not any(place for place, token in zip(coordinate, last.loss, strict=True) if token == "R"):
+                mean = torch.stack([loss.double() for loss in losses]).mean()
+        dist.all_reduce(mean)
         return mean.to(getattr(torch, self.graph.values[self.graph.outputs[0]].dtype))
 
 

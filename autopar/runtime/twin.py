@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from autopar.plan.errors import UsageError
 from autopar.plan.mesh import Axis, num_ranks
-from autopar.plan.plan import BlockProgram, OpPlan, Plan, StagePlan, device_runs
+from autopar.plan.plan import BlockProgram, OpPlan, Plan, StagePlan, ValuePlan, device_runs
 
 
 def shrunk(plan: Plan, ranks: int) -> tuple[Plan, tuple[str, ...]]:
@@ -97,8 +97,26 @@ def _rescaled(program: BlockProgram, old: int, new: int) -> BlockProgram:
 
         return re.sub(r"_S\((\d+),(\d+)\)", pieces, placements).replace("_S(0,1)", "S(0)")
 
+    def values(planned: tuple[ValuePlan, ...]) -> tuple[ValuePlan, ...]:
+        return tuple(
+            ValuePlan(name=value.name, placement=text(value.placement), gradient=text(value.gradient))
+            for value in planned
+        )
+
     ops = tuple(
-        OpPlan(name=op.name, inputs=tuple(map(text, op.inputs)), outputs=tuple(map(text, op.outputs)))
+        OpPlan(
+            name=op.name,
+            inputs=tuple(map(text, op.inputs)),
+            outputs=tuple(map(text, op.outputs)),
+            input_gradients=tuple(map(text, op.input_gradients)),
+            output_gradients=tuple(map(text, op.output_gradients)),
+        )
         for op in program.ops
     )
-    return replace(program, ops=ops)
+    return replace(
+        program,
+        ops=ops,
+        inputs=values(program.inputs),
+        outputs=values(program.outputs),
+        shared=values(program.shared),
+    )

@@ -13,7 +13,7 @@ import argparse
 import csv
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from autopar.cluster.cluster import Cluster
+from autopar.cluster.load import load_cluster
 from autopar.cluster.uncertainty import load_uncertainty
 from autopar.graph.flops import model_flops
 from autopar.inter.estimate import LayoutPricer, ModelGraph, model_graph
 from autopar.plan.errors import AutoparError
 from autopar.plan.layout import parse_layout
 from autopar.workload.load import load_workload
+from tests.benchmarks.left_out import device_of, left_out
 from tests.benchmarks.runs import GIB, Run, read_runs
 
 
@@ -51,13 +54,12 @@ class Outcome:
 class Pricers:
     """One traced model and one pricer per model and cluster, shared by all runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, adjust: Callable[[Cluster], Cluster] = lambda cluster: cluster) -> None:
+        self._adjust = adjust
         self._graphs: dict[tuple[Any, ...], ModelGraph] = {}
         self._pricers: dict[tuple[Any, ...], LayoutPricer] = {}
 
     def of(self, run: Run) -> LayoutPricer:
-        from autopar.cluster.load import load_cluster
-
         model = (run.model_file, run.settings, run.dtype)
         if model not in self._graphs:
             workload = load_workload(run.model_file, **dict(run.settings))
@@ -66,13 +68,19 @@ class Pricers:
         if key not in self._pricers:
             self._pricers[key] = LayoutPricer(
                 self._graphs[model],
-                cluster=load_cluster(run.cluster, **dict(run.overrides)),
+                cluster=self._adjust(load_cluster(run.cluster, **dict(run.overrides))),
                 gpus=run.gpus,
                 global_batch=None,
                 memory_gib=None,
                 optimizer="adamw",
             )
         return self._pricers[key]
+
+    def adjusted(self, adjust: Callable[[Cluster], Cluster]) -> "Pricers":
+        """Pricers of other clusters that share what was traced."""
+        other = Pricers(adjust)
+        other._graphs = self._graphs
+        return other
 
 
 def outcome(run: Run, pricers: Pricers) -> Outcome:
@@ -91,15 +99,15 @@ def outcome(run: Run, pricers: Pricers) -> Outcome:
         low_s=low * time_s,
         high_s=high * time_s,
         memory_bytes=priced.memory_bytes,
-        tensor_bytes=priced.memory_bytes,
+        tensor_bytes=priced.memory_bytes - priced.books[0].fixed_bytes(),
         fits=priced.fits,
         reference_s=flops / (run.gpus * pricer.cluster.device.peak(pricer.dtype)),
     )
 
 
-def outcomes(runs: Iterable[Run]) -> tuple[list[Outcome], list[tuple[str, str]]]:
+def outcomes(runs: Iterable[Run], pricers: Pricers) -> tuple[list[Outcome], list[tuple[str, str]]]:
     """All runs priced, and (id, reason) of those refused."""
-    pricers, found, refused = Pricers(), [], []
+    found, refused = [], []
     for run in runs:
         try:
             found.append(outcome(run, pricers))
@@ -165,13 +173,49 @@ HEADER = (
 )
 
 
+def layer_line(name: str, found: list[Outcome], pricers: Pricers) -> str | None:
+    """The set again, each run with the layer time of another run of its (hidden, tp, mbs, ...): one measured layer time per
+    shape, taken from the step time of the shape's run with the most layers on a device."""
+    shapes: dict[tuple[Any, ...], list[Outcome]] = defaultdict(list)
+    for one in found:
+        layout = parse_layout(one.run.layout)
+        width = tuple(item for item in one.run.settings if item[0] != "layers")
+        shapes[width, layout.tp, layout.cp, layout.mbs, layout.recompute, layout.attn, layout.sp].append(one)
+    errors = []
+    for rows in shapes.values():
+        if len(rows) < 2:
+            continue
+        source = max(rows, key=lambda one: dict(one.run.settings)["layers"] / (parse_layout(one.run.layout).pp or 1))
+        pricer = pricers.of(source.run)
+        priced = pricer.price(parse_layout(source.run.layout))
+        times = pricer.block_times(priced, "layers.0")
+        for _ in range(4):  # the step is linear in the layer's time but where stages change places
+            seconds = pricer.price(parse_layout(source.run.layout), times).step_time_s
+            bent = pricer.price(parse_layout(source.run.layout), (1.01 * times[0], 1.01 * times[1])).step_time_s
+            factor = 1 + 0.01 * ((source.run.time_s or np.nan) - seconds) / (bent - seconds)
+            times = (factor * times[0], factor * times[1])
+        for one in rows:
+            if one is not source:
+                seconds = pricers.of(one.run).price(parse_layout(one.run.layout), times).step_time_s
+                errors.append(seconds / (one.run.time_s or np.nan) - 1)
+    if len(errors) < 8:
+        return None
+    found_errors = np.array(errors)
+    return (
+        f"{name:26.26} {len(errors):4d} runs: MAPE {100 * np.abs(found_errors).mean():.1f} %, "
+        f"bias {100 * found_errors.mean():+.1f} %"
+    )
+
+
 def memory_lines(found: list[Outcome]) -> list[str]:
     """Published peaks, and whether what ran fits and what did not does not."""
     lines = []
     by: dict[str, list[float]] = defaultdict(list)
     for one in found:
         if one.run.memory_bytes:
-            by[one.run.set].append(one.memory_bytes / one.run.memory_bytes - 1)
+            # what nvidia-smi shows holds context and communication buffers, what allocators count does not
+            said = one.memory_bytes if "nvidia-smi" in one.run.memory_kind else one.tensor_bytes
+            by[one.run.set].append(said / one.run.memory_bytes - 1)
     for name, values in by.items():
         errors = np.array(values)
         lines.append(
@@ -185,6 +229,46 @@ def memory_lines(found: list[Outcome]) -> list[str]:
                 f"{one.memory_bytes / GIB:.2f} GiB ({one.run.layout})"
             )
     return lines
+
+
+def left_out_lines(timed: list[Outcome], pricers: Pricers) -> list[str]:
+    """Per set the error as shipped, with the run's model left out of every fit, and with the whole set left out; how many runs
+    lie in intervals made of the other groups' left-out errors; and every fitted constant."""
+    runs = [one.run for one in timed]
+
+    def price(adjust: Callable[[Cluster], Cluster]) -> np.ndarray:
+        moved = pricers.adjusted(adjust)
+        return np.array([outcome(run, moved).time_s for run in runs])
+
+    found = left_out(runs, np.array([one.time_s for one in timed]), price)
+    lines = [f"{'left out':26} {'n':>4} {'none':>6} {'model':>6} {'bias':>6} {'set':>6} {'bias':>6}   MAPE %"]
+    for name in dict.fromkeys(run.set for run in runs):
+        rows = np.array([run.set == name for run in runs])
+        shipped = np.array([one.error for one in timed])[rows]
+        cells = [100 * np.abs(shipped).mean()]
+        for errors in (found.model[rows], found.set[rows]):
+            cells += [100 * np.abs(errors).mean(), 100 * errors.mean()]
+        lines.append(
+            f"{name:26.26} {rows.sum():4d} {cells[0]:6.1f} {cells[1]:6.1f} {cells[2]:+6.1f} {cells[3]:6.1f} {cells[4]:+6.1f}"
+        )
+    lines += ["", f"{'fitted constant':24} {'device':12} {'shipped':>9} {'known':>9} {'fitted':>9}"]
+    lines += [f"{key:24} {device:12} {a:9.3g} {b:9.3g} {c:9.3g}" for key, device, a, b, c in found.fitted]
+    return [*lines, "", *interval_lines(runs, found.model)]
+
+
+def interval_lines(runs: list[Run], errors: np.ndarray) -> list[str]:
+    """Quantiles 5 % and 95 % of measured / predicted with the model left out: what ``cost_tables/uncertainty.json`` holds."""
+    classes: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    for run, error in zip(runs, errors, strict=True):
+        device = device_of(run)
+        several = run.gpus > dict(run.overrides).get("devices_per_node", 8)
+        key = (("V100" if device.startswith("V100") else ""), "several" if several else "one")
+        classes[*key, "any" if key[0] or several else parse_layout(run.layout).attn].append(1 / (1 + error))
+    return [
+        f"interval {device or 'any':5} {nodes:8} {attn:6} n {len(ratios):3d}: "
+        f"{np.quantile(ratios, 0.05):.3f} .. {np.quantile(ratios, 0.95):.3f}"
+        for (device, nodes, attn), ratios in classes.items()
+    ]
 
 
 def write_csv(path: Path, found: list[Outcome]) -> None:
@@ -204,6 +288,9 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--only", help="a set, or the beginning of an id")
     parser.add_argument("--csv", type=Path)
+    parser.add_argument(
+        "--left-out", action="store_true", help="fit every constant without the group predicted; 10 passes"
+    )
     parser.add_argument("--figure", type=Path, help="draw predicted against measured (needs matplotlib)")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -211,14 +298,21 @@ def main() -> None:
     runs, skipped = read_runs(options.file)
     if options.only:
         runs = [run for run in runs if run.id.startswith(options.only)]
-    found, refused = outcomes(runs)
+    pricers = Pricers()
+    found, refused = outcomes(runs, pricers)
     for name, reason in [*skipped, *refused]:
         print(f"skipped {name}: {reason}")
     print(HEADER)
     timed = [one for one in found if one.run.time_s is not None]
     for name in dict.fromkeys(one.run.set for one in timed):
         print(set_line(name, [one for one in timed if one.run.set == name]))
+    lines = [
+        layer_line(n, [o for o in timed if o.run.set == n], pricers) for n in dict.fromkeys(o.run.set for o in timed)
+    ]
+    print("\n".join(["", "with one measured layer time per shape", *(line for line in lines if line)]))
     print("\n".join(["", "memory", *memory_lines(found)]))
+    if options.left_out:
+        print("\n".join(["", *left_out_lines(timed, pricers)]))
     print(f"\n{len(found)} runs in {time.perf_counter() - started:.0f} s")
     if options.csv:
         write_csv(options.csv, found)

@@ -4,9 +4,22 @@ from collections.abc import Sequence
 
 import msgspec
 
+from autopar.cluster.load import load_cluster
+from autopar.graph.blocks import cut_blocks, order_for_blocks
+from autopar.graph.trace import trace
 from autopar.inter.estimate import estimate
+from autopar.inter.judge import judge
 from autopar.plan.plan import Plan, StagePlan
+from autopar.runtime.apply import DTYPES
 from autopar.workload.workload import Workload
+
+
+def rejudged(plan: Plan, workload: Workload) -> Plan:
+    """The plan with the judge's list of its collectives."""
+    cluster = load_cluster(plan.cluster.name)
+    graph = order_for_blocks(trace(workload, dtype=DTYPES[plan.execution.dtype]).graph)  # type: ignore[arg-type]
+    collectives = judge(plan, graph, cut_blocks(graph), cluster).collectives
+    return msgspec.structs.replace(plan, estimate=msgspec.structs.replace(plan.estimate, collectives=collectives))
 
 
 def layout_plan(
@@ -38,10 +51,11 @@ def unequal_plan(workload: Workload, layouts: Sequence[str], *, batch: int = 8, 
         ]
         stages.append(msgspec.structs.replace(plan.stages[0], blocks=tuple(kept), first_device=device))
         device += plan.stages[0].num_devices
-    return msgspec.structs.replace(plans[0], programs=tuple(programs), stages=tuple(stages), gpus=device)
+    plan = msgspec.structs.replace(plans[0], programs=tuple(programs), stages=tuple(stages), gpus=device)
+    return rejudged(plan, workload)
 
 
-def interleaved_plan(plan: Plan, num_chunks: int) -> Plan:
+def interleaved_plan(plan: Plan, num_chunks: int, workload: Workload) -> Plan:
     """The stages of a pipeline dealt out in turn to fewer runs of devices."""
     runs = len(plan.stages) // num_chunks
 
@@ -50,6 +64,7 @@ def interleaved_plan(plan: Plan, num_chunks: int) -> Plan:
         return msgspec.structs.replace(stage, first_device=first, chunk=at // runs)
 
     stages = tuple(dealt(at, stage) for at, stage in enumerate(plan.stages))
-    return msgspec.structs.replace(
+    dealt_out = msgspec.structs.replace(
         plan, stages=stages, gpus=plan.gpus // num_chunks, schedule="interleaved", num_chunks=num_chunks
     )
+    return rejudged(dealt_out, workload)

@@ -56,7 +56,7 @@ def make_plan(workload: Workload, shape: str, zero: int, recompute: str, batch: 
     if shape == "three":
         return unequal_plan(workload, [layout("", 2), layout("tp=2"), layout("")], batch=batch)
     if shape == "interleaved":
-        return interleaved_plan(layout_plan(workload, layout("pp=4", 2), batch=batch), 2)
+        return interleaved_plan(layout_plan(workload, layout("pp=4", 2), batch=batch), 2, workload)
     if shape == "gpipe":
         plan = layout_plan(workload, layout("pp=2", 2), batch=batch)
         return msgspec.structs.replace(plan, schedule="gpipe")

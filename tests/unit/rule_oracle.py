@@ -58,7 +58,8 @@ def mismatch(parts: Sequence[Tensor], whole: Tensor, token: Token, *, gradient: 
     for rank, (part, want) in enumerate(zip(parts, wanted, strict=True)):
         if part.shape != want.shape:
             return f"rank {rank} has shape {tuple(part.shape)}, not {tuple(want.shape)}"
-        if not torch.allclose(part.to(WIDE), want.to(WIDE), rtol=1e-7, atol=1e-9, equal_nan=True):
+        wide = torch.complex128 if want.is_complex() else WIDE
+        if not torch.allclose(part.to(wide), want.to(wide), rtol=1e-7, atol=1e-9, equal_nan=True):
             return f"rank {rank} is off by {(part.to(WIDE) - want.to(WIDE)).abs().max():.3g}"
     return ""
 
@@ -132,7 +133,7 @@ def check_option(case: Case, option: Option, rule: OpRule, ranks: int, seed: int
     carrying = [at for at, result in enumerate(results) if result.requires_grad]
     if not wanted or not carrying:
         return ""
-    gradients = [torch.randn(results[at].shape, generator=generator, dtype=WIDE) for at in carrying]
+    gradients = [torch.randn(results[at].shape, generator=generator, dtype=results[at].dtype) for at in carrying]
     whole_gradients = torch.autograd.grad([results[at] for at in carrying], wanted, gradients, allow_unused=True)
     ends, feeds = [], []
     for at, gradient in zip(carrying, gradients, strict=True):
@@ -288,7 +289,7 @@ def _nll_loss(case: Case, option: Option, ranks: Ranks) -> Simulated:
         columns = torch.arange(case.inputs[0].shape[1])
         if isinstance(atom, Atom) and atom.dim == 1:
             columns = _starts(atom, len(ranks), r, len(columns))
-        own = -((target.unsqueeze(1) == columns) * logs).sum(1)
+        own = -((target.unsqueeze(1) == columns.view(1, -1, *[1] * (target.dim() - 1))) * logs).sum(1)
         losses = torch.where(target == ignored, 0.0, own)
         found.append((losses if reduction == 0 else losses.sum() / (count if reduction == 1 else 1),))
     return found
@@ -296,7 +297,7 @@ def _nll_loss(case: Case, option: Option, ranks: Ranks) -> Simulated:
 
 def _loss(case: Case, option: Option, ranks: Ranks) -> Simulated:
     local = _each(case, option, ranks)
-    position = 4 if "binary" in case.name else 2
+    position = {"binary_cross_entropy": 3, "binary_cross_entropy_with_logits": 4}.get(case.name, 2)
     if option.outputs[0] != "P" or case.literal(position, "reduction", 1) != 1:
         return local
     return [(out[0] * t[0].numel() / case.tensors[0].numel(),) for out, t in zip(local, ranks, strict=True)]
@@ -371,14 +372,28 @@ KERNELS: dict[str, Callable[[Case, Option, Ranks], Simulated]] = {
     **dict.fromkeys(("expand", "broadcast_to", "expand_as"), _expand),
     **dict.fromkeys(("split", "chunk", "split_with_sizes"), _split),
     **dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d", "convolution"), _bias_once(2)),
-    "addmm": _bias_once(0),
+    **dict.fromkeys(("addmm", "baddbmm"), _bias_once(0)),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _bias_once(2)),
+    "bilinear": _bias_once(3),
     "mean": _mean,
     "embedding": _embedding,
     "scaled_dot_product_attention": _attention,
     "cross_entropy_loss": _cross_entropy,
     "nll_loss_nd": _nll_loss,
     "nll_loss": _nll_loss,
-    **dict.fromkeys(("mse_loss", "l1_loss", "smooth_l1_loss", "binary_cross_entropy_with_logits"), _loss),
+    **dict.fromkeys(
+        (
+            "mse_loss",
+            "l1_loss",
+            "smooth_l1_loss",
+            "huber_loss",
+            "kl_div",
+            "binary_cross_entropy",
+            "binary_cross_entropy_with_logits",
+            "soft_margin_loss",
+        ),
+        _loss,
+    ),
     "batch_norm": _batch_norm,
     "index": _index,
     **dict.fromkeys(("_grouped_mm", "grouped_mm", "grouped_mm_fallback"), _grouped_mm),

@@ -106,7 +106,103 @@ CASES: dict[str, tuple[Forward, tuple[int, ...], tuple[int, ...], int]] = {
     "flip": (lambda x, t, w, b: x.flip(1) * b, (4, 8), (1,), 8),
     "repeat": (lambda x, t, w, b: x.repeat_interleave(2, dim=1) * b, (4, 8), (1,), 8),
     "triangle": (lambda x, t, w, b: x.tril() * b, (8, 8), (1,), 8),
+    "logsumexp": (lambda x, t, w, b: x.logsumexp(-1) * b, (4, 8), (1,), 4),
+    "logsumexp_two": (lambda x, t, w, b: x - x.logsumexp((1, 2), keepdim=True), (4, 8), (1,), 1),
+    "spread": (lambda x, t, w, b: x.std(-1, keepdim=True) * x * b + x.var(1, keepdim=True), (4, 8), (1,), 8),
+    "vector_norm": (lambda x, t, w, b: F.normalize(x, dim=-1) * b / x.norm(), (4, 8), (1,), 8),
+    "cumulative": (lambda x, t, w, b: x.cumprod(1) * b + x.cummax(1)[0] + x.logcumsumexp(2), (4, 8), (1,), 8),
+    "order": (lambda x, t, w, b: (x.kthvalue(2, 1)[0] + x.median(1)[0]) * b, (4, 8), (1,), 8),
+    "any": (lambda x, t, w, b: x * (x > 0).any(-1, keepdim=True) * b * x.prod(1, keepdim=True), (4, 8), (1,), 8),
+    "einsum_three": (lambda x, t, w, b: torch.einsum("bsk,kn,n->bsn", x, w, b), (4, 8), (8, 12), 12),
+    "einsum_dots": (lambda x, t, w, b: torch.einsum("...k,kn->...n", x, w), (4, 8), (8, 12), 1),
+    "einsum_implicit": (lambda x, t, w, b: torch.einsum("bsk,kn", x, w), (4, 8), (8, 12), 1),
+    "einsum_diagonal": (lambda x, t, w, b: torch.einsum("bss->bs", x), (8, 8), (1,), 1),
+    "vector": (lambda x, t, w, b: x @ b, (4, 8), (1,), 8),
+    "outer": (lambda x, t, w, b: x.unsqueeze(-1) * torch.outer(b, b), (4, 8), (1,), 8),
+    "bilinear": (lambda x, t, w, b: F.bilinear(x, x, w, b), (4, 8), (6, 8, 8), 6),
+    "addmm": (lambda x, t, w, b: torch.addmm(x @ w, torch.addmm(b, x, w), w, beta=0.5), (8,), (8, 8), 8),
+    "baddbmm": (lambda x, t, w, b: torch.baddbmm(x, x, x.transpose(1, 2)), (8, 8), (1,), 1),
+    "swaps": (lambda x, t, w, b: x.movedim(1, 2) * b + x.swapaxes(1, 2) + x.mT, (4, 8), (1,), 4),
+    "repeats": (lambda x, t, w, b: x.repeat(1, 2, 1) * b + x.tile((1, 2, 1)), (4, 8), (1,), 8),
+    "diagonal": (lambda x, t, w, b: torch.diag_embed(x.diagonal(dim1=1, dim2=2)) * b, (8, 8), (1,), 8),
+    "windows": (lambda x, t, w, b: x.unfold(1, 3, 1) * b, (8, 8), (1,), 3),
+    "columns": (lambda x, t, w, b: F.fold(F.unfold(x, 2, stride=2), (6, 6), 2, stride=2) * b, (4, 6, 6), (1,), 6),
+    "upsample": (
+        lambda x, t, w, b: F.interpolate(x, scale_factor=2) * b + F.interpolate(x, size=(12, 12), mode="bilinear"),
+        (4, 6, 6), (1,), 12,
+    ),
+    "pixel_shuffle": (lambda x, t, w, b: F.channel_shuffle(F.pixel_shuffle(x, 2), 2) * b, (8, 6, 6), (1,), 12),
+    "pools": (lambda x, t, w, b: F.adaptive_max_pool2d(x, 2) * b + F.lp_pool2d(x, 2, 4), (4, 8, 8), (1,), 2),
+    "pool_indices": (lambda x, t, w, b: F.max_pool2d(x, 2, return_indices=True)[0] * b, (4, 8, 8), (1,), 4),
+    "pool_space": (lambda x, t, w, b: F.max_pool3d(x, 2) * b + F.avg_pool3d(x, 2), (4, 4, 4, 4), (1,), 2),
+    "transposed": (lambda x, t, w, b: F.conv_transpose2d(x, w, b, stride=2), (4, 6, 6), (4, 8, 3, 3), 8),
+    "transposed_groups": (lambda x, t, w, b: F.conv_transpose2d(x, w, b, groups=2), (4, 6, 6), (4, 4, 3, 3), 8),
+    "conv_space": (lambda x, t, w, b: F.conv3d(x, w, b), (4, 4, 4, 4), (8, 4, 3, 3, 3), 8),
+    "instance_norm": (lambda x, t, w, b: F.instance_norm(x, weight=b, bias=b), (8, 6), (1,), 8),
+    "grid_sample": (
+        lambda x, t, w, b: F.grid_sample(x, x[:, :2, :3, :3].permute(0, 2, 3, 1).tanh(), align_corners=False) * b,
+        (4, 6, 6), (1,), 3,
+    ),
+    "glu": (lambda x, t, w, b: F.glu(F.prelu(x, b), -1) + F.hardswish(x[..., :4]), (4, 8), (1,), 4),
+    "buckets": (
+        lambda x, t, w, b: x * torch.bucketize(x.detach(), torch.linspace(-1, 1, 5)) * b
+        + torch.searchsorted(torch.linspace(-1, 1, 5), x.detach()),
+        (4, 8), (1,), 8,
+    ),
+    "index_select": (lambda x, t, w, b: x.index_select(1, torch.tensor([0, 2, 1])) * w[t][:, None], (4, 8), (8, 8), 1),
+    "take_along": (lambda x, t, w, b: torch.take_along_dim(x, x.argsort(1), 1) * b, (4, 8), (1,), 8),
+    "index_add": (lambda x, t, w, b: x.index_add(1, torch.tensor([0, 2, 1, 1]), x) * b, (4, 8), (1,), 8),
+    "index_pairs": (lambda x, t, w, b: x[torch.arange(x.shape[0]), t] * x[:, [0, 2, 3]][:, 0] * b, (8, 8), (1,), 8),
+    "cross_entropy_rows": (lambda x, t, w, b: F.cross_entropy(x, t[:, None].expand(-1, 8), ignore_index=1), (4, 8), (1,), 1),
+    "cross_entropy_weighted": (lambda x, t, w, b: F.cross_entropy(x, t, weight=b.detach()), (8,), (1,), 8),
+    "nll_rows": (lambda x, t, w, b: F.nll_loss(F.log_softmax(x, 1), t[:, None].expand(-1, 8)), (4, 8), (1,), 1),
+    "kl": (lambda x, t, w, b: F.kl_div(x, x.detach().exp(), reduction="sum") + F.kl_div(x, x.detach().exp()), (8,), (1,), 8),
+    "huber": (lambda x, t, w, b: F.huber_loss(x * b, x.detach() + 1), (8,), (1,), 8),
+    "bce": (
+        lambda x, t, w, b: F.binary_cross_entropy(x.sigmoid(), (x > 0).to(x.dtype))
+        + F.binary_cross_entropy_with_logits(x * b, (x > 0).to(x.dtype)),
+        (8,), (1,), 8,
+    ),
+    "cosine": (lambda x, t, w, b: F.cosine_similarity(x, x * b, dim=-1), (4, 8), (1,), 8),
+    "distances": (lambda x, t, w, b: torch.cdist(x, x * b), (4, 8), (1,), 8),
+    "fourier": (lambda x, t, w, b: torch.fft.rfft(x, dim=-1).abs() * b, (4, 8), (1,), 5),
+    "complex": (
+        lambda x, t, w, b: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (4, 2)))).flatten(-2) * b,
+        (4, 8), (1,), 8,
+    ),
+    "written": (
+        lambda x, t, w, b: x.slice_scatter(x[:, :2] * b, 1, 0, 2) + x.select_scatter(x[:, 1] * b, 1, 0), (4, 8), (1,), 8,
+    ),
+    "logical": (lambda x, t, w, b: x * ((x > 0) & (x < 1) | x.isnan()).to(x.dtype) * b, (4, 8), (1,), 8),
 }  # fmt: skip
+
+
+class Recurrent(nn.Module):
+    """An LSTM and a GRU of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.LSTM(8, 8, num_layers=2, batch_first=True)
+        self.second = nn.GRU(8, 8, bidirectional=True)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        hidden: Tensor = self.first(x)[0]
+        out: Tensor = self.second(hidden.transpose(0, 1))[0]
+        return out.sum()
+
+
+def test_every_option_of_recurrent_layers() -> None:
+    load = Workload(
+        build_model=Recurrent,
+        example_inputs=lambda batch_size: {
+            "x": torch.empty(batch_size, 4, 8),
+            "labels": torch.empty(batch_size, dtype=torch.long),
+        },
+    )
+    faults, unknown, tried = wrong_options(trace(load, dtype="float32"))
+    assert tried > 5
+    assert not faults, "\n".join(faults[:6])
+    assert not unknown
 
 
 @pytest.mark.parametrize("name", CASES)
