@@ -11,6 +11,7 @@ from autopar.cost.fusion import fused_bytes, with_fused_loss
 from autopar.cost.redistribute import MeshLinks
 from autopar.graph.ir import Block, Graph
 from autopar.graph.profile import GraphProfile, profile_graph
+from autopar.inter.pins import BlockPins
 from autopar.intra.frontier import BlockPoints, ParameterPrices, PriceRow, block_points
 from autopar.intra.space import BlockSpace, block_space, data_values
 from autopar.intra.tables import Allowed, BlockTables, TableBuilder
@@ -68,7 +69,9 @@ class Blocks:
         cluster: Cluster,
         execution: ExecutionModel,
         profile: GraphProfile | None = None,
+        pins: BlockPins | None = None,
     ) -> None:
+        self.pins = pins if pins is not None and pins.pins else None
         self.graph, self.blocks, self.cluster, self.execution = graph, blocks, cluster, execution
         self.profile: GraphProfile = with_fused_loss(
             graph, profile_graph(graph) if profile is None else profile, execution.software.fuses
@@ -122,7 +125,11 @@ class Blocks:
                 1 if self.space(kind).data_axis.plain else mesh.data
             )  # plain blocks are priced by the local batch alone
             groups_of_all = tuple(whole.group(axes) for axes in ((0,), (0, 1))[: len(mesh.sizes)]) if data > 1 else ()
-            fixed = (restriction.boundary, restriction.names) if restriction else None
+            allowed = restriction.allowed if restriction else None
+            if self.pins is not None and restriction is None:  # a layout's own pins are in its restriction
+                allowed = self.pins.allowed(mesh.has_data_axis)
+            named = self.pins is not None and mesh.has_data_axis
+            fixed = (restriction.boundary, restriction.names) if restriction else named
             table_key = (kind, local, mesh.inner, groups, data, groups_of_all, fixed)
             if table_key not in self._tables:
                 self._tables[table_key] = TableBuilder(
@@ -134,7 +141,7 @@ class Blocks:
                     links,
                     self.execution,
                     whole,
-                    restriction.allowed if restriction else None,
+                    allowed,
                     self.fused,
                     data,
                 ).build()
@@ -154,6 +161,7 @@ class Blocks:
                 mesh.data > 1,
                 held,
                 restriction.zero if restriction else None,
+                self.pins.rests(mesh.has_data_axis) if self.pins else None,
             )
             self._points[key] = found if repeats is None else found.repeated(repeats)
         return self._points[key]

@@ -9,7 +9,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from difflib import get_close_matches
 
+from autopar.cost.parameters import Storage
 from autopar.graph.ir import Block, Graph
+from autopar.intra.frontier import Rests
 from autopar.intra.space import OpNode
 from autopar.intra.tables import Allowed
 from autopar.plan.errors import UsageError
@@ -56,6 +58,30 @@ class BlockPins:
             return base is None or base(axis, node, option)
 
         return allows
+
+    @property
+    def num_axes(self) -> int | None:
+        """How many axes a mesh must name for the pins; None without pins. UsageError if pins disagree."""
+        counts = {len(pin.tokens): pin for pin in self.pins}
+        if len(counts) > 1:
+            one, other = list(counts.values())[:2]
+            raise UsageError(f"--pin {one} and --pin {other} speak of meshes of {' and '.join(map(str, counts))} axes")
+        return next(iter(counts), None)
+
+    def rests(self, has_data_axis: bool) -> Rests:
+        """Which storages of a parameter the pins leave: over the data axis, which cuts no use, cut at rest or whole as its
+        token says; over an inner axis pinned whole, whole."""
+
+        def leaves(value: int, storage: Storage) -> bool:
+            pin = self._by_value.get(value)
+            for at, token in enumerate(pin.tokens if pin else ()):
+                axis = at + int(not has_data_axis)
+                cut = storage.stage == 3 and axis in storage.axes
+                if (cut != token.startswith("S")) if axis == 0 else (cut and token == "R"):
+                    return False
+            return True
+
+        return leaves
 
 
 def _check_kinds(pin: Pin, named: set[int], blocks: Sequence[Block], names: dict[int, tuple[str, ...]]) -> None:

@@ -17,12 +17,14 @@ from autopar.inter.bounds import max_in_flight
 from autopar.inter.emit import Found, build_plan
 from autopar.inter.finish import Finished
 from autopar.inter.partition import PipelineProblem, PipelineResult, StageTable, least_s, search
+from autopar.inter.pins import BlockPins
 from autopar.inter.simulate import StageTimes, simulate
 from autopar.inter.smallest import smallest_budget
 from autopar.inter.stage_tables import StageTables
 from autopar.inter.stages import StageBook
 from autopar.inter.uses import stage_memory
 from autopar.plan.errors import InfeasibleError, TimeLimitError, UsageError
+from autopar.plan.pin import unmet
 from autopar.plan.plan import Plan, Schedule
 from autopar.workload.workload import Workload
 
@@ -66,11 +68,10 @@ def plan(
     """The fastest plan that fits. Raises InfeasibleError (no plan fits), UsageError, ModelError, TimeLimitError.
 
     ``micro_batch`` counts samples over all ranks of a stage; times are seconds, ``memory_gib`` GiB per device.
+    ``pins`` (glob over parameters, placements over a mesh's axes) are kept to and the rest is searched.
     """
     started = time.perf_counter()
     say = progress or (lambda stage, detail, best_s, gap: None)
-    if pins:
-        raise UsageError("pins are not supported yet; leave out --pin")
     if schedule not in ("auto", "1f1b", "gpipe"):
         raise UsageError(f"schedule {schedule!r} is not supported yet; use auto, 1f1b or gpipe")
     machine = load_cluster(cluster)
@@ -82,6 +83,7 @@ def plan(
     traced = trace(workload, dtype=long)  # type: ignore[arg-type]
     graph = order_for_blocks(traced.graph)
     blocks = cut_blocks(graph)
+    pinned = BlockPins(graph, blocks, pins)
     say("model", f"{len(graph.ops)} ops, {len(blocks)} blocks", None, None)
     budget = memory_gib * GIB if memory_gib is not None else float(machine.device.memory_bytes)
     modes = ("none", "selective", "full") if recompute == "auto" else (recompute,)
@@ -99,7 +101,7 @@ def plan(
             fp32_grads=accumulate,
             accumulate=accumulate,
         )
-        shared = Blocks(graph, blocks, machine, execution)
+        shared = Blocks(graph, blocks, machine, execution, pins=pinned)
         for size in candidates:
             if batch % size == 0 and (batch // size > 1) == accumulate:
                 book = StageBook(shared, size, batch // size, budget, modes, gpus, schedule=order)
@@ -138,12 +140,12 @@ def plan(
     if not found:
         if deadline is not None and time.perf_counter() > deadline:
             raise TimeLimitError(f"no plan within {time_limit_s} s; raise --time-limit")
-        raise InfeasibleError(_infeasible(books, sizes, budget, gpus, order))
+        raise InfeasibleError(_infeasible(books, sizes, budget, gpus, order, bool(pins)))
     found.sort(key=lambda candidate: candidate.step_time_s)
     runs = finished(found[0].book, found[0].stages, order)
     assert runs is not None, "the best pipeline was evaluated"
     runs = mixed(found[0].book, found[0].stages, runs, order)
-    return build_plan(
+    made = build_plan(
         Found(
             workload=workload,
             cluster=machine,
@@ -161,10 +163,13 @@ def plan(
             times=pipeline_times(found[0].book, found[0].stages, runs),
         )
     )
+    if faults := unmet(made, pinned.pins):
+        raise UsageError("no plan keeps to these pins: " + "; ".join(faults))
+    return made
 
 
 def _infeasible(
-    books: list[StageBook], sizes: tuple[int, ...], budget_bytes: float, gpus: int, schedule: Schedule
+    books: list[StageBook], sizes: tuple[int, ...], budget_bytes: float, gpus: int, schedule: Schedule, pins: bool
 ) -> str:
     """What the leanest plan needs, what fills it, and the way out."""
     leanest = None
@@ -173,7 +178,8 @@ def _infeasible(
         if one is not None and (leanest is None or one.num_bytes < leanest.num_bytes):
             leanest = one
     if leanest is None:
-        return f"no pipeline of this model can be laid out on {gpus} GPUs; try another --gpus or --global-batch"
+        pinned = " with these pins; a mesh has one or two axes" if pins else ""
+        return f"no pipeline of this model can be laid out on {gpus} GPUs{pinned}; try another --gpus or --global-batch"
     first, end, size = leanest.stage
     blocks = leanest.book.blocks.blocks
     parts = stage_memory(leanest.book, leanest.choice, first, end, leanest.in_flight)

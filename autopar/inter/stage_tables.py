@@ -217,6 +217,7 @@ class StageTables:
         sums = [book.sums(mesh, weight) for weight, _ in weights]
         bound = sum((share * one.bound_s for one, (_, share) in zip(sums, weights, strict=True)), np.zeros(()))
         least = np.array([book.points(column, mesh, FREE).least for column in range(len(book.columns))])
+        least = np.where(np.isfinite(least), least, HUGE)
         room = np.maximum(book.room_bytes - self._workspace(mesh), 0.0)
         price = np.array([row.price_s_per_byte for row in sums[0].rows])
         value = bound - (price[:, None] * room[:, None, None] if np.isfinite(book.budget_bytes) else 0.0)

@@ -122,7 +122,12 @@ class StageBook:
                     for inner in range(1, num_devices + 1)
                     if num_devices % inner == 0 and self.micro_batch % (num_devices // inner) == 0
                 ]
-                found = [mesh for mesh in found if self.whole(self.micro_batch // mesh.data)]
+                pinned = self.blocks.pins.num_axes if self.blocks.pins else None
+                found = [
+                    mesh
+                    for mesh in found
+                    if self.whole(self.micro_batch // mesh.data) and pinned in (None, len(mesh.named))
+                ]
             self._meshes[num_devices] = found
         return self._meshes[num_devices]
 

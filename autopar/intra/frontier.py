@@ -28,7 +28,7 @@ Parameters are leaves: for each row and strategy the cheapest storage is taken. 
 metric, with what overlaps (ZeRO-3 gathers behind one block's compute) applied to the block as a whole.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -42,6 +42,8 @@ from autopar.intra import tables as tb
 from autopar.intra.tables import BlockTables
 
 Floats = NDArray[np.float64]
+Rests = Callable[[int, pm.Storage], bool]
+"""Whether a parameter (value) may be stored so."""
 MODES = ("none", "selective", "full")
 FAMILIES = ("priced", "hidden", "reduced", "path", "linked")
 PRICES = (0.03, 0.3, 1.0, 1.7, 2.8, 4.5, 7.0, 11.0, 18.0, 30.0, 60.0, 200.0)
@@ -148,9 +150,10 @@ def block_points(
     data_axis: bool,
     held: frozenset[int] = frozenset(),
     zero: int | None = None,
+    rests: Rests | None = None,
 ) -> BlockPoints:
     """Solve all rows. ``data_axis``: mesh axis 0 has several ranks. ``held`` parameters are stored by another block of
-    the stage; ``zero`` pins the ZeRO stage over the data axis."""
+    the stage; ``zero`` fixes the ZeRO stage over the data axis, ``rests`` says which storages may be."""
     late_share = 0.5 if prices.execution.late_gradients else 0.0
     beta, share, weights, parameter_weights = _row_weights(rows, num_microbatches, tables.contention, late_share)
     node_costs: list[Floats] = [weights @ metrics.T for metrics in tables.node_metrics]
@@ -159,7 +162,7 @@ def block_points(
     for at, uses in enumerate(tables.parameter_uses):
         again = frozenset(number for number in range(len(uses)) if (at, number) in tables.again)
         cost, chosen, metrics, names = _parameter_costs(
-            uses, prices, parameter_weights, data_axis, held, again, zero, len(tables.strategies[at])
+            uses, prices, parameter_weights, data_axis, held, again, zero, rests, len(tables.strategies[at])
         )
         node_costs[2 + at] = node_costs[2 + at] + cost
         parameter_metrics.append((metrics, chosen))
@@ -275,6 +278,10 @@ def _weights(row: PriceRow, beta: float, contention: float, late_share: float) -
     return weights
 
 
+def _of_stage(storage: pm.Storage, zero: int, axes: tuple[int, ...]) -> bool:
+    return storage.stage == (zero if axes else 0) and (storage.axes == axes or storage.stage == 0)
+
+
 def _parameter_costs(
     uses: tuple,  # type: ignore[type-arg]
     prices: ParameterPrices,
@@ -283,6 +290,7 @@ def _parameter_costs(
     held: frozenset[int],
     again: frozenset[int],
     zero: int | None,
+    rests: Rests | None,
     num_strategies: int,
 ) -> tuple[Floats, NDArray[np.integer], Floats, tuple[tuple[pm.Storage, ...], ...]]:
     """(rows, strategies) cost; (uses, rows, strategies) chosen storage; (uses, strategies, storages, metrics)."""
@@ -302,13 +310,12 @@ def _parameter_costs(
                 row.append(((pm.Storage(stage=0, axes=()),), metrics))
             else:
                 options, metrics = prices.of(elements, value.itemsize, full_axes)
-                if zero is not None:
-                    keep = [
-                        i
-                        for i, o in enumerate(options)
-                        if o.stage == (zero if full_axes else 0) and (o.axes == full_axes or o.stage == 0)
-                    ]
-                    options, metrics = tuple(options[i] for i in keep), metrics[keep]
+                keep = [
+                    i
+                    for i, o in enumerate(options)
+                    if (zero is None or _of_stage(o, zero, full_axes)) and (rests is None or rests(value.id, o))
+                ]
+                options, metrics = tuple(options[i] for i in keep), metrics[keep]
                 row.append((options, metrics))
         width = max(width, *(len(options) for options, _ in row))
         found.append(row)

@@ -57,21 +57,24 @@ def meets(token: str, pinned: str) -> bool:
 
 
 def unmet(plan: Plan, pins: tuple[Pin, ...]) -> list[str]:
-    """What of the pins a plan does not keep to, a line each; empty for a plan that keeps to all."""
+    """What of the pins a plan does not keep to, a line each; empty for a plan that keeps to all. Of a tied parameter one
+    use in a stage stores it, and that counts."""
     found: dict[str, None] = {}
     for stage in plan.stages:
         axes = [axis.name for axis in stage.axes]
+        stored: dict[str, list[ParameterPlan]] = {}
         for ref in stage.blocks:
             for parameter in plan.program(ref.program).parameters:
-                for pin in pins:
-                    if not pin.names(parameter.name):
-                        continue
-                    if len(pin.tokens) != len(axes):
-                        found[f"{pin}: {len(pin.tokens)} tokens, the mesh has {len(axes)} axes ({', '.join(axes)})"] = (
-                            None
-                        )
-                    elif not _kept(parameter, pin):
-                        found[f"{pin}: {parameter.name} lies as {parameter.parameter} on ({', '.join(axes)})"] = None
+                stored.setdefault(parameter.name, []).append(parameter)
+        for name, uses in stored.items():
+            for pin in pins:
+                if not pin.names(name):
+                    continue
+                if len(pin.tokens) != len(axes):
+                    line = f"{pin}: {len(pin.tokens)} tokens, the mesh has {len(axes)} axes ({', '.join(axes)})"
+                    found[line] = None
+                elif not any(_kept(parameter, pin) for parameter in uses):
+                    found[f"{pin}: {name} lies as {uses[0].parameter} on ({', '.join(axes)})"] = None
     return list(found)
 
 

@@ -1,10 +1,13 @@
 """The whole way from a model file to a plan, on small and real models."""
 
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
+import pytest
+
 from autopar.inter.planner import micro_batches, plan, submesh_sizes
-from autopar.plan.errors import InfeasibleError
+from autopar.plan.errors import AutoparError, InfeasibleError
 from autopar.plan.invariants import check
 from autopar.workload import load_workload
 
@@ -50,6 +53,35 @@ def test_no_restriction_of_the_search_is_faster():
     free = tiny().estimate.step_time_s
     for restriction in ({"recompute": "full"}, {"recompute": "none"}, {"micro_batch": 8}, {"schedule": "gpipe"}):
         assert free <= tiny(**restriction).estimate.step_time_s * (1 + 2e-3)  # the outer search's tolerance is 1e-3
+
+
+@pytest.mark.parametrize(
+    ("glob", "placements", "axes"),
+    [("*.qkv.weight", "RS(0)", 2), ("*.qkv.weight", "RR", 2), ("layers.*", "S(0)R", 2), ("*", "S(0)", 1)],
+)
+def test_pins_are_kept_and_the_rest_is_searched(glob, placements, axes):
+    found = tiny(cluster="p3.16xlarge", pins=((glob, placements),))
+    check(found)
+    assert found.estimate.step_time_s >= tiny(cluster="p3.16xlarge").estimate.step_time_s * (1 - 1e-3)
+    for stage in found.stages:
+        assert len(stage.axes) == axes
+        for ref in stage.blocks:
+            for parameter in found.program(ref.program).parameters:
+                if fnmatch(parameter.name, "*.qkv.weight"):
+                    assert parameter.parameter.replace("_S(0,3)", "S(0)") == placements
+
+
+@pytest.mark.parametrize(
+    ("pin", "says"),
+    [
+        (("nothing.*", "R"), "no parameter has such a name"),
+        (("*", "S(0)S(0)S(0)"), "one or two axes"),
+        (("layers.0.*", "R"), "equal blocks are planned alike"),
+    ],
+)
+def test_a_pin_that_cannot_be_kept_says_why(pin, says):
+    with pytest.raises(AutoparError, match=says):
+        tiny(pins=(pin,))
 
 
 def test_device_counts_of_stages_and_micro_batches():
