@@ -100,7 +100,9 @@ def _collectives(plan: Plan, at: int, prices: list[BlockPrice], cluster: Cluster
             total_s = one.count * one.step.time_s * (B if one.per == "microbatch" else 1)
             part = visible if one.of == "activations" else share if one.per == "microbatch" else exposed[one.of]
             names = tuple(axes[axis].name for axis in one.step.axes)
-            found.append(TimeItem(kind=one.step.kind, axes=names, of=one.of, total_s=total_s, exposed_s=part * total_s))
+            # what is charged may be more than what runs: backward gathers and moves again only what it reads
+            taken_s = max(total_s, part * total_s)
+            found.append(TimeItem(kind=one.step.kind, axes=names, of=one.of, total_s=taken_s, exposed_s=part * total_s))
             gathers_s += total_s if (one.per, one.of) == ("step", "parameters") else 0.0
     return found, max(sum(price.optimizer_s for price in prices) - gathers_s, 0.0)
 

@@ -23,6 +23,7 @@ PARTS = (
     ("W", "work", "workspace_bytes"),
     ("F", "fixed", "fixed_bytes"),
 )
+SAVED = 3  # its position in PARTS
 
 
 def item_text(item: TimeItem) -> str:
@@ -59,7 +60,8 @@ def time_table(plan: Plan, *, bars: bool) -> Table:
 
 def memory_table(plan: Plan, *, width: int) -> Table:
     """A line per run of devices, GiB of a device; runs alike are told once. The letters of the bar are those of the
-    columns, dots are free, ``!`` is beyond the budget; where ``width`` is short of room there are none."""
+    columns, dots are free, ``!`` is beyond the budget; where ``width`` is short of room there are none. Gradients that take
+    the place of saved tensors count as gradients, so that the columns add up to the total."""
     bar_width = min(width - NUMBERS_WIDTH, MEMORY_BAR_WIDTH)
     bars = bar_width >= LEAST_BAR_WIDTH
     budget = plan.estimate.budget_bytes
@@ -75,6 +77,7 @@ def memory_table(plan: Plan, *, width: int) -> Table:
         table.add_column("", no_wrap=True)
     for memory, positions in rows.items():
         sizes = [getattr(memory, key) for _, _, key in PARTS]
+        sizes[SAVED] -= memory.overlaid_bytes
         cells = [f"  {ranges_text(positions)}", *(f"{size / GIB:,.2f}" for size in (*sizes, memory.total))]
         table.add_row(*cells, *([stacked_bar(sizes, budget, bar_width)] if bars else []))
     return table

@@ -152,10 +152,26 @@ def _figures(plan: Plan) -> Table:
         f"{gib_text(estimate.peak_memory_bytes)} of {gib_text(estimate.budget_bytes)}, {verdict} "
         f"(tensors {gib_text(estimate.peak_tensor_bytes)})",
     )
+    if basis := _basis_text(plan):
+        grid.add_row("cost basis", basis)
     grid.add_row("search", _search_text(plan))
     if search.runner_up:
         grid.add_row("runner-up", search.runner_up)
     return grid
+
+
+def _basis_text(plan: Plan) -> str:
+    """``62.0 % of the priced time measured (40 terms), 38.0 % modelled (17)``."""
+    seconds, counts = plan.estimate.provenance_s, plan.estimate.provenance
+    whole = sum(seconds.values())
+    if not whole:
+        return ""
+    first, *rest = (
+        f"{percent_text(time_s / whole)} {{}}{tag} ({counts.get(tag, 0):,}{{}})"
+        for tag, time_s in seconds.items()
+        if time_s
+    )
+    return ", ".join([first.format("of the priced time ", " terms"), *(text.format("", "") for text in rest)])
 
 
 def _search_text(plan: Plan) -> str:

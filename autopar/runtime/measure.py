@@ -89,13 +89,6 @@ def materialised_attention_s(
     return _forward_backward(watch, attend, (1, heads, seq, head_dim), dtype)
 
 
-def scores_s(watch: Stopwatch, seq: int, heads: int, head_dim: int, dtype: torch.dtype) -> float:
-    """Seconds of the two products of one attention alone."""
-    query, key = (_random(watch, (heads, seq, head_dim), dtype) for _ in range(2))
-    scores = _random(watch, (heads, seq, seq), dtype)
-    return watch.time_s(lambda: query @ key.transpose(-1, -2)) + watch.time_s(lambda: scores @ key)
-
-
 def stream_bytes_per_s(watch: Stopwatch, num_bytes: int) -> tuple[float, float]:
     """(fastest of copying and filling, adding two tensors) over tensors of ``num_bytes``."""
     first, second = (torch.ones(num_bytes // 4, device=watch.device) for _ in range(2))

@@ -7,7 +7,7 @@ that ships keeps its data sheet's peaks; any other's peak is the fastest that wa
     efficiency (m, n, k)   2 m n k / (t * peak)                                               (``_matmul_table``)
     efficiency (s, h)      FLOPs of the causal half / (t * peak)                              (``_attention``)
     head_dim exponent      log(rate at half the head_dim / rate) / log(1 / 2)
-    math attention         t = FLOPs / (peak * e) + scores * bytes a score / bandwidth, e of the products alone
+    math attention         bytes a score = (t - products as the device prices them) * bandwidth / scores
 """
 
 import datetime
@@ -37,7 +37,6 @@ from autopar.runtime.measure import (
     launch_s,
     materialised_attention_s,
     matmul_s,
-    scores_s,
     stream_bytes_per_s,
     sustained_fraction,
 )
@@ -180,7 +179,6 @@ def _measure_device(
     sustained = sustained_fraction(watch, big, default, sizes.warm_s)
     tell("device", "attention by sequence and heads")
     attention = _attention(watch, sizes, default, peak)
-    math_attention = _materialised(watch, sizes, default, peak, added)
     fields: dict[str, Any] = {
         "memory_bytes": _memory_bytes(watch.device, per_node),
         "peak_flops_per_s": peaks,
@@ -200,8 +198,8 @@ def _measure_device(
             ),
         ),
         **attention,
-        **math_attention,
     }
+    fields |= _materialised(watch, sizes, default, peak, fields)
     if on_gpu:
         fields["context_bytes"] = _context_bytes()
     return _with_source(base, name, fields)
@@ -236,17 +234,20 @@ def _attention(watch: Stopwatch, sizes: Sizes, dtype: torch.dtype, peak: float) 
 
 
 def _materialised(
-    watch: Stopwatch, sizes: Sizes, dtype: torch.dtype, peak: float, bytes_per_s: float
+    watch: Stopwatch, sizes: Sizes, dtype: torch.dtype, peak: float, fields: dict[str, Any]
 ) -> dict[str, float]:
+    """Traffic of the mask and softmax: what materialised attention takes beyond its products as a device prices them."""
     seq, heads, d = min(sizes.seq[-1], MATH_SEQ), min(sizes.heads[-1], MATH_HEADS), REFERENCE_HEAD_DIM
     forward_s, backward_s = materialised_attention_s(watch, seq, heads, d, dtype)
-    products_s = scores_s(watch, seq, heads, d, dtype)
-    efficiency = min(4 * heads * seq**2 * d / (products_s * peak), 1.0)
-    per_score = bytes_per_s / (heads * seq**2) * 2 / ITEMSIZE[_word(dtype)]
+    itemsize = ITEMSIZE[_word(dtype)]
+    bytes_per_s = fields["memory_bytes_per_s"] * fields["memory_efficiency"]
+    rate = peak * max(fields["matmul"].efficiency) * fields["sustained_fraction"]
+    moved_s = itemsize * heads * (seq**2 + 2 * seq * d) / bytes_per_s
+    product_s = max(2 * heads * seq**2 * d / rate, moved_s, fields["kernel_latency_s"])
+    per_score = bytes_per_s / (heads * seq**2) * 2 / itemsize
     return {
-        "math_attention_efficiency": efficiency,
-        "math_forward_bytes_per_score": max(forward_s - products_s, 0.0) * per_score,
-        "math_backward_bytes_per_score": max(backward_s - 2 * products_s, 0.0) * per_score,
+        "math_forward_bytes_per_score": max(forward_s - 2 * product_s, 0.0) * per_score,
+        "math_backward_bytes_per_score": max(backward_s - 4 * product_s, 0.0) * per_score,
     }
 
 

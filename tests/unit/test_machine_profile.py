@@ -70,13 +70,17 @@ def test_a_machine_of_known_speed(monkeypatch: pytest.MonkeyPatch) -> None:
         forward = flops / (PEAK * 0.001 * seq * (0.7 if head_dim == 64 else 1.0))
         return forward, 2.5 * forward / 0.6
 
+    def product_s(seq: int, heads: int, d: int) -> float:
+        """The best rate that was seen, sustained, or the bytes of two operands and the scores."""
+        moved = 4 * heads * (seq**2 + 2 * seq * d) / (0.75 * BANDWIDTH)
+        return max(2 * heads * seq**2 * d / (PEAK * 0.9 * SUSTAINED), moved)
+
     formulas: dict[str, Any] = {
         "matmul_s": matmul_s,
         "attention_s": attention_s,
-        "scores_s": lambda watch, seq, heads, d, dtype: 4 * heads * seq**2 * d / (PEAK * 0.3),
         "materialised_attention_s": lambda watch, seq, heads, d, dtype: (
-            4 * heads * seq**2 * d / (PEAK * 0.3) + 20 * heads * seq**2 / (0.75 * BANDWIDTH),
-            8 * heads * seq**2 * d / (PEAK * 0.3) + 28 * heads * seq**2 / (0.75 * BANDWIDTH),
+            2 * product_s(seq, heads, d) + 20 * heads * seq**2 / (0.75 * BANDWIDTH),
+            4 * product_s(seq, heads, d) + 28 * heads * seq**2 / (0.75 * BANDWIDTH),
         ),
         "stream_bytes_per_s": lambda watch, size: (BANDWIDTH, 0.75 * BANDWIDTH),
         "launch_s": lambda watch, count: 7e-6,

@@ -33,6 +33,7 @@ MFU                    43.2 %
 bubble                 12.5 %
 exposed communication  250.0 ms
 memory                 11.00 GiB of 16.00 GiB, fits (tensors 10.00 GiB)
+cost basis             62.0 % of the priced time measured (40 terms), 38.0 % modelled (17)
 search                 feasible, gap 5.0 % (bound 1.90 s), 12.5 s
 runner-up              dp 8, 2.10 s: more exposed reduction
 
