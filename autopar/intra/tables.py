@@ -329,7 +329,10 @@ class TableBuilder:
                     for option, size in zip(options, self.sizes, strict=True)
                     if option.sharded and not option.inside and set(option.labels) & set(inside.labels)
                 )
-                for metric, size in ((FORWARD, inside.forward_bytes), (BACKWARD, inside.backward_bytes)):
+                for metric, size in (
+                    *((FORWARD, size) for size in inside.forward_bytes),
+                    *((BACKWARD, size) for size in inside.backward_bytes),
+                ):
                     held = size * (scale if self.graph.batch.grows(size) else 1.0) / share
                     metrics[at, metric] += float(links.collective_s("all_reduce", held, axes))
 

@@ -47,12 +47,13 @@ def group_norm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpR
 
 
 def batch_norm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """Channels are independent; a sharded batch exchanges sum and sum of squares, as synchronised batch norm does."""
+    """Channels are independent; a sharded batch exchanges the sum, then that of squared distances from the mean, fp32,
+    and the gradients of both."""
     labels = Labels()
     shape = inputs[0].shape
     batch, channel = labels.new("inside"), labels.new()
     dims = (batch, channel, *labels.dims(shape[2:], "whole"))
-    exchanged = 2 * shape[1] * 4
+    exchanged = (shape[1] * 4,) * 2
     return labels.rule(
         [dims, *((channel,) for _ in inputs[1:])],
         [dims],
@@ -116,19 +117,20 @@ def extremum(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRul
 
 
 def cross_entropy(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """logits[t, v], target[t] -> loss: tokens give partial losses; a sharded vocabulary exchanges maximum, sum of
-    exponentials and the target's logit, fp32 each (Shoeybi et al., "Megatron-LM", 2019, section 3). Local form of a mean
+    """logits[t, v], target[t] -> loss: tokens give partial losses; a sharded vocabulary exchanges the maximum, then the sum of
+    exponentials and the target's logit (and the sum of logits, where labels are smoothed), fp32 each (Shoeybi et al., "Megatron-LM", 2019, section 3). Local form of a mean
     over cut tokens: the sum of the rank's losses over the count of all targets that are not ignored."""
     if len(inputs[0].shape) != 2 or len(inputs) != 2 or inputs[1].shape != inputs[0].shape[:1]:
         return replicated(op, inputs, outputs, known=False)
     labels = Labels()
     t = labels.new("sum" if not outputs[0].shape else "parallel")
     v = labels.new("inside")
-    exchanged = 3 * inputs[0].shape[0] * 4
+    rows = inputs[0].shape[0] * 4
+    sums = 3 if argument(op, 5, "label_smoothing", 0.0) else 2
     return labels.rule(
         [(t, v), (t,)],
         [(t,)] if outputs[0].shape else [()],
-        inside=Inside(forward_bytes=exchanged, backward_bytes=0, labels=(t,)),
+        inside=Inside(forward_bytes=(rows, sums * rows), backward_bytes=(), labels=(t,)),
         local_form=(t, v) if not outputs[0].shape and argument(op, 3, "reduction", 1) == 1 else (v,),
     )
 
@@ -144,7 +146,9 @@ def log_softmax(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> Op
     rows = prod(shape[:-1]) * 4
     kinds = tuple("inside" if at == label else kind for at, kind in enumerate(rule.kinds))
     inside = Inside(
-        forward_bytes=2 * rows, backward_bytes=rows, labels=tuple(at for at in rule.inputs[0][:-1] if at != NO_LABEL)
+        forward_bytes=(rows, rows),
+        backward_bytes=(rows,),
+        labels=tuple(at for at in rule.inputs[0][:-1] if at != NO_LABEL),
     )
     return replace(rule, kinds=kinds, inside=inside, local_form=(label,))
 
