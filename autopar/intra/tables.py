@@ -379,7 +379,10 @@ class TableBuilder:
                     for option, size in zip(every, sizes, strict=True)
                     if option.sharded and not option.inside and set(option.labels) & set(inside.labels)
                 )
-                for metric, size in ((FORWARD, inside.forward_bytes), (BACKWARD, inside.backward_bytes)):
+                for metric, size in (
+                    *((FORWARD, size) for size in inside.forward_bytes),
+                    *((BACKWARD, size) for size in inside.backward_bytes),
+                ):
                     scale = self.micro_batch / self.graph.batch.traced if self.graph.batch.grows(size) else 1.0
                     held = size * scale / share
                     metrics[at, metric] += float(self.whole.collective_s("all_reduce", held, axes))
