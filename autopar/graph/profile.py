@@ -16,7 +16,8 @@ An op whose backward cannot be run alone has none, and one that cannot be run at
 its inputs and writes its outputs; ``GraphProfile.notes`` names both.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, TypeAlias
@@ -31,6 +32,7 @@ from autopar.graph.kernels import FP32_STATISTICS, KernelRecorder, storage_key, 
 from autopar.graph.literals import frozen, resolve, restore
 
 Strides: TypeAlias = tuple[int, ...]
+RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +133,7 @@ def _run(op: Op, inputs: list[Value], outputs: list[Value], layout: tuple[Stride
 def _run_fake(op: Op, inputs: list[Value], outputs: list[Value], layout: tuple[Strides, ...]) -> _Outcome:
     function = SUBSTITUTES.get(op.target) or resolve(op.target)
     grad = _wants(outputs)
-    with FakeTensorMode():
+    with FakeTensorMode(), _without_onednn(packet_name(op) in RECURRENT):
         leaves = [
             torch.empty_strided(
                 value.shape, stride, dtype=getattr(torch, value.dtype), requires_grad=value.requires_grad and grad
@@ -176,6 +178,19 @@ def _run_fake(op: Op, inputs: list[Value], outputs: list[Value], layout: tuple[S
             gradients=gradients,
             note=note,
         )
+
+
+@contextmanager
+def _without_onednn(wanted: bool) -> Iterator[None]:
+    """oneDNN runs a recurrent layer as one kernel, which hides its matmuls."""
+    before: bool = bool(torch.backends.mkldnn.enabled)
+    try:
+        if wanted:
+            setattr(torch.backends.mkldnn, "enabled", False)  # noqa: B010  # a property of the module
+        yield
+    finally:
+        if wanted:
+            setattr(torch.backends.mkldnn, "enabled", before)  # noqa: B010
 
 
 def packet_name(op: Op) -> str:

@@ -306,6 +306,11 @@ def _is_random(op: Op) -> bool:
     probability = {"dropout": 1, "scaled_dot_product_attention": 4}.get(op.target.split(".")[1])
     if probability is not None:
         return bool(argument(op, probability, "dropout_p", 0.0)) and (probability > 1 or bool(op.args[2]))
+    if (
+        op.target in ("aten.lstm.input", "aten.gru.input", "aten.rnn_tanh.input", "aten.rnn_relu.input")
+        and not op.args[5]
+    ):
+        return False  # no dropout between its layers
     if torch.Tag.nondeterministic_seeded in getattr(resolve(op.target), "tags", ()):
         raise UsageError(
             f"{op.target}{' at ' + op.source if op.source else ''} draws random numbers that would differ from rank to "

@@ -273,3 +273,21 @@ def graph(values: list[Value], ops: list[Op]) -> Graph:
 def linear_profile(*, weight_grad: bool) -> OpProfile:
     values = [value(0, (101, 8)), value(1, (16, 8), grad=weight_grad), value(2, (101, 16))]
     return profile_ops(graph(values, [op(0, "aten.linear.default", (0, 1), (2,), (Ref(0), Ref(1)))]))[0]
+
+
+def test_a_recurrent_layer_counts_its_matmuls_in_every_dtype():
+    """Four gates of an LSTM: 2 * 4 h * (f + h) multiplications and additions per sample and step."""
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = torch.nn.LSTM(12, 20, batch_first=True)
+
+        def forward(self, x):
+            return self.rnn(x)[0].sum()
+
+    load = Workload(build_model=Net, example_inputs=lambda batch_size: {"x": torch.empty(batch_size, 5, 12)})
+    for dtype in ("float32", "bfloat16"):
+        graph = trace(load, dtype=dtype).graph
+        (op,) = [op for op in graph.ops if "lstm" in op.target]
+        assert profile_graph(graph).ops[op.id].forward_flops == graph.batch.traced * 5 * 2 * 80 * (12 + 20)
