@@ -9,6 +9,7 @@ from autopar.cli.options import Assignment, AtLeastOne, distinct, output_options
 from autopar.plan.errors import CheckError
 
 if TYPE_CHECKING:
+    from autopar.plan.plan import Collective, Plan
     from autopar.runtime.verify import Report
 
 NUM_WORST = 3
@@ -49,7 +50,13 @@ def verify_command(
 
     with progress_on_stderr(quiet) as progress:
         progress("verify", f"starting up to {ranks} ranks", None, None)
-        report = verify(plan, model=str(workload.path), settings=changed, ranks=ranks)
+        report = verify(
+            plan,
+            model=str(workload.path),
+            settings=changed,
+            ranks=ranks,
+            relist=lambda twin: _relisted(twin, Path(plan_file), str(workload.path), changed),
+        )
     if as_json:
         from autopar.cli.output import print_document
 
@@ -57,7 +64,22 @@ def verify_command(
     else:
         print("\n".join(_lines(report, verbose)))
     if not report.passed:
-        raise CheckError("the plan's numbers differ from those of one process")
+        numbers = "the plan's numbers differ from those of one process"
+        raise CheckError("the collectives that ran are not those that the plan lists" if report.unlisted else numbers)
+
+
+def _relisted(twin: "Plan", plan_file: Path, model: str, settings: dict[str, Any]) -> "tuple[Collective, ...]":
+    """The collectives of a twin, as the judge lists them on the plan's cluster."""
+    from autopar.cli.inputs import cluster_of
+    from autopar.graph.blocks import cut_blocks, order_for_blocks
+    from autopar.graph.trace import trace
+    from autopar.inter.judge import judge
+    from autopar.runtime.apply import DTYPES
+    from autopar.workload.load import load_workload
+
+    traced = trace(load_workload(model, **settings), dtype=DTYPES[twin.execution.dtype])  # type: ignore[arg-type]
+    graph = order_for_blocks(traced.graph)
+    return judge(twin, graph, cut_blocks(graph), cluster_of(twin, plan_file)).collectives
 
 
 def _lines(report: "Report", verbose: bool) -> list[str]:
@@ -71,9 +93,19 @@ def _lines(report: "Report", verbose: bool) -> list[str]:
         worst = sorted(errors, key=lambda name: -errors[name])
         lines.append(f"{title:<11} {len(errors)} tensors{what}, worst {errors[worst[0]]:.1e} {worst[0]}")
         lines += [f"            {errors[name]:.1e} {name}" for name in worst[1:NUM_WORST] if verbose]
-    for stage, counted in sorted(report.collectives.items()):
-        lines.append(f"stage {stage}: {sum(counted.values())} collectives per micro-batch")
-        lines += [f"  {count:4} {what}" for what, count in sorted(counted.items()) if verbose]
+    count = sum(sum(sizes.values()) for sizes in report.collectives.values())
+    if report.uncompared is not None:
+        verdict = f"not held against the plan's list: {report.uncompared}"
+    else:
+        verdict = "those that the plan lists" if not report.unlisted else "not those that the plan lists"
+    lines.append(f"collectives {count} a step in the plan's dtype, {verdict}")
+    lines += [f"            {line}" for line in report.unlisted]
+    if verbose:
+        for (stage, kind, axes), sizes in sorted(report.collectives.items()):
+            lines += [
+                f"  {count:4} stage {stage} {kind}{' over ' + '*'.join(axes) if axes else ''} of {size} bytes"
+                for size, count in sorted(sizes.items())
+            ]
     lines.append("PASS" if report.passed else "FAIL")
     return lines
 
@@ -88,8 +120,10 @@ def _document(report: "Report") -> dict[str, Any]:
         "gradients": dict(report.gradients),
         "parameters": dict(report.parameters),
         "collectives": [
-            {"stage": stage, "kind": what.kind, "axes": list(what.axes), "num_bytes": what.num_bytes, "count": count}
-            for stage, counted in sorted(report.collectives.items())
-            for what, count in sorted(counted.items())
+            {"stage": stage, "kind": kind, "axes": list(axes), "num_bytes": size, "count_per_step": count}
+            for (stage, kind, axes), sizes in sorted(report.collectives.items())
+            for size, count in sorted(sizes.items())
         ],
+        "unlisted_collectives": list(report.unlisted),
+        "collectives_not_compared": report.uncompared,
     }

@@ -13,6 +13,9 @@ class ExecutionModel:
     ``balanced_context``: ranks that share a sequence take parts of equal work under a causal mask (Megatron-LM's context
     parallelism); without it a rank runs its queries against all keys under a mask, as our runtime does.
 
+    ``blocking``: the host waits for every kernel before it launches the next (CUDA_LAUNCH_BLOCKING=1), so that launches and
+    kernels add up instead of running beside each other.
+
     State per parameter in bytes (Rajbhandari et al., "ZeRO", 2020, section 3.1): half precision 2 + gradient 2 or 4 + 12
     (fp32 master, two Adam moments); fp32 4 + 4 + 8. Plain SGD keeps only the fp32 master of a half precision weight.
     """
@@ -25,6 +28,7 @@ class ExecutionModel:
     fp32_grads: bool = True
     accumulate: bool = False
     balanced_context: bool = False
+    blocking: bool = False
 
     @property
     def software(self) -> Software:

@@ -131,14 +131,11 @@ def build_plan(found: Found) -> Plan:
     )
     bound_s = min(found.lower_bound_s, simulation.step_time_s)
     gap = 1 - bound_s / simulation.step_time_s
-    unknown = sorted(
-        {
-            node.op.target
-            for column in range(len(book.columns))
-            for node in book.blocks.space(book.columns[column][0]).ops
-            if not node.rule.known
-        }
-    )
+    unknown: dict[str, str] = {}  # op -> where the model first calls it
+    for column in range(len(book.columns)):
+        for node in book.blocks.space(book.columns[column][0]).ops:
+            if not node.rule.known:
+                unknown.setdefault(node.op.target, f" at {node.op.source}" if node.op.source else "")
     listed = tuple(programs.values())
     plan = Plan(
         format_version=FORMAT_VERSION,
@@ -157,6 +154,7 @@ def build_plan(found: Found) -> Plan:
             overlap=book.blocks.execution.overlap,
             fusion=book.blocks.execution.fusion,
             grads="fp32" if book.blocks.execution.fp32_grads else "same",
+            launch="blocking" if book.blocks.execution.blocking else "async",
         ),
         gpus=found.gpus,
         global_batch=found.global_batch,
@@ -175,7 +173,13 @@ def build_plan(found: Found) -> Plan:
             gap=gap,
             runner_up=found.runner_up,
         ),
-        notes=(*(f"{target} has no sharding rule: replicated" for target in unknown), *alike),
+        notes=(
+            *(
+                f"{target}{place} has no sharding rule: every rank runs it whole, and what it reads is gathered first"
+                for target, place in sorted(unknown.items())
+            ),
+            *alike,
+        ),
         command="",
         versions={
             "autopar": metadata.version("autopar"),

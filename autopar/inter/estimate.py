@@ -161,8 +161,7 @@ class LayoutPricer:
         layer_s: tuple[float, float],
     ) -> list[Finished]:
         """Runs with the measured seconds in place of the priced ones in every layer."""
-        kinds = [block.kind for block in self.blocks]
-        layer = max(set(kinds), key=kinds.count)
+        layer = self._layer_kind
         found = []
         for cut, book, run in zip(stages, books, runs, strict=True):
             more = [0.0, 0.0]
@@ -187,6 +186,7 @@ class LayoutPricer:
             fp32_grads=layout.grads == "fp32",
             accumulate=layout.num_microbatches > 1,
             balanced_context=True,
+            blocking=layout.launch == "blocking",
         )
         if execution not in self._shared:
             self._shared[execution] = Blocks(self.graph, self.blocks, self.cluster, execution, self.profile)
@@ -257,6 +257,16 @@ class LayoutPricer:
                     totals = book.points(column, run.choice.mesh, FREE).totals[0, run.choice.boundary]
                     return float(totals[fr.FORWARD]), float(totals[fr.BACKWARD])
         raise KeyError(name)
+
+    @property
+    def _layer_kind(self) -> int:
+        """The kind of most blocks."""
+        kinds = [block.kind for block in self.blocks]
+        return max(kinds, key=kinds.count)
+
+    def layer_times(self, priced: Priced) -> tuple[float, float]:
+        """Forward and backward seconds of one micro-batch in one layer: what ``price`` takes as ``layer_s``."""
+        return self.block_times(priced, next(block.name for block in self.blocks if block.kind == self._layer_kind))
 
     def plan(self, priced: Priced, seconds: float) -> Plan:
         """The whole plan of a priced layout; LayoutError where a pin contradicts it."""

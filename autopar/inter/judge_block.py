@@ -147,7 +147,9 @@ def price_block(
     launch_b = calls[2] * device.launch_s + wait_s * waiting[1]
     launch_b += {"none": 0.0, "selective": calls[1] * device.launch_s, "full": launch_f}[mode]
     contention = mesh.cluster.overlap_contention if execution.overlap else 1.0
-    busy = (max(f + times[1], launch_f), max(b + parameters.accumulate_s + again_s, launch_b))
+    kernels, launches = (f + times[1], b + parameters.accumulate_s + again_s), (launch_f, launch_b)
+    together = sum if execution.launch == "blocking" else max  # blocking: the host waits for each kernel
+    busy = [float(together(pair)) for pair in zip(kernels, launches, strict=True)]
     forward_s, backward_s = (
         _both(one, held, contention)
         for one, held in zip(busy, (parameters.forward_s, parameters.backward_s), strict=True)

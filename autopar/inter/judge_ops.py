@@ -278,9 +278,15 @@ def _inside(
             exchanged.append(axis)
         elif cut & set(inside.labels):
             dividing *= size
-    found: list[tuple[Step, ...]] = []
-    for whole in (inside.forward_bytes, inside.backward_bytes):
-        scale = micro_batch / graph.batch.traced if graph.batch.grows(whole) else 1.0
-        step = mesh.step("all_reduce", whole * scale / dividing, tuple(exchanged))
-        found.append(() if step is None else (step,))
+    found = []
+    for exchanges in (inside.forward_bytes, inside.backward_bytes):
+        steps = (
+            mesh.step(
+                "all_reduce",
+                whole * (micro_batch / graph.batch.traced if graph.batch.grows(whole) else 1.0) / dividing,
+                tuple(exchanged),
+            )
+            for whole in exchanges
+        )
+        found.append(tuple(step for step in steps if step is not None))
     return found[0], found[1]

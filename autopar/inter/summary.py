@@ -48,7 +48,8 @@ def time_parts(uses: Sequence[Use]) -> Parts:
         for source, target, forward, backward in tables.edges:
             pair = tuple(int(use.points.choices[node, use.row, use.boundary]) for node in (source, target))
             activations += float(again * forward[pair] + backward[pair])
-        launch += max(again * tables.host_s[0] + tables.host_s[2] - computing, 0.0)
+        host = again * tables.host_s[0] + tables.host_s[2]
+        launch += host if tables.blocking else max(host - computing, 0.0)
         reduction += float(use.totals[fr.STEP])
         optimizer += float(use.totals[fr.STEP_EXPOSED])
     return Parts(

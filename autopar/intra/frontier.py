@@ -376,9 +376,10 @@ def _totals(
     backward_host = backward_host_s + waits[..., 1]
     backward_host = backward_host + np.where(full, forward_host, np.where(selective, core_host_s, 0.0))
     totals = np.zeros((*shape, NUM_TOTALS))
+    both = np.add if tables.blocking else np.maximum
     for total, busy, gather in (
-        (FORWARD, np.maximum(f + c, forward_host), held[..., pm.GATHER_FORWARD]),
-        (BACKWARD, np.maximum(b + held[..., pm.ACCUMULATE] + again, backward_host), held[..., pm.GATHER_BACKWARD]),
+        (FORWARD, both(f + c, forward_host), held[..., pm.GATHER_FORWARD]),
+        (BACKWARD, both(b + held[..., pm.ACCUMULATE] + again, backward_host), held[..., pm.GATHER_BACKWARD]),
     ):
         totals[..., total] = np.maximum(busy, gather) + tables.contention * np.minimum(busy, gather)
     totals[..., STEP] = held[..., pm.STEP]

@@ -53,8 +53,9 @@ class BlockTables:
     partial gradient); axes count the data axis as 0, inner axes from 1. ``again`` are the (op, number) of uses of a
     parameter that an earlier op of the block uses, and stores, alike. ``host_s`` are the seconds that the host takes to
     launch the forward, attention's part of it (which selective recompute launches again), and the backward; a move adds
-    ``sync_s``, forward and backward per edge, as ranks wait for the slowest host. Communication behind compute costs ``contention`` of the
-    shorter of the two (1: nothing overlaps). ``eliminator`` is made for the edges."""
+    ``sync_s``, forward and backward per edge, as ranks wait for the slowest host. Communication behind compute costs
+    ``contention`` of the shorter of the two (1: nothing overlaps); ``blocking`` launches add to what the device computes.
+    ``eliminator`` is made for the edges."""
 
     space: BlockSpace
     local_batch: int
@@ -72,6 +73,7 @@ class BlockTables:
     host_s: tuple[float, float, float]
     sync_s: tuple[tuple[float, float], ...]
     contention: float
+    blocking: bool
     eliminator: Eliminator
 
 
@@ -188,6 +190,7 @@ class TableBuilder:
             host_s=tuple(float(count * self.links.cluster.device.launch_s) for count in calls),  # type: ignore[arg-type]
             sync_s=(*self._sync_s(), *((0.0, 0.0) for _ in edges[len(self.space.flows) :])),
             contention=self.links.cluster.overlap_contention if self.execution.overlap else 1.0,
+            blocking=self.execution.blocking,
             eliminator=Eliminator(
                 tuple(len(choices) for choices in metrics),
                 tuple((source, target) for source, target, _, _ in edges),
@@ -376,7 +379,10 @@ class TableBuilder:
                     for option, size in zip(every, sizes, strict=True)
                     if option.sharded and not option.inside and set(option.labels) & set(inside.labels)
                 )
-                for metric, size in ((FORWARD, inside.forward_bytes), (BACKWARD, inside.backward_bytes)):
+                for metric, size in (
+                    *((FORWARD, size) for size in inside.forward_bytes),
+                    *((BACKWARD, size) for size in inside.backward_bytes),
+                ):
                     scale = self.micro_batch / self.graph.batch.traced if self.graph.batch.grows(size) else 1.0
                     held = size * scale / share
                     metrics[at, metric] += float(self.whole.collective_s("all_reduce", held, axes))

@@ -69,6 +69,7 @@ class Layout:
     overlap: bool = True
     fusion: Literal["none", "megatron", "compiler"] = "megatron"
     grads: Literal["fp32", "same"] | None = None
+    launch: Literal["async", "blocking"] = "async"
     stages: tuple[StageSpec, ...] = ()
 
     @property
@@ -252,6 +253,7 @@ _CHOICES = {
     "attn": ("flash", "math"),
     "fusion": ("none", "megatron", "compiler"),
     "grads": ("fp32", "same"),
+    "launch": ("async", "blocking"),
 }
 _STAGE = re.compile(r"([1-9]\d*)@((?:dp|cp|tp)[1-9]\d*(?:\*(?:dp|cp|tp)[1-9]\d*)*)")
 

@@ -234,6 +234,7 @@ class Execution(Noun, frozen=True, kw_only=True):
     overlap: bool = True
     fusion: Literal["none", "megatron", "compiler"] = "megatron"
     grads: Literal["fp32", "same"] = "fp32"
+    launch: Literal["async", "blocking"] = "async"
 
 
 class ModelRef(Noun, frozen=True, kw_only=True):

@@ -47,12 +47,13 @@ def group_norm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpR
 
 
 def batch_norm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """Channels are independent; a sharded batch exchanges sum and sum of squares, as synchronised batch norm does."""
+    """Channels are independent; a sharded batch exchanges the sum, then that of squared distances from the mean, fp32,
+    and the gradients of both."""
     labels = Labels()
     shape = inputs[0].shape
     batch, channel = labels.new("inside"), labels.new()
     dims = (batch, channel, *labels.dims(shape[2:], "whole"))
-    exchanged = 2 * shape[1] * 4
+    exchanged = (shape[1] * 4,) * 2
     return labels.rule(
         [dims, *((channel,) for _ in inputs[1:])],
         [dims],
@@ -116,10 +117,10 @@ def extremum(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRul
 
 
 def cross_entropy(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """logits[t, v], target[t] -> loss: tokens give partial losses; a sharded vocabulary exchanges maximum, sum of
-    exponentials and the target's logit, fp32 each (Shoeybi et al., "Megatron-LM", 2019, section 3). Local form of a mean
-    over cut tokens: the sum of the rank's losses over the count of all targets that are not ignored. logits[t, v, ...]:
-    the classes are whole."""
+    """logits[t, v], target[t] -> loss: tokens give partial losses; a sharded vocabulary exchanges the maximum, then the sum
+    of exponentials and the target's logit (and the sum of logits, where labels are smoothed), fp32 each (Shoeybi et al.,
+    "Megatron-LM", 2019, section 3). Local form of a mean over cut tokens: the sum of the rank's losses over the count of all
+    targets that are not ignored. logits[t, v, ...]: the classes are whole."""
     rule = _by_token(op, inputs, outputs)
     if rule is None:
         return replicated(op, inputs, outputs, known=True)
@@ -127,8 +128,9 @@ def cross_entropy(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> 
         return rule
     t, v = rule.inputs[0]
     kinds = tuple("inside" if label == v else kind for label, kind in enumerate(rule.kinds))
-    exchanged = 3 * inputs[0].shape[0] * 4
-    inside = Inside(forward_bytes=exchanged, backward_bytes=0, labels=(t,))
+    rows = inputs[0].shape[0] * 4
+    sums = 3 if argument(op, 5, "label_smoothing", 0.0) else 2
+    inside = Inside(forward_bytes=(rows, sums * rows), backward_bytes=(), labels=(t,))
     return replace(rule, kinds=kinds, inside=inside, local_form=(*rule.local_form, v))
 
 
@@ -157,7 +159,9 @@ def log_softmax(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> Op
     rows = prod(shape[:-1]) * 4
     kinds = tuple("inside" if at == label else kind for at, kind in enumerate(rule.kinds))
     inside = Inside(
-        forward_bytes=2 * rows, backward_bytes=rows, labels=tuple(at for at in rule.inputs[0][:-1] if at != NO_LABEL)
+        forward_bytes=(rows, rows),
+        backward_bytes=(rows,),
+        labels=tuple(at for at in rule.inputs[0][:-1] if at != NO_LABEL),
     )
     return replace(rule, kinds=kinds, inside=inside, local_form=(label,))
 

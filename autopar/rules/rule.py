@@ -23,11 +23,11 @@ NO_LABEL = -1  # a dim of size one that broadcasts, or one that no rule may shar
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inside:
-    """What an op with a sharded ``inside`` label all-reduces by itself, whole bytes at the traced batch; ``labels`` are
-    the labels of the exchanged tensor, which divide its bytes where they are sharded on other axes."""
+    """What an op with a sharded ``inside`` label all-reduces by itself, whole bytes of each exchange at the traced batch;
+    ``labels`` are the labels of the exchanged tensors, which divide the bytes where they are sharded on other axes."""
 
-    forward_bytes: int
-    backward_bytes: int
+    forward_bytes: tuple[int, ...]
+    backward_bytes: tuple[int, ...]
     labels: tuple[int, ...]
 
 

@@ -318,7 +318,8 @@ def _nll_loss(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tens
 
 
 def _vocabulary_parallel(local: LocalOp, logits: Tensor, target: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """The loss of each token, the vocabulary cut over ``axes``."""
+    """The loss of each token, the vocabulary cut over ``axes``; sums in fp32 at least."""
+    dtype, logits = logits.dtype, logits.to(torch.promote_types(logits.dtype, torch.float32))
     smoothing = argument(local.op, 5, "label_smoothing", 0.0)
     highest = all_reduce(logits.detach().amax(-1), local.mesh, axes, "max")
     shifted = logits - highest.unsqueeze(-1)
@@ -331,7 +332,7 @@ def _vocabulary_parallel(local: LocalOp, logits: Tensor, target: Tensor, axes: t
     if smoothing:
         uniform = log_total - sums[2] / local.input_shapes[0][1]
         losses = (1 - smoothing) * losses + smoothing * uniform
-    return losses
+    return losses.to(dtype)
 
 
 def _batch_norm(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Any:

@@ -12,6 +12,7 @@ gradient back; partial sums are reduced before they are sent.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 
@@ -70,7 +71,7 @@ class StageParameter:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crossing:
     """An activation on its way from stage ``maker``, which makes it or passes it on, to the next, ``reader``, with its
-    placement on either's mesh."""
+    placement on either's mesh; ``returned`` is how the reader gives the gradient, ``taken_back`` how the maker takes it."""
 
     value: int
     shape: tuple[int, ...]
@@ -80,6 +81,8 @@ class Crossing:
     reader: int
     sent: Placement
     received: Placement
+    returned: Placement
+    taken_back: Placement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +102,7 @@ class StageProgram:
     inputs: tuple[int, ...]
     received: tuple[int, ...]
     received_placements: tuple[Placement, ...]
+    received_gradients: tuple[Placement, ...]
     sent: tuple[int, ...]
     send_slots: tuple[int, ...]
     send_conversions: tuple[Conversion, ...]
@@ -164,9 +168,10 @@ class _Builder:
             last = max(program.index for program in programs if value in program.received)
             maker = programs[made]
             conversion = maker.send_conversions[maker.sent.index(value)]
-            found, lies = self.graph.values[value], conversion.target
+            found = self.graph.values[value]
+            lies = (conversion.target, conversion.gradient_source)
             for at in range(made, last):
-                next_lies = self._lies(programs[at + 1], value)
+                next_lies = self._lies(programs[at + 1], value, (conversion.target, conversion.gradient_source))
                 yield Crossing(
                     value=value,
                     shape=conversion.shape,
@@ -174,22 +179,58 @@ class _Builder:
                     requires_grad=found.requires_grad,
                     maker=at,
                     reader=at + 1,
-                    sent=lies,
-                    received=next_lies,
+                    sent=lies[0],
+                    received=next_lies[0],
+                    returned=next_lies[1],
+                    taken_back=lies[1],
                 )
                 lies = next_lies
 
-    def _lies(self, program: StageProgram, value: int) -> Placement:
-        """How a stage takes a value in: as it reads it, cut by the batch alone where it only passes it on."""
+    def _lies(
+        self, program: StageProgram, value: int, made: tuple[Placement, Placement]
+    ) -> tuple[Placement, Placement]:
+        """How a stage takes a value in and gives its gradient back: as it reads it; where it only passes it on, cut by the
+        batch alone, terms as they were ``made``."""
         if value in program.received:
-            return program.received_placements[program.received.index(value)]
+            at = program.received.index(value)
+            return program.received_placements[at], program.received_gradients[at]
         shape = self.graph.values[value].shape
         grows = next((dim for dim, size in enumerate(shape) if self.graph.batch.grows(size)), None)
         cut: Token = "R" if grows is None else Cut(grows)
         tokens = tuple(cut if axis.name == "dp" and not at else "R" for at, axis in enumerate(program.plan.axes))
         sizes = [axis.size for axis in program.plan.axes]
         scaled = tuple(self.graph.batch.scale(size, self.plan.micro_batch_size) for size in shape)
-        return settled(tokens, sizes) if is_legal(scaled, tokens, sizes) else ("R",) * len(sizes)
+        if not is_legal(scaled, tokens, sizes):
+            tokens = ("R",) * len(sizes)
+        cuts = settled(tokens, sizes)
+        return made[0] if "P" in made[0] else cuts, made[1] if "P" in made[1] else cuts
+
+    def crosses_as_terms(self, value: int) -> tuple[bool, bool]:
+        """Whether a value, and its gradient, may cross stages as partial sums: all stages on its way hold as many terms."""
+        made = self.maker[value]
+        last = max(self.readers[value])
+        sizes = [tuple(axis.size for axis in self.plan.stages[at].axes) for at in range(made, last + 1)]
+        lies = [self._planned_lie(at, value) for at in range(made, last + 1)]
+        passed_on = any(lie is None and mesh != sizes[0] for lie, mesh in zip(lies, sizes, strict=True))
+        forward, backward = (
+            {
+                prod(size for size, token in zip(mesh, parse(lie[side]), strict=True) if token == "P")
+                for lie, mesh in zip(lies, sizes, strict=True)
+                if lie is not None and lie[side]
+            }
+            for side in (0, 1)
+        )
+        return len(forward) == 1 and not passed_on, len(backward) == 1 and not passed_on
+
+    def _planned_lie(self, stage: int, value: int) -> tuple[str, str] | None:
+        """How a stage makes a value or takes it in, None where it only passes it on."""
+        for ref in self.plan.stages[stage].blocks:
+            block, program = self.blocks[ref.index], self.programs[ref.program]
+            for values, planned in ((block.outputs, program.outputs), (block.inputs, program.inputs)):
+                if planned and value in values:
+                    lie = planned[values.index(value)]
+                    return lie.placement, lie.gradient
+        return None
 
     def lies_between(
         self, block: Block, program: BlockProgram
@@ -309,7 +350,7 @@ class _StageBuilder:
         self.num_slots = len(self.graph.values)
         self.pure: dict[int, tuple[bool, ...]] = {}
         self.stored: dict[int, StageParameter] = {}
-        self.received: dict[int, Placement] = {}
+        self.received: dict[int, tuple[Placement, Placement]] = {}
         self.inputs: dict[int, None] = {}
         self.constants: dict[int, None] = {}
         self.written: dict[int, None] = {}
@@ -344,7 +385,8 @@ class _StageBuilder:
             constants=tuple(self.constants),
             inputs=tuple(self.inputs),
             received=tuple(self.received),
-            received_placements=tuple(settled(placement, self.sizes) for placement in self.received.values()),
+            received_placements=tuple(settled(lie[0], self.sizes) for lie in self.received.values()),
+            received_gradients=tuple(settled(lie[1], self.sizes) for lie in self.received.values()),
             sent=tuple(sent),
             send_slots=tuple(self._slot(value) for value in sent),
             send_conversions=tuple(self._send(value) for value in sent),
@@ -395,9 +437,10 @@ class _StageBuilder:
         return placement, gradient
 
     def _receive(self, value: int, lie: tuple[Placement, Placement]) -> None:
-        self.received[value] = gradient_of(lie[0])
+        forward, backward = self.parent.crosses_as_terms(value)
+        self.received[value] = (lie[0] if forward else gradient_of(lie[0]), lie[1] if backward else gradient_of(lie[1]))
         self.pure[value] = (False,) * len(self.sizes)
-        self.placed[value] = (self.received[value], gradient_of(lie[1]))
+        self.placed[value] = self.received[value]
 
     def _move(self, value: int, lie: tuple[Placement, Placement], block: Block, program: BlockProgram) -> None:
         """Bring a value to where the block's next readers find it."""
@@ -510,8 +553,9 @@ class _StageBuilder:
 
     def _send(self, value: int) -> Conversion:
         made, wanted = self.placed[self._slot(value)]
-        sent = gradient_of(made)
-        return self._conversion(value, made, sent, sent, wanted)
+        forward, backward = self.parent.crosses_as_terms(value)
+        sent, returned = made if forward else gradient_of(made), wanted if backward else gradient_of(wanted)
+        return self._conversion(value, made, sent, returned, wanted)
 
     def _conversion(
         self, value: int, source: Placement, target: Placement, given: Placement, wanted: Placement

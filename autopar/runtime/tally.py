@@ -3,12 +3,12 @@
 What runs is counted where it is dispatched: functional collectives by the group they name, with the bytes of the whole
 tensor as one group sees it (a gather's output, a reduce-scatter's input), and messages between stages by their receiver.
 
-Two lists agree when, for every stage, kind and set of axes, a step moves the same bytes in as many collectives: parameters'
-collectives, which the plan lists one by one, may share a bucket, so of these only the bytes must agree.
+For every stage, kind and set of axes, a step must move as many collectives of each size as the plan lists. What the plan
+lists once per step, parameter by parameter, runs in a bucket that all share: of these the bytes must agree.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -29,7 +29,8 @@ Counts = Mapping[Key, Counter[int]]
 
 
 class Tally(TorchDispatchMode):
-    """While entered, counts the functional collectives of this rank. ``stage`` names the stage that runs."""
+    """While entered, counts the functional collectives of this rank. ``stage`` names the stage that runs, ``meshes`` are
+    those of the rank's stages."""
 
     def __init__(self, meshes: Mapping[int, Mesh]) -> None:
         super().__init__()
@@ -43,24 +44,68 @@ class Tally(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = str(func)
-        if name.startswith("_c10d_functional.") and name.split(".")[1] in KINDS:
-            self._count(KINDS[name.split(".")[1]], str(args[-1]), result)
+        kind = KINDS.get(name.split(".")[1]) if name.startswith("_c10d_functional.") else None
+        if kind is not None:
+            mesh, axes = self.meshes[self.stage], self.axes_of[self.stage][str(args[-1])]
+            num_bytes = _bytes(result) * (mesh.degree(axes) if kind == "reduce_scatter" else 1)
+            self._add(self.stage, kind, tuple(mesh.names[axis] for axis in axes), num_bytes)
         return result
 
-    def _count(self, kind: CollectiveKind, group: str, result: Tensor) -> None:
-        mesh = self.meshes[self.stage]
-        axes = self.axes_of[self.stage][group]
-        num_bytes = result.numel() * result.element_size() * (mesh.degree(axes) if kind == "reduce_scatter" else 1)
-        self.add(self.stage, kind, tuple(mesh.names[axis] for axis in axes), num_bytes)
+    def received(self, sender: int, part: Tensor) -> None:
+        """Count what this rank received of a tensor that stage ``sender`` sent."""
+        self._add(sender, "send", (), _bytes(part))
 
-    def add(self, stage: int, kind: CollectiveKind, axes: tuple[str, ...], num_bytes: int) -> None:
+    def _add(self, stage: int, kind: CollectiveKind, axes: tuple[str, ...], num_bytes: int) -> None:
         self.found.setdefault((stage, kind, axes), Counter())[num_bytes] += 1
 
 
-def planned_counts(plan: Plan, collectives: Iterable[Collective]) -> dict[Key, Counter[int]]:
-    """The plan's list, per step."""
-    found: dict[Key, Counter[int]] = {}
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def of_all_ranks(found: Sequence[Counts], plan: Plan) -> dict[Key, Counter[int]]:
+    """What the first rank of each stage, which holds the largest parts, ran; ``found`` is by rank."""
+    joined: dict[Key, Counter[int]] = {}
+    for rank, counts in enumerate(found):
+        here = [stage for stage in plan.stages if stage.first_device == rank]
+        if not here:
+            continue
+        for (stage, kind, axes), sizes in counts.items():
+            joined[stage, kind, axes] = joined.get((stage, kind, axes), Counter()) + sizes
+    return joined
+
+
+def differences(ran: Counts, plan: Plan, collectives: Iterable[Collective]) -> tuple[str, ...]:
+    """Where what ran in a step is not what is listed: one line per stage, kind and axes."""
+    exact: dict[Key, Counter[int]] = {}
+    bucketed: dict[Key, int] = {}
     for each in collectives:
-        times = each.count * (plan.microbatches if each.per == "microbatch" else 1)
-        found.setdefault((each.stage, each.kind, each.axes), Counter())[each.num_bytes] += times
-    return found
+        key = (each.stage, each.kind, each.axes)
+        if each.per == "microbatch":
+            exact.setdefault(key, Counter())[each.num_bytes] += each.count * plan.microbatches
+        else:
+            bucketed[key] = bucketed.get(key, 0) + each.count * each.num_bytes
+    lines = []
+    for key in sorted({*exact, *bucketed, *ran}):
+        wanted, sizes = exact.get(key, Counter()), ran.get(key, Counter())
+        missing, rest = wanted - sizes, sizes - wanted
+        beyond = sum(size * count for size, count in rest.items())
+        if not missing and beyond == bucketed.get(key, 0):
+            continue
+        stage, kind, axes = key
+        over = f" over {'*'.join(axes)}" if axes else ""
+        listed = sum(size * count for size, count in wanted.items()) + bucketed.get(key, 0)
+        moved = sum(size * count for size, count in sizes.items())
+        lines.append(
+            f"stage {stage}: {kind}{over}: the plan lists {listed} bytes a step, {moved} ran{_sizes(missing, rest)}"
+        )
+    return tuple(lines)
+
+
+def _sizes(missing: Counter[int], rest: Counter[int]) -> str:
+    parts = [
+        f"{what} {', '.join(f'{count} of {size}' for size, count in sorted(sizes.items())[:4])}"
+        for what, sizes in (("lacking", missing), ("beyond the listed per micro-batch", rest))
+        if sizes
+    ]
+    return f" ({'; '.join(parts)})" if parts else ""

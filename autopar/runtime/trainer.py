@@ -15,6 +15,7 @@ from autopar.graph.ir import Graph
 from autopar.plan.errors import AutoparError, UsageError
 from autopar.plan.plan import Plan, device_runs
 from autopar.plan.schedule import Action, actions
+from autopar.runtime.layout import Placement
 from autopar.runtime.mesh import Mesh
 from autopar.runtime.parameters import StoredParameter, Ties, global_norm
 from autopar.runtime.program import Crossing, StageProgram
@@ -22,6 +23,7 @@ from autopar.runtime.randomness import step_key
 from autopar.runtime.runner import StageRunner
 from autopar.runtime.scaling import LossScale
 from autopar.runtime.stage import KEY
+from autopar.runtime.tally import Counts, Tally
 from autopar.runtime.transfer import Channel, Mailbox, make_lanes, mesh_layout
 
 _LOST = ("Connection closed", "Connection reset", "Timed out", "Broken pipe", "Read error", "Write error", "NCCL error")
@@ -63,6 +65,7 @@ class Trainer:
         self._lanes = (make_lanes(), make_lanes())
         self._channels = [self._channel(crossing, at) for at, crossing in enumerate(crossings)]
         self.schedule = self._actions()
+        self._tally: Tally | None = None
 
     def trained(self) -> list[StoredParameter]:
         """The parameters that this rank's optimizer steps: local parts, stage by stage."""
@@ -135,12 +138,28 @@ class Trainer:
             else:
                 self._backward(action, mailbox)
         mailbox.flush()
-        for stage in self.stages.values():
+        for index, stage in self.stages.items():
+            self._runs(index)
             stage.parameters.reduce()
         self.ties.exchange(self.device)
         if self.scale is not None:
             self.scale.undo([parameter.master for parameter in self.trained()], self.device)
         return self._mean(losses)
+
+    def count(self, batch: Mapping[str, Any]) -> Counts:
+        """A step without clipping: the collectives of each of the rank's stages that ran in it. Collective."""
+        self._tally = Tally({index: self.meshes[index] for index in self.stages})
+        try:
+            with self._tally:
+                self.gradients(batch)
+                self.update()
+            return self._tally.found
+        finally:
+            self._tally = None
+
+    def _runs(self, stage: int) -> None:
+        if self._tally is not None:
+            self._tally.stage = stage
 
     def gradient_norm(self) -> Tensor:
         """The 2-norm of the whole gradient."""
@@ -155,7 +174,8 @@ class Trainer:
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        for stage in self.stages.values():
+        for index, stage in self.stages.items():
+            self._runs(index)
             stage.parameters.gather()
 
     def _forget_gradients(self) -> None:
@@ -172,13 +192,16 @@ class Trainer:
         return first <= self.rank < first + count
 
     def _channel(self, crossing: Crossing, at: int) -> tuple[Crossing, Channel, Channel]:
-        maker = mesh_layout(crossing.shape, crossing.sent, self.meshes[crossing.maker])
-        reader = mesh_layout(crossing.shape, crossing.received, self.meshes[crossing.reader])
-        return (
-            crossing,
-            Channel(maker, reader, self.rank, 2 * at + 1, self._lanes[0]),
-            Channel(reader, maker, self.rank, 2 * at + 2, self._lanes[1]),
-        )
+        maker, reader = self.meshes[crossing.maker], self.meshes[crossing.reader]
+
+        def channel(ends: Sequence[tuple[Placement, Mesh]], tag: int) -> Channel:
+            sources, targets = (mesh_layout(crossing.shape, placement, mesh) for placement, mesh in ends)
+            terms = "P" in ends[0][0]
+            return Channel(sources, targets, self.rank, tag, self._lanes[tag % 2], of_terms=terms)
+
+        on = channel([(crossing.sent, maker), (crossing.received, reader)], 2 * at + 2)
+        back = [(crossing.returned, reader), (crossing.taken_back, maker)] if crossing.requires_grad else []
+        return crossing, on, channel(back, 2 * at + 3) if back else on
 
     def _slices(self, batch: Mapping[str, Any]) -> list[dict[int, Tensor]]:
         """The graph's inputs of each micro-batch, by value."""
@@ -207,9 +230,10 @@ class Trainer:
         received = {}
         for crossing, way, _ in self._channels:
             if crossing.reader == action.stage:
-                received[crossing.value] = way.receive(getattr(torch, crossing.dtype), self.device, mailbox)
+                received[crossing.value] = self._receive(crossing, way, crossing.maker, mailbox)
         stage = self.stages[action.stage]
         mine = {value: received[value] for value in stage.program.received}
+        self._runs(action.stage)
         made = stage.forward(action.microbatch, data[action.microbatch], mine)
         leaving = {**received, **made.sent}
         for crossing, way, _ in self._channels:
@@ -222,12 +246,13 @@ class Trainer:
         returned: dict[int, Tensor] = {}
         for crossing, _, back in self._channels:
             if crossing.maker == action.stage and crossing.requires_grad:
-                returned[crossing.value] = back.receive(getattr(torch, crossing.dtype), self.device, mailbox)
+                returned[crossing.value] = self._receive(crossing, back, crossing.reader, mailbox)
         wanted = [returned[stage.program.sent[at]] for at in stage.function.sent_with_gradient]
         if stage.program.loss is not None:
             dtype = getattr(torch, self.graph.values[self.graph.outputs[0]].dtype)
             share = (1.0 if self.scale is None else self.scale.factor) / self.plan.microbatches
             wanted.append(torch.full((), share, dtype=dtype, device=self.device))
+        self._runs(action.stage)
         gradients = stage.backward(action.microbatch, wanted)
         for crossing, _, back in self._channels:
             if crossing.reader == action.stage and crossing.requires_grad:
@@ -236,6 +261,12 @@ class Trainer:
                     term for term in (own, beyond) if term is not None
                 ]  # what later stages read passed through here
                 back.send(terms[0] if len(terms) == 1 else terms[0] + terms[1], mailbox)
+
+    def _receive(self, crossing: Crossing, way: Channel, sender: int, mailbox: Mailbox) -> Tensor:
+        part = way.receive(getattr(torch, crossing.dtype), self.device, mailbox)
+        if self._tally is not None:
+            self._tally.received(sender, part)
+        return part
 
     def _mean(self, losses: Sequence[Tensor]) -> Tensor:
         """The mean loss on every rank, from the stage that makes it: each of its terms once."""

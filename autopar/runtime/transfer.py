@@ -29,9 +29,18 @@ class Route:
 
 
 def mesh_layout(shape: Shape, placement: Placement, mesh: Mesh) -> list[tuple[int, Held]]:
-    """(rank, what it holds) of all ranks of a mesh."""
+    """(rank, what it holds) of all ranks of a mesh. Partial sums have a dim more, in front, of their terms."""
     ranks = range(mesh.first_rank, mesh.first_rank + mesh.num_ranks)
-    return [(rank, held(shape, placement, mesh.sizes, mesh.coordinate_of(rank))) for rank in ranks]
+    terms = [axis for axis, token in enumerate(placement) if token == "P"]
+    found = []
+    for rank in ranks:
+        coordinate = mesh.coordinate_of(rank)
+        term = 0
+        for axis in terms:
+            term = term * mesh.sizes[axis] + coordinate[axis]
+        indices = held(shape, placement, mesh.sizes, coordinate)
+        found.append((rank, (torch.tensor([term]), *indices) if terms else indices))
+    return found
 
 
 def routes(sources: Sequence[tuple[int, Held]], targets: Sequence[tuple[int, Held]], rank: int) -> list[Route]:
@@ -104,7 +113,8 @@ def make_lanes() -> Lanes:
 
 
 class Channel:
-    """One tensor's way between two layouts, used again and again; ``tag`` tells its messages from others'.
+    """One tensor's way between two layouts, used again and again; ``tag`` tells its messages from others', ``of_terms`` says
+    that it moves partial sums.
 
     Sends do not block: ``sent`` holds their buffers until ``Mailbox.flush``."""
 
@@ -115,8 +125,10 @@ class Channel:
         rank: int,
         tag: int,
         lanes: Lanes,
+        *,
+        of_terms: bool = False,
     ) -> None:
-        self.rank, self.tag, self.lanes = rank, tag, lanes
+        self.rank, self.tag, self.lanes, self.of_terms = rank, tag, lanes, of_terms
         found = routes(sources, targets, rank)
         self.outgoing = [route for route in found if route.source == rank]
         self.incoming = [route for route in found if route.target == rank]
@@ -125,6 +137,7 @@ class Channel:
 
     def send(self, part: Tensor, mailbox: "Mailbox") -> None:
         """Post this rank's messages."""
+        part = part.unsqueeze(0) if self.of_terms else part
         for route in self.outgoing:
             message = take(part, route.taken)
             if route.target == self.rank:
@@ -150,7 +163,7 @@ class Channel:
         for work, message, route in works:
             work.wait()
             put(whole, route.put, message)
-        return whole
+        return whole.squeeze(0) if self.of_terms else whole
 
 
 class Mailbox:

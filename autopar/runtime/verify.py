@@ -1,11 +1,11 @@
 """Runs a plan, or its shrunk twin, on CPU processes and compares it with one process: loss, gradients, optimizer steps.
 
-All in fp64: an error that is not rounding shows, and rounding does not. Tolerances are relative to a tensor's norm.
+All in fp64: an error that is not rounding shows, and rounding does not. Tolerances are relative to a tensor's norm. One more
+step in the plan's own dtype counts the collectives that run, which must be those that the plan lists.
 """
 
 import tempfile
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from autopar.plan.errors import AutoparError, CheckError
-from autopar.plan.plan import Plan
+from autopar.plan.plan import Collective, Plan
 from autopar.runtime import oracle
 from autopar.runtime.apply import apply
-from autopar.runtime.collectives import Counted, collectives_of
 from autopar.runtime.parameters import pick, rest_held
+from autopar.runtime.tally import Key, differences, of_all_ranks
 from autopar.runtime.trainer import Trainer
 from autopar.runtime.twin import shrunk
 from autopar.workload.load import load_workload
@@ -36,7 +36,8 @@ NUM_STEPS = 3
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """What was compared. ``gradients`` and ``parameters`` map names to relative errors, those after ``NUM_STEPS`` steps;
-    ``collectives`` are those of one micro-batch per stage, on its first rank."""
+    ``collectives`` are those that ran in a step, per stage on its first rank, and ``unlisted`` says where they are not the
+    plan's; ``uncompared`` says why they were not held against a list, None where they were."""
 
     ranks: int
     changes: tuple[str, ...]
@@ -44,7 +45,9 @@ class Report:
     expected_loss: float
     gradients: Mapping[str, float]
     parameters: Mapping[str, float]
-    collectives: Mapping[int, Mapping[Counted, int]]
+    collectives: Mapping[Key, Mapping[int, int]]
+    unlisted: tuple[str, ...] = ()
+    uncompared: str | None = None
 
     @property
     def loss_error(self) -> float:
@@ -56,12 +59,21 @@ class Report:
             self.loss_error <= GRADIENT_TOLERANCE
             and all(error <= GRADIENT_TOLERANCE for error in self.gradients.values())
             and all(error <= STEP_TOLERANCE for error in self.parameters.values())
+            and not self.unlisted
         )
 
 
-def verify(plan: Plan, *, model: str, settings: Mapping[str, Any], ranks: int, seed: int = 0) -> Report:
-    """Compare; ``settings`` may give the model other sizes of the same structure. Raises UsageError and PlanFileError as
-    ``apply`` does, CheckError where a process failed."""
+def verify(
+    plan: Plan,
+    *,
+    model: str,
+    settings: Mapping[str, Any],
+    ranks: int,
+    seed: int = 0,
+    relist: Callable[[Plan], tuple[Collective, ...]] | None = None,
+) -> Report:
+    """Compare; ``settings`` may give the model other sizes of the same structure. ``relist`` lists the collectives of a twin,
+    whose bytes are not the plan's. Raises UsageError and PlanFileError as ``apply`` does, CheckError where a process failed."""
     twin, changes = shrunk(plan, ranks)
     other = {name: value for name, value in settings.items() if plan.model.settings.get(name) != value}
     changes += tuple(f"setting {name}: {plan.model.settings.get(name, 'default')} -> {other[name]}" for name in other)
@@ -72,10 +84,8 @@ def verify(plan: Plan, *, model: str, settings: Mapping[str, Any], ranks: int, s
         except (ProcessRaisedException, ProcessExitedException) as error:
             raise _failure(Path(folder), error) from None
         found = [torch.load(Path(folder) / f"rank{rank}.pt", weights_only=False) for rank in range(twin.gpus)]
-    collectives: dict[int, Mapping[Counted, int]] = {}
-    for part in found:
-        for index, counted in part["collectives"].items():
-            collectives.setdefault(index, counted)
+    ran = of_all_ranks([part["collectives"] for part in found], twin)
+    collectives, uncompared = _listed(plan, twin, bool(changes), relist)
     return Report(
         ranks=twin.gpus,
         changes=changes,
@@ -83,8 +93,25 @@ def verify(plan: Plan, *, model: str, settings: Mapping[str, Any], ranks: int, s
         expected_loss=found[0]["expected"],
         gradients=_errors([part["gradients"] for part in found]),
         parameters=_errors([part["parameters"] for part in found]),
-        collectives=collectives,
+        collectives=ran,
+        unlisted=() if uncompared is not None else differences(ran, twin, collectives),
+        uncompared=uncompared,
     )
+
+
+def _listed(
+    plan: Plan, twin: Plan, changed: bool, relist: Callable[[Plan], tuple[Collective, ...]] | None
+) -> tuple[tuple[Collective, ...], str | None]:
+    """The list to hold what ran against, or why there is none."""
+    unjudged = next((note for note in plan.notes if note.startswith("not judged")), None)
+    if not changed:
+        return plan.estimate.collectives, unjudged
+    if relist is None:
+        return (), "a twin moves other bytes than the plan"
+    try:
+        return relist(twin), None
+    except AutoparError as error:
+        return (), str(error)
 
 
 def _failure(folder: Path, error: Exception) -> AutoparError:
@@ -143,11 +170,8 @@ def _compare(plan: Plan, path: str, settings: dict[str, Any], twin: bool, seed: 
         optimizer.zero_grad()
     for name, got, wanted in _pairs(trainer, named, gradient=False):
         found["parameters"][name] = _squares(got, wanted)
-    found["collectives"] = {
-        index: Counter(collectives_of(stage.lowered, stage.function.mesh))
-        for index, stage in trainer.stages.items()
-        if stage.lowered is not None
-    }
+    planned = apply(plan, model, optimizer=lambda given: make(given, lr=1e-3), workload=workload, twin=twin)
+    found["collectives"] = planned.count(oracle.random_batch(workload, trainer.graph, plan.global_batch, seed))
     return found
 
 

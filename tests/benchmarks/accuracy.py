@@ -180,7 +180,9 @@ def layer_line(name: str, found: list[Outcome], pricers: Pricers) -> str | None:
     for one in found:
         layout = parse_layout(one.run.layout)
         width = tuple(item for item in one.run.settings if item[0] != "layers")
-        shapes[width, layout.tp, layout.cp, layout.mbs, layout.recompute, layout.attn, layout.sp].append(one)
+        shapes[
+            one.run.cluster, width, layout.tp, layout.cp, layout.mbs, layout.recompute, layout.attn, layout.sp
+        ].append(one)
     errors = []
     for rows in shapes.values():
         if len(rows) < 2:
@@ -188,7 +190,7 @@ def layer_line(name: str, found: list[Outcome], pricers: Pricers) -> str | None:
         source = max(rows, key=lambda one: dict(one.run.settings)["layers"] / (parse_layout(one.run.layout).pp or 1))
         pricer = pricers.of(source.run)
         priced = pricer.price(parse_layout(source.run.layout))
-        times = pricer.block_times(priced, "layers.0")
+        times = pricer.layer_times(priced)
         for _ in range(4):  # the step is linear in the layer's time but where stages change places
             seconds = pricer.price(parse_layout(source.run.layout), times).step_time_s
             bent = pricer.price(parse_layout(source.run.layout), (1.01 * times[0], 1.01 * times[1])).step_time_s

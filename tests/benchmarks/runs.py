@@ -2,6 +2,7 @@
 
     flash_attn true -> attn=flash,overlap=1; false or null -> attn=math,overlap=0
     null zero, vpp, cp, sp -> 0, 1, 1, 0; ``selective_*`` -> selective; ``amp_bf16`` -> bf16; fp8 is skipped
+    a record that says CUDA_LAUNCH_BLOCKING=1 -> launch=blocking, which no key of the schema holds
     target: result.step_time_s or derived.step_time_s; of a record of kind "layer" result.other.combined_ms
 
 A cluster is the shipped one of the record's GPU with the record's node size and NIC rate, where it names them.
@@ -92,6 +93,8 @@ def _run(record: dict[str, Any]) -> Run | str:
         time_s = (record["derived"] or {}).get("step_time_s")
     if time_s is None and result["status"] == "ok" and not result.get("mem_gb"):
         return "neither a time nor a memory"
+    said = " ".join(str(text) for text in (layout.get("inferred"), layout.get("notes"), record["notes"]))
+    blocking = "CUDA_LAUNCH_BLOCKING=1" in said
     cluster, overrides = CLUSTERS[hardware["gpu"]]
     if cluster == "p3.16xlarge" and hardware.get("gpus_per_node") == 16:
         cluster, overrides = "dgx-2", {}
@@ -105,7 +108,7 @@ def _run(record: dict[str, Any]) -> Run | str:
         cluster=cluster,
         overrides=tuple(sorted((overrides | _fabric(cluster, hardware)).items())),
         gpus=record["n_gpus"],
-        layout=layout_text(layout),
+        layout=layout_text(layout) + (",launch=blocking" if blocking else ""),
         gbs=layout["gbs"],
         time_s=time_s,
         ran=result["status"] == "ok",

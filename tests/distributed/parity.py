@@ -16,6 +16,7 @@ from autopar.plan.plan import Plan
 from autopar.runtime.apply import apply
 from autopar.runtime.oracle import Widened
 from autopar.runtime.parameters import pick, rest_held
+from autopar.runtime.tally import Counts
 from autopar.workload.load import load_workload
 from autopar.workload.workload import Workload, accepted_settings
 
@@ -118,6 +119,16 @@ def check_gradients(
     for stage in trainer.stages.values():
         assert stage.num_in_flight == 0
     return float(loss), float(expected), errors
+
+
+def count_collectives(source: Callable[[], Workload], plan_json: bytes, classes: int) -> Counts:
+    """The collectives of this rank's stages that run in a step."""
+    plan = msgspec.json.decode(plan_json, type=Plan)
+    workload = source()
+    trainer = apply(
+        plan, real_model(workload, 0), workload=workload, optimizer=lambda given: torch.optim.AdamW(given, lr=1e-3)
+    )
+    return trainer.count(random_batch(workload, plan.global_batch, 0, classes))
 
 
 def check_training(

@@ -77,7 +77,7 @@ def test_all_faults_of_the_text_at_once() -> None:
         "grads='fp64' is none of fp32, same",
         "overlap='2' is none of 0, 1",
         "unknown key 'foo'; the keys are tp, pp, cp, ep, dp, mbs, gbs, sp, zero, recompute, vpp, schedule, attn, "
-        "overlap, fusion, grads, stages",
+        "overlap, fusion, grads, launch, stages",
         "'mbs' is no key=value",
         "dp is given twice",
     )  # fmt: skip
@@ -144,7 +144,7 @@ layouts = st.builds(
     tp=degrees, pp=degrees, cp=degrees, ep=degrees, dp=st.none() | degrees, mbs=degrees, gbs=st.none() | degrees,
     sp=st.booleans(), zero=st.integers(0, 3), recompute=st.sampled_from(["none", "selective", "full"]),
     schedule=st.sampled_from(["1f1b", "gpipe"]), attn=st.sampled_from(["flash", "math"]), overlap=st.booleans(),
-    fusion=st.sampled_from(["none", "megatron", "compiler"]), grads=st.sampled_from([None, "fp32", "same"]),
+    fusion=st.sampled_from(["none", "megatron", "compiler"]), grads=st.sampled_from([None, "fp32", "same"]), launch=st.sampled_from(["async", "blocking"]),
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import pytest
 from autopar.cluster.load import load_cluster, load_device, tables_folder
 from autopar.cluster.software import Software, load_software
 from autopar.cluster.uncertainty import Uncertainty, load_uncertainty
-from autopar.inter.estimate import LayoutPricer, model_graph
+from autopar.inter.estimate import LayoutPricer, estimate, model_graph
 from autopar.inter.layouts import cuts
 from autopar.plan.errors import LayoutError
 from autopar.plan.invariants import check
@@ -150,3 +150,18 @@ def test_every_shipped_table_names_its_sources() -> None:
         for source in document["provenance"].values():
             assert source["source"]
             assert source["date"]
+
+
+def test_blocking_launches_add_to_what_the_device_computes() -> None:
+    """The host's calls cost in full, also where the device is the slower of the two."""
+    settings = {"layers": 4, "hidden": 4096, "heads": 32, "ffn": 16384, "vocab": 1024, "seq": 2048}
+    workload = load_workload(str(EXAMPLES / "gpt.py"), **settings)
+    times = {}
+    for launch in ("async", "blocking"):
+        layout = f"mbs=2,gbs=2,launch={launch}"
+        times[launch] = estimate(workload, cluster="dgx-a100", gpus=1, layout=layout).estimate.step_time_s
+    launch_s = load_cluster("dgx-a100").device.launch_s
+    kernels = (times["blocking"] - times["async"]) / launch_s
+    assert (
+        4 * 25 < kernels < 4 * 100
+    )  # of a layer forward and backward: about 17 ops and views, two to three kernels each

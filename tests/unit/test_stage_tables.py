@@ -1,0 +1,84 @@
+"""Bounds of stages against ways to run them: no random mix of frontier points that fits is below its bound."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from autopar.cluster.load import load_cluster
+from autopar.cost.execution import ExecutionModel
+from autopar.graph.blocks import cut_blocks, order_for_blocks
+from autopar.graph.trace import trace
+from autopar.inter.blocks import Blocks
+from autopar.inter.finish import add
+from autopar.inter.stage_tables import StageTables
+from autopar.inter.stages import FREE, PRICED, StageBook
+from autopar.intra import frontier as fr
+from autopar.workload import load_workload
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+SIZES = (1, 2, 4, 8)
+MODES = ("none", "selective", "full")
+
+
+@pytest.fixture(scope="module", params=["p3.16xlarge", "dgx-h100"])
+def blocks(request):
+    workload = load_workload(str(EXAMPLES / "gpt.py"), layers=5, hidden=512, heads=8, vocab=2048, seq=256)
+    graph = order_for_blocks(trace(workload, dtype="float16").graph)
+    execution = ExecutionModel(dtype="float16", optimizer="adamw", fp32_grads=True, accumulate=True)
+    return Blocks(graph, cut_blocks(graph), load_cluster(request.param), execution)
+
+
+def ways(book, kind, mesh, in_flight, rng):
+    """Random choices for a stage: a boundary placement, and a random point for every block of it."""
+    phases = [FREE, PRICED]
+    columns = np.flatnonzero(book.counts[kind])
+    points = {(column, phase): book.points(int(column), mesh, phase) for column in columns for phase in phases}
+    for _ in range(60):
+        boundary = int(rng.integers(points[columns[0], FREE].totals.shape[1]))
+        parts = []
+        for column in columns:
+            for _ in range(int(book.counts[kind, column])):
+                one = points[column, phases[int(rng.integers(2))]]
+                parts.append((one.totals[int(rng.integers(len(one.rows))), boundary], 1.0))
+        whole = add(parts)
+        if np.isfinite(whole).all():
+            yield whole, float(fr.memory_bytes(whole, in_flight))
+
+
+@pytest.mark.parametrize("budget_mib", [1100, 1300, 2000, 16000])
+@pytest.mark.parametrize("num_microbatches", [2, 16])
+def test_no_way_to_run_a_stage_is_below_its_bound(blocks, budget_mib, num_microbatches):
+    rng = np.random.default_rng(budget_mib + num_microbatches)
+    book = StageBook(blocks, 8, num_microbatches, budget_mib * 2**20, MODES, 16)
+    tables = StageTables(book, SIZES)
+    compared = 0
+    for size in SIZES:
+        for in_flight in (1, 2, 3, 5, 7):
+            if in_flight > num_microbatches:
+                continue
+            bounds = tables.bounds(size, in_flight)
+            possible = sorted(set(book.type_of[tables._possible(size, in_flight)].tolist()) - {-1})
+            for kind in possible[:: max(1, len(possible) // 4)]:
+                for mesh in book.meshes(size):
+                    for whole, memory in ways(book, kind, mesh, in_flight, rng):
+                        if memory > book.room_bytes:
+                            continue
+                        forward, backward, step = (float(seconds) for seconds in book.times_s(whole))
+                        near = 1 + 1e-9
+                        assert bounds.forward_s[kind] <= forward * near
+                        assert bounds.through_s[kind] <= (forward + backward) * near
+                        assert bounds.step_s[kind] <= step * near
+                        assert bounds.busy_s[kind] <= (num_microbatches * (forward + backward) + step) * near
+                        compared += 1
+    assert compared > (20 if budget_mib < 1200 else 500)
+
+
+def test_what_cannot_fit_is_known_before_any_price(blocks):
+    held = (4, 3, 2, 1)[::-1]
+    lean = [
+        StageTables(StageBook(blocks, 8, 16, mib * 2**20, MODES, 8), SIZES).can_fit(held) for mib in (200, 900, 4000)
+    ]
+    assert not lean[0]
+    assert lean[-1]
+    assert lean == sorted(lean)
