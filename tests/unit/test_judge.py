@@ -236,13 +236,14 @@ def test_megatron_collectives_of_a_layer_as_published(graphs):
     assert listed(made, "microbatch")["all_reduce", tp, whole] >= 4 * 4  # four layers
 
 
-def test_zero_3_gathers_twice_and_scatters_once(graphs):
+def test_zero_3_gathers_again_what_the_backward_reads_and_scatters_once(graphs):
     made = estimate(workload(graphs, "gpt"), cluster="dgx-a100", gpus=4, global_batch=8, layout="zero=3,grads=same")
     counts = dict.fromkeys(("all_gather", "reduce_scatter"), 0)
     for (kind, _, size), count in listed(made, "microbatch").items():
         if kind in counts:
             counts[kind] += size * count
-    assert counts["all_gather"] == 2 * counts["reduce_scatter"]
+    unread = 2 * (128 * 256 + 4 * 9 * 256)  # the table of positions and the biases of four products a layer, in bf16
+    assert counts["all_gather"] == 2 * counts["reduce_scatter"] - unread
     assert not any(kind in counts for kind, _, _ in listed(made, "step"))
 
 
