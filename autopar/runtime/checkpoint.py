@@ -4,6 +4,7 @@
     folder/step-12/       one checkpoint, written as .step-12.tmp and renamed when all ranks are done
         .metadata, *.distcp   model.NAME, optimizer.NAME.KEY (fp32 masters and the optimizer's state)
         optimizer.json        settings of the optimizer's groups (learning rate ...)
+        scale.json            the loss scale of an fp16 plan; another plan's checkpoint has none, and the scale starts anew
 
 A rank's part of a tensor is a set of boxes; of replicas only the first writes. Nothing but tensors and JSON is stored.
 """
@@ -164,6 +165,8 @@ def save(trainer: Trainer, folder: str | os.PathLike[str], step: int, *, keep: i
     dist.barrier()
     if dist.get_rank() == 0:
         write_atomically(temporary / "optimizer.json", json.dumps(_settings(trainer)).encode())
+        if trainer.scale is not None:
+            write_atomically(temporary / "scale.json", json.dumps(trainer.scale.state()).encode())
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         write_atomically(root / "latest", final.name.encode())
@@ -198,6 +201,8 @@ def load(trainer: Trainer, folder: str | os.PathLike[str]) -> int:
         if len(settings) == len(trainer.optimizer.param_groups):
             for group, given in zip(trainer.optimizer.param_groups, settings, strict=True):
                 group.update(given)
+    if trainer.scale is not None and (path / "scale.json").is_file():
+        trainer.scale.restore(json.loads((path / "scale.json").read_bytes()))
     for stage in trainer.stages.values():
         stage.parameters.gather()
     trainer.num_steps = int(path.name.removeprefix("step-"))

@@ -4,7 +4,7 @@ Gradients are those of ``factor`` times the loss. A step in which any is not fin
 factor; ``interval`` steps without one double it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,14 @@ class LossScale:
         self.factor, self.interval = factor, interval
         self.good_steps = 0
         self.overflowed = False
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return {"factor": self.factor, "good_steps": self.good_steps}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """The inverse of ``state``."""
+        self.factor, self.good_steps = float(state["factor"]), int(state["good_steps"])
 
     def undo(self, masters: Sequence[nn.Parameter], device: torch.device) -> None:
         """Divide the gradients by the factor, look whether all are finite, and set the next factor; collective."""

@@ -1,5 +1,7 @@
 """Half precision with fp32 masters, loss scaling, and dropout that does not depend on the plan."""
 
+from pathlib import Path
+
 import msgspec
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 
 from autopar.plan.plan import Plan
 from autopar.runtime.randomness import drop
+from autopar.runtime.trainer import Trainer
 from autopar.workload.workload import Workload
 from tests.distributed import parity
 from tests.distributed.plans import layout_plan
@@ -106,3 +109,27 @@ def test_fp16_skips_a_step_that_overflows(pool: Pool) -> None:
     found = pool.run(2, losses, msgspec.json.encode(plan), model.workload, 64, "reference", 3e-3, None)[0]
     assert len(found) == 3
     assert found[-1] < found[0]
+
+
+def save_and_load_scale(plan_json: bytes, folder: str) -> tuple[float, int]:
+    """The scale's factor and good steps that a fresh trainer finds in a checkpoint."""
+    plan = msgspec.json.decode(plan_json, type=Plan)
+    workload = MODELS["gpt-untied"].workload()
+
+    def trainer() -> Trainer:
+        model = parity.real_model(workload, 0)
+        return plan.apply(model, optimizer=lambda given: torch.optim.AdamW(given), workload=workload, mode="reference")
+
+    first, second = trainer(), trainer()
+    assert first.scale is not None
+    first.scale.factor, first.scale.good_steps = 2.0**9, 7
+    first.save(folder, 1)
+    second.load(folder)
+    assert second.scale is not None
+    return second.scale.factor, second.scale.good_steps
+
+
+def test_the_loss_scale_is_in_the_checkpoint(pool: Pool, tmp_path: Path) -> None:
+    plan = layout_plan(MODELS["gpt-untied"].workload(), "dp=2,mbs=1", dtype="fp16", cluster="p3.16xlarge")
+    found = pool.run(2, save_and_load_scale, msgspec.json.encode(plan), str(tmp_path))
+    assert found == [(2.0**9, 7)] * 2

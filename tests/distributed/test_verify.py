@@ -32,6 +32,7 @@ def test_twin_passes(plan_file: str, capsys: pytest.CaptureFixture[str]) -> None
     printed = capsys.readouterr().out
     assert "stage 1: dp 4 x tp 2 -> dp 1 x tp 1" in printed
     assert "setting hidden: 32 -> 16" in printed
+    assert "a step in the plan's dtype, those that the plan lists" in printed
     assert printed.endswith("PASS\n")
 
 
