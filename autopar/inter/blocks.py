@@ -144,6 +144,7 @@ class Blocks:
                     allowed,
                     self.fused,
                     data,
+                    restriction is not None,  # a manual layout is Megatron's program
                 ).build()
             if mesh not in self._prices:
                 self._prices[mesh] = ParameterPrices(whole, self.execution)

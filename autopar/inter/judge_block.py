@@ -88,14 +88,22 @@ def price_block(
 ) -> BlockPrice:
     """``free`` values are at hand anywhere, ``stored`` parameters are held by an earlier block of the stage; ``fused`` is
     what fusion saves of the ops' traffic, ``data_axis`` whether the first of several axes is the data axis;
-    ``balanced``: those that share a sequence share its attention evenly under a causal mask; ``stays``: see
+    ``balanced``: those that share a sequence share its attention evenly under a causal mask, and the rest is Megatron's
+    program, too; ``stays``: see
     ``judge_workspace.kept_anywhere``; ``disagreed`` as in `judge_parameters`."""
     software, device = load_software(execution.fusion), mesh.cluster.device
     ops = graph.ops[block.first_op : block.end_op]
     aligned = ((program.ops, ops), (program.inputs, block.inputs), (program.outputs, block.outputs))
     if any(len(planned) != len(real) for planned, real in aligned):
         raise CheckError(f"program {program.id!r} does not fit block {block.name}: it is of another graph")
-    moved = moves(graph, block, program, mesh, micro_batch, free)
+    linear = {
+        op.id: profile.ops[op.id].saved_inputs
+        for op in ops
+        if balanced
+        and profile.ops[op.id].forward_flops
+        and any(graph.values[value].kind == "parameter" for value in op.inputs)
+    }
+    moved = moves(graph, block, program, mesh, micro_batch, free, linear)
     times = [0.0, 0.0, 0.0]
     products = [0.0, 0.0]  # matmuls forward and backward
     core_backward = 0.0
@@ -130,7 +138,7 @@ def price_block(
             largest, passing(graph, profile, op, planned, mesh, micro_batch, *stays, price.shards, materialised=scores)
         )
     per_score = software.math_attention_bytes_per_score if execution.attn == "math" else 0.0
-    held = kept(graph, profile, block, program, mesh, micro_batch, moved, free, shards, per_score)
+    held = kept(graph, profile, block, program, mesh, micro_batch, moved, free, shards, per_score, balanced)
     repeated = again(graph, profile, block, program, moved, free, frozenset(exchanged))
     rerun = [step for route in repeated.routes for step in route.steps]
     rerun += [step for op in sorted(repeated.ops) for step in exchanged.get(op, ())]
@@ -138,7 +146,8 @@ def price_block(
         graph, block, program, mesh, execution, stored, accumulates, repeated.parameters, disagreed
     )
     f = times[0] + sum(step.time_s for step in forward)
-    b = times[2] + sum(step.time_s for step in backward)
+    regathers_s = sum(step.time_s for route in moved.again for step in route.steps)
+    b = times[2] + sum(step.time_s for step in backward) + regathers_s
     full, mode = program.recompute == "full", program.recompute
     again_s = {"none": 0.0, "selective": times[1], "full": f + times[1]}[mode]
     wait_s = software.collective_calls * device.launch_s
@@ -157,7 +166,7 @@ def price_block(
     twice = 2.0 if full else 1.0
     matmul_s = twice * products[0] + products[1]
     attention_s = (1.0 if mode == "none" else 2.0) * times[1] + core_backward
-    activations_s = twice * sum(step.time_s for step in forward) + sum(step.time_s for step in backward)
+    activations_s = twice * sum(step.time_s for step in forward) + sum(step.time_s for step in backward) + regathers_s
     kernels_s = f + times[1] + b + parameters.accumulate_s + again_s
     return BlockPrice(
         forward_s=forward_s,

@@ -8,6 +8,7 @@ A *copy* is memory: an op's result, or what a move left. Results that are views 
 autograd keeps are copies: one tensor kept in two placements counts twice, one kept by two ops counts once.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 
@@ -29,12 +30,14 @@ Copy = tuple[str, int, str]
 
 @dataclass(slots=True)
 class Moves:
-    """Routes of one block in the order they run, forward and backward; ``copies`` maps (op, input position) to the
+    """Routes of one block in the order they run, forward and backward, and those of gathers that Megatron's backward makes
+    ``again``; ``copies`` maps (op, input position) to the
     memory it reads, ``ways`` to the positions in ``forward`` of
     the routes it came by."""
 
     forward: list[Route] = field(default_factory=list)
     backward: list[Route] = field(default_factory=list)
+    again: list[Route] = field(default_factory=list)
     copies: dict[tuple[int, int], Copy] = field(default_factory=dict)
     ways: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
 
@@ -59,9 +62,16 @@ def at_hand(graph: Graph) -> frozenset[int]:
 
 
 def moves(
-    graph: Graph, block: Block, program: BlockProgram, mesh: Mesh, micro_batch: int, free: frozenset[int]
+    graph: Graph,
+    block: Block,
+    program: BlockProgram,
+    mesh: Mesh,
+    micro_batch: int,
+    free: frozenset[int],
+    regathering: Mapping[int, tuple[int, ...]] | None = None,
 ) -> Moves:
-    """All moves of a block; CheckError where the plan leaves one open or impossible."""
+    """All moves of a block; CheckError where the plan leaves one open or impossible. ``regathering``: ops -> inputs that they
+    keep as cut where they were gathered, to gather them again backward."""
     ops = graph.ops[block.first_op : block.end_op]
     made: dict[int, Lie] = {
         value: (mesh.settled(planned.placement), mesh.settled(planned.gradient))
@@ -104,7 +114,22 @@ def moves(
             if reader is not None:
                 found.ways[reader] = ways[lie]
                 found.copies[reader] = ("made", value, "") if lie[0] == made[value][0] else ("moved", value, lie[0])
+        kept_cut = [
+            (reader, lie)
+            for reader, lie in reads
+            if reader is not None
+            and reader[1] in (regathering or {}).get(reader[0], ())
+            and _only_gathered(made[value][0], lie[0])
+        ]
+        found.copies.update((reader, ("made", value, "")) for reader, _ in kept_cut)
+        routes = dict.fromkeys(at for _, lie in kept_cut for at in ways[lie])
+        found.again += [found.forward[at] for at in routes if found.forward[at].steps]
     return found
+
+
+def _only_gathered(made: str, read: str) -> bool:
+    pairs = zip(parse_placements(made), parse_placements(read), strict=True)
+    return all(one == other or (other == "R" and one != "P") for one, other in pairs)
 
 
 def _move(found: Moves, graph: Graph, value: int, source: Lie, target: Lie, mesh: Mesh, micro_batch: int) -> int:
@@ -128,9 +153,11 @@ def kept(
     free: frozenset[int],
     shards: dict[int, tuple[int, int]],
     bytes_per_score: float,
+    as_megatron: bool = False,
 ) -> Kept:
     """What one micro-batch keeps; ``shards`` is by how many ranks each op's work is divided, and by how many of
-    axes that do not cut the batch. Materialised attention keeps ``bytes_per_score`` of its scores (0: it is fused)."""
+    axes that do not cut the batch. Materialised attention keeps ``bytes_per_score`` of its scores (0: it is fused).
+    ``as_megatron``: attention computed again leaves its result where another op keeps it."""
     earlier = _kept_before(graph, profile, block.first_op)
     held: dict[Copy, float] = {}
     core: set[Copy] = set()
@@ -174,6 +201,8 @@ def kept(
         for at in (*ran.saved_inputs, *(len(op.inputs) + i for i in ran.saved_outputs)):
             value = (*op.inputs, *op.outputs)[at]
             copy = memory[value]
+            if as_megatron and not is_core:
+                core.discard(copy)
             if graph.values[profile.owners[value]].kind not in ("parameter", "buffer") and copy not in held:
                 held[copy] = 0.0 if copy[0] == "made" and copy[1] in earlier else size_of(copy, value, texts[at])
         grows = any(graph.batch.grows(size) for shape, _ in ran.saved_internal for size in shape)

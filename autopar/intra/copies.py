@@ -86,13 +86,19 @@ class CopyCounter:
         strategies: Sequence[Sequence[tuple[Option, ...]]],
         boundary_tokens: Mapping[int, Sequence[Placement]],
         sizes: LocalSizes,
+        gathers_again: frozenset[int] = frozenset(),
+        keeps_attention: bool = False,
     ) -> None:
-        """``first_keeper``: value whose memory is kept -> the first op of the graph that keeps it; ``core``: attentions."""
+        """``first_keeper``: value whose memory is kept -> the first op of the graph that keeps it; ``core``: attentions.
+        ``gathers_again``: ops (positions) that keep what they gathered as it was cut, and gather it again backward;
+        ``keeps_attention``: attention's result stays, too, where attention is computed again but others keep it."""
+        self.gathers_again, self.keeps_attention = gathers_again, keeps_attention
         self._data = [
             tuple("R" if t == "G" else t for t in (*option.inputs, *option.outputs))
             for option in space.data_axis.options
         ]
         self.space, self.profile, self.first_keeper = space, profile, first_keeper
+        self._core = core
         self._made_by_core = {v for node in space.ops if node.op.id in core for v in node.op.outputs}
         self._at_hand = {profile.owners[node.op.inputs[i]] for node in space.ops for i in node.free}
         self.strategies, self.boundary_tokens, self.sizes = strategies, boundary_tokens, sizes
@@ -124,12 +130,15 @@ class CopyCounter:
         }
         memory: dict[int, tuple[int, Lie | None]] = {}  # of a value as made: (owner, None) or of a moved copy
         bytes_of: dict[tuple[int, Lie | None], float] = {}
+        outside: set[tuple[int, Lie | None]] = set()
         for at, node in enumerate(self.space.ops):
             op, options, data = node.op, self.strategies[at][int(column[node.node])], self._data[at]
             read: dict[int, tuple[int, Lie | None]] = {}
             for i, value in enumerate(op.inputs):
                 lie = (data[i], _whole(tuple(option.inputs[i] for option in options)))
                 moved = i not in node.free and value in lies and not self._same(lies[value], lie)
+                if moved and at in self.gathers_again and gathered(lies[value], lie):
+                    moved = False
                 read[value] = (value, lie) if moved else memory.get(value, (owners[value], None))
             made = {}
             for i, value in enumerate(op.outputs):
@@ -140,9 +149,12 @@ class CopyCounter:
             for position in self._positions[at]:
                 value = tensors[position]
                 copy = read[value] if position < len(op.inputs) else made[value]
+                if self.keeps_attention and node.op.id not in self._core:
+                    outside.add(copy)
                 if copy not in bytes_of:
                     bytes_of[copy] = self._bytes(copy, node.op.id, at, position, value, options, lies)
-        inside = sum(size for (owner, moved), size in bytes_of.items() if moved is None and owner in self._made_by_core)
+        made_by_core = {copy for copy in bytes_of if copy[1] is None and copy[0] in self._made_by_core}
+        inside = sum(bytes_of[copy] for copy in made_by_core - outside)
         return sum(bytes_of.values()) - inside, inside
 
     def _same(self, made: Lie, read: Lie) -> bool:
@@ -169,6 +181,14 @@ class CopyCounter:
             return self.sizes.num_bytes(owner, lies[owner][1], lies[owner][0])
         tokens = tuple((*option.inputs, *option.outputs)[position] for option in options)
         return self.sizes.share(owner, value, _whole(tokens), self._data[at][position])
+
+
+def gathered(made: Lie, read: Lie) -> bool:
+    """Whether a value is read as it was made but for inner axes that no longer cut it."""
+    pairs = list(zip(made[1], read[1], strict=True))
+    return _alike(made[0], read[0]) and all(
+        one == other or (isinstance(one, Atom) and other == "R") for one, other in pairs
+    )
 
 
 def _whole(tokens: Sequence[Token]) -> Placement:

@@ -24,7 +24,7 @@ from autopar.cost.execution import ExecutionModel
 from autopar.cost.redistribute import MeshLinks, Placement, redistribute_s
 from autopar.graph.ir import Op, Value
 from autopar.graph.profile import GraphProfile
-from autopar.intra.copies import CopyCounter, LocalSizes
+from autopar.intra.copies import CopyCounter, LocalSizes, gathered
 from autopar.intra.data_axis import text_of
 from autopar.intra.elimination import Eliminator
 from autopar.intra.space import IN, OUT, BlockSpace, OpNode
@@ -130,7 +130,13 @@ class TableBuilder:
         allowed: Allowed | None = None,
         fused: dict[int, tuple[float, float]] | None = None,
         data: int = 1,
+        as_megatron: bool = False,
     ) -> None:
+        """``as_megatron``: linear ops keep a gathered input as it was cut, and gather it again in the backward, and
+        attention that is computed again leaves its result (Korthikanti et al., 2022, sections 4.2.2 and 5)."""
+        again = (node.rule.compute == "matmul" and bool(node.parameters) for node in space.ops)
+        self.gathers_again = frozenset(at for at, does in enumerate(again) if does and as_megatron)
+        self._as_megatron = as_megatron
         assert data in (1, whole.sizes[0])
         self.data, self.micro_batch = data, local_batch * data
         self.fused = fused or {}
@@ -185,7 +191,15 @@ class TableBuilder:
             boundary_tokens=boundary_tokens,
             kept=tuple(self.kept),
             copies=CopyCounter(
-                self.space, self.profile, self._first_keeper(), self.core, strategies, boundary_tokens, self.local
+                self.space,
+                self.profile,
+                self._first_keeper(),
+                self.core,
+                strategies,
+                boundary_tokens,
+                self.local,
+                self.gathers_again,
+                self._as_megatron,
             ),
             host_s=tuple(float(count * self.links.cluster.device.launch_s) for count in calls),  # type: ignore[arg-type]
             sync_s=(*self._sync_s(), *((0.0, 0.0) for _ in edges[len(self.space.flows) :])),
@@ -466,12 +480,26 @@ class TableBuilder:
                         ]
                     )
             forward, backward = self._conversion(value, sides[0], sides[1], cuts[0], cuts[1])
+            placed = [[forward_placement(tokens) for tokens in side] for side in sides]
             if (
                 flow.target in self._hiding
             ):  # the gradient of a linear op's input travels while its weight's is computed
                 backward = np.maximum(backward - self._hiding[flow.target], 0.0)
+            if self._kept_as_cut(flow.value, flow.target, first_hub):
+                apart = [[gathered((cuts[0], made), (cuts[1], read)) for read in placed[1]] for made in placed[0]]
+                backward = backward + np.where(apart, forward, 0.0)
             edges.append((flow.source, flow.target, forward, backward))
         return tuple(edges)
+
+    def _kept_as_cut(self, value: int, target: int, first_hub: int) -> bool:
+        """Whether what moves to a node is gathered again in the backward: it is, or leads to, an op that does and keeps it."""
+        return any(
+            value == op.inputs[position]
+            for at in self.gathers_again
+            if target == at + 2 or target >= first_hub
+            for op in (self.space.ops[at].op,)
+            for position in self.profile.ops[op.id].saved_inputs
+        )
 
     def _conversion(
         self,

@@ -125,10 +125,33 @@ def test_what_recomputation_costs_and_saves_gpt_3() -> None:
     for mode in ("none", "selective", "full"):
         stage = middle_stage(32, f"tp=8,pp=4,sp=1,attn=math,recompute={mode}")
         times[mode] = stage.forward_s + stage.backward_s
-        saved[mode] = middle_stage(4, f"pp=4,attn=math,recompute={mode}").memory.saved_activations_bytes
+        saved[mode] = stage.memory.saved_activations_bytes
     assert 1.30 < times["full"] / times["none"] < 1.40
     assert times["selective"] / times["none"] == pytest.approx(1.027, abs=0.008)
     assert 1 - saved["selective"] / saved["none"] == pytest.approx(0.70, abs=0.04)
+
+
+@pytest.mark.parametrize(
+    ("layout", "per_token"),
+    [
+        ("tp=8,sp=1", 32 / 8),
+        ("tp=8,sp=0", 8 + 24 / 8),
+        ("tp=8,sp=1,recompute=selective", 32 / 8),
+        ("tp=8,sp=1,recompute=full", 2 / 8),
+        ("tp=1", 32),
+    ],
+)
+def test_activations_of_a_layer_are_korthikanti_s(layout: str, per_token: float) -> None:
+    """Bytes a token and unit of width (2022, table 2), attention fused: 34 / t with tensor and sequence parallelism, 10 + 24
+    / t without the latter, 2 of the input alone; less two one-byte masks of dropout, which this model has not."""
+    model = model_graph(load_workload(str(EXAMPLES / "gpt.py"), size="175B", layers=4), dtype="bf16")
+    gpus = 32 if "tp=8" in layout else 4
+    pricer = LayoutPricer(
+        model, cluster=load_cluster("dgx-a100"), gpus=gpus, global_batch=4, memory_gib=None, optimizer="adamw"
+    )
+    stage = pricer.plan(pricer.price(parse_layout(f"pp=4,mbs=1,{layout}")), 0.0).stages[1]
+    held = stage.memory.saved_activations_bytes / stage.in_flight / len(stage.blocks)
+    assert held == pytest.approx(per_token * 2048 * 12288, rel=0.01)
 
 
 def test_gpu_hours_of_llama_3_405b() -> None:
