@@ -305,12 +305,37 @@ def search(
 
 
 def least_s(problem: PipelineProblem) -> float:
-    """A bound on every pipeline that is quick to have: by the busiest stage and by the way through all of them."""
+    """A bound on every pipeline that is quick to have: by the busiest stage and by the way through all of them; with a
+    finite ``upper_bound_s`` also by what tails and heads below it can be, and at most that."""
     levels = levels_of(problem)
     if levels is None:
         return math.inf
     tail, head = level_free(levels)
-    return float(max(tail[0, levels.num_devices], head[levels.num_blocks, 0]))
+    bound_s = float(max(tail[0, levels.num_devices], head[levels.num_blocks, 0]))
+    if bound_s >= problem.upper_bound_s or math.isinf(problem.upper_bound_s):
+        return bound_s
+    return _narrowed(levels, tail, head, bound_s, problem.upper_bound_s)[0]
+
+
+def _narrowed(
+    levels: Levels, tail: Floats, head: Floats, bound_s: float, threshold_s: float
+) -> tuple[float, _Tree | None]:
+    """The bound by tables of tails and heads made from each other, and what is left to explore; None if nothing is."""
+    missing, tree = head, None
+    for number in range(MAX_ROUNDS):
+        band = make_band(tail, head, threshold_s)
+        tails = tail_tables(levels, band, missing)
+        whole = tails.total_s[:, 0, levels.num_devices]
+        before_s, bound_s = bound_s, max(bound_s, min(float(whole.min()), threshold_s))
+        if bound_s >= threshold_s:
+            return bound_s, None
+        levels = levels.first(int(np.flatnonzero(whole < threshold_s)[-1]))
+        heads = head_tables(levels, band, tails)
+        tree = _Tree(levels, heads)
+        if number > 0 and bound_s < before_s * 1.001:
+            break
+        missing = heads.trip_s
+    return bound_s, tree
 
 
 def levels_of(problem: PipelineProblem) -> Levels | None:
@@ -365,20 +390,11 @@ def _search(levels: Levels, progress: _Progress) -> float:
     if not found and math.isinf(progress.best_s):
         return math.inf  # the last reach left out nothing
     _climb(levels, progress)
-    missing, threshold_s = head, progress.below_s
-    for number in range(MAX_ROUNDS):
-        band = make_band(tail, head, threshold_s)
-        tails = tail_tables(levels, band, missing)
-        whole = tails.total_s[:, 0, levels.num_devices]
-        before_s, bound_s = bound_s, max(bound_s, min(float(whole.min()), threshold_s))
-        if bound_s >= threshold_s or progress.stopped:
-            return bound_s
-        levels = levels.first(int(np.flatnonzero(whole < threshold_s)[-1]))
-        heads = head_tables(levels, band, tails)
-        if number > 0 and bound_s < before_s * 1.001:
-            break
-        missing = heads.trip_s
-    return _explore(_Tree(levels, heads), bound_s, threshold_s, progress)
+    threshold_s = progress.below_s
+    bound_s, tree = _narrowed(levels, tail, head, bound_s, threshold_s)
+    if tree is None or progress.stopped:
+        return bound_s
+    return _explore(tree, bound_s, threshold_s, progress)
 
 
 def _climb(levels: Levels, progress: _Progress) -> None:

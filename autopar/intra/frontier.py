@@ -46,7 +46,7 @@ Rests = Callable[[int, pm.Storage], bool]
 """Whether a parameter (value) may be stored so."""
 MODES = ("none", "selective", "full")
 FAMILIES = ("priced", "hidden", "reduced", "path", "linked")
-PRICES = (0.03, 0.3, 1.0, 1.7, 2.8, 4.5, 7.0, 11.0, 18.0, 30.0, 60.0, 200.0)
+PRICES = (0.1, 1.0, 2.5, 5.0, 8.0, 14.0, 30.0, 100.0)
 """Prices of a byte tried where memory binds, in units of the time the device takes to stream it; densest where computing a
 layer again costs about what its activations free."""
 LEAN_PRICE = 1e3
