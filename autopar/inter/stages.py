@@ -72,6 +72,7 @@ class StageBook:
         self.columns: list[tuple[int, frozenset[int]]] = []
         self._column_at: dict[tuple[int, frozenset[int]], int] = {}
         types: dict[tuple[int, ...], int] = {}
+        self._stage_of: dict[int, tuple[int, int]] = {}  # one of the stages of a type
         count = len(blocks.blocks)
         self.type_of = np.full((count + 1, count + 1), -1)
         for first in range(count):
@@ -82,6 +83,7 @@ class StageBook:
                 counts[column] = counts.get(column, 0) + 1
                 key = tuple(sorted((column << 16) + number for column, number in counts.items()))
                 self.type_of[first, end] = types.setdefault(key, len(types))
+                self._stage_of.setdefault(int(self.type_of[first, end]), (first, end))
         self.counts = np.zeros((len(types), len(self.columns)))
         for key, row in types.items():
             for packed in key:
@@ -236,21 +238,34 @@ class StageBook:
 
     def _finish(self, kind: int, num_devices: int, in_flight: int) -> Finished | None:
         best: Finished | None = None
+        best_s = np.inf
         meshes = self.meshes(num_devices)
         lower = dict.fromkeys(meshes, 0.0)
         if len(meshes) > 1:
             lower = {mesh: self._free_bound_s(kind, mesh) for mesh in meshes}
         for mesh in sorted(lower, key=lambda mesh: lower[mesh]):
-            if best is not None and lower[mesh] >= best.time_s:
+            if lower[mesh] >= best_s:
                 break
             points = self._stage_points(kind, mesh, in_flight)
-            boundary = None
+            boundaries = range(points.totals.shape[2])
             if self.restriction is not None:
-                boundary = self.points(0, mesh, FREE).tables.boundaries.index(self.restriction.boundary)
-            found = fastest(points, self, in_flight, self.room_bytes, boundary)
-            if found is not None and (best is None or found.time_s < best.time_s):
-                best = found
+                at = self.points(0, mesh, FREE).tables.boundaries.index(self.restriction.boundary)
+                boundaries = range(at, at + 1)
+            for boundary in boundaries:
+                found = fastest(points, self, in_flight, self.room_bytes, boundary)
+                if found is None:
+                    continue
+                value_s = found.time_s + self._received_s(kind, found, num_devices)
+                if value_s < best_s:
+                    best, best_s = found, value_s
         return best
+
+    def _received_s(self, kind: int, run: Finished, num_devices: int) -> float:
+        """What a micro-batch's activations and gradients take to reach the stage, by how its boundary places them, if its
+        neighbours are of its own size and on other nodes: it tells boundaries that are equally fast inside apart."""
+        if num_devices == self.gpus or self.restriction is not None:
+            return 0.0
+        return self.transfers.received_s(self._stage_of[kind], num_devices, run.choice)
 
     def _free_bound_s(self, kind: int, mesh: Mesh) -> float:
         """Seconds per micro-batch, with its share of the step, that no choice on a mesh is below, memory aside."""

@@ -480,6 +480,8 @@ class TableBuilder:
                         ]
                     )
             forward, backward = self._conversion(value, sides[0], sides[1], cuts[0], cuts[1])
+            if flow.target == OUT:  # a whole scalar becomes a sum for nothing: zeros on all ranks but the first
+                forward = self._into_sums(value, sides, (cuts[0], cuts[1]), forward)
             placed = [[forward_placement(tokens) for tokens in side] for side in sides]
             if (
                 flow.target in self._hiding
@@ -490,6 +492,20 @@ class TableBuilder:
                 backward = backward + np.where(apart, forward, 0.0)
             edges.append((flow.source, flow.target, forward, backward))
         return tuple(edges)
+
+    def _into_sums(
+        self,
+        value: Value,
+        sides: Sequence[Sequence[tuple[Token, ...]]],
+        cuts: tuple[Token, Token],
+        forward: Floats,
+    ) -> Floats:
+        """``forward`` with the seconds to what is whole where a target is a sum and its source is none."""
+        if not any("P" in tokens for tokens in sides[1]):
+            return forward
+        whole = [tuple("R" if token == "P" else token for token in tokens) for tokens in sides[1]]
+        seconds = self._conversion(value, sides[0], whole, *cuts)[0]
+        return np.where(np.isfinite(forward), forward, seconds)
 
     def _kept_as_cut(self, value: int, target: int, first_hub: int) -> bool:
         """Whether what moves to a node is gathered again in the backward: it is, or leads to, an op that does and keeps it."""

@@ -82,3 +82,16 @@ def test_what_cannot_fit_is_known_before_any_price(blocks):
     assert not lean[0]
     assert lean[-1]
     assert lean == sorted(lean)
+
+
+def test_a_block_with_an_auxiliary_loss_runs_between_any_boundaries():
+    """The scalar loss of a GShard layer is whole on every rank; where a boundary wants terms of a sum, that is free."""
+    sizes = {"hidden": 256, "heads": 4, "vocab": 512, "seq": 128, "experts": 4, "group_size": 128}
+    workload = load_workload(str(EXAMPLES / "moe.py"), layers=4, **sizes)
+    graph = order_for_blocks(trace(workload, dtype="float16").graph)
+    execution = ExecutionModel(dtype="float16", optimizer="adamw", fp32_grads=True, accumulate=True)
+    blocks = Blocks(graph, cut_blocks(graph), load_cluster("p3.16xlarge"), execution)
+    book = StageBook(blocks, 8, 4, 16 * 2**30, MODES, 8)
+    for mesh in (mesh for mesh in book.meshes(8) if mesh.inner):
+        for column in range(len(book.columns)):
+            assert np.isfinite(book.points(column, mesh, FREE).bound_s).all()
