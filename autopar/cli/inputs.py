@@ -38,8 +38,8 @@ def layout_flags(**flags: str) -> dict[str, str]:
 
 
 def priced_layout(workload: "Workload", layout: "Layout", *, micro_batch: int | None, **options: Any) -> "Plan":
-    """The plan of one layout; ``options`` are those of ``autopar.inter.estimate.estimate``. LayoutError where ``micro_batch``
-    (``--micro-batch``) is not the layout's."""
+    """The plan of one layout; ``options`` are those of ``autopar.inter.estimate.estimate``. LayoutError where
+    ``micro_batch`` (``--micro-batch``) is not the layout's."""
     from autopar.inter.estimate import estimate
 
     priced = estimate(workload, layout=str(layout), **options)

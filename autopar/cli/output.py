@@ -39,8 +39,8 @@ def print_plan(
 
 
 def signed(plan: "Plan", cluster: str, overrides: tuple[tuple[str, Any], ...]) -> "Plan":
-    """The plan with the command line that made it: its words, and the cluster as they name it, so that the commands that
-    take only the plan find the same tables."""
+    """The plan with the command line that made it: its words, and the cluster as they name it, so that the commands
+    that take only the plan find the same tables."""
     import shlex
 
     import click

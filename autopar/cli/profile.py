@@ -30,7 +30,8 @@ Examples:
 def profile_command(
     *, output: str, quick: bool, device: str | None, base: str | None, as_json: bool, quiet: bool
 ) -> None:
-    """Measure matmul, attention, bandwidth and launches of this machine; under torchrun, also collectives among its ranks.
+    """Measure matmul, attention, bandwidth and launches of this machine; under torchrun, also collectives among its
+    ranks.
 
     Each number of the table says whether it was measured here or comes from a cluster that ships. On CPUs a rank is a
     thread."""

@@ -37,7 +37,8 @@ def verify_command(
     quiet: bool,
     verbose: bool,
 ) -> None:
-    """Run PLAN, or a shrunk twin, on CPU processes against one process: loss, gradients, optimizer steps. Exit 7 on FAIL."""
+    """Run PLAN, or a shrunk twin, on CPU processes against one process: loss, gradients, optimizer steps. Exit 7 on
+    FAIL."""
     from autopar.cli.inputs import workload_of
     from autopar.plan.file import load_plan
 

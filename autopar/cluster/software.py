@@ -1,7 +1,8 @@
 """What the training program adds to its kernels: how it fuses, launches, overlaps, and what its optimizer moves.
 
 Three programs ship, named as a layout's ``fusion=`` names them: "none" (eager PyTorch), "megatron" (Megatron-LM's fused
-kernels around eager PyTorch) and "compiler" (torch.compile, XLA). A block takes max(GPU time, host calls x launch time).
+kernels around eager PyTorch) and "compiler" (torch.compile, XLA). A block takes max(GPU time, host calls x launch
+time).
 """
 
 import functools
@@ -19,9 +20,9 @@ class Software(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """``fuses``: what joins its neighbours in one kernel. Host calls count kernels; a view, which only makes Python and
     the dispatcher work, counts ``view_calls``; materialised attention counts ``math_attention_*_calls`` and keeps
     ``math_attention_bytes_per_score``; ``fixed_calls``
-    are paid once per block and pass (hooks, checkpoints, Python between modules), ``collective_calls`` per collective and
-    further rank, as ranks wait for the slowest host; ``microbatch_calls`` per micro-batch on every stage and ``step_calls``
-    per step (data, loss, synchronisation), which nothing hides.
+    are paid once per block and pass (hooks, checkpoints, Python between modules), ``collective_calls`` per collective
+    and further rank, as ranks wait for the slowest host; ``microbatch_calls`` per micro-batch on every stage and
+    ``step_calls`` per step (data, loss, synchronisation), which nothing hides.
 
     ``loss_*_bytes_per_logit``: traffic of the cross entropy alone, logits in fp32. ``optimizer_bytes_*``: traffic per
     element of the optimizer step, clipping and loss scaling included, of a half precision weight and of an fp32 one.

@@ -1,4 +1,5 @@
-"""How sure an estimate is: 90 % intervals around a step time and a peak of memory, from the residuals of the runs that the tables were fitted on.
+"""How sure an estimate is: 90 % intervals around a step time and a peak of memory, from the residuals of the runs that
+the tables were fitted on.
 
     interval = (low * estimate, high * estimate)    quantiles 5 % and 95 % of measured / predicted over published runs
 

@@ -5,8 +5,8 @@
     attention     the device's attention curve at the local shape; backward at its own
     anything      + bytes of its other kernels / sustained bandwidth
 
-A sharding divides labels (``degrees``: label -> divisor per strategy). FLOPs of a matmul whose labels do not tell all of its
-work (strides, dilations) are scaled to those its profile counted.
+A sharding divides labels (``degrees``: label -> divisor per strategy). FLOPs of a matmul whose labels do not tell all
+of its work (strides, dilations) are scaled to those its profile counted.
 """
 
 import math
@@ -151,8 +151,8 @@ def local_roles(
 def _aligned(
     rule: OpRule, sizes: Mapping[int, int], degrees: Mapping[int, Floats], one: Floats, dtype: str
 ) -> NDArray[np.bool_]:
-    """Whether rows of all operands begin at 16 bytes. What an axis cuts is padded so that they do (a vocabulary of 50257 to
-    a multiple of 128 per rank); what none cuts runs as the model has it."""
+    """Whether rows of all operands begin at 16 bytes. What an axis cuts is padded so that they do (a vocabulary of
+    50257 to a multiple of 128 per rank); what none cuts runs as the model has it."""
     elements = 16 // ITEMSIZE[dtype]
     aligned = one > 0
     for label, role in rule.roles:

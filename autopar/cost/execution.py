@@ -10,14 +10,14 @@ from autopar.cluster.software import Software, load_software
 class ExecutionModel:
     """``accumulate``: gradients live over several micro-batches, in fp32 unless ``grads`` is "same".
 
-    ``balanced_context``: ranks that share a sequence take parts of equal work under a causal mask (Megatron-LM's context
-    parallelism); without it a rank runs its queries against all keys under a mask, as our runtime does.
+    ``balanced_context``: ranks that share a sequence take parts of equal work under a causal mask (Megatron-LM's
+    context parallelism); without it a rank runs its queries against all keys under a mask, as our runtime does.
 
-    ``blocking``: the host waits for every kernel before it launches the next (CUDA_LAUNCH_BLOCKING=1), so that launches and
-    kernels add up instead of running beside each other.
+    ``blocking``: the host waits for every kernel before it launches the next (CUDA_LAUNCH_BLOCKING=1), so that launches
+    and kernels add up instead of running beside each other.
 
-    State per parameter in bytes (Rajbhandari et al., "ZeRO", 2020, section 3.1): half precision 2 + gradient 2 or 4 + 12
-    (fp32 master, two Adam moments); fp32 4 + 4 + 8. Plain SGD keeps only the fp32 master of a half precision weight.
+    State per parameter in bytes (Rajbhandari et al., "ZeRO", 2020, section 3.1): half precision 2 + gradient 2 or 4 +
+    12 (fp32 master, two Adam moments); fp32 4 + 4 + 8. Plain SGD keeps only the fp32 master of a half precision weight.
     """
 
     dtype: str  # "bfloat16", "float16", "float32"
@@ -37,8 +37,8 @@ class ExecutionModel:
 
     @property
     def late_gradients(self) -> bool:
-        """Whether a backward makes gradients that were not there before: with one micro-batch there are none at its start,
-        and without overlap nothing is reduced before its end."""
+        """Whether a backward makes gradients that were not there before: with one micro-batch there are none at its
+        start, and without overlap nothing is reduced before its end."""
         return not (self.accumulate and self.overlap)
 
     def gradient_bytes(self, itemsize: int) -> int:

@@ -1,14 +1,16 @@
-"""Memory traffic that fused kernels save: a tensor that passes from op to op inside one kernel is neither written nor read.
+"""Memory traffic that fused kernels save: a tensor that passes from op to op inside one kernel is neither written nor
+read.
 
 A value v made by op A and read by op B, both fusable:
 
-    B's forward does not read v; A's forward does not write it when no other op reads v and the backward does not keep it
+    B's forward does not read v; A's forward does not write it when no other op reads v and the backward does not keep
+    it
     B's backward does not write v's gradient nor A's read it, when B alone reads v
 
 Which ops are fusable is the program's: "pointwise" chains (bias, activation, dropout, residual additions: Megatron-LM's
-fused kernels), and "norm", which adds normalisations and softmax as a compiler's reductions do. "loss" is a cross entropy
-that works in the memory of its fp32 logits: they become the softmax, which is kept, and then its own gradient (Megatron-LM,
-tensor_parallel/cross_entropy.py); eager PyTorch keeps the log-softmax and makes two gradients as large.
+fused kernels), and "norm", which adds normalisations and softmax as a compiler's reductions do. "loss" is a cross
+entropy that works in the memory of its fp32 logits: they become the softmax, which is kept, and then its own gradient
+(Megatron-LM, tensor_parallel/cross_entropy.py); eager PyTorch keeps the log-softmax and makes two gradients as large.
 """
 
 from collections import defaultdict
@@ -60,8 +62,8 @@ def fused_bytes(graph: Graph, profile: GraphProfile, fuses: Sequence[str]) -> di
 
 
 def fused_kernels(graph: Graph, fuses: Sequence[str]) -> dict[int, int]:
-    """Op id -> the first op of the kernel it is part of, for ops that are fused with others: those of one module (its first
-    two names) that pass tensors to each other."""
+    """Op id -> the first op of the kernel it is part of, for ops that are fused with others: those of one module (its
+    first two names) that pass tensors to each other."""
     fusable = {op.id: op for op in graph.ops if _packet(op) in _kinds(fuses)}
     makers = {value: op for op in fusable.values() for value in op.outputs}
     first: dict[int, int] = {}

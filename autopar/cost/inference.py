@@ -14,8 +14,8 @@ A decode step makes one token of each of b sequences that have C tokens in the c
     batch that fits = floor((budget - weights - workspace - fixed) / (C * cache bytes per token))
     MBU = (weights read + b C cache bytes per token) / (t * peak bandwidth)
 
-Weights are read whole in every step but for experts that no token chose and rows of look-up tables. Quantised weights are
-int8 with a scale per column, or int4 with a 2-byte scale per group of 128 (the default of GPTQ and AWQ); arithmetic
+Weights are read whole in every step but for experts that no token chose and rows of look-up tables. Quantised weights
+are int8 with a scale per column, or int4 with a 2-byte scale per group of 128 (the default of GPTQ and AWQ); arithmetic
 stays in 16 bits. Bandwidth counted so is Model Bandwidth Utilisation (Databricks, "LLM Inference Performance
 Engineering", 2023).
 """
@@ -41,8 +41,9 @@ def stored_bytes(stored: Stored, itemsize: int) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Product:
-    """A matmul as a rank runs it: ``matrices`` of (rows, k) @ (k, n), ``rows_per_token`` of them all together. ``weight_bytes``
-    an element as stored, 0 where the second operand is no weight; a ``last`` one runs for a sequence's last token only."""
+    """A matmul as a rank runs it: ``matrices`` of (rows, k) @ (k, n), ``rows_per_token`` of them all together.
+    ``weight_bytes`` an element as stored, 0 where the second operand is no weight; a ``last`` one runs for a sequence's
+    last token only."""
 
     rows_per_token: float
     n: float
@@ -72,8 +73,9 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """What one rank runs and holds. ``traffic`` are the bytes per token of each other kernel; ``num_kernels`` counts all
-    launches of a program that fuses none; ``dtype`` is that of the arithmetic; ``workspace_bytes`` what passing tensors take."""
+    """What one rank runs and holds. ``traffic`` are the bytes per token of each other kernel; ``num_kernels`` counts
+    all launches of a program that fuses none; ``dtype`` is that of the arithmetic; ``workspace_bytes`` what passing
+    tensors take."""
 
     products: tuple[Product, ...]
     attentions: tuple[Attention, ...]
@@ -92,8 +94,8 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeStep:
-    """Seconds of one decode step by what takes them (``launches_s``: by which launching is slower than running), the bytes
-    it has to read, and its FLOPs."""
+    """Seconds of one decode step by what takes them (``launches_s``: by which launching is slower than running), the
+    bytes it has to read, and its FLOPs."""
 
     matmul_s: float
     attention_s: float

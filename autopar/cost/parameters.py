@@ -45,9 +45,10 @@ def storages(axes: tuple[int, ...]) -> tuple[Storage, ...]:
 def storage_metrics(
     storage: Storage, axes: tuple[int, ...], elements: int, itemsize: int, links: MeshLinks, execution: ExecutionModel
 ) -> Floats:
-    """The eight metrics above of ``elements`` trainable elements (local to one rank as its op uses them), replicated with
-    partial gradient over ``axes``: seconds, seconds, seconds that backward can hide, seconds, bytes at rest, bytes, seconds per
-    micro-batch of adding up gradients, bytes of gradients that a backward makes (``state_bytes``)."""
+    """The eight metrics above of ``elements`` trainable elements (local to one rank as its op uses them), replicated
+    with partial gradient over ``axes``: seconds, seconds, seconds that backward can hide, seconds, bytes at rest,
+    bytes, seconds per micro-batch of adding up gradients, bytes of gradients that a backward makes
+    (``state_bytes``)."""
     shards = int(np.prod([links.sizes[axis] for axis in storage.axes], dtype=int))
     rest = tuple(axis for axis in axes if axis not in storage.axes)
     parameter, sent = float(elements * itemsize), float(elements * execution.reduced_bytes(itemsize))
@@ -77,7 +78,8 @@ def storage_metrics(
 
 
 def late_bytes(storage: Storage, at_rest: float, elements: int, itemsize: int, execution: ExecutionModel) -> float:
-    """Bytes of gradients that a backward makes and that were not there before, in the place of the saved tensors it frees.
+    """Bytes of gradients that a backward makes and that were not there before, in the place of the saved tensors it
+    frees.
     Where gradients are cut but nothing is reduced before the backward's end, they are whole until then: Alpa's peaks of
     ZeRO-2 and 3 on two to eight V100."""
     if storage.stage >= 2 and not execution.overlap:

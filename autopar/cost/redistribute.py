@@ -6,8 +6,8 @@ flattened collective; bytes are what a rank holds before it, after it for a gath
     P -> R  all_reduce          P -> S  reduce_scatter          S -> R  all_gather          S -> S'  all_to_all
     R -> S  a local slice, free                                 nothing becomes P
 
-Axes are cut outermost first, so where two axes share an atom only the innermost of them may leave or join it. The cheapest
-sequence is a shortest path over all placements (Floyd-Warshall, for several tensors at once).
+Axes are cut outermost first, so where two axes share an atom only the innermost of them may leave or join it. The
+cheapest sequence is a shortest path over all placements (Floyd-Warshall, for several tensors at once).
 """
 
 import itertools
@@ -45,8 +45,8 @@ class MeshLinks:
 
 
 def redistribute_s(links: MeshLinks, placements: Sequence[Placement], local_bytes: Floats) -> Floats:
-    """Seconds between every two placements: (tensors, from, to); inf where there is no way (only "P" cannot be reached from
-    others). ``local_bytes`` (tensors, placements) is what the fullest rank holds."""
+    """Seconds between every two placements: (tensors, from, to); inf where there is no way (only "P" cannot be reached
+    from others). ``local_bytes`` (tensors, placements) is what the fullest rank holds."""
     count = len(placements)
     costs = np.full((len(local_bytes), count, count), np.inf)
     costs[:, np.arange(count), np.arange(count)] = 0.0

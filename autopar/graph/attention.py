@@ -1,7 +1,8 @@
 """The attentions of a traced model: heads, head size, sequence, and what of keys and values a cache would hold.
 
-Programs repeat grouped keys for all query heads before they attend (Hugging Face's ``repeat_kv``). What is cached is what
-was there before: from the call's key and value back through ops that only move or repeat elements, the smallest tensor.
+Programs repeat grouped keys for all query heads before they attend (Hugging Face's ``repeat_kv``). What is cached is
+what was there before: from the call's key and value back through ops that only move or repeat elements, the smallest
+tensor.
 """
 
 from dataclasses import dataclass
@@ -19,10 +20,10 @@ MOVES = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionCall:
-    """``op`` attends ``heads`` heads of ``head_dim`` over ``sequence`` queries and ``key_sequence`` keys; a token's keys are
-    ``key_elements`` numbers and its values ``value_elements``. ``moving`` are the ops that repeat keys and values for the call,
-    which a kernel that reads the cache does not need. ``masked``: causal, or under a mask that may be. ``crossing``: its keys
-    come of a model input that its queries do not come of, as a decoder's from an encoder."""
+    """``op`` attends ``heads`` heads of ``head_dim`` over ``sequence`` queries and ``key_sequence`` keys; a token's
+    keys are ``key_elements`` numbers and its values ``value_elements``. ``moving`` are the ops that repeat keys and
+    values for the call, which a kernel that reads the cache does not need. ``masked``: causal, or under a mask that may
+    be. ``crossing``: its keys come of a model input that its queries do not come of, as a decoder's from an encoder."""
 
     op: int
     heads: int

@@ -1,7 +1,8 @@
 """The nouns of the graph: values, ops, and the forward graph they form.
 
-A graph is traced once, at a batch size ``Batch.traced`` that is a multiple of a prime which no size of the model contains,
-so every dimension that grows with the batch is recognised by that prime and rescaled to any batch size (``Batch.scale``).
+A graph is traced once, at a batch size ``Batch.traced`` that is a multiple of a prime which no size of the model
+contains, so every dimension that grows with the batch is recognised by that prime and rescaled to any batch size
+(``Batch.scale``).
 """
 
 from dataclasses import dataclass
@@ -103,9 +104,9 @@ class OpProfile:
     """What running one op costs, forward and backward, whole (unsharded) at the traced batch.
 
     FLOPs count matmul-like work only (matmul, convolution, attention). Bytes are read plus written by kernels that are
-    not matmul-like, views excluded. ``saved_inputs``/``saved_outputs`` are positions in ``Op.inputs``/``Op.outputs`` that
-    autograd keeps for the backward; ``saved_internal`` are (shape, itemsize) of further tensors it keeps (masks, statistics).
-    ``*_scratch_bytes`` are the most that is allocated at once beside results, kept tensors and gradients;
+    not matmul-like, views excluded. ``saved_inputs``/``saved_outputs`` are positions in ``Op.inputs``/``Op.outputs``
+    that autograd keeps for the backward; ``saved_internal`` are (shape, itemsize) of further tensors it keeps (masks,
+    statistics). ``*_scratch_bytes`` are the most that is allocated at once beside results, kept tensors and gradients;
     ``overwritten`` are positions of kept inputs in whose memory the backward writes their gradients."""
 
     forward_flops: int

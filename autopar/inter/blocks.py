@@ -195,8 +195,8 @@ def _without_recompute(rows: tuple[PriceRow, ...]) -> tuple[tuple[PriceRow, ...]
 def _savers(
     graph: Graph, profile: GraphProfile, core: frozenset[int]
 ) -> dict[int, tuple[tuple[tuple[int, ...], bool], ...]]:
-    """Per op, for each memory that it is the first to keep: the positions (inputs, then outputs) of the values that share
-    it, and whether attention made it."""
+    """Per op, for each memory that it is the first to keep: the positions (inputs, then outputs) of the values that
+    share it, and whether attention made it."""
     made = {value: op.id for op in graph.ops for value in op.outputs}
     seen: set[int] = set()
     found: dict[int, tuple[tuple[tuple[int, ...], bool], ...]] = {}

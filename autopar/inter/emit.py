@@ -43,8 +43,9 @@ SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Found:
-    """What the search hands over: per stage its run, and its times with transfers. A layout's stages may have a book each
-    (of one model and micro-batch) and, interleaved, come back to a run of devices; ``first_devices`` says where."""
+    """What the search hands over: per stage its run, and its times with transfers. A layout's stages may have a book
+    each (of one model and micro-batch) and, interleaved, come back to a run of devices; ``first_devices`` says
+    where."""
 
     workload: Workload
     cluster: Cluster
@@ -225,8 +226,8 @@ def _program(book: StageBook, use: Use, name: str) -> BlockProgram:
 
 
 def _parameter(names: Sequence[str], tokens: Sequence[Token], storage: pm.Storage, mesh: Mesh) -> ParameterPlan:
-    """ZeRO cuts dim 0 of what the op's own cuts leave to a rank, so its pieces are those that they make. ``tokens`` are those
-    of all axes, the data axis first."""
+    """ZeRO cuts dim 0 of what the op's own cuts leave to a rank, so its pieces are those that they make. ``tokens`` are
+    those of all axes, the data axis first."""
     compute = [token.text if isinstance(token, Atom) else "R" for token in tokens]
     pieces = 1
     for token, size in zip(tokens, mesh.sizes, strict=True):

@@ -1,7 +1,7 @@
 """`estimate`: the price of a manual layout, as a plan with everything fixed, from the same tables as the search.
 
-What a layout leaves open is filled in by `layouts`. A stage (with an interleaved schedule a chunk) is priced like any of
-the search's; the schedule is simulated; memory is that of the fullest run of devices:
+What a layout leaves open is filled in by `layouts`. A stage (with an interleaved schedule a chunk) is priced like any
+of the search's; the schedule is simulated; memory is that of the fullest run of devices:
 
     sum over its chunks of (state + held * saved + gradients beyond one saved) + max workspace + fixed     (``run_memory``)
 """
@@ -325,8 +325,8 @@ def estimate(
     optimizer: str = "adamw",
     pins: Sequence[tuple[str, str]] = (),
 ) -> Plan:
-    """The plan of one layout, priced; memory never makes it fail (``estimate.fits`` says). LayoutError lists all faults.
-    ``pins`` (glob, placements) fix parameters that the layout leaves open: columns or rows of a pair."""
+    """The plan of one layout, priced; memory never makes it fail (``estimate.fits`` says). LayoutError lists all
+    faults. ``pins`` (glob, placements) fix parameters that the layout leaves open: columns or rows of a pair."""
     started = time.perf_counter()
     parsed = parse_layout(layout)
     machine = load_cluster(cluster)

@@ -1,4 +1,5 @@
-"""The best manual Megatron layout: every (tp, pp, dp, mbs, sp, recompute, zero 0/1) is priced, the fastest that fits wins."""
+"""The best manual Megatron layout: every (tp, pp, dp, mbs, sp, recompute, zero 0/1) is priced, the fastest that fits
+wins."""
 
 import itertools
 import time

@@ -1,7 +1,8 @@
 """The judge of a plan: prices it again from its placements alone, sharing no code with the search.
 
-It reads what the plan says (placements of every op's tensors and their gradients, storage of parameters, meshes, recompute,
-micro-batches) and what is given (graph, profiles, sharding rules, device and link curves). It composes these by itself:
+It reads what the plan says (placements of every op's tensors and their gradients, storage of parameters, meshes,
+recompute, micro-batches) and what is given (graph, profiles, sharding rules, device and link curves). It composes these
+by itself:
 
     block     `judge_block`: kernels at local shapes, moves between placements, kept copies, parameters
     stage     sums over blocks + the loop's calls; step = reduction that the last backward does not hide + optimizer
@@ -78,10 +79,11 @@ class Judgement:
 def judge(
     plan: Plan, graph: Graph, blocks: tuple[Block, ...], cluster: Cluster, profile: GraphProfile | None = None
 ) -> Judgement:
-    """Price ``plan``; ``profile`` is that of ``graph``, made here when not given. CheckError where its parts contradict each other.
+    """Price ``plan``; ``profile`` is that of ``graph``, made here when not given. CheckError where its parts contradict
+    each other.
 
-    Worked example: a block of one (8, 4) x (4, 6) product in fp16, column parallel on 2 ranks, takes the matmul curve at
-    (8, 3, 4) and, before it, an all_gather of 8 * 4 * 2 = 64 bytes when its input lies as ``S(0)``.
+    Worked example: a block of one (8, 4) x (4, 6) product in fp16, column parallel on 2 ranks, takes the matmul curve
+    at (8, 3, 4) and, before it, an all_gather of 8 * 4 * 2 = 64 bytes when its input lies as ``S(0)``.
     """
     fuses = load_software(plan.execution.fusion).fuses
     profile = with_fused_loss(graph, profile or profile_graph(graph), fuses)

@@ -36,8 +36,9 @@ class Issue:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockSeconds:
-    """What forward and backward of a micro-batch are made of, recomputation included: kernels, exchanges of activations,
-    what launching adds to them (``launch_s``), and what of the parameters' collectives they do not hide (``storage_s``).
+    """What forward and backward of a micro-batch are made of, recomputation included: kernels, exchanges of
+    activations, what launching adds to them (``launch_s``), and what of the parameters' collectives they do not hide
+    (``storage_s``).
     The six add up to forward + backward."""
 
     matmul_s: float
@@ -50,8 +51,8 @@ class BlockSeconds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockPrice:
-    """Seconds per micro-batch, seconds per step (reduction, which backward may hide; optimizer), bytes; parameters that the
-    backward reads, and gathers of those that it does not (a later block that shares one may)."""
+    """Seconds per micro-batch, seconds per step (reduction, which backward may hide; optimizer), bytes; parameters that
+    the backward reads, and gathers of those that it does not (a later block that shares one may)."""
 
     forward_s: float
     backward_s: float
@@ -86,8 +87,8 @@ def price_block(
     stays: tuple[frozenset[int], frozenset[int]],
     disagreed: frozenset[tuple[int, int]] = frozenset(),
 ) -> BlockPrice:
-    """``free`` values are at hand anywhere, ``stored`` parameters are held by an earlier block of the stage; ``fused`` is
-    what fusion saves of the ops' traffic, ``data_axis`` whether the first of several axes is the data axis;
+    """``free`` values are at hand anywhere, ``stored`` parameters are held by an earlier block of the stage; ``fused``
+    is what fusion saves of the ops' traffic, ``data_axis`` whether the first of several axes is the data axis;
     ``balanced``: those that share a sequence share its attention evenly under a causal mask, and the rest is Megatron's
     program, too; ``stays``: see
     ``judge_workspace.kept_anywhere``; ``disagreed`` as in `judge_parameters`."""

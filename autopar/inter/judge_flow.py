@@ -30,8 +30,8 @@ Copy = tuple[str, int, str]
 
 @dataclass(slots=True)
 class Moves:
-    """Routes of one block in the order they run, forward and backward, and those of gathers that Megatron's backward makes
-    ``again``; ``copies`` maps (op, input position) to the
+    """Routes of one block in the order they run, forward and backward, and those of gathers that Megatron's backward
+    makes ``again``; ``copies`` maps (op, input position) to the
     memory it reads, ``ways`` to the positions in ``forward`` of
     the routes it came by."""
 
@@ -70,8 +70,8 @@ def moves(
     free: frozenset[int],
     regathering: Mapping[int, tuple[int, ...]] | None = None,
 ) -> Moves:
-    """All moves of a block; CheckError where the plan leaves one open or impossible. ``regathering``: ops -> inputs that they
-    keep as cut where they were gathered, to gather them again backward."""
+    """All moves of a block; CheckError where the plan leaves one open or impossible. ``regathering``: ops -> inputs
+    that they keep as cut where they were gathered, to gather them again backward."""
     ops = graph.ops[block.first_op : block.end_op]
     made: dict[int, Lie] = {
         value: (mesh.settled(planned.placement), mesh.settled(planned.gradient))

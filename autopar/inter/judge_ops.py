@@ -6,8 +6,9 @@
     attention                  device curve at the local shape, forward and backward
     exchanged inside           all_reduce of the statistics that the op's rule names, over axes that shard the label
 
-Labels (of the op's sharding rule) name equal dims of different tensors: all tensors must leave a label at the same local
-size, the label a rule contracts must leave a partial sum, and an input that lacks a sharded label a partial gradient.
+Labels (of the op's sharding rule) name equal dims of different tensors: all tensors must leave a label at the same
+local size, the label a rule contracts must leave a partial sum, and an input that lacks a sharded label a partial
+gradient.
 """
 
 from collections.abc import Sequence
@@ -30,8 +31,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpPrice:
     """Seconds of the kernels, forward and backward, and the collectives the op issues by itself. ``shards`` is by how
-    many ranks its work is divided, the data axis included; ``fixed_shards`` counts only axes that cut a dim which does not
-    grow with the batch: statistics over the batch (of batch norm) are divided by no other."""
+    many ranks its work is divided, the data axis included; ``fixed_shards`` counts only axes that cut a dim which does
+    not grow with the batch: statistics over the batch (of batch norm) are divided by no other."""
 
     forward_s: float
     backward_s: float
@@ -57,8 +58,8 @@ def price_op(
     fused: tuple[float, float] = (0.0, 0.0),
     balanced: bool = False,
 ) -> OpPrice:
-    """``fused`` is the traffic, forward and backward, that fusion saves; ``balanced`` as in `judge_block`. CheckError where
-    the placements contradict each other."""
+    """``fused`` is the traffic, forward and backward, that fusion saves; ``balanced`` as in `judge_block`. CheckError
+    where the placements contradict each other."""
     rule = rule_of(op, graph.values)
     values = [graph.values[value] for value in (*op.inputs, *op.outputs)]
     placed = [parse_placements(text) for text in (*planned.inputs, *planned.outputs)]

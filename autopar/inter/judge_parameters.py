@@ -57,9 +57,10 @@ def price_parameters(
     read_again: frozenset[int] | None = None,
     disagreed: frozenset[tuple[int, int]] = frozenset(),
 ) -> ParameterPrice:
-    """``stored`` parameters are kept and reduced by an earlier block of the stage; ``microbatch_steps`` gathers again only
-    those that the backward reads (``read_again``; None: all), while its seconds charge for the whole bucket. ``disagreed``
-    are (parameter, axis) on which blocks of the stage use a tied one differently: its gradient is a sum of terms there."""
+    """``stored`` parameters are kept and reduced by an earlier block of the stage; ``microbatch_steps`` gathers again
+    only those that the backward reads (``read_again``; None: all), while its seconds charge for the whole bucket.
+    ``disagreed`` are (parameter, axis) on which blocks of the stage use a tied one differently: its gradient is a sum
+    of terms there."""
     plans = _by_value(graph, block, program)
     sums = dict.fromkeys(
         ("forward", "backward", "reduction", "optimizer", "p", "g", "o", "gathered", "sum", "late"), 0.0
@@ -190,8 +191,8 @@ def _names(graph: Graph, value: int) -> tuple[str, ...]:
 def _partial_axes(
     graph: Graph, block: Block, program: BlockProgram, value: int, planned: ParameterPlan, mesh: Mesh
 ) -> tuple[int, ...]:
-    """D: where some use of a parameter leaves a term of its gradient (one that leaves all of it counts on the first rank);
-    all uses must take the parameter as it is planned."""
+    """D: where some use of a parameter leaves a term of its gradient (one that leaves all of it counts on the first
+    rank); all uses must take the parameter as it is planned."""
     found: set[int] = set()
     for op, at_op in zip(graph.ops[block.first_op : block.end_op], program.ops, strict=True):
         for at, read in enumerate(op.inputs):

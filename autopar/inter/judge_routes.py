@@ -6,8 +6,9 @@ States are placements (a token text per axis), steps change all axes of a set th
     S -> R  all_gather      bytes: what a rank holds after      S -> S' all_to_all       bytes: what a rank holds
     R -> S  a local slice, free                                 R -> P  zeros on all ranks but the first, free
 
-Nothing becomes P on an axis that does not end as P. Dims are cut outermost axis first, so a shard may only come or go where no axis further in cuts the same dim. Axes of one
-rank change for nothing. Among equally cheap ways the one of fewest steps wins, then the first in order of its text.
+Nothing becomes P on an axis that does not end as P. Dims are cut outermost axis first, so a shard may only come or go
+where no axis further in cuts the same dim. Axes of one rank change for nothing. Among equally cheap ways the one of
+fewest steps wins, then the first in order of its text.
 
 Worked example: (4, 8) fp16 = 64 bytes from ``P`` to ``S(0)`` on an axis of 2: one reduce_scatter of 64 bytes.
 """
@@ -47,8 +48,8 @@ class Route:
 
 
 def local_shape(shape: tuple[int, ...], tokens: Tokens, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape on the fullest rank: cut dim by dim, outermost axis first, rounding up piece by piece. Cuts of few pieces
-    lie outside those of many, and leave a rank its share of the pieces.
+    """The shape on the fullest rank: cut dim by dim, outermost axis first, rounding up piece by piece. Cuts of few
+    pieces lie outside those of many, and leave a rank its share of the pieces.
 
     >>> local_shape((24, 5), ("_S(0,3)",), (4,)), local_shape((10, 4), ("S(0)", "R"), (4, 2))
     ((6, 5), (3, 4))

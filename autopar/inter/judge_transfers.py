@@ -1,4 +1,5 @@
-"""Transfers between stages as the judge finds them: what crosses a cut, where it lies on both sides, which links it takes.
+"""Transfers between stages as the judge finds them: what crosses a cut, where it lies on both sides, which links it
+takes.
 
 Every rank of the receiving stage gets its own part: forward the activation as it lies at the receiver's blocks' inputs,
 backward its gradient as it lies at the previous stage's outputs. A value made further back passes through the stages

@@ -1,8 +1,9 @@
-"""What passes while an op of a block runs: memory beside what micro-batches keep, counted from the program's placements.
+"""What passes while an op of a block runs: memory beside what micro-batches keep, counted from the program's
+placements.
 
-Forward, an op's tensors that no op of the model keeps, each memory once; backward, the gradients of its activations (each
-memory once) and of its parameters; both with what its kernels allocate for themselves. Materialised attention allocates
-its scores forward, and the gradients of scores and of probabilities backward.
+Forward, an op's tensors that no op of the model keeps, each memory once; backward, the gradients of its activations
+(each memory once) and of its parameters; both with what its kernels allocate for themselves. Materialised attention
+allocates its scores forward, and the gradients of scores and of probabilities backward.
 """
 
 from math import prod

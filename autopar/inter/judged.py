@@ -11,8 +11,9 @@ from autopar.plan.plan import Plan
 
 
 def judged(plan: Plan, blocks: Blocks, cluster: Cluster) -> Plan:
-    """``plan`` with its collectives and what its step is made of. A plan whose figures are not those of its placements, or whose placements the judge
-    cannot follow, says so in its notes: what it cannot vouch for it does not hide, and does not withhold."""
+    """``plan`` with its collectives and what its step is made of. A plan whose figures are not those of its placements,
+    or whose placements the judge cannot follow, says so in its notes: what it cannot vouch for it does not hide, and
+    does not withhold."""
     try:
         verdict = judge(plan, blocks.graph, blocks.blocks, cluster, blocks.profile)
     except CheckError as error:

@@ -1,7 +1,8 @@
-"""What a manual layout leaves open, filled in as Megatron's program does (Shoeybi et al., 2019; Korthikanti et al., 2022).
+"""What a manual layout leaves open, filled in as Megatron's program does (Shoeybi et al., 2019; Korthikanti et al.,
+2022).
 
-Stages are cut as even as possible (``cuts``); the mesh of a stage is (data, ep, cp, tp) with axes of one rank left out. On
-each axis ops are restricted (``restriction``), and what is still free (column or row) is the fastest:
+Stages are cut as even as possible (``cuts``); the mesh of a stage is (data, ep, cp, tp) with axes of one rank left out.
+On each axis ops are restricted (``restriction``), and what is still free (column or row) is the fastest:
 
     tp   matmuls and look-ups shard their weights, attention its heads; without sp nothing is sharded by sequence and what
          crosses blocks is replicated, with sp it is sharded by sequence
@@ -33,8 +34,8 @@ class StageCut:
 
 
 def cuts(blocks: tuple[Block, ...], layout: Layout, gpus: int) -> tuple[StageCut, ...]:
-    """The stages of a resolved layout in model order, interleaved ones chunk by chunk; LayoutError where there are fewer
-    layers than stages, or other blocks than ``stages=`` counts."""
+    """The stages of a resolved layout in model order, interleaved ones chunk by chunk; LayoutError where there are
+    fewer layers than stages, or other blocks than ``stages=`` counts."""
     ends = stage_ends(blocks, layout)
     if layout.stages:
         specs = list(layout.stages)
@@ -57,7 +58,8 @@ def cuts(blocks: tuple[Block, ...], layout: Layout, gpus: int) -> tuple[StageCut
 
 
 def stage_ends(blocks: tuple[Block, ...], layout: Layout) -> list[int]:
-    """Where the stages of a layout, resolved or not, end; LayoutError where the model's blocks are too few or others."""
+    """Where the stages of a layout, resolved or not, end; LayoutError where the model's blocks are too few or
+    others."""
     return _listed_ends(blocks, layout) if layout.stages else even_ends(blocks, layout.pp * layout.vpp)
 
 
@@ -67,8 +69,9 @@ def _layers(blocks: tuple[Block, ...]) -> tuple[int, int]:
 
 
 def even_ends(blocks: tuple[Block, ...], num_stages: int) -> list[int]:
-    """Where the stages end: the embedding with the first stage, the head with the last, layers as even as possible. Where
-    embedding and head, counted as a layer each, make the division even, they are; else the earlier stages take more.
+    """Where the stages end: the embedding with the first stage, the head with the last, layers as even as possible.
+    Where embedding and head, counted as a layer each, make the division even, they are; else the earlier stages take
+    more.
 
     Example: 70 layers on 12 stages are 5, then ten times 6, then 5 (BLOOM)."""
     first, last = _layers(blocks)
@@ -123,7 +126,8 @@ def _allowed(graph: Graph, names: tuple[str, ...], sp: bool) -> Allowed:
     }
 
     def by_sequence(node: OpNode, option: Option) -> bool:
-        """Whether it cuts an activation along the sequence: dim 1, dim 2 behind heads, or tokens merged with the batch."""
+        """Whether it cuts an activation along the sequence: dim 1, dim 2 behind heads, or tokens merged with the
+        batch."""
         tensors = zip((*node.op.inputs, *node.op.outputs), (*option.inputs, *option.outputs), strict=True)
         return any(
             isinstance(token, Atom)

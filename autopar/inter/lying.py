@@ -1,8 +1,8 @@
 """How tensors lie on the mesh of a stage, written for the plan: the data axis in front, then the inner axes.
 
 on the data axis   what `intra.data_axis` says; where blocks meet (the default) S(dim) along the first dim that grows with
-                   the batch; a tensor without one is whole there, and its gradient a sum of terms; a scalar that carries
-                   a gradient (the loss) is itself a sum of terms
+                   the batch; a tensor without one is whole there, and its gradient a sum of terms; a scalar that
+                   carries a gradient (the loss) is itself a sum of terms
 on every axis      Atom: S or _S, and so is the gradient    "R": R, gradient R
                    "G": R, gradient P                       "P": P, gradient R
 """

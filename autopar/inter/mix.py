@@ -1,7 +1,7 @@
 """The best mix of frontier points over the blocks of one stage, as an integer program (PuLP, HiGHS).
 
-Columns c of n_c equal blocks, points p with totals F, W (forward, backward), R, E (reductions, rest of the step), state,
-saved, workspace; s micro-batches in flight, M bytes of room, B micro-batches:
+Columns c of n_c equal blocks, points p with totals F, W (forward, backward), R, E (reductions, rest of the step),
+state, saved, workspace; s micro-batches in flight, M bytes of room, B micro-batches:
 
     minimise    F + W + step / B
     one_c       sum_p x_cp = n_c                                        x_cp blocks of column c take point p, integer

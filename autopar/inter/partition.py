@@ -102,8 +102,9 @@ class Pipeline:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineResult:
     """``status``: "optimal" = nothing is better than ``best`` by more than the tolerance; "feasible" = stopped by a
-    limit, or the times are relaxed and the bound of an evaluated pipeline is below its time; "infeasible" = no pipeline is below the problem's upper bound by more than the tolerance; "failed" =
-    a limit came before any pipeline. No pipeline at all is below ``lower_bound_s``."""
+    limit, or the times are relaxed and the bound of an evaluated pipeline is below its time; "infeasible" = no pipeline
+    is below the problem's upper bound by more than the tolerance; "failed" = a limit came before any pipeline. No
+    pipeline at all is below ``lower_bound_s``."""
 
     best: Pipeline | None
     lower_bound_s: float

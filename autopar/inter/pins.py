@@ -1,7 +1,7 @@
 """Pins on a model's blocks: which parameters they name, and what they leave of the options of an op on a mesh axis.
 
-Equal blocks are planned alike, so a pin names a parameter of all blocks of a kind or of none; a tied parameter is pinned
-by any of its names.
+Equal blocks are planned alike, so a pin names a parameter of all blocks of a kind or of none; a tied parameter is
+pinned by any of its names.
 """
 
 import re
@@ -24,8 +24,8 @@ NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # of a layer: a whole part of a do
 
 
 class BlockPins:
-    """The pins of one graph, by parameter. UsageError for a pin that names nothing, names some of several equal blocks, or
-    contradicts another."""
+    """The pins of one graph, by parameter. UsageError for a pin that names nothing, names some of several equal blocks,
+    or contradicts another."""
 
     def __init__(self, graph: Graph, blocks: Sequence[Block], pins: Sequence[tuple[str, str]]) -> None:
         self.pins = tuple(parse_pin(glob, placements) for glob, placements in pins)
@@ -44,8 +44,8 @@ class BlockPins:
                     raise UsageError(f"--pin {other} and --pin {pin} both name {names[value][0]}; give one of them")
 
     def allowed(self, has_data_axis: bool, base: Allowed | None = None) -> Allowed:
-        """Which options of an op on an inner axis the pins leave, of those that ``base`` leaves. The tokens of a mesh that
-        names its data axis begin with that axis."""
+        """Which options of an op on an inner axis the pins leave, of those that ``base`` leaves. The tokens of a mesh
+        that names its data axis begin with that axis."""
 
         def allows(axis: int, node: OpNode, option: Option) -> bool:
             for position in node.parameters:
@@ -69,8 +69,8 @@ class BlockPins:
         return next(iter(counts), None)
 
     def rests(self, has_data_axis: bool) -> Rests:
-        """Which storages of a parameter the pins leave: over the data axis, which cuts no use, cut at rest or whole as its
-        token says; over an inner axis pinned whole, whole."""
+        """Which storages of a parameter the pins leave: over the data axis, which cuts no use, cut at rest or whole as
+        its token says; over an inner axis pinned whole, whole."""
 
         def leaves(value: int, storage: Storage) -> bool:
             pin = self._by_value.get(value)

@@ -292,8 +292,8 @@ def held_at_most(book: StageBook, schedule: Schedule) -> tuple[int, ...]:
 
 
 def _next(pending: list["_Search"], best: int | None) -> "_Search":
-    """The search of the micro-batch size next to the best so far (step times fall and rise again along the sizes), else of
-    the middle one."""
+    """The search of the micro-batch size next to the best so far (step times fall and rise again along the sizes), else
+    of the middle one."""
     middle = best or math.exp(sum(math.log(one.book.micro_batch) for one in pending) / len(pending))
     return min(pending, key=lambda one: (abs(math.log(one.book.micro_batch / middle)), one.free_bound_s))
 

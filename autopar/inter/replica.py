@@ -1,8 +1,10 @@
-"""One replica that serves a model: what each of its tensor-parallel ranks runs and holds, read off the layout's training.
+"""One replica that serves a model: what each of its tensor-parallel ranks runs and holds, read off the layout's
+training.
 
-The ops of a rank are those of the priced layout, each with its local sizes. With u the fewest samples at which all sizes of
-the model are whole and N the traced sequence, u N tokens pass through an op; per token its rows, bytes and exchanged bytes
-are 1 / (u N) of that. The head is the last op that reads a parameter; what follows is the loss and does not run.
+The ops of a rank are those of the priced layout, each with its local sizes. With u the fewest samples at which all
+sizes of the model are whole and N the traced sequence, u N tokens pass through an op; per token its rows, bytes and
+exchanged bytes are 1 / (u N) of that. The head is the last op that reads a parameter; what follows is the loss and does
+not run.
 """
 
 from collections import defaultdict

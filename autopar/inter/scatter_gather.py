@@ -1,8 +1,8 @@
 """Seconds that a tensor takes from one stage to the next.
 
 Ranks of the sending stage that hold the same tensor each send a part of it, and the receivers gather it over their fast
-links (Narayanan et al., "Efficient Large-Scale Language Model Training", 2021, section 4.1); where the boundary is sharded
-each rank needs its part only:
+links (Narayanan et al., "Efficient Large-Scale Language Model Training", 2021, section 4.1); where the boundary is
+sharded each rank needs its part only:
 
     t = transfer(bytes / (data ranks * inner ranks)) + all_gather(bytes / data ranks / shards, over replicated axes)
 """
@@ -37,8 +37,8 @@ def send_seconds(
     senders: int,
     same_node: bool,
 ) -> float:
-    """``num_bytes`` of the whole micro-batch go to a stage of mesh (data, inner ...), whose inner axes place the boundary
-    as ``roles`` say; ``senders`` ranks of a node send at once."""
+    """``num_bytes`` of the whole micro-batch go to a stage of mesh (data, inner ...), whose inner axes place the
+    boundary as ``roles`` say; ``senders`` ranks of a node send at once."""
     if not num_bytes:
         return 0.0
     data, *inner = mesh_sizes

@@ -1,9 +1,9 @@
-"""`estimate --mode prefill|decode`: inference of a traced model on tensor-parallel groups, from the same graph, layout rules
-and tables as its training.
+"""`estimate --mode prefill|decode`: inference of a traced model on tensor-parallel groups, from the same graph, layout
+rules and tables as its training.
 
-A group of tp ranks serves a replica, dp replicas work side by side. What tp cuts is what the training layout of the same tp
-cuts. Ops behind the last one that reads a parameter are the loss and do not run; that one, the head, runs for the last
-token of a sequence only. N is the traced sequence:
+A group of tp ranks serves a replica, dp replicas work side by side. What tp cuts is what the training layout of the
+same tp cuts. Ops behind the last one that reads a parameter are the loss and do not run; that one, the head, runs for
+the last token of a sequence only. N is the traced sequence:
 
     prefill   forward of b sequences of N tokens, as the training layout prices it, without loss
     decode    `cost.inference`: every op at 1 / N of its rows
@@ -92,9 +92,9 @@ def serve(
     dtype: str | None = None,
     memory_gib: float | None = None,
 ) -> Serving:
-    """Price inference; ``batch`` sequences over all replicas, else the most that fit (decode) or the fewest there can be
-    (prefill). ``context`` tokens in the cache, else the traced sequence. LayoutError for a layout that inference does not
-    take, UsageError for a model that does not generate."""
+    """Price inference; ``batch`` sequences over all replicas, else the most that fit (decode) or the fewest there can
+    be (prefill). ``context`` tokens in the cache, else the traced sequence. LayoutError for a layout that inference
+    does not take, UsageError for a model that does not generate."""
     machine = load_cluster(cluster)
     model = model_graph(workload, dtype=dtype or machine.device.default_dtype)
     calls = attention_calls(model.graph)

@@ -2,7 +2,8 @@
 
 Every stage takes its leanest choice found (`intra.frontier.lean_rows`); over the stages, from the last one backwards,
 
-    need(s, i, d) = min over j, k of max(lean bytes of blocks i..j-1 on submesh k with s stages from it on, need(s - 1, j, d - n_k))
+    need(s, i, d) = min over j, k of max(lean bytes of blocks i..j-1 on submesh k with s stages from it on, need(s - 1,
+    j, d - n_k))
 
 so need(S, 0, D) is the memory of the fullest device of the leanest pipeline.
 """

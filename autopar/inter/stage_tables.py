@@ -4,8 +4,9 @@ No choice for a stage of blocks with counts n_c takes less than (D_c: optimum of
 
     max over rows of [sum_c n_c min_mode D_c - price * (M - fixed - workspace)]
 
-seconds, then the least over boundary placements and meshes. A row's weight of saved bytes is the number s of micro-batches
-held; for an s between two weights the same combination of the two rows' optima is a bound, as D is concave in its prices.
+seconds, then the least over boundary placements and meshes. A row's weight of saved bytes is the number s of
+micro-batches held; for an s between two weights the same combination of the two rows' optima is a bound, as D is
+concave in its prices.
 """
 
 import math
@@ -28,9 +29,9 @@ HUGE = 1e29  # sums of this and more hold an impossible part
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StageBounds:
-    """Seconds that no choice for a stage type is below: of its forward, forward + backward (``through_s``), what it does
-    once per step, and B micro-batches with the step (``busy_s``); inf where nothing fits. ``even_s`` (3, types) are
-    forward, backward and step of the fastest choice whose blocks all take one point: a good start."""
+    """Seconds that no choice for a stage type is below: of its forward, forward + backward (``through_s``), what it
+    does once per step, and B micro-batches with the step (``busy_s``); inf where nothing fits. ``even_s`` (3, types)
+    are forward, backward and step of the fastest choice whose blocks all take one point: a good start."""
 
     forward_s: Floats
     through_s: Floats
@@ -245,8 +246,8 @@ class StageTables:
         return np.stack(planes, axis=-1)
 
     def _possible(self, size: int, in_flight: int) -> NDArray[np.bool_]:
-        """Which (first, end) can stand there (``FREE``: anywhere): with fewer micro-batches held than there are, 1F1B says how many stages
-        follow, each of a block at least."""
+        """Which (first, end) can stand there (``FREE``: anywhere): with fewer micro-batches held than there are, 1F1B
+        says how many stages follow, each of a block at least."""
         type_of, count, B = self.book.type_of, len(self.book.blocks.blocks), self.book.num_microbatches
         first, end = np.indices((count + 1, count + 1))
         if size == self.book.gpus:

@@ -7,8 +7,9 @@ overlaps applied once:
     step                 max(reduction - last backward, 0) + optimizer         seconds per step
     memory               state + s * saved + max workspace + fixed             bytes, at most the budget M
 
-The fastest choice that fits (`finish`) is made of the solutions of `intra.frontier` when a pipeline that holds the stage
-is evaluated; what no choice is below says `stage_tables`. Stages with the same count of each kind of block cost the same, so prices are made once per distinct count vector.
+The fastest choice that fits (`finish`) is made of the solutions of `intra.frontier` when a pipeline that holds the
+stage is evaluated; what no choice is below says `stage_tables`. Stages with the same count of each kind of block cost
+the same, so prices are made once per distinct count vector.
 """
 
 from dataclasses import dataclass
@@ -34,8 +35,8 @@ HUGE = 1e30  # stands for "impossible" in sums, where inf times zero would be un
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MeshSums:
     """Per stage type, row and boundary placement: ``time_s`` per micro-batch with its share of the step, bytes ``held``
-    (2, ...) whatever is in flight and per micro-batch in flight, and the ``bound_s`` of the rows. ``fastest`` (types,) is
-    the flat position of the least time; ``phase`` and ``kept`` say which rows these are of `StageBook.points`."""
+    (2, ...) whatever is in flight and per micro-batch in flight, and the ``bound_s`` of the rows. ``fastest`` (types,)
+    is the flat position of the least time; ``phase`` and ``kept`` say which rows these are of `StageBook.points`."""
 
     phase: int
     kept: slice
@@ -261,8 +262,9 @@ class StageBook:
         return best
 
     def _received_s(self, kind: int, run: Finished, num_devices: int) -> float:
-        """What a micro-batch's activations and gradients take to reach the stage, by how its boundary places them, if its
-        neighbours are of its own size and on other nodes: it tells boundaries that are equally fast inside apart."""
+        """What a micro-batch's activations and gradients take to reach the stage, by how its boundary places them, if
+        its neighbours are of its own size and on other nodes: it tells boundaries that are equally fast inside
+        apart."""
         if num_devices == self.gpus or self.restriction is not None:
             return 0.0
         return self.transfers.received_s(self._stage_of[kind], num_devices, run.choice)

@@ -19,9 +19,9 @@ from autopar.plan.plan import Estimate, StagePlan, TimeParts, device_memory
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """Seconds of a stage: per micro-batch by what computes (recompute included), ``launch_s`` by which the host takes longer
-    to launch than the device to compute, ``activations_s`` in collectives on activations; once per step in reductions,
-    hidden or not, and in the rest."""
+    """Seconds of a stage: per micro-batch by what computes (recompute included), ``launch_s`` by which the host takes
+    longer to launch than the device to compute, ``activations_s`` in collectives on activations; once per step in
+    reductions, hidden or not, and in the rest."""
 
     matmul_s: float = 0.0
     attention_s: float = 0.0
@@ -66,8 +66,8 @@ def time_parts(uses: Sequence[Use]) -> Parts:
 def alike_on_all_ranks(
     uses: Sequence[Use], profile: GraphProfile, names: Sequence[str]
 ) -> dict[str, tuple[float, bool]]:
-    """Inner axis of a stage (``names``, in order) -> the share of the forward FLOPs that all its ranks compute alike, and
-    whether attention is among them; axes that share out all work are left out."""
+    """Inner axis of a stage (``names``, in order) -> the share of the forward FLOPs that all its ranks compute alike,
+    and whether attention is among them; axes that share out all work are left out."""
     found: dict[str, tuple[float, bool]] = {}
     for axis, name in enumerate(names):
         whole = alike = 0.0

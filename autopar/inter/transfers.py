@@ -105,8 +105,8 @@ class Transfers:
         return self._known[key]
 
     def received_s(self, blocks: tuple[int, int], devices: int, choice: "StageChoice") -> float:
-        """Seconds per micro-batch in which a stage of blocks first..end-1 receives its activations and its gradients from
-        stages of as many devices on other nodes (or the same, where there is one)."""
+        """Seconds per micro-batch in which a stage of blocks first..end-1 receives its activations and its gradients
+        from stages of as many devices on other nodes (or the same, where there is one)."""
         one_node = self.book.gpus <= self.book.blocks.cluster.devices_per_node
         stage, last = (*blocks, devices), len(self.book.blocks.blocks)
         ways = [(cut, forward) for cut, forward in ((blocks[0], True), (blocks[1], False)) if 0 < cut < last]
@@ -114,8 +114,8 @@ class Transfers:
         return sum(self._slower_s(part, devices, devices, one_node) for part in parts)
 
     def cut_bounds_s(self, sizes: Sequence[int]) -> Floats:
-        """(stage sizes, L + 1, D + 1): the least seconds that an activation and its gradient together take across the cut
-        before block i, with d devices behind it and a stage of so many devices next to it."""
+        """(stage sizes, L + 1, D + 1): the least seconds that an activation and its gradient together take across the
+        cut before block i, with d devices behind it and a stage of so many devices next to it."""
         cluster, gpus, per_node = self.book.blocks.cluster, self.book.gpus, self.book.blocks.cluster.devices_per_node
         graph = self.book.blocks.graph
         behind = np.arange(gpus + 1)

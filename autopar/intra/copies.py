@@ -1,8 +1,9 @@
 """The memory that a solved block keeps for its backward pass, counted copy by copy.
 
 Elimination prices what is kept op by op: the first op that keeps a tensor is charged for it, in the placement it reads,
-which is never more than what is kept. It is less where a tensor is kept in two placements (a gathered and a sharded copy),
-so what solutions really keep is counted here: a *copy* is a result (views share the memory of what they view) or what a redistribution left.
+which is never more than what is kept. It is less where a tensor is kept in two placements (a gathered and a sharded
+copy), so what solutions really keep is counted here: a *copy* is a result (views share the memory of what they view) or
+what a redistribution left.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,8 +25,8 @@ Lie = tuple[Token, Placement]
 
 
 class LocalSizes:
-    """Bytes of a graph's values on the fullest rank: ``data`` ranks cut the batch (or hold it whole), inner axes the rest.
-    ``local_batch`` are the samples of a data rank."""
+    """Bytes of a graph's values on the fullest rank: ``data`` ranks cut the batch (or hold it whole), inner axes the
+    rest. ``local_batch`` are the samples of a data rank."""
 
     def __init__(self, space: BlockSpace, sizes: tuple[int, ...], local_batch: int, data: int = 1) -> None:
         self.graph, self.local_batch, self.micro_batch = space.graph, local_batch, local_batch * data
@@ -53,8 +54,8 @@ class LocalSizes:
         return self._known[key]
 
     def share(self, owner: int, value: int, tokens: Placement, data: Token) -> float:
-        """Bytes of a memory of which a reader sees ``value`` lying so: as much of the whole as of the value; of a memory
-        smaller than the value (it was expanded) what the reader sees, at most all."""
+        """Bytes of a memory of which a reader sees ``value`` lying so: as much of the whole as of the value; of a
+        memory smaller than the value (it was expanded) what the reader sees, at most all."""
         memory, whole, part = self._whole(owner), self._whole(value), self.num_bytes(value, tokens, data)
         if whole > memory:
             return min(memory, part)
@@ -89,9 +90,10 @@ class CopyCounter:
         gathers_again: frozenset[int] = frozenset(),
         keeps_attention: bool = False,
     ) -> None:
-        """``first_keeper``: value whose memory is kept -> the first op of the graph that keeps it; ``core``: attentions.
-        ``gathers_again``: ops (positions) that keep what they gathered as it was cut, and gather it again backward;
-        ``keeps_attention``: attention's result stays, too, where attention is computed again but others keep it."""
+        """``first_keeper``: value whose memory is kept -> the first op of the graph that keeps it; ``core``:
+        attentions. ``gathers_again``: ops (positions) that keep what they gathered as it was cut, and gather it again
+        backward; ``keeps_attention``: attention's result stays, too, where attention is computed again but others keep
+        it."""
         self.gathers_again, self.keeps_attention = gathers_again, keeps_attention
         self._data = [
             tuple("R" if t == "G" else t for t in (*option.inputs, *option.outputs))

@@ -1,9 +1,9 @@
 """What the data axis does to each op of a block: it cuts the batch wherever an op can be cut along it.
 
-Most ops can: their rule has the batch among its labels, and every tensor that grows with the batch lies as ``S(0)`` from op
-to op. Some cannot (a sort of all tokens, an op without a rule): they run whole on every data rank, and what they read is
-gathered first. Some can in more than one way (the logits between all pairs of samples have the batch twice). Which option
-each op takes is the same for every mesh: that of the least
+Most ops can: their rule has the batch among its labels, and every tensor that grows with the batch lies as ``S(0)``
+from op to op. Some cannot (a sort of all tokens, an op without a rule): they run whole on every data rank, and what
+they read is gathered first. Some can in more than one way (the logits between all pairs of samples have the batch
+twice). Which option each op takes is the same for every mesh: that of the least
 
     sum over values  bytes that collectives move on the way from maker to reader, and their gradients back
     + sum over ops that run whole though they grow with the batch   bytes / MEMORY + FLOPs / MATMUL
@@ -31,15 +31,16 @@ MEMORY = 8.0
 MATMUL = 1500.0
 """FLOPs that take as long as one byte between GPUs of a node (600 TFLOP/s against 0.4 TB/s)."""
 SLICE = 1e-6
-"""What a local slice counts for, in bytes per byte: nothing, but that of two equal ways the one that cuts nothing wins."""
+"""What a local slice counts for, in bytes per byte: nothing, but that of two equal ways the one that cuts nothing
+wins."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataAxis:
     """``options`` has one option per op node, ``hubs`` one token per hub, ``ends`` one per block input and output.
     ``summed`` are the parameters of which some use leaves a term of the gradient on every data rank.
-    ``plain``: every tensor that grows with the batch stays cut along it, and nothing is exchanged over the axis, so that a
-    rank's prices follow from its share of the batch alone."""
+    ``plain``: every tensor that grows with the batch stays cut along it, and nothing is exchanged over the axis, so
+    that a rank's prices follow from its share of the batch alone."""
 
     options: tuple[Option, ...]
     hubs: tuple[Token, ...]
@@ -59,8 +60,8 @@ class Call:
 
 
 Link = tuple[int, int, int, int | None, int | None]
-"""(value, source, target, output of the source, input of the target): nodes 0 and 1 are the block's ends, then the calls,
-then the hubs; positions are None for ends and hubs."""
+"""(value, source, target, output of the source, input of the target): nodes 0 and 1 are the block's ends, then the
+calls, then the hubs; positions are None for ends and hubs."""
 
 
 def end_token(graph: Graph, value: int) -> Token:

@@ -1,7 +1,7 @@
 """The frontier of a block on a mesh: one optimal solution for every way of weighing time against memory.
 
-A *price row* fixes a recompute mode, prices per byte, and what communication costs; the problem it gives is pairwise, so
-elimination solves all rows and all boundary placements at once and exactly. Per micro-batch, B of them in a step:
+A *price row* fixes a recompute mode, prices per byte, and what communication costs; the problem it gives is pairwise,
+so elimination solves all rows and all boundary placements at once and exactly. Per micro-batch, B of them in a step:
 
     none        minimise F + C + beta W                     + price * (state + weight * (saved + core))
     selective   minimise F + (1 + beta) C + beta W          + price * (state + weight * saved)
@@ -17,15 +17,16 @@ elimination solves all rows and all boundary placements at once and exactly. Per
     lean        1              1         1                1                1             next to no time: least memory
 
 g is the contention: compute a beside communication b takes max(a, b) + g min(a, b) = max(a + g b, g a + b), and a step
-exposes max(g r, r - (1 - g) W) of its reductions r, so the optimum of a hidden, reduced, path or linked row is never above
-the true time plus price * memory of any choice of its mode. Linked is the better bound only where gathers take longer than
-compute, as over slow links between nodes.
+exposes max(g r, r - (1 - g) W) of its reductions r, so the optimum of a hidden, reduced, path or linked row is never
+above the true time plus price * memory of any choice of its mode. Linked is the better bound only where gathers take
+longer than compute, as over slow links between nodes.
 
-Gradients that a backward makes (LATE: with one micro-batch all, without overlap what ZeRO-2 and 3 cut) take the place of
-the saved tensors it frees: max(s saved, (s - 1) saved + late) is priced by the mean of the two, which is not above it.
+Gradients that a backward makes (LATE: with one micro-batch all, without overlap what ZeRO-2 and 3 cut) take the place
+of the saved tensors it frees: max(s saved, (s - 1) saved + late) is priced by the mean of the two, which is not above
+it.
 
-Parameters are leaves: for each row and strategy the cheapest storage is taken. What the solutions cost is then summed per
-metric, with what overlaps (ZeRO-3 gathers behind one block's compute) applied to the block as a whole.
+Parameters are leaves: for each row and strategy the cheapest storage is taken. What the solutions cost is then summed
+per metric, with what overlaps (ZeRO-3 gathers behind one block's compute) applied to the block as a whole.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,8 +48,8 @@ Rests = Callable[[int, pm.Storage], bool]
 MODES = ("none", "selective", "full")
 FAMILIES = ("priced", "hidden", "reduced", "path", "linked")
 PRICES = (0.1, 1.0, 2.5, 5.0, 8.0, 14.0, 30.0, 100.0)
-"""Prices of a byte tried where memory binds, in units of the time the device takes to stream it; densest where computing a
-layer again costs about what its activations free."""
+"""Prices of a byte tried where memory binds, in units of the time the device takes to stream it; densest where
+computing a layer again costs about what its activations free."""
 LEAN_PRICE = 1e3
 """Seconds per byte at which time has no say."""
 FORWARD, BACKWARD, STEP, STEP_EXPOSED, STATE, SAVED, WORKSPACE, LATE = range(8)
@@ -67,11 +68,12 @@ class PriceRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BlockPoints:
-    """``totals[row, boundary]`` are the eight sums above (seconds, seconds, seconds once per step that backward may hide,
-    seconds once per step, bytes, bytes per micro-batch in flight, bytes, bytes of gradients that a backward makes), inf where there is no solution; the boundary
-    placement is the same on both sides. ``choices[node, row, boundary]`` and ``storage[op][row]`` say which;
-    ``bound_s[row, boundary]`` is the row's optimum. ``least`` holds the least forward seconds, workspace and seconds
-    once per step of any choice; ``links_bind``: ZeRO-3 gathers can take longer than the compute that hides them."""
+    """``totals[row, boundary]`` are the eight sums above (seconds, seconds, seconds once per step that backward may
+    hide, seconds once per step, bytes, bytes per micro-batch in flight, bytes, bytes of gradients that a backward
+    makes), inf where there is no solution; the boundary placement is the same on both sides. ``choices[node, row,
+    boundary]`` and ``storage[op][row]`` say which; ``bound_s[row, boundary]`` is the row's optimum. ``least`` holds the
+    least forward seconds, workspace and seconds once per step of any choice; ``links_bind``: ZeRO-3 gathers can take
+    longer than the compute that hides them."""
 
     tables: BlockTables
     rows: tuple[PriceRow, ...]

@@ -7,7 +7,8 @@ Nodes of the choice problem, in order:
     2 ..         one per op that touches a value worth placing; a hub per value that several nodes read, so that a
                  gather or a gradient reduction they share is charged once
 
-Values computed from inputs and constants alone, without gradient (masks, positions, targets), are at hand in any placement.
+Values computed from inputs and constants alone, without gradient (masks, positions, targets), are at hand in any
+placement.
 """
 
 from collections.abc import Sequence
@@ -60,8 +61,8 @@ class Flow:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BlockSpace:
-    """See the module's docstring. ``data_ops`` touch only values that are at hand anywhere; ``tokens`` maps a value that
-    flows to what one axis may hold of it; ``data_axis`` says what the data axis does to each op."""
+    """See the module's docstring. ``data_ops`` touch only values that are at hand anywhere; ``tokens`` maps a value
+    that flows to what one axis may hold of it; ``data_axis`` says what the data axis does to each op."""
 
     graph: Graph
     block: Block

@@ -1,8 +1,8 @@
 """Prices of a block on one mesh: seconds and bytes for every choice of every node and every pair, before any weighing.
 
-The mesh is (data axis, inner axes ...). What the data axis does to an op is given (`data_axis`): mostly it cuts the batch, so
-that a block's prices follow from ``local_batch`` alone, and are made as for one data rank. On each inner axis every op
-chooses an option freely; a *strategy* of an op is an option per inner axis. Metrics per micro-batch and node:
+The mesh is (data axis, inner axes ...). What the data axis does to an op is given (`data_axis`): mostly it cuts the
+batch, so that a block's prices follow from ``local_batch`` alone, and are made as for one data rank. On each inner axis
+every op chooses an option freely; a *strategy* of an op is an option per inner axis. Metrics per micro-batch and node:
 
     FORWARD, CORE_FORWARD    seconds; CORE is attention, which selective recomputation redoes
     BACKWARD                 seconds
@@ -44,18 +44,18 @@ Allowed = Callable[[int, OpNode, Option], bool]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BlockTables:
-    """Of a block at ``local_batch`` samples on each of ``data`` ranks. ``strategies[at]`` of ``space.ops[at]``: (options
-    per inner axis). ``states[n]``: placements of boundary or hub node n's values, and ``boundary_tokens`` those of a block
-    input or output under each boundary placement. ``kept[at]``
-    are the bytes of tensors that SAVED and CORE_SAVED price for op ``at``, (strategies, 2); ``copies`` counts what a solution
-    really keeps instead. ``node_metrics[n]`` is (choices, metrics), ``edges`` are (node, node, (choices, choices) forward seconds,
-    the same backward). ``parameter_uses[at]`` lists, for op ``at``, (value, per strategy: local elements, axes with a
-    partial gradient); axes count the data axis as 0, inner axes from 1. ``again`` are the (op, number) of uses of a
-    parameter that an earlier op of the block uses, and stores, alike. ``host_s`` are the seconds that the host takes to
-    launch the forward, attention's part of it (which selective recompute launches again), and the backward; a move adds
-    ``sync_s``, forward and backward per edge, as ranks wait for the slowest host. Communication behind compute costs
-    ``contention`` of the shorter of the two (1: nothing overlaps); ``blocking`` launches add to what the device computes.
-    ``eliminator`` is made for the edges."""
+    """Of a block at ``local_batch`` samples on each of ``data`` ranks. ``strategies[at]`` of ``space.ops[at]``:
+    (options per inner axis). ``states[n]``: placements of boundary or hub node n's values, and ``boundary_tokens``
+    those of a block input or output under each boundary placement. ``kept[at]``
+    are the bytes of tensors that SAVED and CORE_SAVED price for op ``at``, (strategies, 2); ``copies`` counts what a
+    solution really keeps instead. ``node_metrics[n]`` is (choices, metrics), ``edges`` are (node, node, (choices,
+    choices) forward seconds, the same backward). ``parameter_uses[at]`` lists, for op ``at``, (value, per strategy:
+    local elements, axes with a partial gradient); axes count the data axis as 0, inner axes from 1. ``again`` are the
+    (op, number) of uses of a parameter that an earlier op of the block uses, and stores, alike. ``host_s`` are the
+    seconds that the host takes to launch the forward, attention's part of it (which selective recompute launches
+    again), and the backward; a move adds ``sync_s``, forward and backward per edge, as ranks wait for the slowest host.
+    Communication behind compute costs ``contention`` of the shorter of the two (1: nothing overlaps); ``blocking``
+    launches add to what the device computes. ``eliminator`` is made for the edges."""
 
     space: BlockSpace
     local_batch: int
@@ -115,7 +115,8 @@ def degrees_of(
 
 class TableBuilder:
     """Builds the tables of one block for one inner mesh and local batch; ``links`` are the inner axes' links,
-    ``whole`` those of all axes, the data axis of ``data`` ranks first. ``data`` may be one wherever the block is plain."""
+    ``whole`` those of all axes, the data axis of ``data`` ranks first. ``data`` may be one wherever the block is
+    plain."""
 
     def __init__(
         self,
@@ -213,8 +214,8 @@ class TableBuilder:
         )
 
     def _sync_s(self) -> tuple[tuple[float, float], ...]:
-        """Per flow what its move, forward and backward, waits for the slowest host: of all ranks where the data axis moves,
-        else of those of the inner axes."""
+        """Per flow what its move, forward and backward, waits for the slowest host: of all ranks where the data axis
+        moves, else of those of the inner axes."""
         each = self.execution.software.collective_calls * self.links.cluster.device.launch_s
         inner = math.prod(self.sizes)
         found = []
@@ -508,7 +509,8 @@ class TableBuilder:
         return np.where(np.isfinite(forward), forward, seconds)
 
     def _kept_as_cut(self, value: int, target: int, first_hub: int) -> bool:
-        """Whether what moves to a node is gathered again in the backward: it is, or leads to, an op that does and keeps it."""
+        """Whether what moves to a node is gathered again in the backward: it is, or leads to, an op that does and keeps
+        it."""
         return any(
             value == op.inputs[position]
             for at in self.gathers_again
@@ -563,8 +565,8 @@ class TableBuilder:
     def _table(
         self, links: MeshLinks, value: Value, wanted: Sequence[Placement], cut: Token | None
     ) -> tuple[Floats, dict[Placement, int]]:
-        """Seconds between every two placements on the axes of ``links``, and where each is in the table. ``cut`` is how the
-        data axis cuts the value where it is none of the axes."""
+        """Seconds between every two placements on the axes of ``links``, and where each is in the table. ``cut`` is how
+        the data axis cuts the value where it is none of the axes."""
         per_axis: list[dict[Token, None]] = [{} for _ in links.sizes]
         for placement in wanted:
             for axis, token in enumerate(placement):

@@ -3,8 +3,9 @@
     forward     inputs and results whose memory no op keeps for the backward (what is kept is in SAVED) + scratch
     backward    gradients of results and of inputs, each memory once, + gradients of parameters + scratch
 
-Scratch is what the op's own kernels allocate and free again: a cross entropy's gradient of log-probabilities, as large as
-the logits; of materialised attention the raw scores forward, and backward the gradients of scores and of probabilities.
+Scratch is what the op's own kernels allocate and free again: a cross entropy's gradient of log-probabilities, as large
+as the logits; of materialised attention the raw scores forward, and backward the gradients of scores and of
+probabilities.
 """
 
 from collections.abc import Sequence
@@ -38,9 +39,9 @@ def passing_bytes(
     parameters: Sequence[int],
     scratch: tuple[float, float],
 ) -> float:
-    """``keepers``: values whose memory some op keeps, ``overwritten``: those whose gradients are written there; ``local_bytes`` are those of its
-    inputs, then outputs, on the fullest rank; ``parameters``: positions of the trained ones; ``scratch``: local
-    bytes, forward and backward."""
+    """``keepers``: values whose memory some op keeps, ``overwritten``: those whose gradients are written there;
+    ``local_bytes`` are those of its inputs, then outputs, on the fullest rank; ``parameters``: positions of the trained
+    ones; ``scratch``: local bytes, forward and backward."""
     forward: dict[int, float] = {}
     backward: dict[int, float] = {}
     for at, number in enumerate((*op.inputs, *op.outputs)):

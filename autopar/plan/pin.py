@@ -3,8 +3,8 @@
     layers.*.wq.weight=RS(0)     on a mesh of two axes: whole over the first, dim 0 cut over the second
 
 A glob (``*`` also spans dots) names parameters; there is a token per axis of the mesh, outermost first, as plans print
-them. Over an axis that cuts nothing of how a parameter is used, its token says whether it is cut at rest: ``S(0)`` over the
-data axis is ZeRO-3. ``S(d)`` stands for any cut of dim d, also a strided one (a fused projection cut by heads).
+them. Over an axis that cuts nothing of how a parameter is used, its token says whether it is cut at rest: ``S(0)`` over
+the data axis is ZeRO-3. ``S(d)`` stands for any cut of dim d, also a strided one (a fused projection cut by heads).
 """
 
 from dataclasses import dataclass
@@ -57,8 +57,8 @@ def meets(token: str, pinned: str) -> bool:
 
 
 def unmet(plan: Plan, pins: tuple[Pin, ...]) -> list[str]:
-    """What of the pins a plan does not keep to, a line each; empty for a plan that keeps to all. Of a tied parameter one
-    use in a stage stores it, and that counts."""
+    """What of the pins a plan does not keep to, a line each; empty for a plan that keeps to all. Of a tied parameter
+    one use in a stage stores it, and that counts."""
     found: dict[str, None] = {}
     for stage in plan.stages:
         axes = [axis.name for axis in stage.axes]

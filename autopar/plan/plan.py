@@ -30,7 +30,8 @@ class OpPlan(Noun, frozen=True, kw_only=True):
     """One op of a block: placements of each tensor input and output, in the order of ``graph.ir.Op``.
 
     ``input_gradients`` say how the op's backward leaves the gradient of each input, ``output_gradients`` how it takes
-    that of each output; "" where there is none. An ``R`` input of an op that is sharded on an axis has gradient ``P``."""
+    that of each output; "" where there is none. An ``R`` input of an op that is sharded on an axis has gradient
+    ``P``."""
 
     name: str
     inputs: tuple[str, ...]
@@ -89,8 +90,8 @@ class BlockRef(Noun, frozen=True, kw_only=True):
 class MemoryParts(Noun, frozen=True, kw_only=True):
     """Bytes on the fullest device of a stage at its peak. ``saved_activations_bytes`` covers all micro-batches in
     flight; ``workspace_bytes`` is the largest passing need; ``fixed_bytes`` is what torch's allocator does not count
-    (context, communication buffers, fragmentation). Gradients of a single micro-batch take the place of saved tensors that
-    the backward frees: ``overlaid_bytes`` are counted as both and are there once."""
+    (context, communication buffers, fragmentation). Gradients of a single micro-batch take the place of saved tensors
+    that the backward frees: ``overlaid_bytes`` are counted as both and are there once."""
 
     parameters_bytes: int
     gradients_bytes: int
@@ -156,9 +157,9 @@ ItemKind = (
 
 
 class TimeItem(Noun, frozen=True, kw_only=True):
-    """A line of where a step goes on the devices of the busiest stage, seconds per step: all that ``kind`` takes, and what
-    nothing else hides; the ``exposed_s`` of all items add up to the step time. Collectives say over which mesh ``axes``
-    and ``of`` what they are."""
+    """A line of where a step goes on the devices of the busiest stage, seconds per step: all that ``kind`` takes, and
+    what nothing else hides; the ``exposed_s`` of all items add up to the step time. Collectives say over which mesh
+    ``axes`` and ``of`` what they are."""
 
     kind: ItemKind
     total_s: float
@@ -187,8 +188,9 @@ class Estimate(Noun, frozen=True, kw_only=True):
     The low and high ends are of 90 % intervals from measured runs; 0 where none was made. ``flops_by_kind`` says
     which arithmetic they are; ``items`` are what the step is made of, empty where the judge could not follow the plan.
 
-    ``provenance`` counts the priced terms of the slowest stage by what stands behind them, ``provenance_s`` their seconds
-    per step, hidden or not: "measured" (inside a measured table), "modelled" (a formula, or a sibling's table scaled),
+    ``provenance`` counts the priced terms of the slowest stage by what stands behind them, ``provenance_s`` their
+    seconds per step, hidden or not: "measured" (inside a measured table), "modelled" (a formula, or a sibling's table
+    scaled),
     "extrapolated" (outside its table)."""
 
     step_time_s: float

@@ -60,8 +60,8 @@ def time_table(plan: Plan, *, bars: bool) -> Table:
 
 def memory_table(plan: Plan, *, width: int) -> Table:
     """A line per run of devices, GiB of a device; runs alike are told once. The letters of the bar are those of the
-    columns, dots are free, ``!`` is beyond the budget; where ``width`` is short of room there are none. Gradients that take
-    the place of saved tensors count as gradients, so that the columns add up to the total."""
+    columns, dots are free, ``!`` is beyond the budget; where ``width`` is short of room there are none. Gradients that
+    take the place of saved tensors count as gradients, so that the columns add up to the total."""
     bar_width = min(width - NUMBERS_WIDTH, MEMORY_BAR_WIDTH)
     bars = bar_width >= LEAST_BAR_WIDTH
     budget = plan.estimate.budget_bytes

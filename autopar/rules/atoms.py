@@ -6,8 +6,8 @@ local only along a piece that both sides know, so each dim is refined into *atom
     x[B, S, 3h] -> view [B, S, 3, heads, d]      the last dim of x has atoms (3, heads, d)
     _S(2,3): shard the second atom, `heads`, which repeats 3 times: torch's ``_StridedShard(2, split_factor=3)``
 
-Cuts (prefix products inside a dim) spread over every op of a block until nothing changes: the weight of a fused projection
-is cut where its output is, so its shard is strided too, and nothing has to be gathered.
+Cuts (prefix products inside a dim) spread over every op of a block until nothing changes: the weight of a fused
+projection is cut where its output is, so its shard is strided too, and nothing has to be gathered.
 """
 
 import itertools

@@ -65,7 +65,8 @@ def outer(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
 
 
 def bilinear(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """x[..., i], y[..., j], w[o, i, j], bias[o] -> [..., o]. Local form along i and j: the bias on the first rank only."""
+    """x[..., i], y[..., j], w[o, i, j], bias[o] -> [..., o]. Local form along i and j: the bias on the first rank
+    only."""
     labels = Labels()
     rows = labels.dims(outputs[0].shape[:-1])
     o, i, j = labels.new(), labels.new("sum"), labels.new("sum")
@@ -74,8 +75,8 @@ def bilinear(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRul
 
 
 def einsum(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """Each letter is a label; a letter that an operand has twice is a diagonal, and whole. The dims that "..." stands for
-    have letters of their own; without "->" the result has the letters that occur once, in order."""
+    """Each letter is a label; a letter that an operand has twice is a diagonal, and whole. The dims that "..." stands
+    for have letters of their own; without "->" the result has the letters that occur once, in order."""
     terms, right = _letters(str(op.args[0]).replace(" ", ""), inputs)
     if len(terms) != len(inputs):
         return replicated(op, inputs, outputs, known=False)
@@ -135,8 +136,8 @@ def _letters(equation: str, inputs: Sequence[Value]) -> tuple[list[str], str]:
 def grouped_mm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     """x[t, k], w[e, k, n], ends[e] -> [t, n]: rows sorted by expert, those of expert e end before row ends[e].
 
-    ``ends`` is whole on every rank. Local form: a rank that holds rows [r, r + len) uses clamp(ends - r, 0, len); one that
-    holds some experts computes their rows and has zeros elsewhere, so the result is partial."""
+    ``ends`` is whole on every rank. Local form: a rank that holds rows [r, r + len) uses clamp(ends - r, 0, len); one
+    that holds some experts computes their rows and has zeros elsewhere, so the result is partial."""
     if len(inputs) != 3 or len(inputs[0].shape) != 2 or len(inputs[1].shape) != 3:
         return replicated(op, inputs, outputs, known=False)
     labels = Labels()
@@ -185,7 +186,8 @@ def attention(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRu
 def convolution(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     """x[b, c_in, ...], w[c_out, c_in / groups, ...], bias[c_out] -> [b, c_out, ...]; space is not sharded (halos).
 
-    Local form: along c_in the bias is added on the first rank only; depthwise, a rank has as many groups as channels."""
+    Local form: along c_in the bias is added on the first rank only; depthwise, a rank has as many groups as
+    channels."""
     num_groups = argument(op, 6, "groups", 1)
     local_form: tuple[int, ...]
     labels = Labels()

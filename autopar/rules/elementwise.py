@@ -91,7 +91,8 @@ def along(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
 
 
 def reduce(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """sum and mean: reduced dims give partial results. Local form of a mean: the sum of the rank's part over the whole count."""
+    """sum and mean: reduced dims give partial results. Local form of a mean: the sum of the rank's part over the whole
+    count."""
     shape = inputs[0].shape
     given = argument(op, 1, "dim", None)
     if isinstance(given, str) or given is None or isinstance(given, bool):
@@ -117,10 +118,11 @@ def extremum(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRul
 
 
 def cross_entropy(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """logits[t, v], target[t] -> loss: tokens give partial losses; a sharded vocabulary exchanges the maximum, then the sum
-    of exponentials and the target's logit (and the sum of logits, where labels are smoothed), fp32 each (Shoeybi et al.,
-    "Megatron-LM", 2019, section 3). Local form of a mean over cut tokens: the sum of the rank's losses over the count of all
-    targets that are not ignored. logits[t, v, ...]: the classes are whole."""
+    """logits[t, v], target[t] -> loss: tokens give partial losses; a sharded vocabulary exchanges the maximum, then the
+    sum of exponentials and the target's logit (and the sum of logits, where labels are smoothed), fp32 each (Shoeybi et
+    al.,
+    "Megatron-LM", 2019, section 3). Local form of a mean over cut tokens: the sum of the rank's losses over the count
+    of all targets that are not ignored. logits[t, v, ...]: the classes are whole."""
     rule = _by_token(op, inputs, outputs)
     if rule is None:
         return replicated(op, inputs, outputs, known=True)
@@ -135,8 +137,8 @@ def cross_entropy(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> 
 
 
 def _by_token(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule | None:
-    """[t, v, ...], target[t, ...] -> loss, the classes v whole; None with weights of classes or targets that are no classes,
-    whose means are no sums over tokens with one count."""
+    """[t, v, ...], target[t, ...] -> loss, the classes v whole; None with weights of classes or targets that are no
+    classes, whose means are no sums over tokens with one count."""
     shape = inputs[0].shape
     if len(inputs) != 2 or len(shape) < 2 or inputs[1].shape != (shape[0], *shape[2:]):
         return None
@@ -149,8 +151,8 @@ def _by_token(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRu
 
 
 def log_softmax(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """As ``along``, but the dim itself may be cut where it is the last: maximum and sum of exponentials are exchanged, fp32
-    each, and in the backward the sum of the gradient. Local form: x - log(all-reduced sum of exp(x))."""
+    """As ``along``, but the dim itself may be cut where it is the last: maximum and sum of exponentials are exchanged,
+    fp32 each, and in the backward the sum of the gradient. Local form: x - log(all-reduced sum of exp(x))."""
     rule = along(op, inputs, outputs)
     shape = inputs[0].shape
     label = rule.inputs[0][-1] if shape else NO_LABEL
@@ -167,8 +169,9 @@ def log_softmax(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> Op
 
 
 def nll_loss(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """log-probabilities[t, v, ...], target[t, ...] -> loss. Local form along t: as a cross entropy's; along v of two dims:
-    a rank adds up what it has of the tokens' log-probabilities, zero for targets in another part of the vocabulary."""
+    """log-probabilities[t, v, ...], target[t, ...] -> loss. Local form along t: as a cross entropy's; along v of two
+    dims: a rank adds up what it has of the tokens' log-probabilities, zero for targets in another part of the
+    vocabulary."""
     rule = _by_token(op, inputs, outputs)
     if rule is None:
         return replicated(op, inputs, outputs, known=True)
@@ -236,7 +239,8 @@ def prelu(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
 
 
 def looked_up(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """bucketize(x, edges), searchsorted(edges, x) with a vector of edges: x is element by element, the edges are whole."""
+    """bucketize(x, edges), searchsorted(edges, x) with a vector of edges: x is element by element, the edges are
+    whole."""
     x, edges = (0, 1) if op.target.startswith("aten.bucketize") else (1, 0)
     if len(inputs) != 2 or len(inputs[edges].shape) != 1 or inputs[x].shape != outputs[0].shape:
         return replicated(op, inputs, outputs, known=True)

@@ -1,4 +1,5 @@
-"""Which ops have the local form that some of their options need (`OpRule.local_form`): what nobody can run, nobody plans.
+"""Which ops have the local form that some of their options need (`OpRule.local_form`): what nobody can run, nobody
+plans.
 
 The runtime implements them (`autopar.runtime.kernels`); a test holds the two lists together.
 """

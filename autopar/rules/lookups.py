@@ -12,7 +12,8 @@ from autopar.rules.rule import NO_LABEL, OpRule
 
 
 def embedding(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """weight[v, h], ids[...] -> [..., h]: a shard of the vocabulary looks up what it has, zero otherwise (its local form)."""
+    """weight[v, h], ids[...] -> [..., h]: a shard of the vocabulary looks up what it has, zero otherwise (its local
+    form)."""
     labels = Labels()
     ids = labels.dims(inputs[1].shape)
     v, h = labels.new("sum"), labels.new()
@@ -37,8 +38,8 @@ def index(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
 
 
 def _several(places: tuple[Any, ...], op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """x[:, i, j] and kin: dims without an index are parallel, those with one whole; the dims of the indices, which broadcast,
-    stand where the first of them stood, or in front where a dim without an index lies between them."""
+    """x[:, i, j] and kin: dims without an index are parallel, those with one whole; the dims of the indices, which
+    broadcast, stand where the first of them stood, or in front where a dim without an index lies between them."""
     indexed = [at for at, place in enumerate(places) if place is not None]
     if not indexed or len(indexed) != len(inputs) - 1:
         return replicated(op, inputs, outputs, known=True)
@@ -102,8 +103,8 @@ def histogram(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRu
 
 
 def gather(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """gather, scatter, index_select and kin: x[...] picked along ``dim`` by an index of the same rank. A dim of one size in
-    all tensors is parallel; ``dim`` is whole, but that each element a gather asks for is independent."""
+    """gather, scatter, index_select and kin: x[...] picked along ``dim`` by an index of the same rank. A dim of one
+    size in all tensors is parallel; ``dim`` is whole, but that each element a gather asks for is independent."""
     tensors = (*inputs, *outputs)
     rank = len(inputs[0].shape)
     dim = argument(op, 2 if op.target.startswith("aten.take_along_dim") else 1, "dim")

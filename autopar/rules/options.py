@@ -21,7 +21,8 @@ Token = Atom | str
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
     """One choice of one op on one axis. ``labels`` are the labels it divides (none: the op is replicated), ``size`` the
-    traced number of pieces it can be cut into at most, ``inside`` whether the kernel then exchanges ``OpRule.inside``."""
+    traced number of pieces it can be cut into at most, ``inside`` whether the kernel then exchanges
+    ``OpRule.inside``."""
 
     inputs: tuple[Token, ...]
     outputs: tuple[Token, ...]

@@ -8,8 +8,8 @@ from autopar.rules.rule import NO_LABEL, OpRule
 
 
 def recurrent(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """lstm, gru, rnn_tanh, rnn_relu (x, states, weights, has_biases, layers, dropout, train, bidirectional, batch_first) ->
-    (out, states ...): x[b, t, f] or x[t, b, f]; states[layers, b, h]."""
+    """lstm, gru, rnn_tanh, rnn_relu (x, states, weights, has_biases, layers, dropout, train, bidirectional,
+    batch_first) -> (out, states ...): x[b, t, f] or x[t, b, f]; states[layers, b, h]."""
     states = op.args[1] if isinstance(op.args[1], tuple) else (op.args[1],)
     if not op.target.endswith(".input") or len(inputs[0].shape) != 3 or not all(isinstance(s, Ref) for s in states):
         return replicated(op, inputs, outputs, known=True)

@@ -1,9 +1,10 @@
 """The noun every sharding rule produces: an op's dimensions as labels, and what sharding a label means.
 
 A rule names the dims of each tensor input and output by small integers (*labels*), as an einsum does:
-``linear(x[b, s, k], w[n, k]) -> out[b, s, n]`` is ``inputs=((0, 1, 3), (2, 3)), outputs=((0, 1, 2),)``. Sharding a label on a
-mesh axis shards every tensor that has it; an input without it is replicated and its gradient comes out ``Partial``; an
-output without it comes out ``Partial``. What that does to an op whose label is none of these is its ``kind``:
+``linear(x[b, s, k], w[n, k]) -> out[b, s, n]`` is ``inputs=((0, 1, 3), (2, 3)), outputs=((0, 1, 2),)``. Sharding a
+label on a mesh axis shards every tensor that has it; an input without it is replicated and its gradient comes out
+``Partial``; an output without it comes out ``Partial``. What that does to an op whose label is none of these is its
+``kind``:
 
     parallel   computed independently along it
     sum        contracted: outputs are partial sums
@@ -23,8 +24,9 @@ NO_LABEL = -1  # a dim of size one that broadcasts, or one that no rule may shar
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inside:
-    """What an op with a sharded ``inside`` label all-reduces by itself, whole bytes of each exchange at the traced batch;
-    ``labels`` are the labels of the exchanged tensors, which divide the bytes where they are sharded on other axes."""
+    """What an op with a sharded ``inside`` label all-reduces by itself, whole bytes of each exchange at the traced
+    batch; ``labels`` are the labels of the exchanged tensors, which divide the bytes where they are sharded on other
+    axes."""
 
     forward_bytes: tuple[int, ...]
     backward_bytes: tuple[int, ...]
@@ -37,10 +39,10 @@ class OpRule:
 
     ``roles`` of a matmul: label -> "b", "m", "n" or "k" (batched, rows, columns, contracted); of attention: label ->
     "b", "h", "q", "k", "d". ``passes_gradient``: a replicated input may have a partial gradient if the output has
-    (true of every op that is linear in the gradient of one input). ``passes_partial``: the op is linear in that input, so a
-    partial sum may pass through. ``carrier`` is the input these two speak of. ``known`` is False for the last resort.
-    ``local_form``: labels along which a rank runs something else than the op itself on its shards; the function that made
-    the rule says what.
+    (true of every op that is linear in the gradient of one input). ``passes_partial``: the op is linear in that input,
+    so a partial sum may pass through. ``carrier`` is the input these two speak of. ``known`` is False for the last
+    resort. ``local_form``: labels along which a rank runs something else than the op itself on its shards; the function
+    that made the rule says what.
     """
 
     inputs: tuple[tuple[int, ...], ...]

@@ -147,7 +147,8 @@ def split(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
 
 
 def slices(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """slice, select, narrow, flip, pad, cumsum, sort ...: dims that keep their size are parallel but for the one acted on."""
+    """slice, select, narrow, flip, pad, cumsum, sort ...: dims that keep their size are parallel but for the one acted
+    on."""
     shape, target = inputs[0].shape, outputs[0].shape
     labels = Labels()
     dims = list(labels.dims(shape))
@@ -178,7 +179,8 @@ def written(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule
 
 
 def concatenate(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """cat and stack: the joined dim stays whole, the others are parallel. cat takes a vector of no elements as nothing."""
+    """cat and stack: the joined dim stays whole, the others are parallel. cat takes a vector of no elements as
+    nothing."""
     rank = len(outputs[0].shape)
     dim = argument(op, 1, "dim", 0) % rank
     labels = Labels()

@@ -1,6 +1,8 @@
-"""Rules of ops that slide over space or resample it: pools, upsampling, transposed convolution, unfolding, instance norm.
+"""Rules of ops that slide over space or resample it: pools, upsampling, transposed convolution, unfolding, instance
+norm.
 
-Space is whole (a window reads its neighbours); samples are independent, and channels are wherever the op treats each alike.
+Space is whole (a window reads its neighbours); samples are independent, and channels are wherever the op treats each
+alike.
 """
 
 from collections.abc import Sequence
@@ -60,7 +62,8 @@ def instance_norm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> 
 
 
 def transposed(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """x[b, c_in, ...], w[c_in, c_out / groups, ...], bias[c_out] -> [b, c_out, ...]. Local form along c_in: the bias once."""
+    """x[b, c_in, ...], w[c_in, c_out / groups, ...], bias[c_out] -> [b, c_out, ...]. Local form along c_in: the bias
+    once."""
     labels = Labels()
     batch = labels.new()
     grouped = argument(op, 6, "groups", 1) != 1
@@ -82,7 +85,8 @@ def transposed(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpR
 
 
 def grid_sample(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
-    """x[b, c, ...], grid[b, ..., n] -> [b, c, ...]: samples and channels are independent, and so is what is asked for."""
+    """x[b, c, ...], grid[b, ..., n] -> [b, c, ...]: samples and channels are independent, and so is what is asked
+    for."""
     labels = Labels()
     batch, channel = labels.dims(outputs[0].shape[:2])
     asked = labels.dims(outputs[0].shape[2:])

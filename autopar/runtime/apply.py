@@ -44,12 +44,13 @@ def apply(
 ) -> Trainer:
     """This rank's trainer of ``plan``; collective over the world, which must have as many ranks as the plan GPUs.
 
-    ``model`` holds the initial weights, alike on every rank; each keeps only its parts of them. One on the meta device is
-    initialised tensor by tensor, as its file, Hugging Face or its modules do it. ``optimizer`` makes a
+    ``model`` holds the initial weights, alike on every rank; each keeps only its parts of them. One on the meta device
+    is initialised tensor by tensor, as its file, Hugging Face or its modules do it. ``optimizer`` makes a
     torch optimizer that works element by element (AdamW, SGD) on a list of fp32 parameters. ``seed`` is that of
     dropout and initial weights; ``workload`` is only needed for
     a model built in Python. ``dtype`` ("float64") computes in another dtype than the plan's; ``twin`` takes a
-    model of the plan's structure in other sizes. Raises UsageError (world size, differing plans), PlanFileError (the model is another)."""
+    model of the plan's structure in other sizes. Raises UsageError (world size, differing plans), PlanFileError (the
+    model is another)."""
     check_world(plan)
     workload = workload or workload_of(plan)
     where = torch.device(device) if device is not None else _own_device()

@@ -1,4 +1,5 @@
-"""Checkpoints with torch.distributed.checkpoint: the model's own names and global shapes, so any plan loads any other's.
+"""Checkpoints with torch.distributed.checkpoint: the model's own names and global shapes, so any plan loads any
+other's.
 
     folder/latest         name of the newest whole checkpoint, replaced in one piece
     folder/step-12/       one checkpoint, written as .step-12.tmp and renamed when all ranks are done
@@ -41,8 +42,8 @@ Box = tuple[tuple[slice, ...], ChunkStorageMetadata]
 
 
 class Part(Tensor):
-    """What a rank holds of a tensor of global ``shape``, for torch.distributed.checkpoint: a wrapper without data of its
-    own. ``writes``: whether this rank's replica is the one that is stored."""
+    """What a rank holds of a tensor of global ``shape``, for torch.distributed.checkpoint: a wrapper without data of
+    its own. ``writes``: whether this rank's replica is the one that is stored."""
 
     local: Tensor
     boxes: list[Box]
@@ -106,7 +107,8 @@ def _runs(indices: list[int]) -> Iterator[tuple[int, int, int]]:
 
 
 def state_dict(trainer: Trainer) -> dict[str, Any]:
-    """``model`` (by the model's names) and ``optimizer`` (by name, then key) as ``Part``s, for ``dcp.save`` and ``load``."""
+    """``model`` (by the model's names) and ``optimizer`` (by name, then key) as ``Part``s, for ``dcp.save`` and
+    ``load``."""
     model: dict[str, Part] = {}
     optimizer: dict[str, dict[str, Part]] = {}
     for parameter, held, writes in _stored(trainer):

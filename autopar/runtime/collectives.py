@@ -44,8 +44,9 @@ def order_of(lowered: Lowered, mesh: Mesh) -> list[str]:
 
 
 def sequences_of(lowered: Lowered, mesh: Mesh) -> dict[str, list[str]]:
-    """Per group of the rank, its collectives in the order they run: what the members of the group must agree on. Ranks of
-    one stage may differ in bytes: where an axis cuts a dim unevenly, the groups across it move tensors of other sizes."""
+    """Per group of the rank, its collectives in the order they run: what the members of the group must agree on. Ranks
+    of one stage may differ in bytes: where an axis cuts a dim unevenly, the groups across it move tensors of other
+    sizes."""
     group_of = {tuple(mesh.names[axis] for axis in axes): name for axes, name in mesh.groups.items()}
     found: dict[str, list[str]] = {name: [] for name in group_of.values()}
     for counted in _in_order(lowered, mesh):

@@ -10,8 +10,8 @@ from autopar.runtime.move import all_reduce
 
 
 def sum_over(local: Tensor, mesh: Mesh, axes: Sequence[int], *, partial_gradient: bool) -> Tensor:
-    """The sum over the ranks of ``axes``, on each of them. ``partial_gradient``: what is made of the sum differs from rank
-    to rank, so the gradient that comes back is one rank's term (and is summed, too)."""
+    """The sum over the ranks of ``axes``, on each of them. ``partial_gradient``: what is made of the sum differs from
+    rank to rank, so the gradient that comes back is one rank's term (and is summed, too)."""
     return _Sum.apply(local, mesh, tuple(axes), partial_gradient)
 
 

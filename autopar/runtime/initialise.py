@@ -1,8 +1,8 @@
 """Initial weights of a model that was built on the meta device, one tensor at a time: it never stands whole anywhere.
 
-The model's own initialisation runs on meta tensors while its in-place writes are recorded; then each tensor's writes are
-replayed on a real one, of which a rank keeps its part. Random numbers are seeded by the tensor's name, so they depend on
-neither the plan nor the rank. A tensor that nothing wrote whole is an error, never zeros.
+The model's own initialisation runs on meta tensors while its in-place writes are recorded; then each tensor's writes
+are replayed on a real one, of which a rank keeps its part. Random numbers are seeded by the tensor's name, so they
+depend on neither the plan nor the rank. A tensor that nothing wrote whole is an error, never zeros.
 """
 
 import hashlib

@@ -2,10 +2,10 @@
 
     joint(arguments, tangents) = stage.backward(stage.forward(arguments), tangents)
 
-The partition: the forward graph is what the outputs need. The backward needs what the gradients need, walking back until
-a forward node that is kept: every forward node is, except views, nodes whose block recomputes (the values that enter the
-block are kept), and gathered ZeRO-3 parameters. A recomputed node stands right before its first reader, so one block at a
-time is computed again. Both graphs hold functional collectives by group name: each rank lowers its own.
+The partition: the forward graph is what the outputs need. The backward needs what the gradients need, walking back
+until a forward node that is kept: every forward node is, except views, nodes whose block recomputes (the values that
+enter the block are kept), and gathered ZeRO-3 parameters. A recomputed node stands right before its first reader, so
+one block at a time is computed again. Both graphs hold functional collectives by group name: each rank lowers its own.
 """
 
 import operator
@@ -25,9 +25,9 @@ from autopar.runtime.stage import GATHER, StageFunction
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Lowered:
-    """``run_forward(arguments)`` returns ``num_outputs`` outputs, then the tensors saved for ``run_backward``, which takes
-    the arguments ``kept_arguments``, those, and the tangents, and returns the gradients. Both empty the list they are given,
-    so that a tensor lives until its last reader has run."""
+    """``run_forward(arguments)`` returns ``num_outputs`` outputs, then the tensors saved for ``run_backward``, which
+    takes the arguments ``kept_arguments``, those, and the tangents, and returns the gradients. Both empty the list they
+    are given, so that a tensor lives until its last reader has run."""
 
     forward: fx.GraphModule
     backward: fx.GraphModule

@@ -1,7 +1,7 @@
 """How an op runs on what one rank holds, so that the result is what its usage says.
 
-Most ops are their own local function. The table below lists the others: those with sizes among their literals, those that
-average, and those whose kernel must know which part of a dim it holds or must exchange something along it.
+Most ops are their own local function. The table below lists the others: those with sizes among their literals, those
+that average, and those whose kernel must know which part of a dim it holds or must exchange something along it.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,8 +28,8 @@ NONE, MEAN, SUM = 0, 1, 2  # torch's reductions
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Around:
-    """What a kernel may ask for: ``whole(at)`` is input ``at`` replicated, ``key`` the number that random ops start from (of
-    this step and micro-batch, int64)."""
+    """What a kernel may ask for: ``whole(at)`` is input ``at`` replicated, ``key`` the number that random ops start
+    from (of this step and micro-batch, int64)."""
 
     whole: Callable[[int], Tensor]
     key: Tensor | None
@@ -113,8 +113,8 @@ class LocalOp:
         return found
 
     def only_first(self, tensor: Tensor, axes: Sequence[int]) -> Tensor:
-        """``tensor`` on the first rank of each axis, zeros on the others: a term of a sum that is to count once. All ranks
-        record the same operation, so that collectives of the backward pair."""
+        """``tensor`` on the first rank of each axis, zeros on the others: a term of a sum that is to count once. All
+        ranks record the same operation, so that collectives of the backward pair."""
         return tensor * (0.0 if any(self.mesh.coordinate[axis] for axis in axes) else 1.0) if axes else tensor
 
 
@@ -276,8 +276,9 @@ def _dropout(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tenso
 
 
 def _cross_entropy(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
-    """Tokens may be cut (this rank's term of the mean over all that are not ignored), and so may the vocabulary (Shoeybi
-    et al., "Megatron-LM", 2019, section 3: maximum, sum of exponentials and the target's logit are exchanged)."""
+    """Tokens may be cut (this rank's term of the mean over all that are not ignored), and so may the vocabulary
+    (Shoeybi et al., "Megatron-LM", 2019, section 3: maximum, sum of exponentials and the target's logit are
+    exchanged)."""
     logits, target = tensors[:2]
     reduction = argument(local.op, 3, "reduction", MEAN)
     ignored = argument(local.op, 4, "ignore_index", -100)

@@ -1,8 +1,8 @@
 """Which elements of a tensor a rank holds.
 
-A placement has a token per mesh axis: "R", "P" or a ``Cut``. ``Cut(dim, pieces)`` sees ``dim`` as ``pieces`` equal pieces
-and cuts each into as many chunks as the axis has ranks (``S(d)`` has one piece; a chunk is rounded up, as torch.chunk
-does). Cuts of one dim nest: those with fewer pieces lie outside, of equal ones the outer mesh axis does.
+A placement has a token per mesh axis: "R", "P" or a ``Cut``. ``Cut(dim, pieces)`` sees ``dim`` as ``pieces`` equal
+pieces and cuts each into as many chunks as the axis has ranks (``S(d)`` has one piece; a chunk is rounded up, as
+torch.chunk does). Cuts of one dim nest: those with fewer pieces lie outside, of equal ones the outer mesh axis does.
 
     shape (12,), mesh 2 x 2, tokens S(0), _S(0,2):  rank (0, 0) holds 0 1 2, rank (0, 1) holds 3 4 5
 """
@@ -66,7 +66,8 @@ def cuts_of(placement: Placement, dim: int) -> list[tuple[int, int]]:
 
 
 def local_pieces(placement: Placement, axis: int, sizes: Sequence[int]) -> int:
-    """Into how many pieces the cut of ``axis`` sees the local dim: its pieces, less those that cuts outside took away."""
+    """Into how many pieces the cut of ``axis`` sees the local dim: its pieces, less those that cuts outside took
+    away."""
     cut = placement[axis]
     assert isinstance(cut, Cut)
     taken = prod(sizes[other] for pieces, other in cuts_of(placement, cut.dim) if pieces < cut.pieces)
@@ -75,7 +76,8 @@ def local_pieces(placement: Placement, axis: int, sizes: Sequence[int]) -> int:
 
 
 def is_legal(shape: Shape, placement: Placement, sizes: Sequence[int]) -> bool:
-    """Whether cuts nest in whole pieces; only the innermost cut of a dim may be uneven, and then none shares its atom."""
+    """Whether cuts nest in whole pieces; only the innermost cut of a dim may be uneven, and then none shares its
+    atom."""
     for dim, size in enumerate(shape):
         cuts = cuts_of(placement, dim)
         extent, before = size, 1  # elements of one piece of the last atom, and how many of them there are

@@ -1,6 +1,7 @@
 """Seconds of kernels on the device this process runs on: what `profile` makes a device's table of.
 
-A time is the median of repeated runs after one that warms up, until both ``repeats`` runs and ``least_s`` seconds are through.
+A time is the median of repeated runs after one that warms up, until both ``repeats`` runs and ``least_s`` seconds are
+through.
 On a GPU runs are timed by events on its stream, so what the host does meanwhile is hidden as it is in training.
 
     matmul       (m, k) @ (k, n)                            2 m n k FLOPs

@@ -1,8 +1,8 @@
 """Seconds of collectives among the ranks of the process group, and of sends between two: a cluster's curves.
 
-Under ``torchrun`` every rank calls these in the same order; ranks outside the group that talks wait. A time is the slowest
-rank's median. Bytes mean what ``CollectiveCurve`` says: the tensor of all_reduce, the output of all_gather, the input of
-reduce_scatter, what a rank holds before all_to_all.
+Under ``torchrun`` every rank calls these in the same order; ranks outside the group that talks wait. A time is the
+slowest rank's median. Bytes mean what ``CollectiveCurve`` says: the tensor of all_reduce, the output of all_gather, the
+input of reduce_scatter, what a rank holds before all_to_all.
 """
 
 from collections.abc import Callable

@@ -17,8 +17,8 @@ from autopar.plan.plan import StagePlan
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Mesh:
-    """Axis ``names`` and ``sizes`` (outermost first), the rank's ``coordinate`` on them (that of the first rank where it
-    is not a member), and per set of axes the name of the group that the rank is in."""
+    """Axis ``names`` and ``sizes`` (outermost first), the rank's ``coordinate`` on them (that of the first rank where
+    it is not a member), and per set of axes the name of the group that the rank is in."""
 
     names: tuple[str, ...]
     sizes: tuple[int, ...]

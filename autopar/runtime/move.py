@@ -22,7 +22,8 @@ from autopar.runtime.mesh import Mesh
 
 
 def move(local: Tensor, shape: Shape, source: Placement, target: Placement, mesh: Mesh) -> Tensor:
-    """``local`` of a tensor of global ``shape`` in ``source``, brought to ``target``; contiguous unless nothing changes."""
+    """``local`` of a tensor of global ``shape`` in ``source``, brought to ``target``; contiguous unless nothing
+    changes."""
     if source == target:
         return local
     mover = _Mover(local, shape, source, target, mesh)
@@ -261,8 +262,8 @@ def _collective(name: str, local: Tensor, *args: object, mesh: Mesh, axes: Seque
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversion:
-    """How one reader takes a value: from ``source`` to ``target``, and the gradient from ``gradient_source`` (as the reader
-    gives it) to ``gradient_target`` (as the maker wants it). ``shape`` is global."""
+    """How one reader takes a value: from ``source`` to ``target``, and the gradient from ``gradient_source`` (as the
+    reader gives it) to ``gradient_target`` (as the maker wants it). ``shape`` is global."""
 
     shape: tuple[int, ...]
     source: Placement

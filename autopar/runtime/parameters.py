@@ -1,7 +1,8 @@
 """What a rank keeps of the parameters between steps, and the step itself.
 
-Per parameter: the *weight* its ops use, in the plan's dtype (cut by ZeRO-3), the *sum* of its gradient over micro-batches
-(cut by ZeRO-2 and -3), and the *master*, an fp32 ``nn.Parameter`` cut by ZeRO-1 to -3, which the user's optimizer steps.
+Per parameter: the *weight* its ops use, in the plan's dtype (cut by ZeRO-3), the *sum* of its gradient over
+micro-batches (cut by ZeRO-2 and -3), and the *master*, an fp32 ``nn.Parameter`` cut by ZeRO-1 to -3, which the user's
+optimizer steps.
 Where weight and master would be equal they are one tensor. A step:
 
     reduce     once: reduce-scatter over the axes that ZeRO-1 cuts, all-reduce over the others that left terms; tied
@@ -29,8 +30,8 @@ MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class StoredParameter:
-    """One parameter of one stage on one rank; ``names`` are the model's. ``counted``: this rank's elements count in norms
-    (others hold replicas)."""
+    """One parameter of one stage on one rank; ``names`` are the model's. ``counted``: this rank's elements count in
+    norms (others hold replicas)."""
 
     stored: StageParameter
     names: tuple[str, ...]

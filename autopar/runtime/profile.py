@@ -1,8 +1,9 @@
 """`autopar profile`: the machine this runs on, measured into a table that ``--cluster`` takes.
 
-Alone it measures the device; under ``torchrun`` also the collectives among its ranks (gloo on CPUs, NCCL on GPUs). What it
-does not measure is taken from a *base*, the shipped cluster most like the machine, and keeps the base's source. A device
-that ships keeps its data sheet's peaks; any other's peak is the fastest that was seen, so utilisation is of that.
+Alone it measures the device; under ``torchrun`` also the collectives among its ranks (gloo on CPUs, NCCL on GPUs). What
+it does not measure is taken from a *base*, the shipped cluster most like the machine, and keeps the base's source. A
+device that ships keeps its data sheet's peaks; any other's peak is the fastest that was seen, so utilisation is of
+that.
 
     efficiency (m, n, k)   2 m n k / (t * peak)                                               (``_matmul_table``)
     efficiency (s, h)      FLOPs of the causal half / (t * peak)                              (``_attention``)
@@ -87,8 +88,8 @@ SIZES = {
 def profile(
     *, device: str | None, quick: bool, base: str | None, progress: Progress, sizes: Sizes | None = None
 ) -> Cluster | None:
-    """Measure; None on the ranks that are not the first. ``device`` "cpu" or "cuda", else what is there; ``sizes`` instead
-    of those of ``SIZES``."""
+    """Measure; None on the ranks that are not the first. ``device`` "cpu" or "cuda", else what is there; ``sizes``
+    instead of those of ``SIZES``."""
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if chosen == "cuda" and not torch.cuda.is_available():
         raise UsageError("torch sees no GPU here; profile the CPU with --device cpu")
@@ -217,8 +218,8 @@ def _matmul_times(
 
 
 def _attention(watch: Stopwatch, sizes: Sizes, dtype: torch.dtype, peak: float) -> dict[str, Any]:
-    """Table of fused attention, its backward's speed and what a smaller head costs; the table is of measured kernels, so
-    ``flash_speed`` is 1."""
+    """Table of fused attention, its backward's speed and what a smaller head costs; the table is of measured kernels,
+    so ``flash_speed`` is 1."""
     efficiency = []
     for seq, heads in itertools.product(sizes.seq, sizes.heads):
         forward_s, backward_s = attention_s(watch, seq, heads, REFERENCE_HEAD_DIM, dtype)
@@ -236,7 +237,8 @@ def _attention(watch: Stopwatch, sizes: Sizes, dtype: torch.dtype, peak: float) 
 def _materialised(
     watch: Stopwatch, sizes: Sizes, dtype: torch.dtype, peak: float, fields: dict[str, Any]
 ) -> dict[str, float]:
-    """Traffic of the mask and softmax: what materialised attention takes beyond its products as a device prices them."""
+    """Traffic of the mask and softmax: what materialised attention takes beyond its products as a device prices
+    them."""
     seq, heads, d = min(sizes.seq[-1], MATH_SEQ), min(sizes.heads[-1], MATH_HEADS), REFERENCE_HEAD_DIM
     forward_s, backward_s = materialised_attention_s(watch, seq, heads, d, dtype)
     itemsize = ITEMSIZE[_word(dtype)]

@@ -1,13 +1,13 @@
 """What each stage computes: its ops with their usages, the moves between them, and what crosses stages.
 
-An activation moves as the plan says: from where its op leaves it to the ``shared`` placement of several readers, from there
-to every (placement, gradient) that some reader takes, and at a block's end to where blocks meet; its gradient goes the same
-way back. A value in one of these places is a *slot*; where nothing changes, two places are one slot. A plan that names no
-placements between ops (``shared``, ``inputs``, ``outputs``) leaves every value where its op does.
+An activation moves as the plan says: from where its op leaves it to the ``shared`` placement of several readers, from
+there to every (placement, gradient) that some reader takes, and at a block's end to where blocks meet; its gradient
+goes the same way back. A value in one of these places is a *slot*; where nothing changes, two places are one slot. A
+plan that names no placements between ops (``shared``, ``inputs``, ``outputs``) leaves every value where its op does.
 
-All ranks derive the programs of all stages, from the plan and the graph alone, so sender and receiver of a value agree on
-its placements at both ends. What is read further on passes through the stages between, from each to the next, and its
-gradient back; partial sums are reduced before they are sent.
+All ranks derive the programs of all stages, from the plan and the graph alone, so sender and receiver of a value agree
+on its placements at both ends. What is read further on passes through the stages between, from each to the next, and
+its gradient back; partial sums are reduced before they are sent.
 """
 
 from collections.abc import Iterable
@@ -29,8 +29,8 @@ from autopar.runtime.usage import Usage, UsageReader, gradient_of, settled
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgramOp:
-    """An op of a stage: the slots it reads and makes; ``conversions`` say how it takes each of its inputs, shapes are global.
-    ``block`` is the block that runs it, -1 for the preparation of data that another block holds."""
+    """An op of a stage: the slots it reads and makes; ``conversions`` say how it takes each of its inputs, shapes are
+    global. ``block`` is the block that runs it, -1 for the preparation of data that another block holds."""
 
     op: Op
     usage: Usage
@@ -55,8 +55,8 @@ class ProgramMove:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageParameter:
-    """A parameter or buffer of a stage. ``compute`` is where its ops use it, ``gradient`` where one micro-batch leaves its
-    gradient before ZeRO cuts it; ``zero`` (0 to 3) is the stage of ZeRO over ``zero_axes``, which cut dim 0 of what
+    """A parameter or buffer of a stage. ``compute`` is where its ops use it, ``gradient`` where one micro-batch leaves
+    its gradient before ZeRO cuts it; ``zero`` (0 to 3) is the stage of ZeRO over ``zero_axes``, which cut dim 0 of what
     ``compute`` leaves to a rank."""
 
     value: int
@@ -71,7 +71,8 @@ class StageParameter:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crossing:
     """An activation on its way from stage ``maker``, which makes it or passes it on, to the next, ``reader``, with its
-    placement on either's mesh; ``returned`` is how the reader gives the gradient, ``taken_back`` how the maker takes it."""
+    placement on either's mesh; ``returned`` is how the reader gives the gradient, ``taken_back`` how the maker takes
+    it."""
 
     value: int
     shape: tuple[int, ...]
@@ -87,10 +88,11 @@ class Crossing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageProgram:
-    """A stage's computation on one micro-batch. ``received`` and ``sent`` are activations, by value; ``send_conversions``
-    bring a value from where blocks meet (its ``send_slots``) to its ``sent`` placement. A value's own id is the slot of
-    what comes from outside. ``loss`` is how the loss lies in its ``loss_slot``, None where another stage makes it;
-    ``random``: some op drops out; ``shapes`` are the global shapes of inputs and of what crosses stages."""
+    """A stage's computation on one micro-batch. ``received`` and ``sent`` are activations, by value;
+    ``send_conversions`` bring a value from where blocks meet (its ``send_slots``) to its ``sent`` placement. A value's
+    own id is the slot of what comes from outside. ``loss`` is how the loss lies in its ``loss_slot``, None where
+    another stage makes it; ``random``: some op drops out; ``shapes`` are the global shapes of inputs and of what
+    crosses stages."""
 
     index: int
     plan: StagePlan
@@ -189,8 +191,8 @@ class _Builder:
     def _lies(
         self, program: StageProgram, value: int, made: tuple[Placement, Placement]
     ) -> tuple[Placement, Placement]:
-        """How a stage takes a value in and gives its gradient back: as it reads it; where it only passes it on, cut by the
-        batch alone, terms as they were ``made``."""
+        """How a stage takes a value in and gives its gradient back: as it reads it; where it only passes it on, cut by
+        the batch alone, terms as they were ``made``."""
         if value in program.received:
             at = program.received.index(value)
             return program.received_placements[at], program.received_gradients[at]
@@ -206,7 +208,8 @@ class _Builder:
         return made[0] if "P" in made[0] else cuts, made[1] if "P" in made[1] else cuts
 
     def crosses_as_terms(self, value: int) -> tuple[bool, bool]:
-        """Whether a value, and its gradient, may cross stages as partial sums: all stages on its way hold as many terms."""
+        """Whether a value, and its gradient, may cross stages as partial sums: all stages on its way hold as many
+        terms."""
         made = self.maker[value]
         last = max(self.readers[value])
         sizes = [tuple(axis.size for axis in self.plan.stages[at].axes) for at in range(made, last + 1)]
@@ -235,7 +238,8 @@ class _Builder:
     def lies_between(
         self, block: Block, program: BlockProgram
     ) -> tuple[dict[int, ValuePlan], dict[int, ValuePlan], dict[int, ValuePlan]]:
-        """How values lie where the block begins, for several of its readers, and where it ends, as far as the plan says."""
+        """How values lie where the block begins, for several of its readers, and where it ends, as far as the plan
+        says."""
         first = self.first_of_kind[block.kind]
         alike = dict(zip(first.inputs, block.inputs, strict=True))
         ops = self.graph.ops
@@ -330,8 +334,8 @@ def _partial_axes(planned: OpPlan) -> frozenset[int]:
 
 
 def _of_all_uses(first: StageParameter, other: StageParameter) -> StageParameter:
-    """A tied parameter is stored as its first block uses it. Where another block cuts it, or leaves terms of its gradient, the
-    gradient stays a sum of terms until the end of the step."""
+    """A tied parameter is stored as its first block uses it. Where another block cuts it, or leaves terms of its
+    gradient, the gradient stays a sum of terms until the end of the step."""
     gradient = tuple(
         "P" if kept == "R" and (used != kept or {one, two} == {"R", "P"}) else one
         for kept, used, one, two in zip(first.compute, other.compute, first.gradient, other.gradient, strict=True)
@@ -340,8 +344,8 @@ def _of_all_uses(first: StageParameter, other: StageParameter) -> StageParameter
 
 
 class _StageBuilder:
-    """Builds one stage's program; ``placed`` is where each slot's value lies, and where its gradient must go; ``at`` the
-    slot of each value for the next reader, ``between`` where blocks meet."""
+    """Builds one stage's program; ``placed`` is where each slot's value lies, and where its gradient must go; ``at``
+    the slot of each value for the next reader, ``between`` where blocks meet."""
 
     def __init__(self, parent: _Builder, index: int) -> None:
         self.parent, self.graph, self.index = parent, parent.graph, index
@@ -430,7 +434,8 @@ class _StageBuilder:
         return self.at.get(value, self.between.get(value, value))
 
     def _lie(self, value: int, planned: ValuePlan) -> tuple[Placement, Placement]:
-        """The plan's placement and that of the gradient, replicated on axes where the value's sizes do not allow the cut."""
+        """The plan's placement and that of the gradient, replicated on axes where the value's sizes do not allow the
+        cut."""
         placement, shape = parse(planned.placement), self.reader.shape(value)
         gradient = parse(planned.gradient) if planned.gradient else gradient_of(placement)
         for axis in reversed(range(len(self.sizes))):
@@ -565,7 +570,8 @@ class _StageBuilder:
     def _conversion(
         self, value: int, source: Placement, target: Placement, given: Placement, wanted: Placement
     ) -> Conversion:
-        """From the maker's placement to the reader's; the gradient from what the reader gives to what the maker wants."""
+        """From the maker's placement to the reader's; the gradient from what the reader gives to what the maker
+        wants."""
         grad = self.graph.values[value].requires_grad
         return Conversion(
             shape=self.reader.shape(value),

@@ -62,7 +62,8 @@ class StageRunner:
         return Made(sent=made, loss=loss.detach() if loss is not None else None)
 
     def backward(self, microbatch: int, tangents: Sequence[Tensor]) -> dict[int, Tensor]:
-        """Run the backward pass: parameters' gradients are added up, those of received activations returned by value."""
+        """Run the backward pass: parameters' gradients are added up, those of received activations returned by
+        value."""
         kept = self._kept.pop(microbatch)
         if self.lowered is None:
             leaves, outputs = kept

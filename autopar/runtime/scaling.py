@@ -1,7 +1,7 @@
 """Dynamic loss scaling for fp16 (Micikevicius et al., "Mixed precision training", 2018).
 
-Gradients are those of ``factor`` times the loss. A step in which any is not finite is skipped on every rank and halves the
-factor; ``interval`` steps without one double it.
+Gradients are those of ``factor`` times the loss. A step in which any is not finite is skipped on every rank and halves
+the factor; ``interval`` steps without one double it.
 """
 
 from collections.abc import Mapping, Sequence

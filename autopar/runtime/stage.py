@@ -1,7 +1,7 @@
 """A stage as a function of local tensors, differentiable by torch's own autograd.
 
-Called eagerly it is the reference mode; ``joint`` traces it. ZeRO-3 parameters come cut and are gathered first, outside of
-autograd, so that the gradient is taken where the ops use them and cut again afterwards.
+Called eagerly it is the reference mode; ``joint`` traces it. ZeRO-3 parameters come cut and are gathered first, outside
+of autograd, so that the gradient is taken where the ops use them and cut again afterwards.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,8 +27,8 @@ KEY = -1  # stands among values for the number that random ops start from
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Leaves:
-    """The tensors that a micro-batch's gradients are taken of, in the order of ``StageFunction.differentiated``, and all
-    values by id."""
+    """The tensors that a micro-batch's gradients are taken of, in the order of ``StageFunction.differentiated``, and
+    all values by id."""
 
     values: dict[int, Tensor]
     differentiated: tuple[Tensor, ...]
@@ -36,7 +36,8 @@ class Leaves:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Outputs:
-    """What a stage makes of a micro-batch: ``sent`` activations, the loss (last), and new values of ``written`` buffers."""
+    """What a stage makes of a micro-batch: ``sent`` activations, the loss (last), and new values of ``written``
+    buffers."""
 
     sent: tuple[Tensor, ...]
     loss: Tensor | None
@@ -181,8 +182,8 @@ class StageFunction:
             slots[slot] = tensor if self.graph.values[value].requires_grad else tensor.detach()
 
     def backward(self, leaves: Leaves, outputs: Outputs, tangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Gradients of what is differentiated, parameters' as ZeRO keeps them; ``tangents`` of sent activations, then of
-        the loss."""
+        """Gradients of what is differentiated, parameters' as ZeRO keeps them; ``tangents`` of sent activations, then
+        of the loss."""
         roots = [outputs.sent[at] for at in self.sent_with_gradient]
         if outputs.loss is not None:
             roots.append(outputs.loss)

@@ -1,10 +1,11 @@
 """Counts the collectives that a rank really runs in a step, stage by stage, and holds them against the plan's list.
 
 What runs is counted where it is dispatched: functional collectives by the group they name, with the bytes of the whole
-tensor as one group sees it (a gather's output, a reduce-scatter's input), and messages between stages by their receiver.
+tensor as one group sees it (a gather's output, a reduce-scatter's input), and messages between stages by their
+receiver.
 
-For every stage, kind and set of axes, a step must move as many collectives of each size as the plan lists. What the plan
-lists once per step, parameter by parameter, runs in a bucket that all share: of these the bytes must agree.
+For every stage, kind and set of axes, a step must move as many collectives of each size as the plan lists. What the
+plan lists once per step, parameter by parameter, runs in a bucket that all share: of these the bytes must agree.
 """
 
 from collections import Counter
@@ -29,8 +30,8 @@ Counts = Mapping[Key, Counter[int]]
 
 
 class Tally(TorchDispatchMode):
-    """While entered, counts the functional collectives of this rank. ``stage`` names the stage that runs, ``meshes`` are
-    those of the rank's stages."""
+    """While entered, counts the functional collectives of this rank. ``stage`` names the stage that runs, ``meshes``
+    are those of the rank's stages."""
 
     def __init__(self, meshes: Mapping[int, Mesh]) -> None:
         super().__init__()

@@ -20,7 +20,8 @@ Held = tuple[Tensor, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Route:
-    """One message: ``taken`` are the positions, per dim, of its elements in the sender's part, ``put`` in the receiver's."""
+    """One message: ``taken`` are the positions, per dim, of its elements in the sender's part, ``put`` in the
+    receiver's."""
 
     source: int
     target: int
@@ -44,7 +45,8 @@ def mesh_layout(shape: Shape, placement: Placement, mesh: Mesh) -> list[tuple[in
 
 
 def routes(sources: Sequence[tuple[int, Held]], targets: Sequence[tuple[int, Held]], rank: int) -> list[Route]:
-    """The messages that ``rank`` sends or receives to bring a tensor from one layout to another, in one order for all."""
+    """The messages that ``rank`` sends or receives to bring a tensor from one layout to another, in one order for
+    all."""
     replicas: dict[tuple[tuple[int, ...], ...], list[tuple[int, Held]]] = {}
     for source, part in sources:
         replicas.setdefault(tuple(tuple(index.tolist()) for index in part), []).append((source, part))
@@ -113,8 +115,8 @@ def make_lanes() -> Lanes:
 
 
 class Channel:
-    """One tensor's way between two layouts, used again and again; ``tag`` tells its messages from others', ``of_terms`` says
-    that it moves partial sums.
+    """One tensor's way between two layouts, used again and again; ``tag`` tells its messages from others', ``of_terms``
+    says that it moves partial sums.
 
     Sends do not block: ``sent`` holds their buffers until ``Mailbox.flush``."""
 

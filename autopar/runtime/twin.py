@@ -1,7 +1,8 @@
 """A plan for more ranks than there are, shrunk: the same stages, axes and placements on smaller meshes.
 
-Axis sizes are divided until the ranks suffice, the micro-batch with the data axis, and micro-batches are cut to twice the
-stages, so that every action of the schedule still occurs. Placements that count pieces along the batch are rescaled.
+Axis sizes are divided until the ranks suffice, the micro-batch with the data axis, and micro-batches are cut to twice
+the stages, so that every action of the schedule still occurs. Placements that count pieces along the batch are
+rescaled.
 """
 
 import re
@@ -74,7 +75,8 @@ def _text(axes: tuple[Axis, ...]) -> str:
 
 
 def _micro_batch(plan: Plan, stages: tuple[StagePlan, ...]) -> int:
-    """The micro-batch with as many samples per rank of the first axis as before, or the old one where that is uneven."""
+    """The micro-batch with as many samples per rank of the first axis as before, or the old one where that is
+    uneven."""
     old = plan.micro_batch_size
     ratios = [
         (new.axes[0].size, before.axes[0].size)

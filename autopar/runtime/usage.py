@@ -3,7 +3,8 @@
 On each axis an op does one of three things, and the placements of all its tensors and their gradients follow:
 
     sharded      along labels of its rule: inputs with a label are cut, those without replicated with a partial gradient;
-                 outputs with a label are cut, those without partial (or replicated, where the kernel exchanges by itself)
+                 outputs with a label are cut, those without partial (or replicated, where the kernel exchanges by
+                 itself)
     passing      linear in its inputs: partial sums in, partial sums out
     replicated   every rank computes the same; where everything behind it is replicated too, up to parameters whose
                  gradient may be partial, a partial gradient goes through it (a backward is linear in the gradient)
@@ -46,8 +47,8 @@ class AxisUse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """What an op does on a mesh: the placements it takes and gives, of its tensors and their gradients. ``labels[a]`` are
-    the labels of its rule sharded on axis a; ``exchanges`` whether some of them are exchanged inside the kernel."""
+    """What an op does on a mesh: the placements it takes and gives, of its tensors and their gradients. ``labels[a]``
+    are the labels of its rule sharded on axis a; ``exchanges`` whether some of them are exchanged inside the kernel."""
 
     rule: OpRule
     inputs: tuple[Placement, ...]
@@ -77,8 +78,8 @@ class UsageReader:
         return tuple(self.graph.batch.scale(size, self.micro_batch) for size in self.graph.values[value].shape)
 
     def read(self, op: Op, inputs: Sequence[Placement], outputs: Sequence[Placement], pure: Sequence[bool]) -> Usage:
-        """The usage of ``op`` planned with these placements; ``pure[a]``: on axis a a partial gradient may go through it
-        when it is replicated."""
+        """The usage of ``op`` planned with these placements; ``pure[a]``: on axis a a partial gradient may go through
+        it when it is replicated."""
         rule = rule_of(op, self.graph.values)
         call = _Call(rule, op, self)
         uses = [

@@ -1,7 +1,7 @@
 """Runs a plan, or its shrunk twin, on CPU processes and compares it with one process: loss, gradients, optimizer steps.
 
-All in fp64: an error that is not rounding shows, and rounding does not. Tolerances are relative to a tensor's norm. One more
-step in the plan's own dtype counts the collectives that run, which must be those that the plan lists.
+All in fp64: an error that is not rounding shows, and rounding does not. Tolerances are relative to a tensor's norm. One
+more step in the plan's own dtype counts the collectives that run, which must be those that the plan lists.
 """
 
 import tempfile
@@ -35,9 +35,9 @@ NUM_STEPS = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What was compared. ``gradients`` and ``parameters`` map names to relative errors, those after ``NUM_STEPS`` steps;
-    ``collectives`` are those that ran in a step, per stage on its first rank, and ``unlisted`` says where they are not the
-    plan's; ``uncompared`` says why they were not held against a list, None where they were."""
+    """What was compared. ``gradients`` and ``parameters`` map names to relative errors, those after ``NUM_STEPS``
+    steps; ``collectives`` are those that ran in a step, per stage on its first rank, and ``unlisted`` says where they
+    are not the plan's; ``uncompared`` says why they were not held against a list, None where they were."""
 
     ranks: int
     changes: tuple[str, ...]
@@ -72,8 +72,9 @@ def verify(
     seed: int = 0,
     relist: Callable[[Plan], tuple[Collective, ...]] | None = None,
 ) -> Report:
-    """Compare; ``settings`` may give the model other sizes of the same structure. ``relist`` lists the collectives of a twin,
-    whose bytes are not the plan's. Raises UsageError and PlanFileError as ``apply`` does, CheckError where a process failed."""
+    """Compare; ``settings`` may give the model other sizes of the same structure. ``relist`` lists the collectives of a
+    twin, whose bytes are not the plan's. Raises UsageError and PlanFileError as ``apply`` does, CheckError where a
+    process failed."""
     twin, changes = shrunk(plan, ranks)
     other = {name: value for name, value in settings.items() if plan.model.settings.get(name) != value}
     changes += tuple(f"setting {name}: {plan.model.settings.get(name, 'default')} -> {other[name]}" for name in other)
