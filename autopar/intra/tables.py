@@ -504,9 +504,14 @@ class TableBuilder:
         """``forward`` with the seconds to what is whole where a target is a sum and its source is none."""
         if not any("P" in tokens for tokens in sides[1]):
             return forward
-        whole = [tuple("R" if token == "P" else token for token in tokens) for tokens in sides[1]]
-        seconds = self._conversion(value, sides[0], whole, *cuts)[0]
-        return np.where(np.isfinite(forward), forward, seconds)
+        rows = []
+        for made in sides[0]:
+            whole = [
+                tuple("R" if token == "P" != held else token for token, held in zip(tokens, made, strict=True))
+                for tokens in sides[1]
+            ]
+            rows.append(self._conversion(value, [made], whole, *cuts)[0][0])
+        return np.where(np.isfinite(forward), forward, np.stack(rows))
 
     def _kept_as_cut(self, value: int, target: int, first_hub: int) -> bool:
         """Whether what moves to a node is gathered again in the backward: it is, or leads to, an op that does and keeps
