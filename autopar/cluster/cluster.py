@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from autopar.cluster.device import Device
-from autopar.cluster.interpolate import Floats, multilinear
+from autopar.cluster.interpolate import Floats
 from autopar.cluster.source import Source, require_fraction, require_not_negative, require_positive, require_sources
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
@@ -219,4 +219,4 @@ def _curve_s(curve: tuple[int, Floats, Floats], size: Floats) -> Floats:
     """Seconds at ``size`` bytes: the latency below the curve, the last rate beyond it."""
     _, log_bytes, log_s = curve
     point = np.log(np.maximum(size, 1.0))
-    return np.exp(multilinear((log_bytes,), log_s, (point,)) + np.maximum(point - log_bytes[-1], 0.0))
+    return np.asarray(np.exp(np.interp(point, log_bytes, log_s) + np.maximum(point - log_bytes[-1], 0.0)), float)

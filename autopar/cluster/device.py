@@ -196,8 +196,11 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """Seconds by the table; a product taller than the table is looked up lying on its side."""
         upright = self._looked_up_s(m, n, k)
         tallest = float(self.matmul.m[-1])
+        on_side = (m > tallest) & (n < m)
+        if not on_side.any():
+            return upright
         lying = np.maximum(self._looked_up_s(n, m, k), self._looked_up_s(np.full_like(m, tallest), n, k))
-        return np.where((m > tallest) & (n < m), np.minimum(lying, upright), upright)
+        return np.where(on_side, np.minimum(lying, upright), upright)
 
     def _looked_up_s(self, m: Floats, n: Floats, k: Floats) -> Floats:
         nodes, log_s = self._log_grid

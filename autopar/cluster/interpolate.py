@@ -18,6 +18,7 @@ def multilinear(nodes: tuple[Floats, ...], values: Floats, points: tuple[Floats,
     >>> float(multilinear((np.array([0.0, 2.0]),), np.array([10.0, 30.0]), (np.array(0.5),)))
     15.0
     """
+    shape = np.broadcast_shapes(*(point.shape for point in points))
     lower: list[NDArray[np.intp]] = []
     weight: list[Floats] = []
     for line, point in zip(nodes, points, strict=True):
@@ -25,15 +26,16 @@ def multilinear(nodes: tuple[Floats, ...], values: Floats, points: tuple[Floats,
             lower.append(np.zeros(point.shape, np.intp))
             weight.append(np.zeros(point.shape))
             continue
-        index = np.clip(np.searchsorted(line, point, side="right") - 1, 0, len(line) - 2)
+        index = np.minimum(np.maximum(line.searchsorted(point, side="right") - 1, 0), len(line) - 2)
+        fraction = (point - line[index]) / (line[index + 1] - line[index])
         lower.append(index)
-        weight.append(np.clip((point - line[index]) / (line[index + 1] - line[index]), 0.0, 1.0))
-    total = np.zeros(np.broadcast_shapes(*(point.shape for point in points)))
+        weight.append(np.minimum(np.maximum(fraction, 0.0), 1.0))
+    total = np.zeros(shape)
     for corner in itertools.product((0, 1), repeat=len(nodes)):
-        share = np.ones_like(total)
-        where: list[NDArray[np.intp]] = []
-        for up, index, fraction, line in zip(corner, lower, weight, nodes, strict=True):
+        if any(up and len(line) == 1 for up, line in zip(corner, nodes, strict=True)):
+            continue  # weightless
+        share: Floats | float = 1.0
+        for up, fraction in zip(corner, weight, strict=True):
             share = share * (fraction if up else 1.0 - fraction)
-            where.append(np.minimum(index + up, len(line) - 1))
-        total = total + share * values[tuple(where)]
+        total += share * values[tuple(index + up for up, index in zip(corner, lower, strict=True))]
     return total

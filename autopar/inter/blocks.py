@@ -1,6 +1,7 @@
 """The blocks of one graph and what they cost per mesh and micro-batch, computed once and kept."""
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from autopar.cost.redistribute import MeshLinks
 from autopar.graph.ir import Block, Graph
 from autopar.graph.profile import GraphProfile, profile_graph
 from autopar.inter.pins import BlockPins
+from autopar.inter.stage_types import StageTypes, stage_types
 from autopar.intra.frontier import BlockPoints, ParameterPrices, PriceRow, block_points
 from autopar.intra.space import BlockSpace, block_space, data_values
 from autopar.intra.tables import Allowed, BlockTables, TableBuilder
@@ -97,6 +99,17 @@ class Blocks:
     def held(self, block: Block, first: int) -> frozenset[int]:
         """Parameters of ``block`` that an earlier block of a stage beginning at block ``first`` stores."""
         return frozenset(v for v in block.parameters if first <= self.first_user[v] < block.index)
+
+    @cached_property
+    def stage_types(self) -> StageTypes:
+        """The types of all stages, whatever their mesh and micro-batch."""
+        return stage_types(self.blocks, self.held)
+
+    @cached_property
+    def growing(self) -> frozenset[int]:
+        """The sizes of the model that grow with the batch."""
+        sizes = {size for value in self.graph.values for size in value.shape}
+        return frozenset(size for size in sizes if self.graph.batch.grows(size))
 
     def space(self, kind: int) -> BlockSpace:
         if kind not in self._spaces:

@@ -70,27 +70,10 @@ class StageBook:
         self.budget_bytes = budget_bytes
         self.modes = modes if blocks.core else tuple(mode for mode in modes if mode != "selective") or ("none",)
         self.transfers = Transfers(self)
-        self.columns: list[tuple[int, frozenset[int]]] = []
-        self._column_at: dict[tuple[int, frozenset[int]], int] = {}
-        types: dict[tuple[int, ...], int] = {}
-        self._stage_of: dict[int, tuple[int, int]] = {}  # one of the stages of a type
-        count = len(blocks.blocks)
-        self.type_of = np.full((count + 1, count + 1), -1)
-        for first in range(count):
-            counts: dict[int, int] = {}
-            for end in range(first + 1, count + 1):
-                block = blocks.blocks[end - 1]
-                column = self.column(block.kind, blocks.held(block, first))
-                counts[column] = counts.get(column, 0) + 1
-                key = tuple(sorted((column << 16) + number for column, number in counts.items()))
-                self.type_of[first, end] = types.setdefault(key, len(types))
-                self._stage_of.setdefault(int(self.type_of[first, end]), (first, end))
-        self.counts = np.zeros((len(types), len(self.columns)))
-        for key, row in types.items():
-            for packed in key:
-                self.counts[row, packed >> 16] = packed & 0xFFFF
-        graph = blocks.graph
-        self._growing = {size for value in graph.values for size in value.shape if graph.batch.grows(size)}
+        types = blocks.stage_types
+        self.columns: list[tuple[int, frozenset[int]]] = list(types.columns)
+        self._column_at = {column: at for at, column in enumerate(types.columns)}
+        self.type_of, self.counts, self._stage_of = types.type_of, types.counts, types.stage_of
         self._meshes: dict[int, list[Mesh]] = {}
         self._finished: dict[tuple[int, int, int], Finished | None] = {}
         self._rows: dict[tuple[tuple[int, ...], bool], tuple[PriceRow, ...]] = {}
@@ -137,7 +120,7 @@ class StageBook:
     def whole(self, local_batch: int) -> bool:
         """Whether every size of the model is a whole number at this many samples per data rank."""
         traced = self.blocks.graph.batch.traced
-        return all((size * local_batch) % traced == 0 for size in self._growing)
+        return all((size * local_batch) % traced == 0 for size in self.blocks.growing)
 
     def rows(self, mesh: Mesh, phase: int) -> tuple[PriceRow, ...]:
         """The price rows of a phase; of ``PRICED``, as many for each weight of saved bytes (`weights_on`)."""

@@ -99,7 +99,7 @@ def summarise(
     """The estimate of a plan; ``parts`` are those of its slowest stage."""
     graph = book.blocks.graph
     count = book.num_microbatches
-    model = model_flops(graph, global_batch)
+    model = model_flops(graph, global_batch, book.blocks.profile.ops)
     flops = model.total
     tokens = _tokens_per_sample(graph)
     exposed = count * parts.activations_s + max(0.0, parts.reduction_s - max(stage.backward_s for stage in stages))

@@ -92,7 +92,7 @@ def outcome(run: Run, pricers: Pricers) -> Outcome:
         time_s = sum(pricer.block_times(priced, "layers.0"))
     nodes = -(-run.gpus // pricer.cluster.devices_per_node)
     low, high = load_uncertainty().step_time_factors(pricer.cluster.device.name, nodes, priced.layout.attn)
-    flops = model_flops(pricer.graph, run.gbs).total
+    flops = model_flops(pricer.graph, run.gbs, pricer.profile.ops).total
     return Outcome(
         run=run,
         time_s=time_s,
