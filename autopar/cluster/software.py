@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 
 from autopar.cluster.load import software_document
-from autopar.cluster.source import Source, require_fraction, require_not_negative, require_sources
+from autopar.cluster.source import Source, require_not_negative, require_sources
 
 Chain = Literal["pointwise", "norm", "loss"]
 
@@ -25,8 +25,7 @@ class Software(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ``step_calls`` per step (data, loss, synchronisation), which nothing hides.
 
     ``loss_*_bytes_per_logit``: traffic of the cross entropy alone, logits in fp32. ``optimizer_bytes_*``: traffic per
-    element of the optimizer step, clipping and loss scaling included, of a half precision weight and of an fp32 one.
-    ``tensor_overlap``: the part of a linear op's backward collective that its weight gradient may hide."""
+    element of the optimizer step, clipping and loss scaling included, of a half precision weight and of an fp32 one."""
 
     name: str
     fuses: tuple[Chain, ...]
@@ -42,15 +41,12 @@ class Software(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     loss_backward_bytes_per_logit: float
     optimizer_bytes_half: float
     optimizer_bytes_full: float
-    tensor_overlap: float
     provenance: dict[str, Source]
 
     def __post_init__(self) -> None:
         for key in self.__struct_fields__:
             if isinstance(getattr(self, key), float):
                 require_not_negative(key, getattr(self, key))
-        if self.tensor_overlap:
-            require_fraction("tensor_overlap", self.tensor_overlap)
         require_sources(self, self.provenance, ())
 
 

@@ -117,25 +117,42 @@ def host_calls(op: Op, profile: OpProfile, execution: ExecutionModel, is_core: b
     return profile.forward_kernels + views, profile.backward_kernels
 
 
-def weight_gradient_s(
+def gradient_products_s(
     graph: Graph,
     op: Op,
     rule: OpRule,
+    profile: OpProfile,
     local_batch: int,
     degrees: Mapping[int, Floats],
     device: Device,
     count: int,
-) -> Floats:
-    """Seconds of a linear op's weight gradient, (count,) strategies: what may hide its input gradient's collective."""
-    weights = [graph.values[value] for value in _operands(op)[1:] if graph.values[value].kind == "parameter"]
-    if rule.compute != "matmul" or not rule.roles or not weights or not weights[0].requires_grad:
-        return np.zeros(count)
+) -> tuple[Floats, Floats] | None:
+    """Seconds of a linear op's two backward products, (count,) strategies each: its input's gradient and its weight's.
+    None for what is no linear op, and where one of the two is not wanted."""
+    operands = [graph.values[value] for value in _operands(op)]
+    if rule.compute != "matmul" or not rule.roles or len(operands) < 2 or operands[1].kind != "parameter":
+        return None
+    if not (profile.forward_flops and all(value.requires_grad for value in operands)):
+        return None
     sizes, one = label_sizes(graph, op, rule, local_batch), np.ones(count)
     roles = local_roles(rule, sizes, degrees, one)
     b, m, n, k = (roles.get(role, one) for role in "bmnk")
     dtype = _dtype(op, graph)
     aligned = _aligned(rule, sizes, degrees, one, dtype)
-    return np.asarray(device.matmul_s(n, k, m, b, dtype=dtype, aligned=aligned), float)
+    products = [
+        np.asarray(device.matmul_s(*shape, b, dtype=dtype, aligned=aligned), float) for shape in ((m, k, n), (n, k, m))
+    ]
+    return products[0], products[1]
+
+
+def exposed_s(communication_s: Floats, compute_s: Floats, contention: float) -> Floats:
+    """What a collective adds to the compute beside which it runs: max(a, b) + contention * min(a, b) - compute.
+
+    >>> exposed_s(np.array([3.0, 1.0]), np.array([2.0, 2.0]), 0.5).tolist()
+    [2.0, 0.5]
+    """
+    hidden = np.minimum(communication_s, compute_s)
+    return np.asarray(communication_s - hidden + contention * hidden, float)
 
 
 def local_roles(

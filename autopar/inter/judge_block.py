@@ -4,6 +4,8 @@ F, C, B      kernels outside and inside attention, and backward, with the moves 
 launches     calls of the host * launch time, + a wait per collective for the slowest host
 forward      both(max(F + C, launches), gathers)                both(a, b) = max(a, b) + contention * min(a, b)
 backward     both(max(B + again, launches), gathers, scatters)  again = 0 | C | F + C for none | selective | full
+exchanges    of a linear op's input gradient run beside the product for its weight's, where the program overlaps or is
+             sequence parallel, and what is gathered again beside the one for its input's: both(a, b) - a  (_visible_s)
 workspace    what passes in one op, at most, + two blocks' gathered parameters + what the recompute mode brings back
 """
 
@@ -15,7 +17,7 @@ from autopar.cluster.software import Software, load_software
 from autopar.graph.ir import Block, Graph, OpProfile
 from autopar.graph.profile import GraphProfile
 from autopar.inter.judge_again import again
-from autopar.inter.judge_flow import kept, moves
+from autopar.inter.judge_flow import Moves, kept, moves
 from autopar.inter.judge_ops import price_op
 from autopar.inter.judge_parameters import ParameterPrice, price_parameters
 from autopar.inter.judge_routes import Mesh, Route, Step
@@ -108,6 +110,7 @@ def price_block(
     times = [0.0, 0.0, 0.0]
     products = [0.0, 0.0]  # matmuls forward and backward
     core_backward = 0.0
+    linears: dict[int, tuple[float, float]] = {}
     forward = [step for route in moved.forward for step in route.steps]
     backward = [step for route in moved.backward for step in route.steps]
     calls = [software.fixed_calls, 0.0, software.fixed_calls]
@@ -126,6 +129,8 @@ def price_block(
         if core:
             core_backward += price.backward_s
         elif profile.ops[op.id].forward_flops:
+            if price.products_s is not None:
+                linears[op.id] = price.products_s
             products[0] += price.forward_s
             products[1] += price.backward_s
         forward += price.forward_steps
@@ -147,8 +152,9 @@ def price_block(
         graph, block, program, mesh, execution, stored, accumulates, repeated.parameters, disagreed
     )
     f = times[0] + sum(step.time_s for step in forward)
-    regathers_s = sum(step.time_s for route in moved.again for step in route.steps)
-    b = times[2] + sum(step.time_s for step in backward) + regathers_s
+    steps_s = sum(step.time_s for step in backward) - sum(route.time_s for route in moved.backward)  # inside ops
+    exchanged_s = steps_s + _visible_s(moved, linears, mesh.cluster.overlap_contention, execution, balanced)
+    b = times[2] + exchanged_s
     full, mode = program.recompute == "full", program.recompute
     again_s = {"none": 0.0, "selective": times[1], "full": f + times[1]}[mode]
     wait_s = software.collective_calls * device.launch_s
@@ -167,7 +173,7 @@ def price_block(
     twice = 2.0 if full else 1.0
     matmul_s = twice * products[0] + products[1]
     attention_s = (1.0 if mode == "none" else 2.0) * times[1] + core_backward
-    activations_s = twice * sum(step.time_s for step in forward) + sum(step.time_s for step in backward) + regathers_s
+    activations_s = twice * sum(step.time_s for step in forward) + exchanged_s
     kernels_s = f + times[1] + b + parameters.accumulate_s + again_s
     return BlockPrice(
         forward_s=forward_s,
@@ -202,6 +208,26 @@ def _waiting(route: Route, mesh: Mesh, data_axis: bool) -> int:
         return 0
     inner = mesh.sizes[1:] if data_axis and not any(0 in step.axes for step in route.steps) else mesh.sizes
     return prod(inner) - 1
+
+
+def _visible_s(
+    moved: Moves,
+    linears: dict[int, tuple[float, float]],
+    contention: float,
+    execution: Execution,
+    as_megatron: bool,
+) -> float:
+    """Seconds of the backward's moves that linear ops' products do not hide; ``linears``: the two of each op."""
+    free = execution.launch != "blocking"
+    hides_all, hides_gathered = free and execution.overlap, free and as_megatron
+    found = 0.0
+    for routes, behind, which in ((moved.backward, moved.backward_behind, 1), (moved.again, moved.again_behind, 0)):
+        for route, readers in zip(routes, behind, strict=True):
+            hides = (hides_gathered and readers.gathers) or (hides_all and which == 1)
+            beside = readers.ops if hides and all(op in linears for op in readers.led_to) else ()
+            hidden_s = min(route.time_s, sum(linears[op][which] for op in beside))
+            found += route.time_s - (1 - contention) * hidden_s
+    return found
 
 
 def _both(compute_s: float, communication_s: float, contention: float) -> float:

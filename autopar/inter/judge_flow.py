@@ -8,7 +8,7 @@ A *copy* is memory: an op's result, or what a move left. Results that are views 
 autograd keeps are copies: one tensor kept in two placements counts twice, one kept by two ops counts once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -28,16 +28,28 @@ Copy = tuple[str, int, str]
 """("made", value, "") is the memory an op left its result in; ("moved", value, placement) what a move left."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Readers:
+    """Of a route: all that it leads to (None: the block's end), the ``ops`` among them that read what it brings without
+    moving it further, and whether it only ``gathers``."""
+
+    led_to: tuple[int | None, ...]
+    ops: tuple[int, ...]
+    gathers: bool
+
+
 @dataclass(slots=True)
 class Moves:
     """Routes of one block in the order they run, forward and backward, and those of gathers that Megatron's backward
     makes ``again``; ``copies`` maps (op, input position) to the
     memory it reads, ``ways`` to the positions in ``forward`` of
-    the routes it came by."""
+    the routes it came by. ``backward_behind`` and ``again_behind`` say of each route which ops read what it brings."""
 
     forward: list[Route] = field(default_factory=list)
     backward: list[Route] = field(default_factory=list)
     again: list[Route] = field(default_factory=list)
+    backward_behind: list[Readers] = field(default_factory=list)
+    again_behind: list[Readers] = field(default_factory=list)
     copies: dict[tuple[int, int], Copy] = field(default_factory=dict)
     ways: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
 
@@ -97,6 +109,7 @@ def moves(
             )
     shared = {value.name: (mesh.settled(value.placement), mesh.settled(value.gradient)) for value in program.shared}
     found = Moves()
+    behind: list[Readers] = []  # of each route forward
     for value, reads in readers.items():
         name = graph.values[value].name
         via = made[value]
@@ -105,9 +118,12 @@ def moves(
             if name not in shared:
                 raise CheckError(f"program {program.id!r}: {name} has {len(reads)} readers but no shared placement")
             via = shared[name]
-            way = (_move(found, graph, value, made[value], via, mesh, micro_batch),)
+            way = (_move(found, behind, graph, value, made[value], via, reads, mesh, micro_batch),)
         ways = {
-            lie: (*way, _move(found, graph, value, via, lie, mesh, micro_batch))
+            lie: (
+                *way,
+                _move(found, behind, graph, value, via, lie, [r for r in reads if r[1] == lie], mesh, micro_batch),
+            )
             for lie in dict.fromkeys(lie for _, lie in reads)
         }
         for reader, lie in reads:
@@ -123,7 +139,10 @@ def moves(
         ]
         found.copies.update((reader, ("made", value, "")) for reader, _ in kept_cut)
         routes = dict.fromkeys(at for _, lie in kept_cut for at in ways[lie])
-        found.again += [found.forward[at] for at in routes if found.forward[at].steps]
+        for at in routes:
+            if found.forward[at].steps:
+                found.again.append(found.forward[at])
+                found.again_behind.append(behind[at])
     return found
 
 
@@ -132,13 +151,31 @@ def _only_gathered(made: str, read: str) -> bool:
     return all(one == other or (other == "R" and one != "P") for one, other in pairs)
 
 
-def _move(found: Moves, graph: Graph, value: int, source: Lie, target: Lie, mesh: Mesh, micro_batch: int) -> int:
-    """The position of the way forward."""
+def _move(
+    found: Moves,
+    behind: list[Readers],
+    graph: Graph,
+    value: int,
+    source: Lie,
+    target: Lie,
+    reads: Sequence[tuple[tuple[int, int] | None, Lie]],
+    mesh: Mesh,
+    micro_batch: int,
+) -> int:
+    """The position of the way forward; ``reads`` are those that it leads to."""
     tensor = graph.values[value]
     shape = sizes_at(graph, tensor.shape, micro_batch)
+    behind.append(
+        Readers(
+            led_to=tuple(None if reader is None else reader[0] for reader, _ in reads),
+            ops=tuple(reader[0] for reader, lie in reads if lie == target and reader is not None),
+            gathers=source[0] != target[0] and _only_gathered(source[0], target[0]),
+        )
+    )
     found.forward.append(mesh.route(shape, tensor.itemsize, source[0], target[0]))
     if tensor.requires_grad:
         found.backward.append(mesh.route(shape, tensor.itemsize, target[1], source[1]))
+        found.backward_behind.append(behind[-1])
     return len(found.forward) - 1
 
 

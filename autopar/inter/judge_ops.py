@@ -32,7 +32,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 class OpPrice:
     """Seconds of the kernels, forward and backward, and the collectives the op issues by itself. ``shards`` is by how
     many ranks its work is divided, the data axis included; ``fixed_shards`` counts only axes that cut a dim which does
-    not grow with the batch: statistics over the batch (of batch norm) are divided by no other."""
+    not grow with the batch: statistics over the batch (of batch norm) are divided by no other. ``products_s``: of a
+    linear op that wants both, its backward products for the input's gradient and for the weight's."""
 
     forward_s: float
     backward_s: float
@@ -40,6 +41,7 @@ class OpPrice:
     backward_steps: tuple[Step, ...]
     shards: int
     fixed_shards: int
+    products_s: tuple[float, float] | None = None
 
 
 def sizes_at(graph: Graph, shape: Sequence[int], micro_batch: int) -> tuple[int, ...]:
@@ -86,12 +88,15 @@ def price_op(
     device = mesh.cluster.device
     traffic = _traffic(graph, op, rule, profile, placed, labelled, execution, fused)
     forward, backward = (float(device.memory_bound_s(num_bytes * scale / shards)) for num_bytes in traffic)
+    products: tuple[float, ...] = ()
     if profile.forward_flops:
         if rule.compute == "attention":
             times = _attention(graph, op, rule, profile, local, device, execution, balanced)
         else:
-            times = _matmul(graph, op, rule, profile, local, shards, micro_batch, device)
+            forward_s, products = _matmul(graph, op, rule, profile, local, shards, micro_batch, device)
+            times = (forward_s, sum(products))
         forward, backward = forward + times[0], backward + times[1]
+    linear = rule.compute == "matmul" and rule.roles and graph.values[_operands(op)[-1]].kind == "parameter"
     steps = _inside(graph, rule, placed, labelled, micro_batch, mesh)
     return OpPrice(
         forward_s=forward,
@@ -100,6 +105,7 @@ def price_op(
         backward_steps=steps[1],
         shards=shards,
         fixed_shards=prod(size for size, cut in zip(mesh.sizes, fixed, strict=True) if cut),
+        products_s=(products[0], products[1]) if linear and len(products) == 2 else None,
     )
 
 
@@ -183,7 +189,8 @@ def _matmul(
     shards: int,
     micro_batch: int,
     device: Device,
-) -> tuple[float, float]:
+) -> tuple[float, tuple[float, ...]]:
+    """Seconds of the forward, and of each backward product that is wanted."""
     traced = {
         label: size
         for value, labels in zip((*op.inputs, *op.outputs), (*rule.inputs, *rule.outputs), strict=True)
@@ -210,14 +217,16 @@ def _matmul(
         for label, role in rule.roles
     )
     forward = repeats * float(device.matmul_s(m, n, k, b, dtype=dtype, aligned=aligned))
-    operands = op.inputs[1:3] if op.target.split(".")[1] in ("addmm", "baddbmm") else op.inputs[:2]
-    wanted = [graph.values[value].requires_grad for value in operands]
+    wanted = [graph.values[value].requires_grad for value in _operands(op)]
     products = [shape for shape, want in zip(((m, k, n), (n, k, m)), wanted, strict=False) if want] or [(m, n, k)]
     share = profile.backward_flops / profile.forward_flops / len(products)
-    backward = sum(
+    return forward, tuple(
         repeats * share * float(device.matmul_s(*shape, b, dtype=dtype, aligned=aligned)) for shape in products
     )
-    return forward, backward
+
+
+def _operands(op: Op) -> tuple[int, ...]:
+    return op.inputs[1:3] if op.target.split(".")[1] in ("addmm", "baddbmm") else op.inputs[:2]
 
 
 def _attention(

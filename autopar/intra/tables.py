@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.cost.compute import host_calls, op_seconds, weight_gradient_s
+from autopar.cost.compute import gradient_products_s, host_calls, op_seconds
 from autopar.cost.execution import ExecutionModel
 from autopar.cost.redistribute import MeshLinks, Placement, redistribute_s
 from autopar.graph.ir import Op, Value
@@ -27,6 +27,7 @@ from autopar.graph.profile import GraphProfile
 from autopar.intra.copies import CopyCounter, LocalSizes, gathered
 from autopar.intra.data_axis import text_of
 from autopar.intra.elimination import Eliminator
+from autopar.intra.hiding import Hiding
 from autopar.intra.space import IN, OUT, BlockSpace, OpNode
 from autopar.intra.workspace import overwritten_values, passing_bytes, scratch_bytes
 from autopar.rules.atoms import Atom
@@ -141,7 +142,12 @@ class TableBuilder:
         assert data in (1, whole.sizes[0])
         self.data, self.micro_batch = data, local_batch * data
         self.fused = fused or {}
-        self._hiding: dict[int, Floats] = {}
+        self._hiding = Hiding(
+            space,
+            links.cluster.overlap_contention,
+            everywhere=execution.overlap and not execution.blocking,
+            where_gathered=as_megatron and not execution.blocking,
+        )
         self.space, self.profile, self.local_batch = space, profile, local_batch
         self.links, self.execution, self.allowed, self.whole = links, execution, allowed, whole
         self.graph, self.sizes = space.graph, links.sizes
@@ -326,10 +332,11 @@ class TableBuilder:
             self.execution,
             self.fused.get(op.id, (0.0, 0.0)),
         )
-        if self.execution.software.tensor_overlap and self.sizes:
-            self._hiding[node.node] = self.execution.software.tensor_overlap * weight_gradient_s(
-                self.graph, op, node.rule, self.micro_batch, degrees, device, len(chosen)
+        if self.sizes:
+            products = gradient_products_s(
+                self.graph, op, node.rule, profile, self.micro_batch, degrees, device, len(chosen)
             )
+            self._hiding.add(node.node, chosen, products)
         is_core = op.id in self.core
         metrics[:, CORE_FORWARD if is_core else FORWARD] += forward
         metrics[:, BACKWARD] += backward
@@ -483,14 +490,12 @@ class TableBuilder:
             forward, backward = self._conversion(value, sides[0], sides[1], cuts[0], cuts[1])
             if flow.target == OUT:  # a whole scalar becomes a sum for nothing: zeros on all ranks but the first
                 forward = self._into_sums(value, sides, (cuts[0], cuts[1]), forward)
-            placed = [[forward_placement(tokens) for tokens in side] for side in sides]
-            if (
-                flow.target in self._hiding
-            ):  # the gradient of a linear op's input travels while its weight's is computed
-                backward = np.maximum(backward - self._hiding[flow.target], 0.0)
-            if self._kept_as_cut(flow.value, flow.target, first_hub):
-                apart = [[gathered((cuts[0], made), (cuts[1], read)) for read in placed[1]] for made in placed[0]]
-                backward = backward + np.where(apart, forward, 0.0)
+            made, read = ([forward_placement(tokens) for tokens in side] for side in sides)
+            apart = np.array(
+                [[one != other and gathered((cuts[0], one), (cuts[1], other)) for other in read] for one in made]
+            )
+            again = self._kept_as_cut(flow.value, flow.target, first_hub)
+            backward = self._hiding.visible_s(flow, sides[1], apart, backward, forward if again else None)
             edges.append((flow.source, flow.target, forward, backward))
         return tuple(edges)
 

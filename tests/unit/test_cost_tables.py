@@ -23,7 +23,6 @@ FRACTIONS = (
     "flash_speed",
     "flash_backward_speed",
     "unaligned_matmul_speed",
-    "tensor_overlap",
 )
 EXEMPT = {"name", "device", "provenance"}
 
@@ -59,8 +58,6 @@ def test_every_key_has_a_source_a_date_and_a_status(path: Path) -> None:
 def test_numbers_are_finite_and_efficiencies_in_0_to_1(path: Path) -> None:
     document = json.loads(path.read_text())
     assert all(math.isfinite(number) and number >= 0 for number in numbers(document))
-    overlap = document.pop("tensor_overlap", 0.0)  # 0 says that nothing overlaps
-    assert 0 <= overlap <= 1
     assert all(0 < number <= 1 for number in fractions("", document))
 
 
@@ -102,9 +99,9 @@ def test_unknown_keys_and_keys_without_source_are_refused(kind: type, table: Any
         msgspec.convert({**document, "provenance": sources}, kind)
 
 
-def test_software_refuses_negative_calls_and_overlap_beyond_one() -> None:
+def test_software_refuses_negative_calls() -> None:
     document = msgspec.to_builtins(load_software("megatron"))
-    for change in ({"step_calls": -1.0}, {"tensor_overlap": 1.5}, {"microbatch_calls": float("nan")}):
+    for change in ({"step_calls": -1.0}, {"microbatch_calls": float("nan")}):
         with pytest.raises(msgspec.ValidationError):
             msgspec.convert({**document, **change}, Software)
 
