@@ -112,7 +112,7 @@ class LayoutPricer:
         held = held_by_chunk(resolved.schedule, resolved.num_stages, resolved.num_microbatches, resolved.vpp)
         runs = []
         for cut, book, count in zip(stages, books, held, strict=True):
-            run = book.finish(int(book.type_of[cut.first, cut.end]), cut.spec.num_gpus, count)
+            run = book.finish((int(book.type_of[cut.first, cut.end]),), cut.spec.num_gpus, count)
             if run is None:
                 raise LayoutError(
                     [f"mbs={resolved.mbs} samples per rank cannot be run by the model with these degrees"]

@@ -87,6 +87,19 @@ class StagePoints:
         )
 
 
+def finished(prices: Prices, totals: Floats, in_flight: float, choice: StageChoice) -> Finished:
+    """A stage of these totals."""
+    forward, backward, step = prices.times_s(totals)
+    return Finished(
+        forward_s=float(forward),
+        backward_s=float(backward),
+        step_s=float(step),
+        memory_bytes=float(memory_bytes(totals, in_flight)) + prices.fixed_bytes(),
+        time_s=float(prices.time_s(totals)),
+        choice=choice,
+    )
+
+
 def add(parts: Sequence[tuple[Floats, Floats | float]]) -> Floats:
     """Totals of several blocks: (totals, how many), workspace by maximum of those that occur."""
     summed = sum((totals * np.asarray(count)[..., None] for totals, count in parts), np.zeros(1))
@@ -98,7 +111,7 @@ def add(parts: Sequence[tuple[Floats, Floats | float]]) -> Floats:
 
 
 def fastest(
-    points: StagePoints, prices: Prices, in_flight: int, room_bytes: float, boundary: int | None = None
+    points: StagePoints, prices: Prices, in_flight: float, room_bytes: float, boundary: int | None = None
 ) -> Finished | None:
     """The fastest choice whose memory without the fixed share is at most ``room_bytes``; None when none fits."""
     best: Finished | None = None
@@ -109,7 +122,7 @@ def fastest(
     return best
 
 
-def _at_boundary(points: StagePoints, prices: Prices, in_flight: int, room_bytes: float, at: int) -> Finished | None:
+def _at_boundary(points: StagePoints, prices: Prices, in_flight: float, room_bytes: float, at: int) -> Finished | None:
     usable = np.flatnonzero(np.isfinite(points.totals[:, :, at]).all(axis=(0, 2)))
     if not len(usable):
         return None
@@ -122,15 +135,8 @@ def _at_boundary(points: StagePoints, prices: Prices, in_flight: int, room_bytes
     pick = int(fitting.argmin())
 
     def build(values: Floats, mixes: Sequence[tuple[tuple[PointRef, int], ...]]) -> Finished:
-        forward, backward, step = prices.times_s(values)
-        return Finished(
-            forward_s=float(forward),
-            backward_s=float(backward),
-            step_s=float(step),
-            memory_bytes=float(memory_bytes(values, in_flight)) + prices.fixed_bytes(),
-            time_s=float(prices.time_s(values)),
-            choice=StageChoice(mesh=points.mesh, boundary=at, points=tuple(zip(points.columns, mixes, strict=True))),
-        )
+        choice = StageChoice(mesh=points.mesh, boundary=at, points=tuple(zip(points.columns, mixes, strict=True)))
+        return finished(prices, values, in_flight, choice)
 
     def ref(point: int) -> PointRef:
         return points.refs[usable[point]]
@@ -168,7 +174,7 @@ def _at_boundary(points: StagePoints, prices: Prices, in_flight: int, room_bytes
     return best
 
 
-def _moments(in_flight: int) -> tuple[Floats, Floats]:
+def _moments(in_flight: float) -> tuple[Floats, Floats]:
     """Weights of the totals in memory, workspace left out, at the start of a backward and at its end."""
     start, end = np.zeros(fr.NUM_TOTALS), np.zeros(fr.NUM_TOTALS)
     start[[fr.STATE, fr.SAVED]] = 1.0, in_flight

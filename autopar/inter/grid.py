@@ -1,11 +1,13 @@
-"""The best manual Megatron layout: every (tp, pp, dp, mbs, sp, recompute, zero 0/1) is priced, the fastest that fits
-wins."""
+"""The best manual Megatron layout: every (tp, pp, vpp, dp, mbs, sp, recompute, zero 0/1) is priced, the fastest that
+fits wins."""
 
 import itertools
 import time
 
 from autopar.cluster.cluster import Cluster
 from autopar.inter.estimate import LayoutPricer, Priced, model_graph
+from autopar.inter.interleaving import NUM_CHUNKS
+from autopar.inter.layouts import layers
 from autopar.plan.comparison import Comparison
 from autopar.plan.errors import LayoutError, PlanFileError
 from autopar.plan.layout import Layout, parse_layout
@@ -46,6 +48,7 @@ def compare_megatron(plan: Plan, workload: Workload, cluster: Cluster, layout_te
 
 def _grid(pricer: LayoutPricer, global_batch: int) -> list[Priced]:
     found = []
+    num_layers = len(layers(pricer.blocks))
     divisors = [n for n in range(1, pricer.gpus + 1) if pricer.gpus % n == 0]
     for tp, pp in itertools.product(divisors, divisors):
         dp = pricer.gpus // (tp * pp)
@@ -53,10 +56,28 @@ def _grid(pricer: LayoutPricer, global_batch: int) -> list[Priced]:
             continue
         samples = global_batch // dp
         sizes = [mbs for mbs in (1, 2, 4, 8, 16, 32, 64) if samples % mbs == 0]
-        for mbs, sp, recompute, zero in itertools.product(
-            sizes, (False, True) if tp > 1 else (False,), ("none", "selective", "full"), (0, 1) if dp > 1 else (0,)
+        chunks = [v for v in NUM_CHUNKS if pp > 1 and num_layers % (pp * v) == 0]
+        for mbs, sp, recompute, zero, vpp in itertools.product(
+            sizes,
+            (False, True) if tp > 1 else (False,),
+            ("none", "selective", "full"),
+            (0, 1) if dp > 1 else (0,),
+            (1, *chunks),
         ):
-            layout = Layout(tp=tp, pp=pp, dp=dp, mbs=mbs, gbs=global_batch, sp=sp, recompute=recompute, zero=zero)  # type: ignore[arg-type]
+            if vpp > 1 and samples // mbs % pp:
+                continue
+            layout = Layout(
+                tp=tp,
+                pp=pp,
+                dp=dp,
+                mbs=mbs,
+                gbs=global_batch,
+                sp=sp,
+                recompute=recompute,  # type: ignore[arg-type]
+                zero=zero,  # type: ignore[arg-type]
+                vpp=vpp,
+                schedule="interleaved" if vpp > 1 else "1f1b",
+            )
             try:
                 found.append(pricer.price(layout))
             except LayoutError:

@@ -63,9 +63,9 @@ def stage_ends(blocks: tuple[Block, ...], layout: Layout) -> list[int]:
     return _listed_ends(blocks, layout) if layout.stages else even_ends(blocks, layout.pp * layout.vpp)
 
 
-def _layers(blocks: tuple[Block, ...]) -> tuple[int, int]:
-    """(first, end) of the blocks between embedding and head."""
-    return (1 if blocks[0].name == "embedding" else 0), len(blocks) - (1 if blocks[-1].name == "head" else 0)
+def layers(blocks: tuple[Block, ...]) -> range:
+    """The blocks between embedding and head."""
+    return range(int(blocks[0].name == "embedding"), len(blocks) - int(blocks[-1].name == "head"))
 
 
 def even_ends(blocks: tuple[Block, ...], num_stages: int) -> list[int]:
@@ -74,8 +74,8 @@ def even_ends(blocks: tuple[Block, ...], num_stages: int) -> list[int]:
     more.
 
     Example: 70 layers on 12 stages are 5, then ten times 6, then 5 (BLOOM)."""
-    first, last = _layers(blocks)
-    count = last - first
+    between = layers(blocks)
+    first, last, count = between.start, between.stop, len(between)
     if count < num_stages:
         raise LayoutError([f"{num_stages} stages are more than the {count} layers of the model"])
     share, rest = divmod(count, num_stages)
@@ -90,7 +90,7 @@ def even_ends(blocks: tuple[Block, ...], num_stages: int) -> list[int]:
 
 
 def _listed_ends(blocks: tuple[Block, ...], layout: Layout) -> list[int]:
-    first, last = _layers(blocks)
+    first, last = layers(blocks).start, layers(blocks).stop
     listed = [stage.blocks for stage in layout.stages]
     if sum(listed) == len(blocks):
         first, last = 0, len(blocks)

@@ -31,7 +31,7 @@ TIME_LIMIT_S = 5.0
 def best_mix(
     points: StagePoints,
     prices: Prices,
-    in_flight: int,
+    in_flight: float,
     room_bytes: float,
     boundary: int,
     num_microbatches: int,
@@ -97,7 +97,7 @@ def best_mix(
     )
 
 
-def _useful(column: Floats, in_flight: int, num_microbatches: int) -> list[int]:
+def _useful(column: Floats, in_flight: float, num_microbatches: int) -> list[int]:
     """Finite points that no other point is at least as good as in everything that the program counts."""
     finite = np.flatnonzero(np.isfinite(column).all(axis=1))
     measures = np.stack(

@@ -20,6 +20,7 @@ from autopar.inter.bounds import max_in_flight
 from autopar.inter.partition import StageTable
 from autopar.inter.stages import FREE, MeshSums, StageBook
 from autopar.intra import frontier as fr
+from autopar.intra.frontier import PriceRow
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.integer]
@@ -74,6 +75,19 @@ class StageTables:
             step_s=self._planes(FREE, [bound["step_s"] for bound in by_size]),
             busy_s=self._planes(FREE, [bound["busy_s"] for bound in by_size]),
         )
+
+    def through_s(self, size: int) -> Floats:
+        """(L + 1, L + 1): forward and backward of blocks i..j-1 take no less on ``size`` devices, memory aside; inf
+        where j <= i."""
+        return self._least(size, "through_s")
+
+    def least_step_s(self, size: int) -> Floats:
+        """The same of what is done once per step."""
+        return self._least(size, "step_s")
+
+    def _least(self, size: int, name: str) -> Floats:
+        least = np.min([getattr(self._mesh_bounds(mesh, FREE), name) for mesh in self.book.meshes(size)], axis=0)
+        return np.where(self.book.type_of >= 0, least[self.book.type_of], np.inf)
 
     def can_fit(self, in_flight_of: tuple[int, ...]) -> bool:
         """False: the leanest choices of no pipeline fit the budget, if stage number s from the last holds
@@ -190,43 +204,84 @@ class StageTables:
         present = counts[..., None] > 0
         return np.asarray(np.sum(np.where(present, totals, 0.0) * counts[..., None], axis=1))
 
+    def run_busy_s(self, size: int, kinds: tuple[int, ...], held: tuple[int, ...]) -> float:
+        """B micro-batches and the step of a run of ``size`` devices take no less, if they run a chunk of each of
+        ``kinds``, of which they hold ``held`` micro-batches; inf where nothing fits."""
+        book, found = self.book, np.inf
+        counts = book.counts[list(kinds)].sum(axis=0)[None]
+        for mesh in book.meshes(size):
+            free = sum((book.sums(mesh, FREE).bound_s[kind] for kind in kinds), np.zeros(()))[None]
+            busy_s = float(self._bounds_of(mesh, counts, free, book.sums(mesh, FREE).rows).busy_s[0])
+            if busy_s < min(found, self.cutoff_s) and self._fits_together(mesh, counts, kinds, held):
+                if not self._free_fits(mesh, kinds, held):
+                    parts = [self._row_bounds(mesh, count)[kind] for kind, count in zip(kinds, held, strict=True)]
+                    rows = book.sums(mesh, book.weights(held[0])[0][0]).rows
+                    priced = self._bounds_of(mesh, counts, np.sum(parts, axis=0)[None], rows)
+                    busy_s = max(busy_s, float(priced.busy_s[0]))
+                found = min(found, busy_s)
+        return found
+
+    def _free_fits(self, mesh: Mesh, kinds: tuple[int, ...], held: tuple[int, ...]) -> bool:
+        """Whether the fastest choice, memory aside, fits all the same."""
+        sums = self.book.sums(mesh, FREE)
+        at = int(sums.time_s[list(kinds)].sum(axis=0).argmin())
+        memory = sum(sums.memory_bytes(count)[kind] for kind, count in zip(kinds, held, strict=True))
+        return bool(np.ravel(memory)[at] <= self.book.room_bytes)
+
+    def _fits_together(self, mesh: Mesh, counts: Floats, kinds: tuple[int, ...], held: tuple[int, ...]) -> bool:
+        """False: the leanest choices of the chunks do not fit together."""
+        need = sum(float(self._lean_bytes(mesh, count)[kind]) for kind, count in zip(kinds, held, strict=True))
+        return bool(need + self._workspace(mesh, counts)[0] - counts.sum() <= self.book.room_bytes)
+
     def _fits(self, mesh: Mesh, in_flight: int) -> NDArray[np.bool_]:
         """(types,) False: no choice on the mesh fits, by the leanest of each block."""
         if (mesh, in_flight) not in self._fitting:
-            sums = self.book.sums(mesh, FREE)
-            need = np.zeros(())
-            for weight, share in self.book.weights(in_flight):
-                lean = [at for at, row in enumerate(sums.rows) if row.family == "lean" and row.saved_weight == weight]
-                need = need + share * sums.bound_s[:, lean[0]].min(axis=-1) / fr.LEAN_PRICE
-            slack = self.book.counts.sum(axis=1)  # a byte per block: what time may count for
-            self._fitting[mesh, in_flight] = need + self._workspace(mesh) - slack <= self.book.room_bytes
+            counts = self.book.counts
+            slack = counts.sum(axis=1)  # a byte per block: what time may count for
+            need = self._lean_bytes(mesh, in_flight) + self._workspace(mesh, counts) - slack
+            self._fitting[mesh, in_flight] = need <= self.book.room_bytes
         return self._fitting[mesh, in_flight]
 
-    def _workspace(self, mesh: Mesh) -> Floats:
+    def _lean_bytes(self, mesh: Mesh, in_flight: int) -> Floats:
+        """(types,) the least bytes of any choice, but for workspace and the fixed share."""
+        sums = self.book.sums(mesh, FREE)
+        need = np.zeros(())
+        for weight, share in self.book.weights(in_flight):
+            lean = [at for at, row in enumerate(sums.rows) if row.family == "lean" and row.saved_weight == weight]
+            need = need + share * sums.bound_s[:, lean[0]].min(axis=-1) / fr.LEAN_PRICE
+        return np.asarray(need)
+
+    def _workspace(self, mesh: Mesh, counts: Floats) -> Floats:
         least = np.array([self.book.points(column, mesh, FREE).least[1] for column in range(len(self.book.columns))])
-        return np.asarray(np.where(self.book.counts > 0, least, 0.0).max(axis=1))
+        return np.asarray(np.where(counts > 0, least, 0.0).max(axis=1))
 
     def _mesh_bounds(self, mesh: Mesh, in_flight: int) -> StageBounds:
         """With memory for ``in_flight`` micro-batches; ``FREE``: with memory left out of account."""
         if (mesh, in_flight) not in self._by_mesh:
-            self._by_mesh[mesh, in_flight] = self._make_mesh_bounds(mesh, in_flight)
+            rows = self.book.sums(mesh, FREE if in_flight == FREE else self.book.weights(in_flight)[0][0]).rows
+            bound = self._row_bounds(mesh, in_flight)
+            self._by_mesh[mesh, in_flight] = self._bounds_of(mesh, self.book.counts, bound, rows)
         return self._by_mesh[mesh, in_flight]
 
-    def _make_mesh_bounds(self, mesh: Mesh, in_flight: int) -> StageBounds:
+    def _row_bounds(self, mesh: Mesh, in_flight: int) -> Floats:
+        """(types, rows, boundaries): the rows' optima, between two weights of saved bytes the same combination."""
+        weights = ((FREE, 1.0),) if in_flight == FREE else self.book.weights(in_flight)
+        return sum((share * self.book.sums(mesh, weight).bound_s for weight, share in weights), np.zeros(()))
+
+    def _bounds_of(self, mesh: Mesh, counts: Floats, bound: Floats, rows: tuple[PriceRow, ...]) -> StageBounds:
+        """Bounds of stages with (stages, columns) ``counts`` of blocks from (stages, rows, boundaries) optima."""
         book, B = self.book, self.book.num_microbatches
-        weights = ((FREE, 1.0),) if in_flight == FREE else book.weights(in_flight)
-        sums = [book.sums(mesh, weight) for weight, _ in weights]
-        bound = sum((share * one.bound_s for one, (_, share) in zip(sums, weights, strict=True)), np.zeros(()))
         least = np.array([book.points(column, mesh, FREE).least for column in range(len(book.columns))])
         least = np.where(np.isfinite(least), least, HUGE)
-        room = np.maximum(book.room_bytes - self._workspace(mesh), 0.0)
-        price = np.array([row.price_s_per_byte for row in sums[0].rows])
+        room = np.maximum(book.room_bytes - self._workspace(mesh, counts), 0.0)
+        price = np.array([row.price_s_per_byte for row in rows])
         value = bound - (price[:, None] * room[:, None, None] if np.isfinite(book.budget_bytes) else 0.0)
-        forward, step = book.counts @ least[:, 0], book.counts @ least[:, 2]
-        launches = book.counts @ np.array([self._launch_floor_s(c, mesh) for c in range(len(book.columns))])
+        forward, step = counts @ least[:, 0], counts @ least[:, 2]
+        launches = counts @ np.array([self._launch_floor_s(c, mesh) for c in range(len(book.columns))])
         best = {family: np.full(value.shape[::2], -np.inf) for family in fr.FAMILIES}
-        for row, family in enumerate(r.family for r in sums[0].rows if r.family != "lean"):
-            best[family] = np.maximum(best[family], value[:, row])
+        for at, family in enumerate(row.family for row in rows):
+            if family != "lean":
+                best[family] = np.maximum(best[family], value[:, at])
         path = np.maximum(np.maximum(best["path"], best["linked"]), np.maximum(launches, forward)[:, None])
         busy = B * np.maximum(np.maximum(best["hidden"], best["reduced"]), path)
         busy = np.maximum(busy, B * path + step[:, None])

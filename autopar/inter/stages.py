@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.inter.blocks import Blocks, Mesh, Restriction
-from autopar.inter.finish import Finished, StagePoints, fastest
+from autopar.inter.bounds import max_in_flight
+from autopar.inter.finish import Finished, StageChoice, StagePoints, add, fastest, finished
 from autopar.inter.mix import best_mix
 from autopar.inter.transfers import Transfers
 from autopar.intra import frontier as fr
@@ -29,6 +30,8 @@ Floats = NDArray[np.float64]
 FREE, PRICED = 0, 1  # phases: rows where memory or time has no say, rows where both have
 WEIGHTS = (1, 2, 4, 8, 16, 32)
 """Weights of saved bytes for which rows are made where memory binds."""
+MAX_STAGES = 32
+"""Pipelines are at most this deep."""
 HUGE = 1e30  # stands for "impossible" in sums, where inf times zero would be undefined
 
 
@@ -46,7 +49,7 @@ class MeshSums:
     bound_s: Floats
     fastest: NDArray[np.integer]
 
-    def memory_bytes(self, in_flight: int) -> Floats:
+    def memory_bytes(self, in_flight: float) -> Floats:
         """All but the fixed share, (types, rows, boundaries)."""
         return np.asarray(self.held[0] + in_flight * self.held[1])
 
@@ -75,7 +78,7 @@ class StageBook:
         self._column_at = {column: at for at, column in enumerate(types.columns)}
         self.type_of, self.counts, self._stage_of = types.type_of, types.counts, types.stage_of
         self._meshes: dict[int, list[Mesh]] = {}
-        self._finished: dict[tuple[int, int, int], Finished | None] = {}
+        self._finished: dict[tuple[tuple[int, ...], int, float, float], Finished | None] = {}
         self._rows: dict[tuple[tuple[int, ...], bool], tuple[PriceRow, ...]] = {}
         self._points: dict[tuple[int, tuple[int, ...], int], BlockPoints] = {}
         self._sums: dict[tuple[Mesh, int], MeshSums] = {}
@@ -213,33 +216,38 @@ class StageBook:
         """How the inner axes place what crosses blocks under a boundary placement."""
         return self.points(0, mesh, FREE).tables.boundaries[boundary]
 
-    def finish(self, kind: int, num_devices: int, in_flight: int) -> Finished | None:
-        """The fastest choice for stage type ``kind`` that fits; None when there is none."""
-        key = (kind, num_devices, in_flight)
+    def finish(
+        self, kinds: tuple[int, ...], num_devices: int, in_flight: float, room_bytes: float | None = None
+    ) -> Finished | None:
+        """The fastest choice for the blocks of a stage type that fits; None when there is none. Of several ``kinds``,
+        the chunks of one run of devices, as if they were one stage that holds ``in_flight`` micro-batches.
+        ``room_bytes``: default, what the budget leaves."""
+        room_bytes = self.room_bytes if room_bytes is None else room_bytes
+        key = (kinds, num_devices, in_flight, room_bytes)
         if key not in self._finished:
-            self._finished[key] = self._finish(kind, num_devices, in_flight)
+            self._finished[key] = self._finish(kinds, num_devices, in_flight, room_bytes)
         return self._finished[key]
 
-    def _finish(self, kind: int, num_devices: int, in_flight: int) -> Finished | None:
+    def _finish(self, kinds: tuple[int, ...], num_devices: int, in_flight: float, room_bytes: float) -> Finished | None:
         best: Finished | None = None
         best_s = np.inf
         meshes = self.meshes(num_devices)
         lower = dict.fromkeys(meshes, 0.0)
         if len(meshes) > 1:
-            lower = {mesh: self._free_bound_s(kind, mesh) for mesh in meshes}
+            lower = {mesh: self._free_bound_s(kinds, mesh) for mesh in meshes}
         for mesh in sorted(lower, key=lambda mesh: lower[mesh]):
             if lower[mesh] >= best_s:
                 break
-            points = self._stage_points(kind, mesh, in_flight)
+            points = self._stage_points(kinds, mesh, in_flight, room_bytes)
             boundaries = range(points.totals.shape[2])
             if self.restriction is not None:
                 at = self.points(0, mesh, FREE).tables.boundaries.index(self.restriction.boundary)
                 boundaries = range(at, at + 1)
             for boundary in boundaries:
-                found = fastest(points, self, in_flight, self.room_bytes, boundary)
+                found = fastest(points, self, in_flight, room_bytes, boundary)
                 if found is None:
                     continue
-                value_s = found.time_s + self._received_s(kind, found, num_devices)
+                value_s = found.time_s + sum(self._received_s(kind, found, num_devices) for kind in kinds)
                 if value_s < best_s:
                     best, best_s = found, value_s
         return best
@@ -252,40 +260,67 @@ class StageBook:
             return 0.0
         return self.transfers.received_s(self._stage_of[kind], num_devices, run.choice)
 
-    def _free_bound_s(self, kind: int, mesh: Mesh) -> float:
+    def _free_bound_s(self, kinds: tuple[int, ...], mesh: Mesh) -> float:
         """Seconds per micro-batch, with its share of the step, that no choice on a mesh is below, memory aside."""
         sums = self.sums(mesh, FREE)
         hidden = [at for at, row in enumerate(sums.rows) if row.family == "hidden"]
         charged_s = max(sums.rows[at].price_s_per_byte for at in hidden) * self.room_bytes
-        return float(sums.bound_s[kind, hidden].min()) - (charged_s if np.isfinite(charged_s) else 0.0)
+        bound_s = float(sums.bound_s[list(kinds)].sum(axis=0)[hidden].min())
+        return bound_s - (charged_s if np.isfinite(charged_s) else 0.0)
 
-    def _stage_points(self, kind: int, mesh: Mesh, in_flight: int) -> StagePoints:
-        columns = tuple(int(column) for column in np.flatnonzero(self.counts[kind]))
+    def _stage_points(self, kinds: tuple[int, ...], mesh: Mesh, in_flight: float, room_bytes: float) -> StagePoints:
+        counts = self.counts[list(kinds)].sum(axis=0)
+        columns = tuple(int(column) for column in np.flatnonzero(counts))
         parts = [(FREE, slice(None))]
         if self.restriction is None:
             sums = self.sums(mesh, FREE)
-            if sums.memory_bytes(in_flight)[kind].reshape(-1)[sums.fastest[kind]] > self.room_bytes:
+            fastest_at = int(sums.time_s[list(kinds)].sum(axis=0).argmin())
+            if sums.memory_bytes(in_flight)[list(kinds)].sum(axis=0).reshape(-1)[fastest_at] > room_bytes:
                 parts += [(PRICED, self.kept(mesh, weight)) for weight, _ in self.weights(in_flight)]
-        numbers = tuple(int(self.counts[kind, column]) for column in columns)
+        numbers = tuple(int(counts[column]) for column in columns)
         found = [(phase, kept, [self.points(column, mesh, phase) for column in columns]) for phase, kept in parts]
         return StagePoints.of(mesh, columns, numbers, found)
 
-    def mix(self, kind: int, in_flight: int, run: Finished) -> Finished:
+    def mix(self, kinds: tuple[int, ...], in_flight: float, run: Finished, room_bytes: float) -> Finished:
         """``run`` or, on its mesh, the proven best mix of frontier points that is faster."""
-        points = self._stage_points(kind, run.choice.mesh, in_flight)
-        best, room = run, self.room_bytes
+        points = self._stage_points(kinds, run.choice.mesh, in_flight, room_bytes)
+        best = run
         for boundary in range(points.totals.shape[2]):
-            found = best_mix(points, self, in_flight, room, boundary, self.num_microbatches, self.contention)
+            found = best_mix(points, self, in_flight, room_bytes, boundary, self.num_microbatches, self.contention)
             if found is not None and found.time_s < best.time_s * (1 - 1e-9):
                 best = found
         return best
+
+    def totals(self, choice: StageChoice) -> Floats:
+        """The totals (`intra.frontier`) of a stage's blocks under a choice."""
+        parts: list[tuple[Floats, float]] = []
+        for column, mix in choice.points:
+            for (phase, row), count in mix:
+                points = self.points(column, choice.mesh, phase)
+                parts.append((points.totals[row, choice.boundary], float(count)))
+        return add(parts)
+
+    def priced(self, choice: StageChoice, in_flight: float) -> Finished:
+        """A stage under a choice."""
+        return finished(self, self.totals(choice), in_flight, choice)
+
+    @property
+    def max_stages(self) -> int:
+        """The most stages a pipeline may have."""
+        return min(len(self.blocks.blocks), self.gpus, MAX_STAGES)
+
+    def held_at_most(self) -> tuple[int, ...]:
+        """Micro-batches that stage number 1, 2, ... from the last holds."""
+        return tuple(
+            max_in_flight(self.schedule, self.num_microbatches, place) for place in range(1, self.max_stages + 1)
+        )
 
     @property
     def room_bytes(self) -> float:
         """The budget without the fixed share."""
         return self.budget_bytes - self.fixed_bytes()
 
-    def weights(self, in_flight: int) -> tuple[tuple[int, float], ...]:
+    def weights(self, in_flight: float) -> tuple[tuple[int, float], ...]:
         """The weights of saved bytes next to ``in_flight`` and the share of each: their mean is ``in_flight``."""
         above = next((weight for weight in WEIGHTS if weight >= in_flight), WEIGHTS[-1])
         below = max(weight for weight in WEIGHTS if weight <= in_flight)

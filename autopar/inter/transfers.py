@@ -80,11 +80,10 @@ class Transfers:
         self._known: dict[tuple[object, ...], float] = {}
 
     def seconds(
-        self, stages: Sequence[Stage], choices: Sequence["StageChoice"]
+        self, stages: Sequence[Stage], firsts: Sequence[int], choices: Sequence["StageChoice"]
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """(to the next stage, of the gradient to the previous one) per stage."""
+        """(to the next stage, of the gradient to the previous one) per stage; ``firsts``: the first device of each."""
         cluster = self.book.blocks.cluster
-        firsts = first_devices([devices for _, _, devices in stages], cluster.devices_per_node)
         forward, backward = [0.0] * len(stages), [0.0] * len(stages)
         for at in range(len(stages) - 1):
             cut = stages[at][1]

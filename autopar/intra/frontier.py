@@ -225,7 +225,7 @@ def _links_bind(tables: BlockTables, parameter_metrics: Sequence[tuple[Floats, N
     return False
 
 
-def memory_bytes(totals: Floats, in_flight: int | Floats) -> Floats:
+def memory_bytes(totals: Floats, in_flight: float | Floats) -> Floats:
     """Bytes with ``in_flight`` micro-batches held, all but the fixed share: at the start of a backward, or at its end,
     when its saved tensors are gone and its gradients there."""
     late = np.maximum(totals[..., LATE] - totals[..., SAVED], 0.0)
