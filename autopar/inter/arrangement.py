@@ -92,7 +92,7 @@ class Arrangement:
 
     def _finish_run(self, run: int, *, proven: bool) -> tuple[Finished, ...] | None:
         """The stages of a run of devices, which share its memory: ``proven``, by the best mix of frontier points."""
-        book, held = self.book, [self.held()[at] for at in self._chunks(run)]
+        book, held = self.book, self.held()[run :: self.num_runs]
         chunks = [self.stages[at] for at in self._chunks(run)]
         kinds = tuple(int(book.type_of[first, end]) for first, end, _ in chunks)
         blocks = [end - first for first, end, _ in chunks]

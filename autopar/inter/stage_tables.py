@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from autopar.inter.blocks import Mesh
 from autopar.inter.bounds import max_in_flight
 from autopar.inter.partition import StageTable
-from autopar.inter.stages import FREE, MeshSums, StageBook
+from autopar.inter.stages import FREE, LEAN_WEIGHTS, WEIGHTS, MeshSums, StageBook, between
 from autopar.intra import frontier as fr
 from autopar.intra.frontier import PriceRow
 
@@ -171,7 +171,7 @@ class StageTables:
             lower = found[at].busy_s
             wanted = needed & fits[at] & ~fits_free[at] & (lower < B * best) & (lower < self.cutoff_s)
             if wanted.any():
-                for weight, _ in book.weights(in_flight):
+                for weight, _ in between(WEIGHTS, in_flight):
                     self._improve(best, even, meshes[at], book.sums(meshes[at], weight), in_flight)
                 found[at] = _larger(found[at], self._mesh_bounds(meshes[at], in_flight))
         least = {
@@ -215,7 +215,7 @@ class StageTables:
             if busy_s < min(found, self.cutoff_s) and self._fits_together(mesh, counts, kinds, held):
                 if not self._free_fits(mesh, kinds, held):
                     parts = [self._row_bounds(mesh, count)[kind] for kind, count in zip(kinds, held, strict=True)]
-                    rows = book.sums(mesh, book.weights(held[0])[0][0]).rows
+                    rows = book.sums(mesh, between(WEIGHTS, held[0])[0][0]).rows
                     priced = self._bounds_of(mesh, counts, np.sum(parts, axis=0)[None], rows)
                     busy_s = max(busy_s, float(priced.busy_s[0]))
                 found = min(found, busy_s)
@@ -246,7 +246,7 @@ class StageTables:
         """(types,) the least bytes of any choice, but for workspace and the fixed share."""
         sums = self.book.sums(mesh, FREE)
         need = np.zeros(())
-        for weight, share in self.book.weights(in_flight):
+        for weight, share in between(LEAN_WEIGHTS, in_flight):
             lean = [at for at, row in enumerate(sums.rows) if row.family == "lean" and row.saved_weight == weight]
             need = need + share * sums.bound_s[:, lean[0]].min(axis=-1) / fr.LEAN_PRICE
         return np.asarray(need)
@@ -258,14 +258,14 @@ class StageTables:
     def _mesh_bounds(self, mesh: Mesh, in_flight: int) -> StageBounds:
         """With memory for ``in_flight`` micro-batches; ``FREE``: with memory left out of account."""
         if (mesh, in_flight) not in self._by_mesh:
-            rows = self.book.sums(mesh, FREE if in_flight == FREE else self.book.weights(in_flight)[0][0]).rows
+            rows = self.book.sums(mesh, FREE if in_flight == FREE else between(WEIGHTS, in_flight)[0][0]).rows
             bound = self._row_bounds(mesh, in_flight)
             self._by_mesh[mesh, in_flight] = self._bounds_of(mesh, self.book.counts, bound, rows)
         return self._by_mesh[mesh, in_flight]
 
     def _row_bounds(self, mesh: Mesh, in_flight: int) -> Floats:
         """(types, rows, boundaries): the rows' optima, between two weights of saved bytes the same combination."""
-        weights = ((FREE, 1.0),) if in_flight == FREE else self.book.weights(in_flight)
+        weights = ((FREE, 1.0),) if in_flight == FREE else between(WEIGHTS, in_flight)
         return sum((share * self.book.sums(mesh, weight).bound_s for weight, share in weights), np.zeros(()))
 
     def _bounds_of(self, mesh: Mesh, counts: Floats, bound: Floats, rows: tuple[PriceRow, ...]) -> StageBounds:

@@ -12,6 +12,7 @@ stage is evaluated; what no choice is below says `stage_tables`. Stages with the
 the same, so prices are made once per distinct count vector.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,8 @@ Floats = NDArray[np.float64]
 FREE, PRICED = 0, 1  # phases: rows where memory or time has no say, rows where both have
 WEIGHTS = (1, 2, 4, 8, 16, 32)
 """Weights of saved bytes for which rows are made where memory binds."""
+LEAN_WEIGHTS = (1, 4, 32)
+"""The same of the leanest choices, which differ less."""
 MAX_STAGES = 32
 """Pipelines are at most this deep."""
 HUGE = 1e30  # stands for "impossible" in sums, where inf times zero would be undefined
@@ -131,7 +134,7 @@ class StageBook:
         if self.restriction is not None:  # memory has no say in a layout
             return free_rows(rate, self.modes, ("priced",))
         if phase == FREE:
-            return (*free_rows(rate, self.modes), *lean_rows(self.modes, WEIGHTS))
+            return (*free_rows(rate, self.modes), *lean_rows(self.modes, LEAN_WEIGHTS))
         links_bind = any(self.points(column, mesh, FREE).links_bind for column in range(len(self.columns)))
         weights = self.weights_on(mesh)
         if (weights, links_bind) not in self._rows:
@@ -142,7 +145,7 @@ class StageBook:
     def weights_on(self, mesh: Mesh) -> tuple[int, ...]:
         """The weights of saved bytes that stages on a mesh may need."""
         if self.schedule == "gpipe":
-            return tuple(weight for weight, _ in self.weights(self.num_microbatches))
+            return tuple(weight for weight, _ in between(WEIGHTS, self.num_microbatches))
         most = 1 if mesh.num_devices == self.gpus else self.num_microbatches
         return tuple(weight for at, weight in enumerate(WEIGHTS) if at == 0 or WEIGHTS[at - 1] < most)
 
@@ -276,7 +279,7 @@ class StageBook:
             sums = self.sums(mesh, FREE)
             fastest_at = int(sums.time_s[list(kinds)].sum(axis=0).argmin())
             if sums.memory_bytes(in_flight)[list(kinds)].sum(axis=0).reshape(-1)[fastest_at] > room_bytes:
-                parts += [(PRICED, self.kept(mesh, weight)) for weight, _ in self.weights(in_flight)]
+                parts += [(PRICED, self.kept(mesh, weight)) for weight, _ in between(WEIGHTS, in_flight)]
         numbers = tuple(int(counts[column]) for column in columns)
         found = [(phase, kept, [self.points(column, mesh, phase) for column in columns]) for phase, kept in parts]
         return StagePoints.of(mesh, columns, numbers, found)
@@ -320,15 +323,6 @@ class StageBook:
         """The budget without the fixed share."""
         return self.budget_bytes - self.fixed_bytes()
 
-    def weights(self, in_flight: float) -> tuple[tuple[int, float], ...]:
-        """The weights of saved bytes next to ``in_flight`` and the share of each: their mean is ``in_flight``."""
-        above = next((weight for weight in WEIGHTS if weight >= in_flight), WEIGHTS[-1])
-        below = max(weight for weight in WEIGHTS if weight <= in_flight)
-        if above <= below:
-            return ((below, 1.0),)
-        share = (in_flight - below) / (above - below)
-        return ((below, 1.0 - share), (above, share))
-
     def fixed_bytes(self) -> float:
         """What torch's allocator does not count: context, and where ranks talk the buffers of two communicators."""
         communicators = 2 if self.gpus > 1 else 0
@@ -346,3 +340,17 @@ def _least_over_modes(rows: tuple[PriceRow, ...], bounds: Floats) -> Floats:
     for group in groups.values():
         least[:, group] = bounds[:, group].min(axis=1, keepdims=True)
     return least
+
+
+def between(weights: Sequence[int], in_flight: float) -> tuple[tuple[int, float], ...]:
+    """The weights of saved bytes next to ``in_flight`` and the share of each: their mean is ``in_flight``.
+
+    >>> between((1, 4, 32), 2), between((1, 4, 32), 50)
+    (((1, 0.6666666666666667), (4, 0.33333333333333337)), ((32, 1.0),))
+    """
+    above = next((weight for weight in weights if weight >= in_flight), weights[-1])
+    below = max(weight for weight in weights if weight <= in_flight)
+    if above <= below:
+        return ((below, 1.0),)
+    share = (in_flight - below) / (above - below)
+    return ((below, 1.0 - share), (above, share))

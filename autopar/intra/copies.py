@@ -105,6 +105,7 @@ class CopyCounter:
         self._at_hand = {profile.owners[node.op.inputs[i]] for node in space.ops for i in node.free}
         self.strategies, self.boundary_tokens, self.sizes = strategies, boundary_tokens, sizes
         graph = space.graph
+        self._counted: dict[tuple[int, ...], tuple[float, float]] = {}
         self._positions = []
         for node in space.ops:
             tensors = (*node.op.inputs, *node.op.outputs)
@@ -120,21 +121,24 @@ class CopyCounter:
 
     def kept(self, choices: NDArray[np.integer]) -> Floats:
         """(solutions, 2) bytes outside and inside attention; ``choices`` is (nodes, solutions)."""
-        columns, back = np.unique(choices, axis=1, return_inverse=True)
-        counted = np.array([self._count(columns[:, at]) for at in range(columns.shape[1])])
-        return np.asarray(counted[np.asarray(back).ravel()])
+        counted = []
+        for column in choices.T.tolist():
+            key = tuple(column)
+            if key not in self._counted:
+                self._counted[key] = self._count(key)
+            counted.append(self._counted[key])
+        return np.array(counted).reshape(-1, 2)
 
-    def _count(self, column: NDArray[np.integer]) -> tuple[float, float]:
+    def _count(self, column: Sequence[int]) -> tuple[float, float]:
         owners, ends = self.profile.owners, self.space.data_axis.ends
         lies: dict[int, Lie] = {
-            value: (_forward(ends[value]), _whole(states[int(column[IN])]))
-            for value, states in self.boundary_tokens.items()
+            value: (_forward(ends[value]), _whole(states[column[IN]])) for value, states in self.boundary_tokens.items()
         }
         memory: dict[int, tuple[int, Lie | None]] = {}  # of a value as made: (owner, None) or of a moved copy
         bytes_of: dict[tuple[int, Lie | None], float] = {}
         outside: set[tuple[int, Lie | None]] = set()
         for at, node in enumerate(self.space.ops):
-            op, options, data = node.op, self.strategies[at][int(column[node.node])], self._data[at]
+            op, options, data = node.op, self.strategies[at][column[node.node]], self._data[at]
             read: dict[int, tuple[int, Lie | None]] = {}
             for i, value in enumerate(op.inputs):
                 lie = (data[i], _whole(tuple(option.inputs[i] for option in options)))

@@ -15,6 +15,7 @@ micro-batch (k // (S v)) S + k mod S. That is the order of torch's ``Schedule1F1
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -107,8 +108,7 @@ def actions(
     for rank in range(num_stages):
         warmup = num_warmup(schedule, num_stages, num_microbatches, num_chunks, rank)
         is_forward, step = _rank_order(warmup, num_steps)
-        local = (step // group) % num_chunks
-        chunk = np.where(is_forward, local, num_chunks - 1 - local) * num_stages + rank
+        chunk = _local_chunk(is_forward, step, group, num_chunks) * num_stages + rank
         microbatch = step // (group * num_chunks) * group + step % group
         ranks.append(
             tuple(
@@ -137,6 +137,7 @@ def in_flight(schedule: Schedule, num_stages: int, num_microbatches: int, num_ch
     return tuple(peaks)
 
 
+@lru_cache(maxsize=256)
 def held_by_chunk(schedule: Schedule, num_stages: int, num_microbatches: int, num_chunks: int = 1) -> tuple[int, ...]:
     """Micro-batches that each of the S v chunks, in model order, holds when its rank holds most of all; at least 1.
 
@@ -145,13 +146,19 @@ def held_by_chunk(schedule: Schedule, num_stages: int, num_microbatches: int, nu
     """
     if num_chunks == 1:
         return in_flight(schedule, num_stages, num_microbatches)
-    held = [1] * (num_stages * num_chunks)
-    for rank, order in enumerate(actions(schedule, num_stages, num_microbatches, num_chunks)):
-        counts = np.zeros((len(order) + 1, num_chunks), np.int64)
-        for at, action in enumerate(order):
-            counts[at + 1] = counts[at]
-            counts[at + 1, action.stage // num_stages] += 1 if action.kind == "F" else -1
-        peak = counts[counts.sum(axis=1).argmax()]
-        for chunk, count in enumerate(peak.tolist()):
-            held[chunk * num_stages + rank] = max(count, 1)
-    return tuple(held)
+    check_schedule(schedule, num_stages, num_microbatches, num_chunks)
+    held = np.ones((num_chunks, num_stages), np.int64)
+    for rank in range(num_stages):
+        warmup = num_warmup(schedule, num_stages, num_microbatches, num_chunks, rank)
+        is_forward, step = _rank_order(warmup, num_microbatches * num_chunks)
+        local = _local_chunk(is_forward, step, num_stages, num_chunks)
+        change = np.where(is_forward, 1, -1)
+        counts = np.cumsum(change[:, None] * (local[:, None] == np.arange(num_chunks)), axis=0)
+        held[:, rank] = np.maximum(counts[counts.sum(axis=1).argmax()], 1)
+    return tuple(held.ravel().tolist())
+
+
+def _local_chunk(is_forward: NDArray[np.bool_], step: Ints, group: int, num_chunks: int) -> Ints:
+    """Which of its chunks a rank works on in each action; ``group`` micro-batches pass a chunk in turn."""
+    local = (step // group) % num_chunks
+    return np.where(is_forward, local, num_chunks - 1 - local)
