@@ -19,7 +19,7 @@ SIZES = {  # layers, base channels, width factor
     "6.8B": (50, 320, 16),
     "13B": (101, 320, 16),
 }
-BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+BLOCKS = {26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
 
 class Bottleneck(nn.Module):

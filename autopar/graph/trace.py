@@ -18,6 +18,7 @@ from autopar.graph.export import MODEL_PREFIX, export, is_data_dependent
 from autopar.graph.fake import is_fake, tensors_in
 from autopar.graph.ir import Batch, Graph
 from autopar.graph.normalise import normalise
+from autopar.graph.random_ops import refuse_random
 from autopar.graph.source import source_of_function
 from autopar.plan.errors import ModelError
 from autopar.workload import Workload
@@ -84,6 +85,7 @@ def _trace_at(workload: Workload, model: nn.Module, batch_size: int, prime: int,
     batch = Batch(traced=batch_size, prime=prime)
     program, module = normalise(program, tied, batch)
     graph = to_graph(module, program, names, batch, source_of_function(workload.loss_fn))
+    refuse_random(graph)
     constants = {
         name.removeprefix(f"{MODEL_PREFIX}."): tensor
         for name, tensor in program.constants.items()

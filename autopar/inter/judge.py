@@ -101,7 +101,7 @@ def judge(
         once: dict[int, Step] = {}  # gathered in the forward alone so far
         run = [(blocks[ref.index], plan.program(ref.program), kinds[blocks[ref.index].kind]) for ref in stage.blocks]
         tied = disagreements(graph, run)
-        for ref in stage.blocks:
+        for position, ref in enumerate(stage.blocks):
             block = blocks[ref.index]
             program = plan.program(ref.program)
             if program.kind != block.kind:
@@ -113,7 +113,9 @@ def judge(
             seen.update(block.parameters)
             alike = dict(zip(block.parameters, first.parameters, strict=True))
             here = frozenset((alike[value], axis) for value, axis in tied if value in alike)
-            key = (ref.program, mesh.sizes, mesh.first_device, stored, here)
+            later = {value for other in stage.blocks[position + 1 :] for value in blocks[other.index].inputs}
+            read_on = frozenset(own for own, value in zip(first.outputs, block.outputs, strict=True) if value in later)
+            key = (ref.program, mesh.sizes, mesh.first_device, stored, here, read_on)
             if key not in prices:
                 prices[key] = price_block(
                     graph,
@@ -131,6 +133,7 @@ def judge(
                     plan.search.status == "fixed",  # a manual layout is Megatron's program
                     stays,
                     here,
+                    read_on,
                 )
             price = prices[key]
             again = [once.pop(value) for value, own in alike.items() if own in price.read_again and value in once]

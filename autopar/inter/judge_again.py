@@ -4,7 +4,7 @@ The backward reads what autograd keeps of each op: inputs, outputs, tensors of i
 parameter that is cut at rest is gathered again where the backward reads it. Under full recomputation only the block's
 inputs stay, and an op runs again when the backward reads its results or insides, or another op that runs again reads
 them; so do the moves on the way, and the exchanges inside the op. What the block hands on as it was made stays for the
-next block. The last product of a transformer block, whose sum goes into the residual stream, does not run again:
+next block of its stage. The last product of a transformer block, whose sum goes into the residual stream, does not run again:
 nothing reads it.
 """
 
@@ -34,12 +34,13 @@ def again(
     moved: Moves,
     free: frozenset[int],
     exchanging: frozenset[int],
+    read_on: frozenset[int],
 ) -> Again:
-    """Values in ``free`` are at hand and cost nothing to have again. Ops that are ``exchanging`` inside are kernels
+    """``read_on``: outputs that later blocks of the stage read, and keep. Values in ``free`` are at hand and cost nothing to have again. Ops that are ``exchanging`` inside are kernels
     written out: for their insides alone they read no more than their backward does."""
     ops = {op.id: op for op in graph.ops[block.first_op : block.end_op]}
     maker = {value: op.id for op in ops.values() for value in op.outputs}
-    handed_on = _handed_on(graph, block, program)
+    handed_on = _handed_on(graph, block, program) & read_on
     full = program.recompute == "full"
     found: dict[int, bool] = {}  # whether the op's results are read, or its insides alone
     routes: set[int] = set()

@@ -87,13 +87,14 @@ def price_block(
     data_axis: bool,
     balanced: bool,
     stays: tuple[frozenset[int], frozenset[int]],
-    disagreed: frozenset[tuple[int, int]] = frozenset(),
+    disagreed: frozenset[tuple[int, int]],
+    read_on: frozenset[int],
 ) -> BlockPrice:
     """``free`` values are at hand anywhere, ``stored`` parameters are held by an earlier block of the stage; ``fused``
     is what fusion saves of the ops' traffic, ``data_axis`` whether the first of several axes is the data axis;
     ``balanced``: those that share a sequence share its attention evenly under a causal mask, and the rest is Megatron's
     program, too; ``stays``: see
-    ``judge_workspace.kept_anywhere``; ``disagreed`` as in `judge_parameters`."""
+    ``judge_workspace.kept_anywhere``; ``disagreed`` as in `judge_parameters`, ``read_on`` in `judge_again`."""
     software, device = load_software(execution.fusion), mesh.cluster.device
     ops = graph.ops[block.first_op : block.end_op]
     aligned = ((program.ops, ops), (program.inputs, block.inputs), (program.outputs, block.outputs))
@@ -145,7 +146,7 @@ def price_block(
         )
     per_score = software.math_attention_bytes_per_score if execution.attn == "math" else 0.0
     held = kept(graph, profile, block, program, mesh, micro_batch, moved, free, shards, per_score, balanced)
-    repeated = again(graph, profile, block, program, moved, free, frozenset(exchanged))
+    repeated = again(graph, profile, block, program, moved, free, frozenset(exchanged), read_on)
     rerun = [step for route in repeated.routes for step in route.steps]
     rerun += [step for op in sorted(repeated.ops) for step in exchanged.get(op, ())]
     parameters = price_parameters(

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from autopar.cluster.software import load_software
 from autopar.cost.parameters import BUCKET_BYTES
 from autopar.graph.ir import Block, Graph
-from autopar.inter.judge_routes import Mesh, Step
+from autopar.inter.judge_routes import Mesh, Step, local_shape
 from autopar.plan.errors import CheckError
 from autopar.plan.mesh import parse_placements
 from autopar.plan.plan import BlockProgram, CollectiveKind, Execution, ParameterPlan
@@ -88,7 +88,10 @@ def price_parameters(
         shards = mesh.degree(cut)
         stage3, stage2 = planned.parameter == planned.optimizer and bool(cut), _cut_gradient(planned, cut)
         sent = elements * tensor.itemsize if execution.dtype == "fp16" else gradient
-        gather, scatter = _part(mesh, "all_gather", size, cut), _part(mesh, "reduce_scatter", sent, cut)
+        rows = local_shape(tensor.shape, compute, mesh.sizes)[0] if cut else 1
+        padding = -(-rows // shards) * shards / rows  # every rank's part of the rows is as large as the first's
+        gather = _part(mesh, "all_gather", size, cut, padding)
+        scatter = _part(mesh, "reduce_scatter", sent, cut, padding)
         rest = _part(mesh, "all_reduce", sent / shards, tuple(axis for axis in partial if axis not in cut))
         if stage3:
             sums["forward"] += _time(gather)
@@ -108,7 +111,7 @@ def price_parameters(
             for axis in range(len(compute))
             if axis not in cut and (axis in partial or (compute[axis] == "R" and (value, axis) in disagreed))
         )
-        rest = _part(mesh, "all_reduce", sent / shards, terms)
+        rest = _part(mesh, "all_reduce", sent / shards, terms, padding)
         once += [rest] if rest else []
         moved = software.optimizer_bytes_half if tensor.itemsize < 4 else software.optimizer_bytes_full
         moved -= 16 if execution.optimizer == "sgd" else 0
@@ -159,9 +162,11 @@ def disagreements(graph: Graph, blocks: Sequence[tuple[Block, BlockProgram, Bloc
     return frozenset(found)
 
 
-def _part(mesh: Mesh, kind: CollectiveKind, num_bytes: float, axes: tuple[int, ...]) -> Step | None:
-    """A tensor's share of its bucket's collective."""
-    step, bucket = mesh.step(kind, num_bytes, axes), mesh.step(kind, float(BUCKET_BYTES), axes)
+def _part(
+    mesh: Mesh, kind: CollectiveKind, num_bytes: float, axes: tuple[int, ...], padding: float = 1.0
+) -> Step | None:
+    """A tensor's share of its bucket's collective; ``padding`` times its bytes make equal parts."""
+    step, bucket = mesh.step(kind, num_bytes, axes, num_bytes * padding), mesh.step(kind, float(BUCKET_BYTES), axes)
     return None if step is None or bucket is None else replace(step, time_s=bucket.time_s * num_bytes / BUCKET_BYTES)
 
 

@@ -27,7 +27,8 @@ Tokens = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One collective over mesh axes (positions); ``num_bytes`` as ``plan.Collective`` counts them."""
+    """One collective over mesh axes (positions); ``num_bytes`` as ``plan.Collective`` counts them, equal parts of an
+    uneven cut: what is lacking is padded. The time is that of the tensor alone."""
 
     kind: CollectiveKind
     axes: tuple[int, ...]
@@ -94,13 +95,16 @@ class Mesh:
             self._groups[axes] = self.cluster.axis_group(self.num_devices, self.sizes, axes, self.first_device)
         return self._groups[axes]
 
-    def step(self, kind: CollectiveKind, num_bytes: float, axes: tuple[int, ...]) -> Step | None:
-        """One collective; None where the axes have a single rank or there is nothing to move."""
+    def step(
+        self, kind: CollectiveKind, num_bytes: float, axes: tuple[int, ...], padded_bytes: float | None = None
+    ) -> Step | None:
+        """One collective of a tensor of ``num_bytes``, ``padded_bytes`` with what makes its parts equal; None where the
+        axes have a single rank or there is nothing to move."""
         axes = tuple(axis for axis in axes if self.sizes[axis] > 1)
         if not axes or num_bytes <= 0:
             return None
         time_s = float(self.cluster.collective_s(kind, num_bytes, self.group(axes)))
-        return Step(kind=kind, axes=axes, num_bytes=num_bytes, time_s=time_s)
+        return Step(kind=kind, axes=axes, num_bytes=num_bytes if padded_bytes is None else padded_bytes, time_s=time_s)
 
     def local_bytes(self, shape: tuple[int, ...], itemsize: int, tokens: Tokens) -> int:
         """Bytes of a tensor on the fullest rank."""
@@ -151,9 +155,11 @@ class Mesh:
         if old == "R":
             return None
         if new == "R" and old != "P":
-            return self.step("all_gather", self.local_bytes(shape, itemsize, after), axes)
+            padded = self.local_bytes(shape, itemsize, before) * self.degree(axes)
+            return self.step("all_gather", self.local_bytes(shape, itemsize, after), axes, padded)
         kind: CollectiveKind = "all_to_all" if old != "P" else "all_reduce" if new == "R" else "reduce_scatter"
-        return self.step(kind, self.local_bytes(shape, itemsize, before), axes)
+        scattered = self.local_bytes(shape, itemsize, after) * self.degree(axes) if kind == "reduce_scatter" else None
+        return self.step(kind, self.local_bytes(shape, itemsize, before), axes, scattered)
 
 
 def _movable(source: Tokens, target: Tokens) -> tuple[int, ...]:

@@ -120,6 +120,7 @@ MAKERS: dict[str, Maker] = {
     **dict.fromkeys(("flip", "roll", "tril", "triu", "repeat_interleave"), lookups.mirrored),
 }
 POINTWISE = frozenset({"dropout", "gelu", "silu", "relu", "tanh", "where", "masked_fill", "copy", "fill", "full_like"})
+POINTWISE |= {"feature_dropout", "rand_like", "randn_like", "bernoulli"}
 POINTWISE |= {
     "zeros_like",
     "ones_like",
@@ -142,6 +143,7 @@ WHOLE = frozenset({"index_put", "index_put_"})  # known, and of no use in pieces
 NOTHING = frozenset(
     {"arange", "zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "new_empty", "empty", "scalar_tensor"}
 )
+NOTHING |= {"rand", "randn"}
 
 
 def rule_of(op: Op, values: Sequence[Value]) -> OpRule:

@@ -20,7 +20,7 @@ from autopar.runtime.exchange import sum_over
 from autopar.runtime.layout import chunk_bounds, cuts_of, local_pieces, local_shape
 from autopar.runtime.mesh import Mesh
 from autopar.runtime.move import all_reduce
-from autopar.runtime.randomness import drop
+from autopar.runtime.randomness import drop, normal, uniform
 from autopar.runtime.usage import Usage
 
 NONE, MEAN, SUM = 0, 1, 2  # torch's reductions
@@ -275,6 +275,33 @@ def _dropout(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tenso
     return drop(tensors[0], indices, shape, probability, around.key, local.op.id)
 
 
+def _feature_dropout(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
+    """Whole channels (n, c) are dropped."""
+    probability, training = local.op.args[1], local.op.args[2]
+    if not training or probability == 0.0:
+        return tensors[0]
+    shape = local.input_shapes[0][:2]
+    indices = [local.global_index(0, dim) for dim in range(len(shape))]
+    return drop(tensors[0], indices, shape, probability, around.key, local.op.id)
+
+
+def _random(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
+    """rand, randn and their like forms, and bernoulli of a tensor of probabilities."""
+    shape = local.output_shapes[0]
+    if tensors:
+        indices = [local.global_index(0, dim) for dim in range(len(shape))]
+    else:
+        indices = [torch.arange(size, device=local.device) for size in shape]
+    if local.name.startswith("randn"):
+        drawn = normal(indices, shape, around.key, local.op.id)
+    else:
+        drawn = uniform(indices, shape, around.key, local.op.id)
+    if local.name == "bernoulli":
+        return (drawn < tensors[0].detach()).to(tensors[0].dtype)
+    named = dict(local.op.kwargs).get("dtype")
+    return drawn.to(getattr(torch, named) if named else tensors[0].dtype if tensors else torch.get_default_dtype())
+
+
 def _cross_entropy(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
     """Tokens may be cut (this rank's term of the mean over all that are not ignored), and so may the vocabulary
     (Shoeybi et al., "Megatron-LM", 2019, section 3: maximum, sum of exponentials and the target's logit are
@@ -404,4 +431,6 @@ KERNELS: dict[str, Kernel] = {
     **dict.fromkeys(("nll_loss", "nll_loss_nd"), _nll_loss),
     "batch_norm": _batch_norm,
     "dropout": _dropout,
+    "feature_dropout": _feature_dropout,
+    **dict.fromkeys(("rand", "rand_like", "randn", "randn_like", "bernoulli"), _random),
 }

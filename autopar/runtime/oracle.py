@@ -1,17 +1,23 @@
-"""The user's own model in one process: what a plan's numbers are held against. It shares nothing with the runtime.
+"""The user's own model in one process: what a plan's numbers are held against. It shares nothing with the runtime but
+the definition of its random numbers.
 
 In fp64 rounding does not hide a wrong term: ``Widened`` turns every floating dtype that the model's code names into it.
+``Redrawn`` gives the model's random calls the numbers that the graph's random ops draw, one after the other.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode  # private; tried on torch 2.13.0
 
 from autopar.graph.export import scalar_loss
-from autopar.graph.ir import Graph
+from autopar.graph.ir import Graph, Op
+from autopar.graph.random_ops import drop_probability, is_random
+from autopar.plan.errors import CheckError
+from autopar.runtime.randomness import kept, normal, step_key, uniform
 from autopar.workload.workload import Workload
 
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,6 +35,39 @@ class Widened(TorchFunctionMode):
         return func(*wide, **named)
 
 
+class Redrawn(TorchDispatchMode):
+    """While entered, the k-th random call draws what ``ops[k]`` draws from ``key`` under any plan."""
+
+    def __init__(self, ops: Sequence[Op], key: Tensor) -> None:
+        super().__init__()
+        self.ops, self.key, self.num_drawn = tuple(ops), key, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.split("::")[1]
+        if name not in _DRAWS:
+            return func(*args, **(kwargs or {}))
+        self.num_drawn += 1
+        if self.num_drawn > len(self.ops):
+            raise CheckError(
+                f"the model drew random numbers by {func}, its graph holds only {len(self.ops)} random ops"
+            )
+        op = self.ops[self.num_drawn - 1]
+        sizes = tuple(args[0].shape if isinstance(args[0], Tensor) else args[0])
+        indices = [torch.arange(size) for size in sizes]
+        if name == "bernoulli_":
+            return args[0].copy_(kept(indices, sizes, drop_probability(op), self.key, op.id))
+        if name in ("randn", "randn_like"):
+            drawn = normal(indices, sizes, self.key, op.id)
+        else:
+            drawn = uniform(indices, sizes, self.key, op.id)
+        if name == "bernoulli":
+            return (drawn < args[0]).to(args[0].dtype)
+        return drawn.to((kwargs or {}).get("dtype") or (args[0].dtype if isinstance(args[0], Tensor) else drawn.dtype))
+
+
+_DRAWS = frozenset(("bernoulli_", "bernoulli", "rand", "rand_like", "randn", "randn_like"))  # dropouts: bernoulli_
+
+
 def real_model(workload: Workload, seed: int) -> nn.Module:
     """The model on the CPU in fp64 and training mode, initialised by ``init_weights``, else by its own constructors."""
     torch.manual_seed(seed)
@@ -39,14 +78,28 @@ def real_model(workload: Workload, seed: int) -> nn.Module:
     return model.double().train()
 
 
-def gradients(model: nn.Module, workload: Workload, batch: Mapping[str, Any], microbatches: int) -> Tensor:
-    """The mean loss of the micro-batches, one after the other; gradients are added to ``.grad``."""
+def gradients(
+    model: nn.Module,
+    workload: Workload,
+    batch: Mapping[str, Any],
+    microbatches: int,
+    graph: Graph,
+    seed: int,
+    step: int,
+) -> Tensor:
+    """The mean loss of the micro-batches, one after the other; gradients are added to ``.grad``. Random numbers are
+    those of ``graph`` in step ``step``, from 0, of a training with ``seed``."""
+    random = [op for op in graph.ops if is_random(op)]
     total = torch.zeros((), dtype=torch.float64)
     size = max(len(tensor) for tensor in batch.values()) // microbatches
     for at in range(microbatches):
         inputs = {name: tensor[at * size : (at + 1) * size] for name, tensor in batch.items()}
-        with Widened():
+        with Widened(), Redrawn(random, torch.tensor(step_key(seed, step, at))) as redrawn:
             loss = scalar_loss(model(**inputs), workload.loss_fn, inputs) / microbatches
+        if redrawn.num_drawn != len(random):
+            raise CheckError(
+                f"the model drew random numbers {redrawn.num_drawn} times, its graph holds {len(random)} random ops"
+            )
         loss.backward()
         total += loss.detach()
     return total

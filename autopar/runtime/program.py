@@ -14,13 +14,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import prod
 
-import torch
-
 from autopar.graph.ir import Block, Graph, Op
-from autopar.graph.literals import resolve
-from autopar.plan.errors import PlanFileError, UsageError
+from autopar.graph.random_ops import is_random
+from autopar.plan.errors import PlanFileError
 from autopar.plan.plan import BlockProgram, OpPlan, Plan, Recompute, StagePlan, ValuePlan
-from autopar.rules.labels import argument
 from autopar.runtime.kernels import at_micro_batch
 from autopar.runtime.layout import Cut, Placement, Token, is_legal, parse
 from autopar.runtime.move import Conversion
@@ -305,24 +302,6 @@ class _Builder:
             )
 
 
-def _is_random(op: Op) -> bool:
-    """Whether an op draws random numbers; UsageError for one whose numbers would depend on the plan."""
-    probability = {"dropout": 1, "scaled_dot_product_attention": 4}.get(op.target.split(".")[1])
-    if probability is not None:
-        return bool(argument(op, probability, "dropout_p", 0.0)) and (probability > 1 or bool(op.args[2]))
-    if (
-        op.target in ("aten.lstm.input", "aten.gru.input", "aten.rnn_tanh.input", "aten.rnn_relu.input")
-        and not op.args[5]
-    ):
-        return False  # no dropout between its layers
-    if torch.Tag.nondeterministic_seeded in getattr(resolve(op.target), "tags", ()):
-        raise UsageError(
-            f"{op.target}{' at ' + op.source if op.source else ''} draws random numbers that would differ from rank to "
-            "rank; use torch.nn.functional.dropout, or draw them outside and pass them as inputs"
-        )
-    return False
-
-
 def _partial_axes(planned: OpPlan) -> frozenset[int]:
     """The axes on which the op's outputs are replicated and their gradients partial sums."""
     return frozenset(
@@ -401,7 +380,7 @@ class _StageBuilder:
             send_conversions=tuple(self._send(value) for value in sent),
             loss=settled(self.placed[self._slot(loss)][0], self.sizes) if makes_loss else None,
             loss_slot=self._slot(loss),
-            random=any(_is_random(step.op) for step in steps if isinstance(step, ProgramOp)),
+            random=any(is_random(step.op) for step in steps if isinstance(step, ProgramOp)),
             shapes={value: self.reader.shape(value) for value in (*self.inputs, *self.received, *sent)},
         )
 

@@ -1,6 +1,6 @@
-"""Dropout that does not depend on the plan: an element's fate is a hash of its global index.
+"""Random numbers that do not depend on the plan: an element's number is a hash of its global index.
 
-    u(i) = splitmix64(key + op * A + i * B) mod 2^24 / 2^24,  kept where u(i) >= p, and scaled by 1 / (1 - p)
+    u(i) = splitmix64(key + op * A + i * B) mod 2^24 / 2^24;  dropout keeps where u(i) >= p, and scales by 1 / (1 - p)
 
 ``key`` holds the seed, the step and the micro-batch. Computing it again gives the same mask, so recomputation is exact.
 Hash: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
@@ -42,17 +42,35 @@ def _shifted(number: Tensor, bits: int) -> Tensor:
     return (number >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def drop(
-    tensor: Tensor, indices: Sequence[Tensor], sizes: Sequence[int], probability: float, key: Tensor | None, op: int
-) -> Tensor:
-    """``tensor`` with dropout; ``indices`` are the global indices per dim of a tensor of global ``sizes``."""
+def uniform(indices: Sequence[Tensor], sizes: Sequence[int], key: Tensor | None, op: int, draw: int = 0) -> Tensor:
+    """u(i) in [0, 1), fp32, of an op's ``draw``-th number per element; ``indices`` are the global indices per dim of a
+    tensor of global ``sizes``."""
     assert key is not None
-    place = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    place = torch.zeros((), dtype=torch.int64, device=key.device)
     for dim, (index, size) in enumerate(zip(indices, sizes, strict=True)):
         shape = [1] * len(sizes)
         shape[dim] = len(index)
         place = place * size + index.view(shape)
-    number = mixed(mixed(key + _signed(op * _GOLDEN)) + place * _signed(_GOLDEN))
-    uniform = (number & ((1 << _BITS) - 1)).to(torch.float32) / (1 << _BITS)
-    kept = (uniform >= probability).to(tensor.dtype)
-    return tensor * kept / (1.0 - probability)
+    start = mixed(key + _signed(op * _GOLDEN)) + draw
+    number = mixed(start + place * _signed(_GOLDEN))
+    return (number & ((1 << _BITS) - 1)).to(torch.float32) / (1 << _BITS)
+
+
+def normal(indices: Sequence[Tensor], sizes: Sequence[int], key: Tensor | None, op: int) -> Tensor:
+    """N(0, 1) of two uniform numbers (Box and Muller, 1958), fp32."""
+    radius = torch.sqrt(-2 * torch.log(1 - uniform(indices, sizes, key, op)))  # of numbers in (0, 1]
+    return radius * torch.cos(2 * torch.pi * uniform(indices, sizes, key, op, 1))
+
+
+def kept(indices: Sequence[Tensor], sizes: Sequence[int], probability: float, key: Tensor | None, op: int) -> Tensor:
+    """Which elements a dropout keeps."""
+    return uniform(indices, sizes, key, op) >= probability
+
+
+def drop(
+    tensor: Tensor, indices: Sequence[Tensor], sizes: Sequence[int], probability: float, key: Tensor | None, op: int
+) -> Tensor:
+    """``tensor`` with dropout; ``indices`` and ``sizes`` may end before its dims do."""
+    mask = kept(indices, sizes, probability, key, op)
+    mask = mask.view(*mask.shape, *[1] * (tensor.dim() - len(sizes)))
+    return tensor * mask.to(tensor.dtype) / (1.0 - probability)

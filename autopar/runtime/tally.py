@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode  # private; tried on torch 2.13.0
 
@@ -31,10 +32,11 @@ Counts = Mapping[Key, Counter[int]]
 
 class Tally(TorchDispatchMode):
     """While entered, counts the functional collectives of this rank. ``stage`` names the stage that runs, ``meshes``
-    are those of the rank's stages."""
+    are those of the rank's stages. ``widened``: fp64 stands for fp32, and its bytes are counted as those."""
 
-    def __init__(self, meshes: Mapping[int, Mesh]) -> None:
+    def __init__(self, meshes: Mapping[int, Mesh], *, widened: bool = False) -> None:
         super().__init__()
+        self.widened = widened
         self.meshes = dict(meshes)
         self.axes_of = {
             index: {name: axes for axes, name in mesh.groups.items()} for index, mesh in self.meshes.items()
@@ -48,20 +50,20 @@ class Tally(TorchDispatchMode):
         kind = KINDS.get(name.split(".")[1]) if name.startswith("_c10d_functional.") else None
         if kind is not None:
             mesh, axes = self.meshes[self.stage], self.axes_of[self.stage][str(args[-1])]
-            num_bytes = _bytes(result) * (mesh.degree(axes) if kind == "reduce_scatter" else 1)
+            num_bytes = self._bytes(result) * (mesh.degree(axes) if kind == "reduce_scatter" else 1)
             self._add(self.stage, kind, tuple(mesh.names[axis] for axis in axes), num_bytes)
         return result
 
     def received(self, sender: int, part: Tensor) -> None:
         """Count what this rank received of a tensor that stage ``sender`` sent."""
-        self._add(sender, "send", (), _bytes(part))
+        self._add(sender, "send", (), self._bytes(part))
 
     def _add(self, stage: int, kind: CollectiveKind, axes: tuple[str, ...], num_bytes: int) -> None:
         self.found.setdefault((stage, kind, axes), Counter())[num_bytes] += 1
 
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    def _bytes(self, tensor: Tensor) -> int:
+        narrow = self.widened and tensor.dtype == torch.float64
+        return tensor.numel() * (torch.float32.itemsize if narrow else tensor.element_size())
 
 
 def of_all_ranks(found: Sequence[Counts], plan: Plan) -> dict[Key, Counter[int]]:

@@ -3,7 +3,8 @@
 loss of a step = mean of the losses of its micro-batches, as one process makes it that runs them one after the other
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -146,16 +147,22 @@ class Trainer:
             self.scale.undo([parameter.master for parameter in self.trained()], self.device)
         return self._mean(losses)
 
-    def count(self, batch: Mapping[str, Any]) -> Counts:
-        """A step without clipping: the collectives of each of the rank's stages that ran in it. Collective."""
-        self._tally = Tally({index: self.meshes[index] for index in self.stages})
+    @contextmanager
+    def counted(self, *, widened: bool = False) -> Iterator[Tally]:
+        """Counts the collectives of each of the rank's stages that run inside; ``widened``: fp64 for the plan's fp32."""
+        self._tally = Tally({index: self.meshes[index] for index in self.stages}, widened=widened)
         try:
             with self._tally:
-                self.gradients(batch)
-                self.update()
-            return self._tally.found
+                yield self._tally
         finally:
             self._tally = None
+
+    def count(self, batch: Mapping[str, Any]) -> Counts:
+        """A step without clipping: the collectives of each of the rank's stages that ran in it. Collective."""
+        with self.counted() as tally:
+            self.gradients(batch)
+            self.update()
+        return tally.found
 
     def _runs(self, stage: int) -> None:
         if self._tally is not None:

@@ -161,7 +161,7 @@ def _compare(plan: Plan, path: str, settings: dict[str, Any], twin: bool, seed: 
     for step in range(NUM_STEPS):
         batch = oracle.random_batch(workload, trainer.graph, plan.global_batch, seed + step)
         loss = trainer.gradients(batch)
-        expected = oracle.gradients(model, workload, batch, plan.microbatches)
+        expected = oracle.gradients(model, workload, batch, plan.microbatches, trainer.graph, trainer.seed, step)
         if step == 0:
             found["loss"], found["expected"] = float(loss), float(expected)
             for name, got, wanted in _pairs(trainer, {name: each.grad for name, each in named.items()}, gradient=True):

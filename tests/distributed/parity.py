@@ -3,6 +3,7 @@
 The oracle is the user's own model under torch's autograd, micro-batch by micro-batch; it shares nothing with the runtime.
 """
 
+import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from autopar.runtime.parameters import pick, rest_held
 from autopar.runtime.tally import Counts
 from autopar.workload.load import load_workload
 from autopar.workload.workload import Workload, accepted_settings
+from tests.distributed import once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +34,17 @@ class Model:
 
     def workload(self) -> Workload:
         return load_workload(self.path, **dict(self.settings))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """One rank's loss and one process's; per parameter that it answers for the squared error and the squared norm; the
+    collectives that ran on it in a step."""
+
+    loss: float
+    expected: float
+    errors: dict[str, tuple[float, float]]
+    ran: Counts
 
 
 def real_model(workload: Workload, seed: int, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -89,51 +102,66 @@ def reference_gradients(model: nn.Module, workload: Workload, batch: dict[str, T
     return total
 
 
+def known_gradients(
+    source: Callable[[], Workload], size: int, count: int, seed: int, classes: int, double: bool
+) -> tuple[float, dict[str, Tensor | None]]:
+    """Loss of one process and the gradient of each parameter, made once for all plans of these micro-batches."""
+
+    def make() -> tuple[float, dict[str, Tensor | None]]:
+        workload = once.workload_of(source)
+        model = real_model(workload, seed, torch.float64 if double else torch.float32)
+        loss = reference_gradients(model, workload, given_batch(workload, size, seed, classes, double), count)
+        return float(loss), {name: each.grad for name, each in model.named_parameters(remove_duplicate=False)}
+
+    return once.once((pickle.dumps(source), size, count, seed, classes, double), make)
+
+
+def given_batch(workload: Workload, size: int, seed: int, classes: int, double: bool) -> dict[str, Tensor]:
+    """A random batch, in fp64 where ``double``."""
+    batch = random_batch(workload, size, seed, classes)
+    if not double:
+        return batch
+    return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
+
+
 def check_gradients(
     source: Callable[[], Workload], plan_json: bytes, mode: str, classes: int, seed: int = 0, double: bool = False
-) -> tuple[float, float, dict[str, tuple[float, float]]]:
-    """(loss of the plan, of one process, per parameter: squared error, squared norm of what this rank answers for)."""
+) -> Checked:
+    """A step without optimizer state: what this rank made of it, and what ran."""
     plan = msgspec.json.decode(plan_json, type=Plan)
-    workload = source()
+    workload = once.workload_of(source)
     model = real_model(workload, seed, torch.float64 if double else torch.float32)
-    batch = random_batch(workload, plan.global_batch, seed, classes)
-    if double:
-        batch = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
+    batch = given_batch(workload, plan.global_batch, seed, classes, double)
     dtype = "float64" if double else None
-    trainer = apply(plan, model, workload=workload, mode=mode, dtype=dtype)  # type: ignore[arg-type]
-    loss = trainer.gradients(batch)
-    expected = reference_gradients(model, workload, batch, plan.microbatches)
-    named = dict(model.named_parameters(remove_duplicate=False))
+    with once.traced_once():
+        trainer = apply(
+            plan,
+            model,
+            workload=workload,
+            mode=mode,  # type: ignore[arg-type]
+            dtype=dtype,
+            optimizer=lambda given: torch.optim.SGD(given, lr=1e-3),
+        )
+    expected, wanted = known_gradients(source, plan.global_batch, plan.microbatches, seed, classes, double)
     errors: dict[str, tuple[float, float]] = {}
-    for index, stage in trainer.stages.items():
-        for parameter in stage.parameters.trained():
-            if not parameter.counted:
-                continue
-            gradient = named[parameter.names[0]].grad
+    with trainer.counted(widened=double) as tally:
+        loss = trainer.gradients(batch)
+        for index, stage in trainer.stages.items():
             mesh = trainer.meshes[index]
-            wanted = pick(gradient, rest_held(parameter.stored, mesh, mesh.coordinate, cut=True))
-            got = parameter.master.grad
-            error = float((got.double() - wanted.double()).square().sum())
-            name = f"{parameter.names[0]}@{index}"
-            errors[name] = (error, float(wanted.double().square().sum()))
-    for stage in trainer.stages.values():
-        assert stage.num_in_flight == 0
-    return float(loss), float(expected), errors
-
-
-def count_collectives(source: Callable[[], Workload], plan_json: bytes, classes: int) -> Counts:
-    """The collectives of this rank's stages that run in a step."""
-    plan = msgspec.json.decode(plan_json, type=Plan)
-    workload = source()
-    trainer = apply(
-        plan, real_model(workload, 0), workload=workload, optimizer=lambda given: torch.optim.AdamW(given, lr=1e-3)
-    )
-    return trainer.count(random_batch(workload, plan.global_batch, 0, classes))
+            for parameter in stage.parameters.trained():
+                if parameter.counted:
+                    whole = wanted[parameter.names[0]]
+                    mine = pick(whole, rest_held(parameter.stored, mesh, mesh.coordinate, cut=True)).double()
+                    error = float((parameter.master.grad.double() - mine).square().sum())
+                    errors[f"{parameter.names[0]}@{index}"] = (error, float(mine.square().sum()))
+            assert stage.num_in_flight == 0
+        trainer.update()
+    return Checked(loss=float(loss), expected=expected, errors=errors, ran=tally.found)
 
 
 def check_training(
     source: Callable[[], Workload], plan_json: bytes, mode: str, classes: int, seed: int, clip_norm: float | None
-) -> tuple[float, float, dict[str, tuple[float, float]]]:
+) -> Checked:
     """Three AdamW steps in fp64: the last loss of both, and per parameter its squared error and norm at the end."""
     plan = msgspec.json.decode(plan_json, type=Plan)
     workload = source()
@@ -176,15 +204,15 @@ def check_training(
             name = trainer.graph.values[stored.value].names[0]
             here = rest_held(stored, mesh, mesh.coordinate, cut=False)
             compare(f"{name}@{index}", stage.parameters.buffers[stored.value], pick(named[name], here))
-    return float(loss), float(expected), errors
+    return Checked(loss=float(loss), expected=float(expected), errors=errors, ran={})
 
 
-def worst(found: list[tuple[float, float, dict[str, tuple[float, float]]]]) -> tuple[float, str, float]:
+def worst(found: list[Checked]) -> tuple[float, str, float]:
     """(error of the loss, the parameter whose gradient is worst, its relative error over all ranks)."""
-    loss = max(abs(got - expected) / abs(expected) for got, expected, _ in found)
+    loss = max(abs(each.loss - each.expected) / abs(each.expected) for each in found)
     sums: dict[str, tuple[float, float]] = {}
-    for _, _, errors in found:
-        for name, (error, norm) in errors.items():
+    for each in found:
+        for name, (error, norm) in each.errors.items():
             known = sums.get(name, (0.0, 0.0))
             sums[name] = (known[0] + error, known[1] + norm)
     # 1e-6 absolute is as good as 1e-5 relative: counted against the larger of both bounds

@@ -1,24 +1,24 @@
 """Plans for the tests: layouts, and plans put together of several layouts' stages."""
 
 from collections.abc import Sequence
+from math import prod
 
 import msgspec
 
 from autopar.cluster.load import load_cluster
-from autopar.graph.blocks import cut_blocks, order_for_blocks
-from autopar.graph.trace import trace
 from autopar.inter.estimate import estimate
 from autopar.inter.judge import judge
 from autopar.plan.plan import Plan, StagePlan
 from autopar.runtime.apply import DTYPES
 from autopar.workload.workload import Workload
+from tests.distributed.once import known_graph, traced_once
 
 
 def rejudged(plan: Plan, workload: Workload) -> Plan:
     """The plan with the judge's list of its collectives."""
     cluster = load_cluster(plan.cluster.name)
-    graph = order_for_blocks(trace(workload, dtype=DTYPES[plan.execution.dtype]).graph)  # type: ignore[arg-type]
-    collectives = judge(plan, graph, cut_blocks(graph), cluster).collectives
+    model = known_graph(workload, dtype=DTYPES[plan.execution.dtype])
+    collectives = judge(plan, model.graph, model.blocks, cluster).collectives
     return msgspec.structs.replace(plan, estimate=msgspec.structs.replace(plan.estimate, collectives=collectives))
 
 
@@ -27,8 +27,9 @@ def layout_plan(
 ) -> Plan:
     """The plan of one layout; its GPUs follow from its keys."""
     keys = dict(part.split("=") for part in layout.split(","))
-    gpus = int(keys.get("tp", 1)) * int(keys.get("pp", 1)) * int(keys.get("dp", 1))
-    return estimate(workload, cluster=cluster, gpus=gpus, layout=layout, global_batch=batch, dtype=dtype)
+    gpus = prod(int(keys.get(axis, 1)) for axis in ("tp", "cp", "dp", "pp"))
+    with traced_once():
+        return estimate(workload, cluster=cluster, gpus=gpus, layout=layout, global_batch=batch, dtype=dtype)
 
 
 def unequal_plan(workload: Workload, layouts: Sequence[str], *, batch: int = 8, dtype: str = "fp32") -> Plan:

@@ -93,3 +93,60 @@ def test_run_prints(plan_file: str, options: list[str], expected: str, capsys: p
 def test_run_needs_a_script(plan_file: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["run", plan_file]) == 2
     assert "no training script" in capsys.readouterr().err
+
+
+DRAWS = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.drop = nn.Dropout2d(0.3)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.2, batch_first=True)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, images, labels):
+        x = self.layer(self.drop(self.conv(images)).flatten(2).transpose(1, 2))
+        path = torch.rand(x.shape[0], 1, 1).add(0.8).floor()
+        noise = torch.randn_like(x) * torch.bernoulli(x.detach().sigmoid())
+        return self.head((x * path + 0.1 * noise).mean(1))
+
+def build_model():
+    return Net()
+
+def example_inputs(batch_size):
+    return {"images": torch.empty(batch_size, 3, 6, 6), "labels": torch.empty(batch_size, dtype=torch.long)}
+
+def random_inputs(batch_size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {"images": torch.randn(batch_size, 3, 6, 6, generator=generator),
+            "labels": torch.randint(4, (batch_size,), generator=generator)}
+
+def loss_fn(output, inputs):
+    return torch.nn.functional.cross_entropy(output, inputs["labels"])
+"""
+
+
+def test_random_numbers_are_those_of_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Dropout of elements, channels and attention, and random tensors, of torch's own layers called in one process."""
+    model, plan = tmp_path / "draws.py", str(tmp_path / "draws.plan.json")
+    model.write_text(DRAWS)
+    options = [
+        "--gpus",
+        "2",
+        "--cluster",
+        "cpu-gloo",
+        "--layout",
+        "tp=2,mbs=2",
+        "--global-batch",
+        "4",
+        "-o",
+        plan,
+        "-q",
+    ]
+    assert run(["plan", str(model), *options]) == 0
+    capsys.readouterr()
+    assert run(["verify", plan, "--ranks", "2", "-q"]) == 0
+    assert capsys.readouterr().out.endswith("PASS\n")

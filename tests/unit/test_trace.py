@@ -347,6 +347,10 @@ class Faulty(nn.Module):
             x = torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))
         if self.kind == "parameter":
             self.linear.weight.data.mul_(0.9)
+        if self.kind == "random":
+            x = x + torch.normal(0.0, x.abs() + 1)
+        if self.kind == "alpha":
+            x = torch.nn.functional.alpha_dropout(x, 0.1, training=True)
         return x if self.kind == "vector" else x.sum()
 
 
@@ -363,6 +367,8 @@ class Faulty(nn.Module):
         ("cond", ["higher_order.cond", "test_trace.py"]),
         ("parameter", ["writes a parameter", "aten.mul_", "test_trace.py"]),
         ("slots", ["proportion", "test_trace.py"]),
+        ("random", ["aten.normal", "test_trace.py", "draws random numbers", "torch.nn.functional.dropout"]),
+        ("alpha", ["aten.alpha_dropout", "test_trace.py", "draws random numbers"]),
     ],
 )
 def test_untraceable_models_give_one_short_error(kind: str, words: list[str]) -> None:

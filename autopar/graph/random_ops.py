@@ -1,0 +1,61 @@
+"""Which ops draw random numbers, and which of these a plan can hold.
+
+Ops of ``DRAWING`` draw by the global index of each element, so they give the same numbers under every plan. Any other
+random op would draw from the generator of each rank: ranks that should agree would differ. It is refused where the
+model is traced.
+"""
+
+from typing import Any
+
+import torch
+
+from autopar.graph.ir import Graph, Op
+from autopar.graph.literals import resolve
+from autopar.plan.errors import ModelError
+
+DRAWING = frozenset(("rand.default", "rand_like.default", "randn.default", "randn_like.default", "bernoulli.default"))
+_DROPPING = {"dropout": 1, "feature_dropout": 1, "scaled_dot_product_attention": 4}  # position of the probability
+_RECURRENT = ("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input")
+
+
+def drop_probability(op: Op) -> float:
+    """The share of elements that a dropout, or attention with dropout, drops; 0 for other ops."""
+    name = op.target.split(".")[1]
+    if name not in _DROPPING:
+        return 0.0
+    probability = float(_argument(op, _DROPPING[name], "dropout_p", 0.0))
+    return probability if name == "scaled_dot_product_attention" or op.args[2] else 0.0
+
+
+def is_random(op: Op) -> bool:
+    """Whether an op draws random numbers that the runtime draws by index."""
+    return drop_probability(op) > 0.0 or op.target.removeprefix("aten.") in DRAWING
+
+
+def refuse_random(graph: Graph) -> None:
+    """ModelError for the first op whose random numbers would depend on the plan."""
+    for op in graph.ops:
+        if _is_foreign(op):
+            place = f" at {op.source}" if op.source else f" in {op.module}" if op.module else ""
+            raise ModelError(
+                f"{op.target}{place} draws random numbers that would differ from rank to rank\n"
+                "  draw them by torch.nn.functional.dropout, torch.rand, torch.randn or torch.bernoulli, or outside of the "
+                "model and pass them as inputs"
+            )
+
+
+def _is_foreign(op: Op) -> bool:
+    target = op.target.removeprefix("aten.")
+    if target.split(".")[0] in _DROPPING or target in DRAWING:
+        return False
+    if target in _RECURRENT:
+        return bool(op.args[4] > 1 and op.args[5] and op.args[6])  # dropout between its layers
+    try:
+        overload = resolve(op.target)
+    except AttributeError:
+        return False
+    return torch.Tag.nondeterministic_seeded in getattr(overload, "tags", ())
+
+
+def _argument(op: Op, position: int, name: str, default: Any) -> Any:
+    return op.args[position] if position < len(op.args) else dict(op.kwargs).get(name, default)
