@@ -19,9 +19,9 @@ from autopar.runtime.kernels import Around, LocalOp, Written, run_op
 from autopar.runtime.layout import chunk_bounds, local_shape
 from autopar.runtime.mesh import Mesh
 from autopar.runtime.move import Conversion, convert, gather_pieces, move, scatter_pieces
+from autopar.runtime.order import GATHER
 from autopar.runtime.program import ProgramMove, ProgramOp, StageParameter, StageProgram
 
-GATHER = -2  # the block of what gathers ZeRO-3 parameters
 KEY = -1  # stands among values for the number that random ops start from
 
 
@@ -62,6 +62,7 @@ class StageFunction:
             *(parameter.value for parameter in program.parameters if parameter.trained),
             *(value for value in program.received if graph.values[value].requires_grad),
         )
+        self.num_parameters = sum(parameter.trained for parameter in program.parameters)  # first of ``differentiated``
         # Outputs that a gradient comes back for, in the order of ``tangents``.
         self.sent_with_gradient = tuple(
             at for at, value in enumerate(program.sent) if graph.values[value].requires_grad
