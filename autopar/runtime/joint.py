@@ -21,7 +21,7 @@ from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import _BoxedCodeGen  # private; tried on torch 2.13.0
 
-from autopar.runtime.order import GATHER, Pass, Take, arranged, is_view, marked
+from autopar.runtime.order import GATHER, Pass, Take, arranged, is_start, is_view, marked
 from autopar.runtime.stage import StageFunction
 
 
@@ -67,6 +67,8 @@ def lower(stage: StageFunction, shapes: Sequence[tuple[tuple[int, ...], torch.dt
             graph = make_fx(joint)(*arguments, *tangents)
     del mode
     _simplify(graph.graph)
+    for at, node in enumerate(node for node in graph.graph.nodes if is_start(node)):
+        node.meta["collective"] = at  # the same one on all ranks
     graph.graph.eliminate_dead_code()
     return partition(graph, num_arguments, num_outputs, stage.num_parameters)
 

@@ -7,8 +7,8 @@
     one behind     a gradient's reduce-scatter is waited for where the next one has started
 
 So a rank holds the gathered parameters of two blocks at most, and computes while its gradients and its next parameters
-are on their way. A gradient that is a sum is handed over term by term. All ranks of a stage order by these rules what
-they traced alike, so that their collectives pair.
+are on their way. A gradient that is a sum is handed over term by term. What brings a tensor to a collective differs
+from rank to rank (padding, zeros): no rule looks at it, so that the collectives of all ranks pair.
 """
 
 import operator
@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from autopar.runtime.overwrite import IN_PLACE, overwrites
+
 GATHER = -2  # the block of what gathers ZeRO-3 parameters
 
 Take = Callable[[int, Tensor, bool, bool], None]
 """Takes (which gradient, a term of it, whether nobody else holds the term's memory, whether it is the last term)."""
 
 _WAIT = torch.ops._c10d_functional.wait_tensor.default
-_COPIES = (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,11 +61,15 @@ def arranged(graph: fx.Graph, one: Pass) -> fx.Graph:
     take = made.placeholder("take") if one.gradients else None
     order = _ahead(_Order(graph, one).run(), one)
     last = {item.at: item for item in order if isinstance(item, HandOver)}
+    terms = [item.term for item in order if isinstance(item, HandOver)]
+    in_place = overwrites([item for item in order if isinstance(item, fx.Node)], one.inputs, [*one.results, *terms])
     for item in order:
         if isinstance(item, HandOver):
             made.call_function(hand_over, (take, item.at, copies[item.term], item.owned, last[item.at] is item))
         else:
             copies[item] = made.node_copy(item, lambda old: copies[old])
+            if item in in_place:
+                copies[item].target = IN_PLACE[item.target]
     made.output([copies[node] if isinstance(node, fx.Node) else node for node in one.results])
     return made
 
@@ -136,16 +141,16 @@ class _Order:
         return sum(user in self.needed for user in node.users)
 
     def _anchors(self, nodes: Iterable[fx.Node], starts: list[fx.Node]) -> tuple[set[fx.Node], list[fx.Node]]:
-        """What must be there before these can be made of it by views and copies; collectives that are waited for on the
-        way."""
+        """What must be there before these can be made of it by views and what brings a tensor to a collective, and the
+        collectives that are waited for on the way."""
         found: set[fx.Node] = set()
         for node in nodes:
             if node in self.done:
                 continue
             if node.target is _WAIT:
-                starts.append(node.args[0])  # type: ignore[arg-type]
-                found.add(node.args[0])  # type: ignore[arg-type]
-            elif is_view(node) or node.target in _COPIES:
+                starts += node.all_input_nodes
+                found.update(node.all_input_nodes)
+            elif is_view(node) or _moves(node):
                 found |= self._anchors(node.all_input_nodes, starts)[0]
             else:
                 found.add(node)
@@ -305,6 +310,10 @@ def marked(node: fx.Node) -> tuple[int, bool]:
     """The block that a node was traced in (-1: none), and whether the backward is to compute it again."""
     custom = node.meta.get("custom", {})
     return custom.get("block", -1), custom.get("recompute", False)
+
+
+def _moves(node: fx.Node) -> bool:
+    return bool(node.meta.get("custom", {}).get("moves")) and not is_start(node)
 
 
 def is_view(node: fx.Node) -> bool:

@@ -3,7 +3,7 @@
 Per parameter: the *weight* its ops use, in the plan's dtype (cut by ZeRO-3), the *sum* of its gradient over
 micro-batches (cut by ZeRO-2 and -3), and the *master*, an fp32 ``nn.Parameter`` cut by ZeRO-1 to -3, which the user's
 optimizer steps.
-Where weight and master would be equal they are one tensor. A step:
+Where weight and master have one dtype, the master is the rank's rows of the weight itself. A step:
 
     reduce     once, begun while the last backward goes on (``reduction``): reduce-scatter over the axes that ZeRO-1
                cuts, all-reduce over the others that left terms; tied parameters exchange their sums between stages
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from autopar.runtime.layout import Cut, held
+from autopar.runtime.layout import Cut, chunk_bounds, held
 from autopar.runtime.mesh import Mesh
 from autopar.runtime.program import StageParameter, StageProgram
 from autopar.runtime.reduction import Reduction, Started, gather_begun, grouped
@@ -93,9 +93,14 @@ class StageParameters:
         mine = self.mesh.coordinate
         part = pick(whole, rest_held(stored, self.mesh, mine, cut=stored.zero == 3)).to(device=self.device, dtype=dtype)
         precise = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-        if not stored.trained or (stored.zero in (0, 3) and precise == dtype):
-            master = nn.Parameter(part, requires_grad=stored.trained)
-            part = master.data
+        if not stored.trained or precise == dtype:
+            rows = part
+            if stored.zero in (1, 2):  # the rows that the rank steps, among those it uses
+                rows = part.narrow(
+                    0,
+                    *chunk_bounds(part.shape[0], self.mesh.degree(stored.zero_axes), self.mesh.index(stored.zero_axes)),
+                )
+            master = nn.Parameter(rows, requires_grad=stored.trained)
         else:
             cut = pick(whole, rest_held(stored, self.mesh, mine, cut=True)).to(device=self.device, dtype=precise)
             master = nn.Parameter(cut)
@@ -142,7 +147,10 @@ class StageParameters:
     def gather(self) -> None:
         """Masters -> weights."""
         apart = [
-            parameter for parameter in self.trained() if parameter.weight.data_ptr() != parameter.master.data_ptr()
+            parameter
+            for parameter in self.trained()
+            if parameter.weight.shape != parameter.master.shape
+            or parameter.weight.data_ptr() != parameter.master.data_ptr()
         ]
         begun: list[Started] = []
         with torch.no_grad():

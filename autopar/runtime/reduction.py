@@ -138,7 +138,7 @@ def gather_begun(pairs: Sequence[tuple[Tensor, Tensor]], mesh: Mesh, axes: tuple
     for weight, master in pairs:
         num_bytes = weight.numel() * weight.element_size()
         if num_bytes >= BUCKET_BYTES and not weight.shape[0] % degree:
-            part = master.to(weight.dtype).contiguous()
+            part = master.to(weight.dtype, copy=True)  # it may lie in the weight itself
             result = torch.ops._c10d_functional.all_gather_into_tensor_out(part, degree, group, out=weight)
             found.append(Started(result=result, use=lambda whole: None, held=(part,)))
             continue

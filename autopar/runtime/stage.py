@@ -18,7 +18,7 @@ from autopar.graph.ir import Graph
 from autopar.runtime.kernels import Around, LocalOp, Written, run_op
 from autopar.runtime.layout import chunk_bounds, local_shape
 from autopar.runtime.mesh import Mesh
-from autopar.runtime.move import Conversion, convert, gather_pieces, move, scatter_pieces
+from autopar.runtime.move import Conversion, convert, gather_pieces, move, moving, scatter_pieces
 from autopar.runtime.order import GATHER
 from autopar.runtime.program import ProgramMove, ProgramOp, StageParameter, StageProgram
 
@@ -221,9 +221,11 @@ def zero_shape(shape: tuple[int, ...], axes: Sequence[int], mesh: Mesh) -> tuple
 
 def gather_zero(part: Tensor, stored: StageParameter, shape: tuple[int, ...], mesh: Mesh) -> Tensor:
     """What the ops use, from this rank's part of its dim 0; ``shape`` is the local shape they use."""
-    return gather_pieces(part, 0, 1, shape[0], mesh, stored.zero_axes)
+    with moving():
+        return gather_pieces(part, 0, 1, shape[0], mesh, stored.zero_axes)
 
 
 def scatter_zero(term: Tensor, stored: StageParameter, mesh: Mesh) -> Tensor:
     """This rank's part of the sum of all ranks' terms."""
-    return scatter_pieces(term, 0, 1, mesh, stored.zero_axes)
+    with moving():
+        return scatter_pieces(term, 0, 1, mesh, stored.zero_axes)
