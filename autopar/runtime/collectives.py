@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from autopar.plan.plan import CollectiveKind
 from autopar.runtime.joint import Lowered
 from autopar.runtime.mesh import Mesh
+from autopar.runtime.order import hand_over
 
 _KINDS: dict[str, CollectiveKind] = {
     "all_reduce": "all_reduce",
@@ -39,8 +40,15 @@ def collectives_of(lowered: Lowered, mesh: Mesh) -> Counter[Counted]:
 
 
 def order_of(lowered: Lowered, mesh: Mesh) -> list[str]:
-    """Kind and axes of all collectives in the order they run: what all ranks of a stage must agree on."""
-    return [f"{found.kind} {found.axes}" for found in _in_order(lowered, mesh)]
+    """All collectives in the order they run, each with its place in the trace, kind and axes, and which gradients are
+    complete in between: what all ranks of a stage must agree on."""
+    found = []
+    for graph in (lowered.forward.graph, lowered.backward.graph):
+        for node in graph.nodes:
+            if node.target is hand_over and node.args[4]:
+                found.append(f"gradient {node.args[1]}")
+            found += [f"{node.meta['collective']}: {one.kind} {one.axes}" for one in _counted(node, mesh)]
+    return found
 
 
 def sequences_of(lowered: Lowered, mesh: Mesh) -> dict[str, list[str]]:
@@ -60,15 +68,16 @@ def _in_order(lowered: Lowered, mesh: Mesh) -> Iterator[Counted]:
 
 
 def _found(graph: fx.Graph, mesh: Mesh) -> Iterator[Counted]:
-    axes_of = {name: axes for axes, name in mesh.groups.items()}
     for node in graph.nodes:
-        name = str(node.target)
-        if node.op != "call_function" or not name.startswith("_c10d_functional."):
-            continue
-        kind = _KINDS.get(name.split(".")[1])
-        if kind is None:
-            continue
-        axes = axes_of[str(node.args[-1])]
+        yield from _counted(node, mesh)
+
+
+def _counted(node: fx.Node, mesh: Mesh) -> Iterator[Counted]:
+    """The collective that a node starts, if it does."""
+    name = str(node.target)
+    kind = _KINDS.get(name.split(".")[1]) if node.op == "call_function" and "_c10d_functional." in name else None
+    if kind is not None:
+        axes = next(axes for axes, group in mesh.groups.items() if group == str(node.args[-1]))
         size = _bytes(node.meta["val"]) * (mesh.degree(axes) if kind == "reduce_scatter" else 1)
         yield Counted(kind, tuple(mesh.names[axis] for axis in axes), size)
 

@@ -4,8 +4,9 @@
 
 The partition: the forward graph is what the outputs need. The backward needs what the gradients need, walking back
 until a forward node that is kept: every forward node is, except views, nodes whose block recomputes (the values that
-enter the block are kept), and gathered ZeRO-3 parameters. A recomputed node stands right before its first reader, so
-one block at a time is computed again. Both graphs hold functional collectives by group name: each rank lowers its own.
+enter the block are kept), and gathered ZeRO-3 parameters. ``order`` says when each node of the two runs: a recomputed
+one right before its first reader, so one block at a time is computed again. Both graphs hold functional collectives by
+group name: each rank lowers its own.
 """
 
 import operator
@@ -20,24 +21,29 @@ from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import _BoxedCodeGen  # private; tried on torch 2.13.0
 
-from autopar.runtime.stage import GATHER, StageFunction
+from autopar.runtime.order import GATHER, Pass, Take, arranged, is_start, is_view, marked
+from autopar.runtime.stage import StageFunction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Lowered:
     """``run_forward(arguments)`` returns ``num_outputs`` outputs, then the tensors saved for ``run_backward``, which
-    takes the arguments ``kept_arguments``, those, and the tangents, and returns the gradients. Both empty the list they
-    are given, so that a tensor lives until its last reader has run."""
+    takes the arguments ``kept_arguments``, those, and the tangents. It hands the gradients of parameters over as it
+    makes them and returns the others. Both empty the list they are given, so that a tensor lives until its last reader
+    has run."""
 
     forward: fx.GraphModule
     backward: fx.GraphModule
     num_outputs: int
     kept_arguments: tuple[int, ...]
+    hands_over: bool
 
     def run_forward(self, arguments: list[Tensor]) -> list[Tensor]:
         return list(self.forward.forward(arguments))
 
-    def run_backward(self, arguments: list[Tensor]) -> list[Tensor]:
+    def run_backward(self, arguments: list[Any], take: Take) -> list[Tensor]:
+        if self.hands_over:
+            arguments.append(take)
         return list(self.backward.forward(arguments))
 
 
@@ -60,8 +66,11 @@ def lower(stage: StageFunction, shapes: Sequence[tuple[tuple[int, ...], torch.dt
         with traceback.preserve_node_meta():
             graph = make_fx(joint)(*arguments, *tangents)
     del mode
+    _simplify(graph.graph)
+    for at, node in enumerate(node for node in graph.graph.nodes if is_start(node)):
+        node.meta["collective"] = at  # the same one on all ranks
     graph.graph.eliminate_dead_code()
-    return partition(graph, num_arguments, num_outputs)
+    return partition(graph, num_arguments, num_outputs, stage.num_parameters)
 
 
 def flat(outputs: Any) -> list[Tensor]:
@@ -69,8 +78,24 @@ def flat(outputs: Any) -> list[Tensor]:
     return [*outputs.sent, *([outputs.loss] if outputs.loss is not None else []), *outputs.buffers]
 
 
-def partition(module: fx.GraphModule, num_arguments: int, num_outputs: int) -> Lowered:
-    """Cut a joint graph whose first ``num_outputs`` results are the forward's and the others gradients."""
+def _simplify(graph: fx.Graph) -> None:
+    """Without views that change nothing where no autograd runs: ``detach``, and a transpose of a transpose."""
+    aten = torch.ops.aten
+    for node in list(graph.nodes):
+        source = node.args[0] if node.op == "call_function" and node.args else None
+        if not isinstance(source, fx.Node):
+            continue
+        if node.target is aten.detach.default:
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+        elif node.target is aten.t.default and source.target is aten.t.default:
+            node.replace_all_uses_with(source.args[0])
+            graph.erase_node(node)
+
+
+def partition(module: fx.GraphModule, num_arguments: int, num_outputs: int, num_parameters: int) -> Lowered:
+    """Cut a joint graph whose first ``num_outputs`` results are the forward's and the others gradients, of which the
+    first ``num_parameters`` are handed over."""
     graph = module.graph
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     results = list(next(reversed(graph.nodes)).args[0])
@@ -93,54 +118,30 @@ def partition(module: fx.GraphModule, num_arguments: int, num_outputs: int) -> L
     order = {node: at for at, node in enumerate(graph.nodes)}
     kept = sorted((node for node in saved if node in arguments), key=order.__getitem__)
     held = sorted((node for node in saved if node.op != "placeholder"), key=order.__getitem__)
-    first = fx.Graph()
-    first.set_codegen(_BoxedCodeGen())
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        if node in forward or node in arguments:
-            copies[node] = first.node_copy(node, lambda old: copies[old])
-    first.output(
-        [copies.get(node) if isinstance(node, fx.Node) else node for node in results[:num_outputs]]
-        + [copies[node] for node in held]
+    ahead = Pass(
+        inputs=list(arguments), results=[*results[:num_outputs], *held], gradients={}, again=(), backwards=False
+    )
+    gradients = results[num_outputs:]
+    back = Pass(
+        inputs=[*kept, *held, *placeholders[num_arguments:]],
+        results=gradients[num_parameters:],
+        gradients=dict(enumerate(gradients[:num_parameters])),
+        again=forward,
+        backwards=True,
     )
     return Lowered(
-        forward=fx.GraphModule(module, first),
-        backward=fx.GraphModule(
-            module,
-            _backward(graph, wanted, forward, [*kept, *held, *placeholders[num_arguments:]], results[num_outputs:]),
-        ),
+        forward=_boxed(module, ahead),
+        backward=_boxed(module, back),
         num_outputs=num_outputs,
         kept_arguments=tuple(arguments[node] for node in kept),
+        hands_over=num_parameters > 0,
     )
 
 
-def _backward(
-    graph: fx.Graph, wanted: set[fx.Node], forward: set[fx.Node], inputs: Sequence[fx.Node], gradients: Sequence[Any]
-) -> fx.Graph:
-    second = fx.Graph()
-    second.set_codegen(_BoxedCodeGen())
-    copies = {node: second.placeholder(node.name) for node in inputs}
-
-    def emit(wanted_node: fx.Node) -> None:
-        stack = [wanted_node]
-        while stack:
-            node = stack[-1]
-            missing = [source for source in node.all_input_nodes if source not in copies]
-            if node in copies or not missing:
-                stack.pop()
-                if node not in copies:
-                    copies[node] = second.node_copy(node, lambda old: copies[old])
-            else:
-                stack.extend(reversed(missing))
-
-    for node in graph.nodes:
-        if node in wanted and node not in forward:
-            emit(node)
-    for node in gradients:
-        if isinstance(node, fx.Node):
-            emit(node)
-    second.output([copies[node] if isinstance(node, fx.Node) else node for node in gradients])
-    return second
+def _boxed(module: fx.GraphModule, one: Pass) -> fx.GraphModule:
+    graph = arranged(module.graph, one)
+    graph.set_codegen(_BoxedCodeGen())
+    return fx.GraphModule(module, graph)
 
 
 def _ancestors(nodes: Any) -> set[fx.Node]:
@@ -160,9 +161,9 @@ def _is_recomputed(node: fx.Node, forward: set[fx.Node]) -> bool:
         return True
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
         return _is_recomputed(node.args[0], forward)
-    if _is_view(node):
+    if is_view(node):
         return True
-    block, recompute = _mark(node)
+    block, recompute = marked(node)
     if not recompute:
         return False
     return block == GATHER or not _leaves(node, block, forward)
@@ -171,19 +172,6 @@ def _is_recomputed(node: fx.Node, forward: set[fx.Node]) -> bool:
 def _leaves(node: fx.Node, block: int, forward: set[fx.Node]) -> bool:
     """Whether another block reads a node, or a view of it: views hold no memory of their own."""
     for user in node.users:
-        if user in forward and (_mark(user)[0] != block or (_is_view(user) and _leaves(user, block, forward))):
+        if user in forward and (marked(user)[0] != block or (is_view(user) and _leaves(user, block, forward))):
             return True
     return False
-
-
-def _mark(node: fx.Node) -> tuple[int, bool]:
-    custom = node.meta.get("custom", {})
-    return custom.get("block", -1), custom.get("recompute", False)
-
-
-def _is_view(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None or not schema.returns:
-        return False
-    alias = schema.returns[0].alias_info
-    return alias is not None and not alias.is_write

@@ -16,10 +16,10 @@ from torch import Tensor
 from autopar.graph.ir import Batch, Op
 from autopar.graph.literals import resolve, restore
 from autopar.rules.labels import argument
+from autopar.runtime.cross_entropy import token_losses
 from autopar.runtime.exchange import sum_over
 from autopar.runtime.layout import chunk_bounds, cuts_of, local_pieces, local_shape
 from autopar.runtime.mesh import Mesh
-from autopar.runtime.move import all_reduce
 from autopar.runtime.randomness import drop, normal, uniform
 from autopar.runtime.usage import Usage
 
@@ -304,21 +304,22 @@ def _random(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor
 
 def _cross_entropy(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
     """Tokens may be cut (this rank's term of the mean over all that are not ignored), and so may the vocabulary
-    (Shoeybi et al., "Megatron-LM", 2019, section 3: maximum, sum of exponentials and the target's logit are
-    exchanged)."""
+    (see ``cross_entropy``)."""
     logits, target = tensors[:2]
     reduction = argument(local.op, 3, "reduction", MEAN)
     ignored = argument(local.op, 4, "ignore_index", -100)
     vocabulary = local.usage.axes_of(local.usage.rule.inputs[0][1]) if logits.dim() == 2 else ()
     tokens = local.usage.summed_axes()
-    if not vocabulary and not tokens:
-        return local.call(tensors)
-    if vocabulary:
-        losses = _vocabulary_parallel(local, logits, target, vocabulary)
+    if logits.dim() == 2 and len(tensors) == 2 and not target.is_floating_point():
+        smoothing = argument(local.op, 5, "label_smoothing", 0.0)
+        rows, mine = local.local_index(target.clamp(min=0), 0, 1)
+        losses = token_losses(logits, rows, mine, smoothing, local.input_shapes[0][1], local.mesh, vocabulary)
         losses = torch.where(target == ignored, 0.0, losses)
         if reduction == NONE:
             return losses
         total = losses.sum()
+    elif not vocabulary and not tokens:
+        return local.call(tensors)
     else:
         total = local.call(tensors, reduction=SUM)
     if reduction == SUM:
@@ -343,24 +344,6 @@ def _nll_loss(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tens
     if reduction == SUM:
         return total
     return total / (around.whole(1) != ignored).sum().to(total.dtype)
-
-
-def _vocabulary_parallel(local: LocalOp, logits: Tensor, target: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """The loss of each token, the vocabulary cut over ``axes``; sums in fp32 at least."""
-    dtype, logits = logits.dtype, logits.to(torch.promote_types(logits.dtype, torch.float32))
-    smoothing = argument(local.op, 5, "label_smoothing", 0.0)
-    highest = all_reduce(logits.detach().amax(-1), local.mesh, axes, "max")
-    shifted = logits - highest.unsqueeze(-1)
-    rows, mine = local.local_index(target.clamp(min=0), 0, 1)
-    own = torch.where(mine, shifted.gather(-1, rows.unsqueeze(-1)).squeeze(-1), 0.0)
-    terms = [shifted.exp().sum(-1), own] + ([shifted.sum(-1)] if smoothing else [])
-    sums = sum_over(torch.stack(terms), local.mesh, axes, partial_gradient=False)
-    log_total = sums[0].log()
-    losses = log_total - sums[1]
-    if smoothing:
-        uniform = log_total - sums[2] / local.input_shapes[0][1]
-        losses = (1 - smoothing) * losses + smoothing * uniform
-    return losses.to(dtype)
 
 
 def _batch_norm(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Any:

@@ -12,10 +12,13 @@ Functional collectives are called by the name of their group, so a trace of ``mo
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import traceback
 
 from autopar.runtime.layout import Cut, Placement, Shape, Token, chunk_bounds, is_legal, local_pieces, local_shape
 from autopar.runtime.mesh import Mesh
@@ -27,9 +30,16 @@ def move(local: Tensor, shape: Shape, source: Placement, target: Placement, mesh
     if source == target:
         return local
     mover = _Mover(local, shape, source, target, mesh)
-    mover.run()
+    with moving():
+        mover.run()
+        moved = mover.local.contiguous()
     assert mover.now == list(target), (source, target, mover.now)
-    return mover.local.contiguous()
+    return moved
+
+
+def moving() -> AbstractContextManager[Any]:
+    """Nodes traced inside bring a tensor to a collective or from it; what they are may differ from rank to rank."""
+    return traceback.annotate({"moves": True}) if traceback.has_preserved_node_meta() else nullcontext()
 
 
 class _Mover:

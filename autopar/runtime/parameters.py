@@ -3,26 +3,26 @@
 Per parameter: the *weight* its ops use, in the plan's dtype (cut by ZeRO-3), the *sum* of its gradient over
 micro-batches (cut by ZeRO-2 and -3), and the *master*, an fp32 ``nn.Parameter`` cut by ZeRO-1 to -3, which the user's
 optimizer steps.
-Where weight and master would be equal they are one tensor. A step:
+Where weight and master have one dtype, the master is the rank's rows of the weight itself. A step:
 
-    reduce     once: reduce-scatter over the axes that ZeRO-1 cuts, all-reduce over the others that left terms; tied
-               parameters exchange their sums between stages; all parameters of the same axes share one collective
+    reduce     once, begun while the last backward goes on (``reduction``): reduce-scatter over the axes that ZeRO-1
+               cuts, all-reduce over the others that left terms; tied parameters exchange their sums between stages
     clip       by the norm over all parameters of all stages, each element counted once
     update     the optimizer, on the masters
     gather     the weights of ZeRO-1 and -2 from the masters
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from autopar.runtime.layout import Cut, held
+from autopar.runtime.layout import Cut, chunk_bounds, held
 from autopar.runtime.mesh import Mesh
-from autopar.runtime.move import all_gather, all_reduce, reduce_scatter
 from autopar.runtime.program import StageParameter, StageProgram
+from autopar.runtime.reduction import Reduction, Started, gather_begun, grouped
 from autopar.runtime.transfer import Channel, Held, Mailbox, make_lanes
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -79,6 +79,7 @@ class StageParameters:
         self.mesh, self.device, self.same_gradients = mesh, device, same_gradients
         self.parameters: dict[int, StoredParameter] = {}
         self.buffers: dict[int, Tensor] = {}
+        self.reduction = Reduction(mesh)
         for stored in program.buffers:
             part = pick(source(stored.value), rest_held(stored, mesh, mesh.coordinate, cut=False))
             self.buffers[stored.value] = part.to(device=device, dtype=dtypes[stored.value])
@@ -92,9 +93,14 @@ class StageParameters:
         mine = self.mesh.coordinate
         part = pick(whole, rest_held(stored, self.mesh, mine, cut=stored.zero == 3)).to(device=self.device, dtype=dtype)
         precise = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-        if not stored.trained or (stored.zero in (0, 3) and precise == dtype):
-            master = nn.Parameter(part, requires_grad=stored.trained)
-            part = master.data
+        if not stored.trained or precise == dtype:
+            rows = part
+            if stored.zero in (1, 2):  # the rows that the rank steps, among those it uses
+                rows = part.narrow(
+                    0,
+                    *chunk_bounds(part.shape[0], self.mesh.degree(stored.zero_axes), self.mesh.index(stored.zero_axes)),
+                )
+            master = nn.Parameter(rows, requires_grad=stored.trained)
         else:
             cut = pick(whole, rest_held(stored, self.mesh, mine, cut=True)).to(device=self.device, dtype=precise)
             master = nn.Parameter(cut)
@@ -116,101 +122,51 @@ class StageParameters:
         """Those that the optimizer steps, in order."""
         return [parameter for parameter in self.parameters.values() if parameter.stored.trained]
 
-    def add(self, value: int, gradient: Tensor) -> None:
-        """Add one micro-batch's gradient."""
+    def add(self, value: int, term: Tensor, *, owned: bool, complete: bool) -> None:
+        """Add a term of a micro-batch's gradient; ``owned``: its memory may be kept. A gradient that is ``complete``
+        for this step begins to be reduced."""
         parameter = self.parameters[value]
         if parameter.total is None:
-            parameter.total = gradient.to(gradient.dtype if self.same_gradients else parameter.master.dtype)
-            if parameter.total is gradient:
-                parameter.total = gradient.clone()
+            dtype = term.dtype if self.same_gradients else parameter.master.dtype
+            if owned and term.dtype == dtype and term.is_contiguous():
+                parameter.total = term
+            else:
+                parameter.total = term.to(dtype, copy=True, memory_format=torch.contiguous_format)
         else:
-            parameter.total.add_(gradient)
+            parameter.total.add_(term)
+        if complete:
+            total, parameter.total = parameter.total, None
+            self.reduction.begin(parameter.stored, total)
 
     def reduce(self) -> None:
-        """Sums of gradients over micro-batches -> ``master.grad``, the whole gradient of what the master holds."""
-        parts: dict[int, Tensor] = {}
-        for parameter in self.trained():
-            assert parameter.total is not None, parameter.names
-            parts[parameter.stored.value] = parameter.total
-            parameter.total = None
-        cut = [parameter for parameter in self.trained() if parameter.stored.zero == 1]
-        for axes, alike in _grouped((parameter.stored.zero_axes, parameter) for parameter in cut).items():
-            tensors = [parts[parameter.stored.value] for parameter in alike]
-            for parameter, part in zip(alike, scatter_all(tensors, self.mesh, axes), strict=True):
-                parts[parameter.stored.value] = part
-        rest = ((self._terms(parameter.stored), parameter) for parameter in self.trained())
-        for axes, alike in _grouped((axes, parameter) for axes, parameter in rest if axes).items():
-            flat = torch.cat([parts[parameter.stored.value].reshape(-1) for parameter in alike])
-            total = all_reduce(flat, self.mesh, axes)
-            sizes = [parts[parameter.stored.value].numel() for parameter in alike]
-            for parameter, part in zip(alike, total.split(sizes), strict=True):
-                parts[parameter.stored.value] = part.view_as(parts[parameter.stored.value])
-        for parameter in self.trained():
-            parameter.master.grad = parts[parameter.stored.value].view_as(parameter.master).to(parameter.master.dtype)
-
-    def _terms(self, stored: StageParameter) -> tuple[int, ...]:
-        """Axes over which the gradient is still a term when ZeRO has cut it."""
-        return tuple(
-            axis
-            for axis, token in enumerate(stored.gradient)
-            if token == "P" and axis not in stored.zero_axes and self.mesh.sizes[axis] > 1
-        )
+        """Wait until all gradients are reduced: ``master.grad`` is the whole gradient of what the master holds."""
+        for value, total in self.reduction.finish().items():
+            master = self.parameters[value].master
+            master.grad = total.view_as(master).to(master.dtype)
 
     def gather(self) -> None:
         """Masters -> weights."""
-        split = [
-            parameter for parameter in self.trained() if parameter.weight.data_ptr() != parameter.master.data_ptr()
+        apart = [
+            parameter
+            for parameter in self.trained()
+            if parameter.weight.shape != parameter.master.shape
+            or parameter.weight.data_ptr() != parameter.master.data_ptr()
         ]
+        begun: list[Started] = []
         with torch.no_grad():
-            for axes, alike in _grouped((self._gathered(parameter.stored), parameter) for parameter in split).items():
-                parts = [parameter.master.detach().to(parameter.weight.dtype) for parameter in alike]
+            for axes, alike in grouped((_gathered(parameter.stored), parameter) for parameter in apart).items():
                 if axes:
-                    parts = gather_all(parts, [parameter.weight.shape[0] for parameter in alike], self.mesh, axes)
-                for parameter, part in zip(alike, parts, strict=True):
-                    parameter.weight.copy_(part)
-
-    def _gathered(self, stored: StageParameter) -> tuple[int, ...]:
-        return stored.zero_axes if stored.zero in (1, 2) else ()
-
-
-def _grouped(pairs: Iterable[tuple[tuple[int, ...], StoredParameter]]) -> dict[tuple[int, ...], list[StoredParameter]]:
-    """Parameters by the axes they share a collective over."""
-    found: dict[tuple[int, ...], list[StoredParameter]] = {}
-    for axes, parameter in pairs:
-        found.setdefault(axes, []).append(parameter)
-    return found
+                    pairs = [(parameter.weight, parameter.master.detach()) for parameter in alike]
+                    begun += gather_begun(pairs, self.mesh, axes)
+                else:
+                    for parameter in alike:
+                        parameter.weight.copy_(parameter.master)
+            for started in begun:
+                started.finish()
 
 
-def scatter_all(tensors: Sequence[Tensor], mesh: Mesh, axes: Sequence[int]) -> list[Tensor]:
-    """Reduce-scatter dim 0 of every tensor in one collective."""
-    degree, place = mesh.degree(axes), mesh.index(axes)
-    rows = []
-    for tensor in tensors:
-        chunk = -(-tensor.shape[0] // degree)
-        missing = tensor.new_zeros((chunk * degree - tensor.shape[0], *tensor.shape[1:]))
-        rows.append(torch.cat((tensor, missing)).view(degree, -1))
-    mine = reduce_scatter(torch.cat(rows, dim=1), mesh, axes) if degree > 1 else torch.cat(rows, dim=1)[0]
-    found = []
-    for tensor, part in zip(tensors, mine.split([row.shape[1] for row in rows]), strict=True):
-        chunk = -(-tensor.shape[0] // degree)
-        length = max(0, min(chunk, tensor.shape[0] - place * chunk))
-        found.append(part.view(chunk, *tensor.shape[1:])[:length])
-    return found
-
-
-def gather_all(parts: Sequence[Tensor], extents: Sequence[int], mesh: Mesh, axes: Sequence[int]) -> list[Tensor]:
-    """All-gather dim 0 of every tensor (to ``extents`` rows) in one collective: the inverse of ``scatter_all``."""
-    degree = mesh.degree(axes)
-    rows = []
-    for part, extent in zip(parts, extents, strict=True):
-        chunk = -(-extent // degree)
-        rows.append(torch.cat((part, part.new_zeros((chunk - part.shape[0], *part.shape[1:])))).reshape(-1))
-    gathered = all_gather(torch.cat(rows), mesh, axes)
-    columns = gathered.split([row.shape[0] for row in rows], dim=1)
-    return [
-        column.reshape(-1, *part.shape[1:])[:extent]
-        for column, part, extent in zip(columns, parts, extents, strict=True)
-    ]
+def _gathered(stored: StageParameter) -> tuple[int, ...]:
+    return stored.zero_axes if stored.zero in (1, 2) else ()
 
 
 def tie(

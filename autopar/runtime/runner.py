@@ -61,24 +61,26 @@ class StageRunner:
         made = {value: tensor.detach() for value, tensor in zip(self.program.sent, sent, strict=True)}
         return Made(sent=made, loss=loss.detach() if loss is not None else None)
 
-    def backward(self, microbatch: int, tangents: Sequence[Tensor]) -> dict[int, Tensor]:
-        """Run the backward pass: parameters' gradients are added up, those of received activations returned by
-        value."""
+    def backward(self, microbatch: int, tangents: Sequence[Tensor], *, last: bool) -> dict[int, Tensor]:
+        """Run the backward pass: parameters' gradients are added up as they are made, and after the ``last``
+        micro-batch's their reduction begins; those of received activations are returned by value."""
         kept = self._kept.pop(microbatch)
+        differentiated, count = self.function.differentiated, self.function.num_parameters
+
+        def take(at: int, term: Tensor, owned: bool, complete: bool) -> None:
+            self.parameters.add(differentiated[at], term, owned=owned, complete=last and complete)
+
         if self.lowered is None:
             leaves, outputs = kept
-            gradients: Sequence[Tensor] = self.function.backward(leaves, outputs, tangents)
+            gradients = list(self.function.backward(leaves, outputs, tangents))
+            for at, gradient in enumerate(gradients[:count]):
+                take(at, gradient, False, True)
+            back = gradients[count:]
         else:
             arguments = [*kept, *tangents]
             kept.clear()
-            gradients = self.lowered.run_backward(arguments)
-        back = {}
-        for value, gradient in zip(self.function.differentiated, gradients, strict=True):
-            if value in self.parameters.parameters:
-                self.parameters.add(value, gradient)
-            else:
-                back[value] = gradient
-        return back
+            back = self.lowered.run_backward(arguments, take)
+        return dict(zip(differentiated[count:], back, strict=True))
 
     def _argument(self, value: int, data: Mapping[int, Tensor], received: Mapping[int, Tensor]) -> Tensor:
         if value in self.parameters.parameters:

@@ -18,10 +18,10 @@ from autopar.graph.ir import Graph
 from autopar.runtime.kernels import Around, LocalOp, Written, run_op
 from autopar.runtime.layout import chunk_bounds, local_shape
 from autopar.runtime.mesh import Mesh
-from autopar.runtime.move import Conversion, convert, gather_pieces, move, scatter_pieces
+from autopar.runtime.move import Conversion, convert, gather_pieces, move, moving, scatter_pieces
+from autopar.runtime.order import GATHER
 from autopar.runtime.program import ProgramMove, ProgramOp, StageParameter, StageProgram
 
-GATHER = -2  # the block of what gathers ZeRO-3 parameters
 KEY = -1  # stands among values for the number that random ops start from
 
 
@@ -62,6 +62,7 @@ class StageFunction:
             *(parameter.value for parameter in program.parameters if parameter.trained),
             *(value for value in program.received if graph.values[value].requires_grad),
         )
+        self.num_parameters = sum(parameter.trained for parameter in program.parameters)  # first of ``differentiated``
         # Outputs that a gradient comes back for, in the order of ``tangents``.
         self.sent_with_gradient = tuple(
             at for at, value in enumerate(program.sent) if graph.values[value].requires_grad
@@ -220,9 +221,11 @@ def zero_shape(shape: tuple[int, ...], axes: Sequence[int], mesh: Mesh) -> tuple
 
 def gather_zero(part: Tensor, stored: StageParameter, shape: tuple[int, ...], mesh: Mesh) -> Tensor:
     """What the ops use, from this rank's part of its dim 0; ``shape`` is the local shape they use."""
-    return gather_pieces(part, 0, 1, shape[0], mesh, stored.zero_axes)
+    with moving():
+        return gather_pieces(part, 0, 1, shape[0], mesh, stored.zero_axes)
 
 
 def scatter_zero(term: Tensor, stored: StageParameter, mesh: Mesh) -> Tensor:
     """This rank's part of the sum of all ranks' terms."""
-    return scatter_pieces(term, 0, 1, mesh, stored.zero_axes)
+    with moving():
+        return scatter_pieces(term, 0, 1, mesh, stored.zero_axes)

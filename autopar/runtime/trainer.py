@@ -132,12 +132,14 @@ class Trainer:
         self.num_steps += 1
         mailbox = Mailbox()
         losses: list[Tensor] = []
+        left = dict.fromkeys(self.stages, self.plan.microbatches)
         for action in self.schedule:
             if action.kind == "F":
                 made = self._forward(action, data, mailbox)
                 losses += [made] if made is not None else []
             else:
-                self._backward(action, mailbox)
+                left[action.stage] -= 1
+                self._backward(action, mailbox, last=not left[action.stage])
         mailbox.flush()
         for index, stage in self.stages.items():
             self._runs(index)
@@ -248,7 +250,7 @@ class Trainer:
                 way.send(leaving[crossing.value], mailbox)
         return made.loss
 
-    def _backward(self, action: Action, mailbox: Mailbox) -> None:
+    def _backward(self, action: Action, mailbox: Mailbox, *, last: bool) -> None:
         stage = self.stages[action.stage]
         returned: dict[int, Tensor] = {}
         for crossing, _, back in self._channels:
@@ -260,7 +262,7 @@ class Trainer:
             share = (1.0 if self.scale is None else self.scale.factor) / self.plan.microbatches
             wanted.append(torch.full((), share, dtype=dtype, device=self.device))
         self._runs(action.stage)
-        gradients = stage.backward(action.microbatch, wanted)
+        gradients = stage.backward(action.microbatch, wanted, last=last)
         for crossing, _, back in self._channels:
             if crossing.reader == action.stage and crossing.requires_grad:
                 own, beyond = gradients.get(crossing.value), returned.get(crossing.value)

@@ -1,0 +1,69 @@
+"""Operations that write their result where their input lies.
+
+A node that was traced as one that may (``cross_entropy.overwriting``) does, if nobody reads the memory of its first
+input afterwards, that memory was made by this pass or for its backward alone, and it has the result's shape and type.
+"""
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+_ATEN = torch.ops.aten
+IN_PLACE: Mapping[Any, Any] = {
+    _ATEN.sub.Tensor: _ATEN.sub_.Tensor,
+    _ATEN.mul.Tensor: _ATEN.mul_.Tensor,
+    _ATEN.div.Tensor: _ATEN.div_.Tensor,
+    _ATEN.exp.default: _ATEN.exp_.default,
+    _ATEN.scatter_add.default: _ATEN.scatter_add_.default,
+}
+
+
+def overwrites(order: Sequence[fx.Node], inputs: Sequence[fx.Node], results: Sequence[Any]) -> set[fx.Node]:
+    """Which nodes of a pass run in place; ``order`` is that in which they run, ``inputs`` are there before."""
+    place = {node: at for at, node in enumerate(order)}
+    staying = {node for node in results if isinstance(node, fx.Node)}
+    given = set(inputs)
+    return {
+        node
+        for node in order
+        if node.meta.get("custom", {}).get("overwrites")
+        and node.target in IN_PLACE
+        and _is_dead(node, place, given, staying)
+    }
+
+
+def _is_dead(node: fx.Node, place: Mapping[fx.Node, int], given: set[fx.Node], staying: set[fx.Node]) -> bool:
+    """Whether the memory of a node's first input may be overwritten when it runs."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    base = source
+    while shares(base):
+        base = base.all_input_nodes[0]
+    if base.op != "call_function":  # an argument of the stage, or a gradient that another stage gave
+        return False
+    first, result = source.meta["val"], node.meta["val"]
+    whole = prod(base.meta["val"].shape) if isinstance(base.meta["val"], torch.Tensor) else -1
+    if (first.shape, first.dtype) != (result.shape, result.dtype) or whole != result.numel():
+        return False
+    alike, stack = set[fx.Node](), [base]
+    while stack:
+        one = stack.pop()
+        alike.add(one)
+        stack.extend(user for user in one.users if shares(user) and user not in alike)
+    if alike & staying or len(alike & given) > (base in given):
+        return False
+    return all(place.get(user, -1) <= place[node] for one in alike for user in one.users)
+
+
+def shares(node: fx.Node) -> bool:
+    """Whether a node's result lies in the memory of its input."""
+    if node.op == "call_function" and node.target is _ATEN._unsafe_view.default:
+        return True
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None or not schema.returns:
+        return False
+    alias = schema.returns[0].alias_info
+    return alias is not None and not alias.is_write
