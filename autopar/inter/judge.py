@@ -29,6 +29,7 @@ from autopar.inter.judge_flow import at_hand
 from autopar.inter.judge_items import step_items
 from autopar.inter.judge_parameters import disagreements
 from autopar.inter.judge_routes import Mesh, Step
+from autopar.inter.judge_tied import Use, tied_moves
 from autopar.inter.judge_transfers import Send, sends
 from autopar.inter.judge_workspace import kept_anywhere
 from autopar.inter.simulate import StageTimes, simulate
@@ -74,6 +75,11 @@ class Judgement:
     peak_memory_bytes: int
     collectives: tuple[Collective, ...]
     items: tuple[TimeItem, ...]
+
+
+def _with(price: BlockPrice, steps: tuple[Step, ...]) -> BlockPrice:
+    issues = tuple(Issue(step=step, count=1, per="microbatch", of="parameters") for step in steps)
+    return replace(price, issues=(*price.issues, *issues))
 
 
 def judge(
@@ -141,7 +147,12 @@ def judge(
             found.append(replace(price, issues=(*price.issues, *issues)))
             gathers = dict(price.gathered_once)
             once.update((value, gathers[own]) for value, own in alike.items() if own in gathers)
-        per_stage.append(found)
+        uses = [
+            Use(block=block, program=program, first=first, read_again=price.read_again)
+            for (block, program, first), price in zip(run, found, strict=True)
+        ]
+        moved = tied_moves(graph, uses, tied, mesh) if tied else ((),) * len(found)
+        per_stage.append([_with(price, steps) for price, steps in zip(found, moved, strict=True)])
     sent = sends(plan, graph, blocks, meshes, free)
     if (
         plan.search.status == "fixed"

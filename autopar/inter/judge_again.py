@@ -55,8 +55,8 @@ def again(
 
     def read(op: int, at: int) -> None:
         value = ops[op].inputs[at]
-        if graph.values[value].kind == "parameter":
-            parameters.add(value)
+        if graph.values[profile.owners[value]].kind == "parameter":  # itself, or a view of it
+            parameters.add(profile.owners[value])
         if full:
             routes.update(moved.ways.get((op, at), ()))
             if value in maker and value not in handed_on:

@@ -158,8 +158,12 @@ class Mesh:
             padded = self.local_bytes(shape, itemsize, before) * self.degree(axes)
             return self.step("all_gather", self.local_bytes(shape, itemsize, after), axes, padded)
         kind: CollectiveKind = "all_to_all" if old != "P" else "all_reduce" if new == "R" else "reduce_scatter"
-        scattered = self.local_bytes(shape, itemsize, after) * self.degree(axes) if kind == "reduce_scatter" else None
-        return self.step(kind, self.local_bytes(shape, itemsize, before), axes, scattered)
+        held = self.local_bytes(shape, itemsize, before)
+        if kind == "all_reduce":
+            return self.step(kind, held, axes)
+        dim, whole, part = shard_dim(new), *(local_shape(shape, tokens, self.sizes) for tokens in (before, after))
+        assert dim is not None
+        return self.step(kind, held, axes, held * part[dim] * self.degree(axes) / max(whole[dim], 1))
 
 
 def _movable(source: Tokens, target: Tokens) -> tuple[int, ...]:

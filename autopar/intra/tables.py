@@ -256,9 +256,11 @@ class TableBuilder:
 
     def role_tokens(self, value: Value, roles: Sequence[str]) -> tuple[Token, ...]:
         """How ``value`` lies under a named boundary placement; a value without the dim is replicated (its gradient
-        partial), a scalar partial."""
+        partial), a scalar partial. A dim is cut as long as every rank gets something, and unevenly by the last axis
+        alone; else the value is replicated."""
         tokens: list[Token] = []
-        for role in roles:
+        extents = [self.graph.batch.scale(size, self.local_batch) for size in value.shape]
+        for role, degree in zip(roles, self.sizes, strict=True):
             dim = {"B": 0, "S": 1}.get(role)
             token: Token = "R"
             if dim is not None:
@@ -266,7 +268,12 @@ class TableBuilder:
                 if not value.shape:
                     token = "P"
                 elif dim < len(value.shape) - (1 if dim else 0) and (dim or self.graph.batch.grows(value.shape[0])):
-                    token = self._first_atom(value, dim) or token
+                    chunk = -(-extents[dim] // degree)
+                    if (degree - 1) * chunk < extents[dim]:
+                        token = self._first_atom(value, dim) or token
+                        extents[dim] = chunk if extents[dim] % degree == 0 else 0
+                    else:
+                        token = "R"
             tokens.append(token)
         return tuple(tokens)
 

@@ -232,6 +232,16 @@ def _embedding(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Ten
     return torch.where(mine.unsqueeze(-1), looked_up, 0.0)
 
 
+def _grouped_mm(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
+    """torch's kernel has no fp64: there every expert takes all rows, and a row keeps its own expert's result."""
+    rows, weights, *ends = tensors
+    if rows.dtype != torch.float64 or len(ends) != 1 or rows.dim() != 2 or weights.dim() != 3:
+        return local.call(tensors)
+    expert = torch.searchsorted(ends[0], torch.arange(len(rows), device=local.device, dtype=ends[0].dtype), right=True)
+    chosen = expert.unsqueeze(0) == torch.arange(len(weights), device=local.device).unsqueeze(1)
+    return (torch.matmul(rows, weights) * chosen.unsqueeze(-1).to(rows.dtype)).sum(0)
+
+
 def _attention(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
     """With the queries cut, a causal mask starts at the position of this rank's first query."""
     dropout = argument(local.op, 4, "dropout_p", 0.0)
@@ -409,6 +419,7 @@ KERNELS: dict[str, Kernel] = {
         _loss,
     ),
     "embedding": _embedding,
+    **dict.fromkeys(("_grouped_mm", "grouped_mm"), _grouped_mm),
     "scaled_dot_product_attention": _attention,
     "cross_entropy_loss": _cross_entropy,
     **dict.fromkeys(("nll_loss", "nll_loss_nd"), _nll_loss),
