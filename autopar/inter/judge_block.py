@@ -15,6 +15,7 @@ from math import prod
 from typing import Literal
 
 from autopar.cluster.software import Software, load_software
+from autopar.cost.fusion import NOTHING, Saving
 from autopar.graph.ir import Block, Graph, OpProfile
 from autopar.graph.profile import GraphProfile
 from autopar.inter.judge_again import again
@@ -83,7 +84,7 @@ def price_block(
     execution: Execution,
     free: frozenset[int],
     stored: frozenset[int],
-    fused: dict[int, tuple[float, float]],
+    fused: dict[int, Saving],
     accumulates: bool,
     data_axis: bool,
     balanced: bool,
@@ -126,7 +127,7 @@ def price_block(
         if free.issuperset((*op.inputs, *op.outputs)):
             continue
         price = price_op(
-            graph, op, profile.ops[op.id], planned, micro_batch, mesh, execution, fused.get(op.id, (0.0, 0.0)), balanced
+            graph, op, profile.ops[op.id], planned, micro_batch, mesh, execution, fused.get(op.id, NOTHING), balanced
         )
         core = "scaled_dot_product" in op.target
         alone[op.id] = price.forward_s

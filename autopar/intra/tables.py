@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from autopar.cost.compute import gradient_products_s, host_calls, op_seconds
 from autopar.cost.execution import ExecutionModel
+from autopar.cost.fusion import NOTHING, Saving
 from autopar.cost.redistribute import MeshLinks, Placement, redistribute_s
 from autopar.graph.ir import Op, Value
 from autopar.graph.profile import GraphProfile
@@ -134,7 +135,7 @@ class TableBuilder:
         execution: ExecutionModel,
         whole: MeshLinks,
         allowed: Allowed | None = None,
-        fused: dict[int, tuple[float, float]] | None = None,
+        fused: dict[int, Saving] | None = None,
         data: int = 1,
         as_megatron: bool = False,
     ) -> None:
@@ -339,7 +340,7 @@ class TableBuilder:
             degrees,
             device,
             self.execution,
-            self.fused.get(op.id, (0.0, 0.0)),
+            self.fused.get(op.id, NOTHING),
         )
         if self.sizes:
             products = gradient_products_s(
@@ -370,7 +371,9 @@ class TableBuilder:
             if is_core and self.execution.attn == "math":  # its log-sum-exp's place is taken by the scores
                 internal = math.prod(self._scores(op)) * self.execution.software.math_attention_bytes_per_score
             grows = any(self.graph.batch.grows(size) for shape, _ in profile.saved_internal for size in shape)
-            scale = self.micro_batch / self.graph.batch.traced if grows else 1.0
+            kept_shapes = [self._scores(op)] if is_core and self.execution.attn == "math" else []
+            kept_shapes = kept_shapes or [shape for shape, _ in profile.saved_internal]
+            scale = self.graph.batch.growth(kept_shapes, self.micro_batch)
             share = math.prod(  # statistics over the batch are whole where the batch is cut
                 size
                 for option, size in zip((data, *options), ranks, strict=True)
