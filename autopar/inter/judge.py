@@ -20,7 +20,7 @@ import msgspec
 
 from autopar.cluster.cluster import Cluster
 from autopar.cluster.software import load_software
-from autopar.cost.fusion import fused_bytes, with_fused_loss
+from autopar.cost.fusion import savings, with_fused_loss
 from autopar.graph.ir import Block, Graph
 from autopar.graph.profile import GraphProfile, profile_graph
 from autopar.inter.judge_block import BlockPrice, Issue, price_block
@@ -94,7 +94,7 @@ def judge(
     fuses = load_software(plan.execution.fusion).fuses
     profile = with_fused_loss(graph, profile or profile_graph(graph), fuses)
     free, stays = at_hand(graph), kept_anywhere(graph, profile)
-    fused = fused_bytes(graph, profile, fuses)
+    fused = savings(graph, profile, fuses)
     kinds: dict[int, Block] = {}
     for block in blocks:
         kinds.setdefault(block.kind, block)
