@@ -4,7 +4,8 @@
     four ranks    gloo processes against ``runtime_by_hand``, of the same layout
 
 Both sides train the same model in fp32 with AdamW on the same batches, one thread a process, and must find the same
-losses. Steps are taken in turn (one side, the other, one side, ...), a figure is the median of the pairs' ratios.
+losses. Steps are taken in turn (one side, the other, one side, ...), a figure is the median of the pairs' ratios: of wall
+time, and of the processor time of all ranks, which other work on the machine disturbs less.
 """
 
 import copy
@@ -19,6 +20,8 @@ import click
 import msgspec
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 import autopar
 from autopar.inter.estimate import estimate
@@ -68,13 +71,21 @@ CASES = (
 )
 
 
-def measure(case: Case, plan_json: bytes, pairs: int) -> tuple[list[float], list[float], float]:
-    """On one rank: seconds of our steps and of theirs, pair by pair, and the largest difference of two losses."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """On one rank, step by step: seconds on the wall and of the processor, our side and theirs; ``apart`` is the
+    largest difference of two losses."""
+
+    wall_s: tuple[list[float], list[float]]
+    processor_s: tuple[list[float], list[float]]
+    apart: float
+
+
+def measure(case: Case, plan_json: bytes, pairs: int) -> Measured:
+    """Pairs of steps on one rank, after two to warm up."""
     plan, workload = msgspec.json.decode(plan_json, type=Plan), case.workload()
     torch.manual_seed(0)
-    model = workload.build_model(
-        **{key: value for key, value in workload.settings.items() if key != "seq"}, seq=case.settings["seq"]
-    )
+    model = workload.build_model(size="125M", tied_embeddings=False, **case.settings)
     assert workload.init_weights is not None
     workload.init_weights(model)
     trainer = plan.apply(
@@ -86,10 +97,10 @@ def measure(case: Case, plan_json: bytes, pairs: int) -> tuple[list[float], list
         theirs = plain_step(model, workload.loss_fn, torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE))
     else:
         theirs = by_hand_step(model, case.dp, case.tp, case.zero, LEARNING_RATE)
-    sides = (trainer.step, theirs)
-    seconds: tuple[list[float], list[float]] = ([], [])
+    wall: tuple[list[float], list[float]] = ([], [])
+    processor: tuple[list[float], list[float]] = ([], [])
     apart = 0.0
-    for pair in range(pairs + 2):  # two to warm up
+    for pair in range(pairs + 2):
         generator = torch.Generator().manual_seed(pair)
         shape = (case.batch, case.settings["seq"])
         batch = {
@@ -98,25 +109,39 @@ def measure(case: Case, plan_json: bytes, pairs: int) -> tuple[list[float], list
         losses = [0.0, 0.0]
         for side in ((0, 1), (1, 0))[pair % 2]:
             dist.barrier()
-            start = time.perf_counter()
-            loss = sides[side](batch)
+            start, used = time.perf_counter(), time.process_time()
+            loss = (trainer.step, theirs)[side](batch)
             dist.barrier()
-            seconds[side].append(time.perf_counter() - start)
-            whole = loss.clone() if not hasattr(loss, "full_tensor") else loss.full_tensor()
-            if side == 1 and case.dp > 1:
-                dist.all_reduce(whole)
-                whole /= case.ranks
-            losses[side] = float(whole)
+            wall[side].append(time.perf_counter() - start)
+            processor[side].append(time.process_time() - used)
+            losses[side] = _whole(loss, case, of_ranks=side == 1)
         apart = max(apart, abs(losses[0] - losses[1]))
-    return seconds[0][2:], seconds[1][2:], apart
+    kept = slice(2, None)
+    return Measured(
+        wall_s=(wall[0][kept], wall[1][kept]), processor_s=(processor[0][kept], processor[1][kept]), apart=apart
+    )
 
 
-def line(name: str, ours: Sequence[float], theirs: Sequence[float], apart: float) -> str:
+def _whole(loss: Tensor, case: Case, *, of_ranks: bool) -> float:
+    """The mean loss; ``of_ranks``: ``loss`` is of this rank's samples."""
+    whole = loss.full_tensor() if isinstance(loss, DTensor) else loss.clone()
+    if of_ranks and case.dp > 1:
+        dist.all_reduce(whole)
+        whole /= case.ranks
+    return float(whole)
+
+
+def line(name: str, found: Sequence[Measured]) -> str:
+    """A case's figures; ``found`` is by rank."""
+    ours, theirs = found[0].wall_s
     ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
+    used = [[sum(step) for step in zip(*(rank.processor_s[side] for rank in found), strict=True)] for side in (0, 1)]
+    processor = [mine / other for mine, other in zip(*used, strict=True)]
     return (
-        f"{name:<48} {statistics.median(ratios):5.2f}  ({min(ratios):.2f} .. {max(ratios):.2f}, {len(ratios)} pairs)"
-        f"  {1e3 * statistics.median(ours):6.0f} ms : {1e3 * statistics.median(theirs):6.0f} ms"
-        f"  losses within {apart:.0e}"
+        f"{name:<46} wall {statistics.median(ratios):.2f} ({min(ratios):.2f} .. {max(ratios):.2f})"
+        f"  processor {statistics.median(processor):.2f} ({min(processor):.2f} .. {max(processor):.2f})"
+        f"  {len(ratios)} pairs, {1e3 * statistics.median(ours):.0f} ms : {1e3 * statistics.median(theirs):.0f} ms"
+        f"  losses within {found[0].apart:.0e}"
     )
 
 
@@ -130,8 +155,8 @@ def main(pairs: int, only: str) -> None:
         for case in CASES:
             if only in case.name:
                 plan = msgspec.json.encode(case.plan())
-                ours, theirs, apart = pool.run(case.ranks, measure, case, plan, pairs, timeout_s=600)[0]
-                print(line(case.name, ours, theirs, apart), flush=True)
+                found = pool.run(case.ranks, measure, case, plan, pairs, timeout_s=900)
+                print(line(case.name, found), flush=True)
     finally:
         pool.close()
 
