@@ -15,7 +15,7 @@ Worked example: (4, 8) fp16 = 64 bytes from ``P`` to ``S(0)`` on an axis of 2: o
 
 import heapq
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autopar.cluster.cluster import Cluster, Group
 from autopar.plan.errors import CheckError
@@ -129,7 +129,7 @@ class Mesh:
         while queue:
             time_s, count, passed, state, steps = heapq.heappop(queue)
             if state == target:
-                return Route(steps=steps, placements=passed)
+                return Route(steps=_summed_at_once(steps), placements=passed)
             if state in done:
                 continue
             done.add(state)
@@ -164,6 +164,20 @@ class Mesh:
         dim, whole, part = shard_dim(new), *(local_shape(shape, tokens, self.sizes) for tokens in (before, after))
         assert dim is not None
         return self.step(kind, held, axes, held * part[dim] * self.degree(axes) / max(whole[dim], 1))
+
+
+def _summed_at_once(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """Sums of one tensor over several axes as the one collective that runs, whatever prices said of the parts."""
+    found: list[Step] = []
+    for step in steps:
+        alike = (at for at, one in enumerate(found) if one.kind == step.kind and one.num_bytes == step.num_bytes)
+        same = next(alike, None) if step.kind == "all_reduce" else None
+        if same is None:
+            found.append(step)
+        else:
+            axes = tuple(sorted((*found[same].axes, *step.axes)))
+            found[same] = replace(found[same], axes=axes, time_s=found[same].time_s + step.time_s)
+    return tuple(found)
 
 
 def _movable(source: Tokens, target: Tokens) -> tuple[int, ...]:
