@@ -8,7 +8,7 @@ States are placements (a token text per axis), steps change all axes of a set th
 
 Nothing becomes P on an axis that does not end as P. Dims are cut outermost axis first, so a shard may only come or go
 where no axis further in cuts the same dim. Axes of one rank change for nothing. Among equally cheap ways the one of
-fewest steps wins, then the first in order of its text.
+fewest bytes wins, then of fewest steps, then the first in order of its text.
 
 Worked example: (4, 8) fp16 = 64 bytes from ``P`` to ``S(0)`` on an axis of 2: one reduce_scatter of 64 bytes.
 """
@@ -123,11 +123,11 @@ class Mesh:
     def _search(self, shape: tuple[int, ...], itemsize: int, source: Tokens, target: Tokens) -> Route:
         movable = _movable(source, target)
         tokens = tuple(dict.fromkeys([*(source[axis] for axis in movable), *(target[axis] for axis in movable), "R"]))
-        # (seconds, steps, placements passed), state, collectives so far; the placements passed make the order total
-        queue: list[tuple[float, int, tuple[str, ...], Tokens, tuple[Step, ...]]] = [(0.0, 0, (), source, ())]
+        # (seconds, bytes, steps, placements passed), state, collectives so far; the placements make the order total
+        queue: list[tuple[float, float, int, tuple[str, ...], Tokens, tuple[Step, ...]]] = [(0, 0, 0, (), source, ())]
         done: set[Tokens] = set()
         while queue:
-            time_s, count, passed, state, steps = heapq.heappop(queue)
+            time_s, moved, count, passed, state, steps = heapq.heappop(queue)
             if state == target:
                 return Route(steps=_summed_at_once(steps), placements=passed)
             if state in done:
@@ -139,8 +139,9 @@ class Mesh:
                     continue
                 step = self._one(shape, itemsize, state, after, axes)
                 cost = time_s + (step.time_s if step else 0.0)
+                more = moved + (step.num_bytes if step else 0)
                 made = (*steps, step) if step else steps
-                heapq.heappush(queue, (cost, count + 1, (*passed, "".join(after)), after, made))
+                heapq.heappush(queue, (cost, more, count + 1, (*passed, "".join(after)), after, made))
         raise CheckError(f"no collective brings a tensor from {''.join(source)} to {''.join(target)}")
 
     def settled(self, text: str) -> str:
