@@ -164,6 +164,11 @@ def _expand(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor
     return tensors[0].expand(local.local_output())
 
 
+def _copy(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
+    """The second tensor in the place of the first; torch's own form has no derivative."""
+    return tensors[1].to(tensors[0].dtype).expand(local.local_output())
+
+
 def _split(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> tuple[Tensor, ...]:
     dim = argument(local.op, 2, "dim", 0)
     sizes = [local.local_output(at)[dim] for at in range(len(local.output_shapes))]
@@ -398,6 +403,7 @@ Kernel = Callable[[LocalOp, Sequence[Tensor], Around], Any]
 KERNELS: dict[str, Kernel] = {
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"), _reshape),
     **dict.fromkeys(("expand", "broadcast_to", "expand_as"), _expand),
+    "copy": _copy,
     **dict.fromkeys(("split", "chunk", "split_with_sizes"), _split),
     "linear": _linear,
     **dict.fromkeys(("addmm", "baddbmm"), _bias_once(0)),

@@ -146,11 +146,10 @@ class StageParameters:
 
     def gather(self) -> None:
         """Masters -> weights."""
-        apart = [
+        apart = [  # what is gathered is so by all ranks, also by one whose rows are the whole weight
             parameter
             for parameter in self.trained()
-            if parameter.weight.shape != parameter.master.shape
-            or parameter.weight.data_ptr() != parameter.master.data_ptr()
+            if _gathered(parameter.stored) or parameter.weight.data_ptr() != parameter.master.data_ptr()
         ]
         begun: list[Started] = []
         with torch.no_grad():
