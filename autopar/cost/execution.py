@@ -13,6 +13,9 @@ class ExecutionModel:
     ``balanced_context``: ranks that share a sequence take parts of equal work under a causal mask (Megatron-LM's
     context parallelism); without it a rank runs its queries against all keys under a mask, as our runtime does.
 
+    ``overlap``: reductions of gradients run behind the backward, gathers of parameters behind a block, exchanges of a
+    linear op's input gradient beside the product for its weight's.
+
     ``whole_checkpoint``: full recomputation runs the whole block again (Megatron-LM's and DeepSpeed's checkpoint);
     without it only what the backward reads, as torch's does, which stops at the last tensor that was kept, and ours.
 

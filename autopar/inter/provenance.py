@@ -76,7 +76,8 @@ def _block_terms(use: Use, blocks: Blocks, profile: GraphProfile, cluster: Clust
             cluster.device,
             blocks.execution,
         )
-        forward_s = float(row[tb.FORWARD] + row[tb.CORE_FORWARD])
-        redone_s = float(again * row[tb.AGAIN] + core_again * row[tb.CORE_FORWARD])
-        terms += list(zip(tags, (forward_s, float(row[tb.BACKWARD]) + redone_s), strict=True))
+        inside = tables.inside_s[at][strategy]  # exchanges, which the plan's collectives hold
+        forward_s = float(row[tb.FORWARD] + row[tb.CORE_FORWARD] - inside[0])
+        redone_s = again * max(float(row[tb.AGAIN] - inside[0]), 0.0) + core_again * float(row[tb.CORE_FORWARD])
+        terms += list(zip(tags, (forward_s, float(row[tb.BACKWARD] - inside[1]) + redone_s), strict=True))
     return terms

@@ -52,7 +52,7 @@ class BlockTables:
     (options per inner axis). ``states[n]``: placements of boundary or hub node n's values, and ``boundary_tokens``
     those of a block input or output under each boundary placement. ``kept[at]``
     are the bytes of tensors that SAVED and CORE_SAVED price for op ``at``, (strategies, 2); ``copies`` counts what a
-    solution really keeps instead. ``node_metrics[n]`` is (choices, metrics), ``edges`` are (node, node, (choices,
+    solution really keeps instead; ``inside_s[at]`` are the seconds of FORWARD and BACKWARD that it exchanges by itself. ``node_metrics[n]`` is (choices, metrics), ``edges`` are (node, node, (choices,
     choices) forward seconds, the same backward). ``parameter_uses[at]`` lists, for op ``at``, (value, per strategy:
     local elements, axes with a partial gradient); axes count the data axis as 0, inner axes from 1. ``again`` are the
     (op, number) of uses of a parameter that an earlier op of the block uses, and stores, alike. ``host_s`` are the
@@ -74,6 +74,7 @@ class BlockTables:
     hub_states: tuple[tuple[tuple[Token, ...], ...], ...]
     boundary_tokens: dict[int, tuple[tuple[Token, ...], ...]]
     kept: tuple[Floats, ...]
+    inside_s: tuple[Floats, ...]
     copies: CopyCounter
     host_s: tuple[float, float, float, float]
     moved_again: tuple[bool, ...]
@@ -162,6 +163,7 @@ class TableBuilder:
         self._overwritten = overwritten_values(self.graph, profile)
         self.local = LocalSizes(space, self.sizes, local_batch, data)
         self.kept: list[Floats] = []
+        self.inside: list[Floats] = []
         self.redistributions: dict[tuple[tuple[Placement, ...], tuple[float, ...]], Floats] = {}
 
     def build(self) -> BlockTables:
@@ -203,6 +205,7 @@ class TableBuilder:
             hub_states=hub_states,
             boundary_tokens=boundary_tokens,
             kept=tuple(self.kept),
+            inside_s=tuple(self.inside),
             copies=CopyCounter(
                 self.space,
                 self.profile,
@@ -357,7 +360,9 @@ class TableBuilder:
         is_core = op.id in self.core
         metrics[:, CORE_FORWARD if is_core else FORWARD] += forward
         metrics[:, BACKWARD] += backward
+        computed = metrics[:, [FORWARD, BACKWARD]]
         self._add_inside(node, chosen, data, metrics)
+        self.inside.append(metrics[:, [FORWARD, BACKWARD]] - computed)
         if op.id in self._again.ops:
             metrics[:, AGAIN] = metrics[:, FORWARD] + metrics[:, CORE_FORWARD]
         values = [self.graph.values[value] for value in (*op.inputs, *op.outputs)]
