@@ -13,9 +13,7 @@ CASES = {
     "gpt, ZeRO-3 gathers at most two blocks": Case(
         file="gpt.py", layout="dp=2,mbs=2,zero=3", batch=4, classes=1024, settings=GPT
     ),
-    "gpt, gradients leave the backward": Case(
-        file="gpt.py", layout="dp=1,mbs=2,recompute=full", batch=4, classes=1024, settings=GPT
-    ),
+    "gpt, gradients leave the backward": Case(file="gpt.py", layout="dp=1,mbs=2", batch=8, classes=1024, settings=GPT),
     "gpt, a cut vocabulary": Case(file="gpt.py", layout="tp=2,mbs=2", batch=2, classes=1024, settings=GPT),
     "llama, masters among the weights": Case(
         file="llama.py", layout="dp=2,mbs=2,zero=1", batch=4, classes=1024, settings=LLAMA
