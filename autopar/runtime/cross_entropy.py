@@ -10,15 +10,13 @@ operations whose input is dead, so a lowered graph runs them in its place.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import traceback
 
 from autopar.runtime.mesh import Mesh
 from autopar.runtime.move import all_reduce
+from autopar.runtime.overwrite import overwriting
 
 
 def token_losses(
@@ -27,13 +25,6 @@ def token_losses(
     """(n,) losses of (n, v) logits, v of the ``num_classes`` on this rank: ``rows`` are the targets' places among
     those, ``mine`` says which targets lie there; ``axes`` cut the vocabulary."""
     return _TokenLosses.apply(logits, rows, mine, smoothing, num_classes, mesh, tuple(axes))
-
-
-def overwriting() -> AbstractContextManager[Any]:
-    """Nodes traced inside may write their result where their first input lies, if nobody reads that later."""
-    if not traceback.has_preserved_node_meta():
-        return nullcontext()
-    return traceback.annotate({"overwrites": True})
 
 
 class _TokenLosses(torch.autograd.Function):

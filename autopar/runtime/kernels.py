@@ -16,8 +16,8 @@ from torch import Tensor
 from autopar.graph.ir import Batch, Op
 from autopar.graph.literals import resolve, restore
 from autopar.rules.labels import argument
+from autopar.runtime.batch_norm import normalise
 from autopar.runtime.cross_entropy import token_losses
-from autopar.runtime.exchange import sum_over
 from autopar.runtime.layout import chunk_bounds, cuts_of, local_pieces, local_shape
 from autopar.runtime.mesh import Mesh
 from autopar.runtime.randomness import drop, normal, uniform
@@ -376,20 +376,12 @@ def _batch_norm(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> An
         result = local.call(copies)
         return Written(result=result, buffers={places[name]: copies[places[name]] for name in running})
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
-    x = tensors[0].to(wide)
-    dims = [0, *range(2, x.dim())]
-    shape = [1, -1] + [1] * (x.dim() - 2)
     count = prod(size for dim, size in enumerate(local.input_shapes[0]) if dim != 1)
-    mean = sum_over(x.sum(dims), local.mesh, axes, partial_gradient=True) / count
-    centred = x - mean.view(shape)
-    var = sum_over(centred.square().sum(dims), local.mesh, axes, partial_gradient=True) / count
-    result = centred * torch.rsqrt(var + eps).view(shape)
-    for name, combine in (("weight", torch.mul), ("bias", torch.add)):
-        if name in places:
-            result = combine(result, tensors[places[name]].to(wide).view(shape))
-    latest = {"mean": mean.detach(), "var": var.detach() * (count / max(count - 1, 1))}
+    weight, bias = (tensors[places[name]] if name in places else None for name in ("weight", "bias"))
+    result, mean, var = normalise(tensors[0], weight, bias, eps, count, local.mesh, axes)
+    latest = {"mean": mean, "var": var * (count / max(count - 1, 1))}
     return Written(
-        result=result.to(tensors[0].dtype),
+        result=result,
         buffers={
             places[name]: torch.lerp(old.to(wide), latest[name], momentum).to(old.dtype)
             for name, old in running.items()

@@ -1,24 +1,34 @@
 """Operations that write their result where their input lies.
 
-A node that was traced as one that may (``cross_entropy.overwriting``) does, if nobody reads the memory of its first
+A node that was traced as one that may (``overwriting``) does, if nobody reads the memory of its first
 input afterwards, that memory was made by this pass or for its backward alone, and it has the result's shape and type.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx import traceback
 
 _ATEN = torch.ops.aten
 IN_PLACE: Mapping[Any, Any] = {
+    _ATEN.add.Tensor: _ATEN.add_.Tensor,
     _ATEN.sub.Tensor: _ATEN.sub_.Tensor,
     _ATEN.mul.Tensor: _ATEN.mul_.Tensor,
     _ATEN.div.Tensor: _ATEN.div_.Tensor,
     _ATEN.exp.default: _ATEN.exp_.default,
     _ATEN.scatter_add.default: _ATEN.scatter_add_.default,
 }
+
+
+def overwriting() -> AbstractContextManager[Any]:
+    """Nodes traced inside may write their result where their first input lies, if nobody reads that later."""
+    if not traceback.has_preserved_node_meta():
+        return nullcontext()
+    return traceback.annotate({"overwrites": True})
 
 
 def overwrites(order: Sequence[fx.Node], inputs: Sequence[fx.Node], results: Sequence[Any]) -> set[fx.Node]:

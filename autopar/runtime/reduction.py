@@ -17,7 +17,7 @@ from autopar.runtime.mesh import Mesh
 from autopar.runtime.program import StageParameter
 
 T = TypeVar("T")
-BUCKET_BYTES = 4 * 2**20
+BUCKET_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
