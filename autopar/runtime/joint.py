@@ -172,12 +172,7 @@ def _is_recomputed(node: fx.Node, forward: set[fx.Node]) -> bool:
 def _leaves(node: fx.Node, block: int, forward: set[fx.Node]) -> bool:
     """Whether another block reads a node, or a view of all of it: views hold no memory of their own."""
     for user in node.users:
-<<<<<<< HEAD
-        if user in forward and (marked(user)[0] != block or (is_view(user) and _leaves(user, block, forward))):
-            return True
-    return False
-=======
-        if user in forward and (_mark(user)[0] != block or (_views_all(user, node) and _leaves(user, block, forward))):
+        if user in forward and (marked(user)[0] != block or (_views_all(user, node) and _leaves(user, block, forward))):
             return True
     return False
 
@@ -185,18 +180,4 @@ def _leaves(node: fx.Node, block: int, forward: set[fx.Node]) -> bool:
 def _views_all(user: fx.Node, node: fx.Node) -> bool:
     """Whether a user is a view that shows every element; a slice counts as a copy whether or not it is one."""
     sizes = [found.numel() for each in (user, node) if isinstance(found := each.meta.get("val"), Tensor)]
-    return _is_view(user) and len(set(sizes)) == 1
-
-
-def _mark(node: fx.Node) -> tuple[int, bool]:
-    custom = node.meta.get("custom", {})
-    return custom.get("block", -1), custom.get("recompute", False)
-
-
-def _is_view(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None or not schema.returns:
-        return False
-    alias = schema.returns[0].alias_info
-    return alias is not None and not alias.is_write
->>>>>>> bd351a57934d790522440232b8c12f691d6cb1b9
+    return is_view(user) and len(set(sizes)) == 1
