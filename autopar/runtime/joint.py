@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functionalize
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import _BoxedCodeGen  # private; tried on torch 2.13.0
@@ -65,12 +66,21 @@ def lower(stage: StageFunction, shapes: Sequence[tuple[tuple[int, ...], torch.dt
         num_outputs = len(flat(outputs))
         with traceback.preserve_node_meta():
             graph = make_fx(joint)(*arguments, *tangents)
+            if any(_writes(node) for node in graph.graph.nodes):  # a write has no place among what others need
+                written = functionalize(fx.Interpreter(graph).run, remove="mutations")
+                graph = make_fx(written)(*arguments, *tangents)
     del mode
+    assert not any(_writes(node) for node in graph.graph.nodes), "a node of the lowered graph writes in place"
     _simplify(graph.graph)
     for at, node in enumerate(node for node in graph.graph.nodes if is_start(node)):
         node.meta["collective"] = at  # the same one on all ranks
     graph.graph.eliminate_dead_code()
     return partition(graph, num_arguments, num_outputs, stage.num_parameters)
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and schema.is_mutable
 
 
 def flat(outputs: Any) -> list[Tensor]:
