@@ -1,5 +1,6 @@
 """Writes what the search found as a `Plan`: placements of every op and parameter, memory, times, estimate."""
 
+import functools
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -184,8 +185,8 @@ def build_plan(found: Found) -> Plan:
         ),
         command="",
         versions={
-            "autopar": metadata.version("autopar"),
-            "torch": metadata.version("torch"),
+            "autopar": _version("autopar"),
+            "torch": _version("torch"),
             "python": platform.python_version(),
         },
     )
@@ -283,3 +284,8 @@ def _axis_name(book: StageBook, inputs: Sequence[int], tokens: Sequence[Token]) 
     if isinstance(first, Atom):
         return "dp" if graph.batch.grows(first.size) else "tp" if weight is None and first.dim == 1 else "cp"
     return "tp"
+
+
+@functools.cache
+def _version(package: str) -> str:
+    return metadata.version(package)

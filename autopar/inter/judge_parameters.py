@@ -152,6 +152,8 @@ def disagreements(graph: Graph, blocks: Sequence[tuple[Block, BlockProgram, Bloc
         alike = dict(zip(first.parameters, block.parameters, strict=True))
         for value, planned in _by_value(graph, first, program).items():
             other = seen.setdefault(alike[value], planned)
+            if other is planned:
+                continue
             sides = [
                 zip(parse_placements(each.compute), parse_placements(each.gradient), strict=True)
                 for each in (other, planned)

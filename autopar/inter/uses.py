@@ -1,6 +1,8 @@
 """The blocks of a stage as the search decided them: which point of its frontier each takes, and what they hold."""
 
+from collections import Counter
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
@@ -61,8 +63,11 @@ def memory_of(book: StageBook, uses: list[Use], in_flight: int) -> MemoryParts:
     sums = np.zeros(4)
     saved = workspace = 0.0
     execution = book.blocks.execution
-    for use in uses:
-        saved += use.totals[fr.SAVED]
+    numbers = Counter((use.column, use.ref, use.boundary, use.mesh) for use in uses)
+    of_key = {(use.column, use.ref, use.boundary, use.mesh): use for use in uses}
+    for key, count in numbers.items():
+        use = of_key[key]
+        saved += count * use.totals[fr.SAVED]
         workspace = max(workspace, float(use.totals[fr.WORKSPACE]))
         held = book.columns[use.column][1]
         for at, of_op in enumerate(use.points.tables.parameter_uses):
@@ -73,12 +78,13 @@ def memory_of(book: StageBook, uses: list[Use], in_flight: int) -> MemoryParts:
                     continue
                 elements = per_strategy[strategy][0]
                 if value.kind == "buffer" or not value.requires_grad:
-                    sums[0] += elements * value.itemsize
+                    sums[0] += count * elements * value.itemsize
                     continue
                 storage = names[number * len(per_strategy) + strategy][int(chosen[number][use.row, strategy])]
-                shards = int(np.prod([use.mesh.sizes[axis] for axis in storage.axes], dtype=int))
+                shards = prod(use.mesh.sizes[axis] for axis in storage.axes)
                 state = pm.state_bytes(storage, shards, elements, value.itemsize, execution)
-                sums += (*state, pm.late_bytes(storage, state[1], elements, value.itemsize, execution))
+                late = pm.late_bytes(storage, state[1], elements, value.itemsize, execution)
+                sums += count * np.array((*state, late))
     # what the backward's gradients add to the saved tensors in whose place they come, beyond those counted at rest
     at_start = sums[1] if execution.accumulate else 0.0
     late = at_start + max(float(sums[3]) - saved, 0.0) - float(sums[1])
