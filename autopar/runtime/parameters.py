@@ -146,11 +146,10 @@ class StageParameters:
 
     def gather(self) -> None:
         """Masters -> weights."""
-        apart = [
+        apart = [  # alike on all ranks, also where one holds all rows or none
             parameter
             for parameter in self.trained()
-            if parameter.weight.shape != parameter.master.shape
-            or parameter.weight.data_ptr() != parameter.master.data_ptr()
+            if parameter.stored.zero in (1, 2) or parameter.weight.dtype != parameter.master.dtype
         ]
         begun: list[Started] = []
         with torch.no_grad():
