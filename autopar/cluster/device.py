@@ -4,8 +4,8 @@ matmul     t = max(T(m, n, k) / sustained_fraction, bytes / bandwidth, kernel_la
            T: measured, interpolated in log time over log (m, n, k); beyond the table work grows at its last efficiency
 flash      t = FLOPs / (peak * E(seq, batch * heads) * sustained_fraction * relative speeds)   (causal counts half)
 math       t = products * max(FLOPs / (peak * best of table * sustained_fraction), bytes / sustained bandwidth)
-               + scores * bytes per score / sustained bandwidth         2 products forward, 4 backward
-any other  t = bytes / (memory_bytes_per_s * memory_efficiency)
+               + scores * bytes per score / sustained bandwidth + 2 kernel_latency_s    2 products forward, 4 backward
+any other  t = bytes / (memory_bytes_per_s * memory_efficiency) + kernel_latency_s
 """
 
 import itertools
@@ -175,7 +175,8 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             rate = peak * max(self.matmul.efficiency) * self.sustained_fraction
             product_s = np.maximum(2.0 * b * h * q * s * d / rate, self.memory_bound_s(size_bytes))
             product_s = np.maximum(product_s, self.kernel_latency_s)
-            return np.asarray((4.0 if backward else 2.0) * product_s + self.memory_bound_s(traffic), float)
+            between_s = self.memory_bound_s(traffic) + 2 * self.kernel_latency_s  # softmax and dropout
+            return np.asarray((4.0 if backward else 2.0) * product_s + between_s, float)
         flops = 4.0 * b * h * q * s * d * (0.5 if causal else 1.0) * (2.5 if backward else 1.0)
         speed = self._flash_efficiency(np.sqrt(q * s) * (1.0 if causal else 2.0), b * h)
         speed = speed * np.minimum(1.0, (d / REFERENCE_HEAD_DIM) ** self.flash_head_dim_exponent)

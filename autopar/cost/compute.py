@@ -3,7 +3,7 @@
     matmul-like   the device's curve at the local (batch, m, n, k); backward is (m, k, n) for the input's gradient and
                   (n, k, m) for the weight's, each only where that gradient is wanted
     attention     the device's attention curve at the local shape; backward at its own
-    anything      + bytes of its other kernels / sustained bandwidth
+    anything      + bytes of its other kernels / sustained bandwidth + how many these are * kernel latency
 
 A sharding divides labels (``degrees``: label -> divisor per strategy). FLOPs of a matmul whose labels do not tell all
 of its work (strides, dilations) are scaled to those its profile counted.
@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from autopar.cluster.device import ITEMSIZE, Device
 from autopar.cost.execution import ExecutionModel
+from autopar.cost.fusion import NOTHING, Saving, memory_kernels
 from autopar.graph.flops import flops_at
-from autopar.graph.ir import Batch, Graph, Op, OpProfile
+from autopar.graph.ir import Graph, Op, OpProfile
 from autopar.rules.rule import NO_LABEL, OpRule
 
 Floats = NDArray[np.float64]
@@ -34,11 +35,6 @@ def label_sizes(graph: Graph, op: Op, rule: OpRule, local_batch: int) -> dict[in
     return sizes
 
 
-def bytes_at(num_bytes: float, batch: Batch, local_batch: int, grows: bool) -> float:
-    """Bytes traced at ``batch.traced`` samples, at ``local_batch`` samples where the op grows with the batch."""
-    return num_bytes * local_batch / batch.traced if grows else float(num_bytes)
-
-
 def op_seconds(
     graph: Graph,
     op: Op,
@@ -48,29 +44,37 @@ def op_seconds(
     degrees: Mapping[int, Floats],
     device: Device,
     execution: ExecutionModel,
-    fused_bytes: tuple[float, float] = (0.0, 0.0),
+    fused: Saving = NOTHING,
 ) -> tuple[Floats, Floats]:
     """Forward and backward seconds per strategy; ``degrees`` maps a label to what each strategy divides it by, and
-    ``fused_bytes`` is the whole traced traffic, forward and backward, that fusion saves."""
+    ``fused`` is what fusion saves."""
     sizes = label_sizes(graph, op, rule, local_batch)
     one = np.ones_like(next(iter(degrees.values()))) if degrees else np.ones(1)
     share = one.copy()
     for degree in degrees.values():
         share = share * degree
-    grows = any(graph.batch.grows(size) for v in (*op.inputs, *op.outputs) for size in graph.values[v].shape)
+    growth = graph.batch.growth((graph.values[v].shape for v in (*op.inputs, *op.outputs)), local_batch)
     traffic = (profile.forward_bytes, profile.backward_bytes)
     forward_bytes, backward_bytes = (
-        one * bytes_at(max(whole - saved, 0.0), graph.batch, local_batch, grows)
-        for whole, saved in zip(traffic, fused_bytes, strict=True)
+        one * (max(whole - saved, 0.0) * growth) for whole, saved in zip(traffic, fused[:2], strict=True)
     )
     if op.target.startswith("aten.cross_entropy_loss"):
         cut = _vocabulary_cut(rule, degrees, one)
-        chain = math.prod(graph.values[op.inputs[0]].shape) * local_batch / graph.batch.traced
+        logits = graph.values[op.inputs[0]].shape
+        chain = math.prod(logits) * graph.batch.growth([logits], local_batch)
         software = execution.software
         forward_bytes = np.where(cut, chain * software.loss_forward_bytes_per_logit, forward_bytes)
         backward_bytes = np.where(cut, chain * software.loss_backward_bytes_per_logit, backward_bytes)
     forward = np.asarray(device.memory_bound_s(forward_bytes / share), float)
     backward = np.asarray(device.memory_bound_s(backward_bytes / share), float)
+    wanted = [bool(graph.values[value].requires_grad) for value in _operands(op)]
+    num_products = (1, max(sum(wanted[:2]), 1)) if profile.forward_flops else (0, 0)
+    if rule.compute == "attention":
+        num_products = (profile.forward_kernels, profile.backward_kernels)
+    kernels = memory_kernels(fused, profile, num_products)
+    forward, backward = (
+        time_s + count * device.kernel_latency_s for time_s, count in zip((forward, backward), kernels, strict=True)
+    )
     if not profile.forward_flops:
         return forward, backward
     roles = local_roles(rule, sizes, degrees, one)
@@ -86,7 +90,6 @@ def op_seconds(
         b, scale = one, 1.0
     forward = forward + scale * np.asarray(device.matmul_s(m, n, k, b, dtype=dtype, aligned=aligned), float)
     ratio = profile.backward_flops / profile.forward_flops
-    wanted = [bool(graph.values[value].requires_grad) for value in _operands(op)]
     shapes = [shape for shape, want in zip(((m, k, n), (n, k, m)), wanted, strict=False) if want] or [(m, n, k)]
     for shape in shapes:
         part = np.asarray(device.matmul_s(*shape, b, dtype=dtype, aligned=aligned), float)

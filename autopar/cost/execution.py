@@ -13,6 +13,12 @@ class ExecutionModel:
     ``balanced_context``: ranks that share a sequence take parts of equal work under a causal mask (Megatron-LM's
     context parallelism); without it a rank runs its queries against all keys under a mask, as our runtime does.
 
+    ``overlap``: reductions of gradients run behind the backward, gathers of parameters behind a block, exchanges of a
+    linear op's input gradient beside the product for its weight's.
+
+    ``whole_checkpoint``: full recomputation runs the whole block again (Megatron-LM's and DeepSpeed's checkpoint);
+    without it only what the backward reads, as torch's does, which stops at the last tensor that was kept, and ours.
+
     ``blocking``: the host waits for every kernel before it launches the next (CUDA_LAUNCH_BLOCKING=1), so that launches
     and kernels add up instead of running beside each other.
 
@@ -29,6 +35,7 @@ class ExecutionModel:
     accumulate: bool = False
     balanced_context: bool = False
     blocking: bool = False
+    whole_checkpoint: bool = False
 
     @property
     def software(self) -> Software:

@@ -11,14 +11,17 @@ Which ops are fusable is the program's: "pointwise" chains (bias, activation, dr
 fused kernels), and "norm", which adds normalisations and softmax as a compiler's reductions do. "loss" is a cross
 entropy that works in the memory of its fp32 logits: they become the softmax, which is kept, and then its own gradient
 (Megatron-LM, tensor_parallel/cross_entropy.py); eager PyTorch keeps the log-softmax and makes two gradients as large.
+
+An op that joins the kernel of an earlier one launches none of its own on the device.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
+from typing import NamedTuple
 
-from autopar.graph.ir import Graph, Op
+from autopar.graph.ir import Graph, Op, OpProfile
 from autopar.graph.profile import GraphProfile
 
 POINTWISE = frozenset(
@@ -31,8 +34,20 @@ POINTWISE = frozenset(
 NORM = frozenset(("layer_norm", "native_layer_norm", "rms_norm", "group_norm", "softmax", "_softmax", "mean", "sum"))
 
 
-def fused_bytes(graph: Graph, profile: GraphProfile, fuses: Sequence[str]) -> dict[int, tuple[float, float]]:
-    """Op id -> bytes saved forward and backward, whole at the traced batch; ops that save nothing are left out."""
+class Saving(NamedTuple):
+    """What fusion saves of an op: bytes, whole at the traced batch, and kernels, forward and backward."""
+
+    forward_bytes: float = 0.0
+    backward_bytes: float = 0.0
+    forward_kernels: int = 0
+    backward_kernels: int = 0
+
+
+NOTHING = Saving()
+
+
+def savings(graph: Graph, profile: GraphProfile, fuses: Sequence[str]) -> dict[int, Saving]:
+    """Op id -> what fusion saves; ops that save nothing are left out."""
     fusable = {op.id: op for op in graph.ops if _packet(op) in _kinds(fuses)}
     if not fusable:
         return {}
@@ -58,7 +73,25 @@ def fused_bytes(graph: Graph, profile: GraphProfile, fuses: Sequence[str]) -> di
             if len(readers[value]) == 1 and graph.values[value].requires_grad:
                 saved[op.id][1] += size
                 saved[maker.id][1] += size
-    return {op: (forward, backward) for op, (forward, backward) in saved.items()}
+    first = fused_kernels(graph, fuses)
+    found: dict[int, Saving] = {}
+    for number, (forward, backward) in saved.items():
+        ran, joins = profile.ops[number], first.get(number, number) != number
+        kernels = (ran.forward_kernels, ran.backward_kernels) if joins else (0, 0)
+        found[number] = Saving(forward, backward, *kernels)
+    return found
+
+
+def memory_kernels(saving: Saving, ran: OpProfile, products: tuple[int, int]) -> tuple[int, int]:
+    """Kernels of an op, forward and backward, that move memory and are its own: neither products nor fused.
+
+    >>> memory_kernels(NOTHING, linear, (1, 2))  # a bias gradient is a sum of its own  # doctest: +SKIP
+    (0, 1)
+    """
+    return (
+        max(ran.forward_kernels - saving.forward_kernels - products[0], 0),
+        max(ran.backward_kernels - saving.backward_kernels - products[1], 0),
+    )
 
 
 def fused_kernels(graph: Graph, fuses: Sequence[str]) -> dict[int, int]:

@@ -5,6 +5,7 @@ contains, so every dimension that grows with the batch is recognised by that pri
 (``Batch.scale``).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,6 +36,16 @@ class Batch:
         if rest:
             raise ValueError(f"size {size} traced at batch {self.traced} is no whole number at batch {batch_size}")
         return scaled
+
+    def growth(self, shapes: Iterable[tuple[int, ...]], batch_size: int) -> float:
+        """By what the bytes of tensors of these traced shapes change at ``batch_size`` samples: as those that have the
+        batch in most of their dims (two in the similarities of a contrastive loss).
+
+        >>> Batch(traced=808, prime=101).growth([(808, 64), (808, 808)], 404)
+        0.25
+        """
+        power = max((sum(map(self.grows, shape)) for shape in shapes), default=0)
+        return float((batch_size / self.traced) ** power)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

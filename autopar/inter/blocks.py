@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from autopar.cluster.cluster import Cluster
 from autopar.cost.execution import ExecutionModel
-from autopar.cost.fusion import fused_bytes, with_fused_loss
+from autopar.cost.fusion import savings, with_fused_loss
 from autopar.cost.redistribute import MeshLinks
 from autopar.graph.ir import Block, Graph
 from autopar.graph.profile import GraphProfile, profile_graph
@@ -78,7 +78,7 @@ class Blocks:
         self.profile: GraphProfile = with_fused_loss(
             graph, profile_graph(graph) if profile is None else profile, execution.software.fuses
         )
-        self.fused = fused_bytes(graph, self.profile, execution.software.fuses)
+        self.fused = savings(graph, self.profile, execution.software.fuses)
         self._data = data_values(graph)
         self.kinds: dict[int, Block] = {}
         for block in blocks:

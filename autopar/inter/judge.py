@@ -20,7 +20,7 @@ import msgspec
 
 from autopar.cluster.cluster import Cluster
 from autopar.cluster.software import load_software
-from autopar.cost.fusion import fused_bytes, with_fused_loss
+from autopar.cost.fusion import savings, with_fused_loss
 from autopar.graph.ir import Block, Graph
 from autopar.graph.profile import GraphProfile, profile_graph
 from autopar.inter.judge_block import BlockPrice, Issue, price_block
@@ -29,6 +29,7 @@ from autopar.inter.judge_flow import at_hand
 from autopar.inter.judge_items import step_items
 from autopar.inter.judge_parameters import disagreements
 from autopar.inter.judge_routes import Mesh, Step
+from autopar.inter.judge_tied import Use, tied_moves
 from autopar.inter.judge_transfers import Send, sends
 from autopar.inter.judge_workspace import kept_anywhere
 from autopar.inter.simulate import StageTimes, simulate
@@ -76,6 +77,11 @@ class Judgement:
     items: tuple[TimeItem, ...]
 
 
+def _with(price: BlockPrice, steps: tuple[Step, ...]) -> BlockPrice:
+    issues = tuple(Issue(step=step, count=1, per="microbatch", of="parameters") for step in steps)
+    return replace(price, issues=(*price.issues, *issues))
+
+
 def judge(
     plan: Plan, graph: Graph, blocks: tuple[Block, ...], cluster: Cluster, profile: GraphProfile | None = None
 ) -> Judgement:
@@ -88,7 +94,7 @@ def judge(
     fuses = load_software(plan.execution.fusion).fuses
     profile = with_fused_loss(graph, profile or profile_graph(graph), fuses)
     free, stays = at_hand(graph), kept_anywhere(graph, profile)
-    fused = fused_bytes(graph, profile, fuses)
+    fused = savings(graph, profile, fuses)
     kinds: dict[int, Block] = {}
     for block in blocks:
         kinds.setdefault(block.kind, block)
@@ -141,7 +147,12 @@ def judge(
             found.append(replace(price, issues=(*price.issues, *issues)))
             gathers = dict(price.gathered_once)
             once.update((value, gathers[own]) for value, own in alike.items() if own in gathers)
-        per_stage.append(found)
+        uses = [
+            Use(block=block, program=program, first=first, read_again=price.read_again)
+            for (block, program, first), price in zip(run, found, strict=True)
+        ]
+        moved = tied_moves(graph, uses, tied, mesh) if tied else ((),) * len(found)
+        per_stage.append([_with(price, steps) for price, steps in zip(found, moved, strict=True)])
     sent = sends(plan, graph, blocks, meshes, free)
     if (
         plan.search.status == "fixed"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from autopar.graph.ir import Block, Graph
 from autopar.graph.profile import GraphProfile
+from autopar.graph.random_ops import drop_probability
 from autopar.inter.judge_flow import Moves
 from autopar.inter.judge_routes import Route
 from autopar.plan.plan import BlockProgram
@@ -36,8 +37,9 @@ def again(
     exchanging: frozenset[int],
     read_on: frozenset[int],
 ) -> Again:
-    """``read_on``: outputs that later blocks of the stage read, and keep. Values in ``free`` are at hand and cost nothing to have again. Ops that are ``exchanging`` inside are kernels
-    written out: for their insides alone they read no more than their backward does."""
+    """``read_on``: outputs that later blocks of the stage read, and keep. Values in ``free`` are at hand and cost
+    nothing to have again. Ops that are ``exchanging`` inside are kernels written out, and a dropout's mask follows from
+    indices: for their insides alone they read no more than their backward does."""
     ops = {op.id: op for op in graph.ops[block.first_op : block.end_op]}
     maker = {value: op.id for op in ops.values() for value in op.outputs}
     handed_on = _handed_on(graph, block, program) & read_on
@@ -55,8 +57,8 @@ def again(
 
     def read(op: int, at: int) -> None:
         value = ops[op].inputs[at]
-        if graph.values[value].kind == "parameter":
-            parameters.add(value)
+        if graph.values[profile.owners[value]].kind == "parameter":  # itself, or a view of it
+            parameters.add(profile.owners[value])
         if full:
             routes.update(moved.ways.get((op, at), ()))
             if value in maker and value not in handed_on:
@@ -72,7 +74,7 @@ def again(
             run(op.id, results=False)
     while stack:
         op_id = stack.pop()
-        insides = op_id in exchanging and not found[op_id]
+        insides = (op_id in exchanging or drop_probability(ops[op_id]) > 0) and not found[op_id]
         for at in profile.ops[op_id].saved_inputs if insides else range(len(ops[op_id].inputs)):
             read(op_id, at)
     return Again(

@@ -3,7 +3,8 @@
 F, C, B      kernels outside and inside attention, and backward, with the moves of activations      (judge_ops, _flow)
 launches     calls of the host * launch time, + a wait per collective for the slowest host
 forward      both(max(F + C, launches), gathers)                both(a, b) = max(a, b) + contention * min(a, b)
-backward     both(max(B + again, launches), gathers, scatters)  again = 0 | C | F + C for none | selective | full
+backward     both(max(B + again, launches), gathers, scatters)  again = 0 | C | A for none | selective | full
+             A = F + C, or of it what the backward needs (`judge_again`)
 exchanges    of a linear op's input gradient run beside the product for its weight's, where the program overlaps or is
              sequence parallel, and what is gathered again beside the one for its input's: both(a, b) - a  (_visible_s)
 workspace    what passes in one op, at most, + two blocks' gathered parameters + what the recompute mode brings back
@@ -14,6 +15,7 @@ from math import prod
 from typing import Literal
 
 from autopar.cluster.software import Software, load_software
+from autopar.cost.fusion import NOTHING, Saving
 from autopar.graph.ir import Block, Graph, OpProfile
 from autopar.graph.profile import GraphProfile
 from autopar.inter.judge_again import again
@@ -82,7 +84,7 @@ def price_block(
     execution: Execution,
     free: frozenset[int],
     stored: frozenset[int],
-    fused: dict[int, tuple[float, float]],
+    fused: dict[int, Saving],
     accumulates: bool,
     data_axis: bool,
     balanced: bool,
@@ -112,6 +114,10 @@ def price_block(
     products = [0.0, 0.0]  # matmuls forward and backward
     core_backward = 0.0
     linears: dict[int, tuple[float, float]] = {}
+    alone: dict[int, float] = {}  # seconds of each op's forward kernels
+    attending: set[int] = set()
+    multiplying: set[int] = set()
+    called: dict[int, float] = {}
     forward = [step for route in moved.forward for step in route.steps]
     backward = [step for route in moved.backward for step in route.steps]
     calls = [software.fixed_calls, 0.0, software.fixed_calls]
@@ -122,14 +128,17 @@ def price_block(
         if free.issuperset((*op.inputs, *op.outputs)):
             continue
         price = price_op(
-            graph, op, profile.ops[op.id], planned, micro_batch, mesh, execution, fused.get(op.id, (0.0, 0.0)), balanced
+            graph, op, profile.ops[op.id], planned, micro_batch, mesh, execution, fused.get(op.id, NOTHING), balanced
         )
         core = "scaled_dot_product" in op.target
+        alone[op.id] = price.forward_s
         times[1 if core else 0] += price.forward_s
         times[2] += price.backward_s
         if core:
+            attending.add(op.id)
             core_backward += price.backward_s
         elif profile.ops[op.id].forward_flops:
+            multiplying.add(op.id)
             if price.products_s is not None:
                 linears[op.id] = price.products_s
             products[0] += price.forward_s
@@ -139,7 +148,9 @@ def price_block(
             exchanged[op.id] = price.forward_steps
         backward += price.backward_steps
         shards[op.id] = (price.shards, price.fixed_shards)
+        before = calls[0]
         _count(calls, profile.ops[op.id], core and execution.attn == "math", core, software)
+        called[op.id] = calls[0] - before
         scores = core and execution.attn == "math"
         largest = max(
             largest, passing(graph, profile, op, planned, mesh, micro_batch, *stays, price.shards, materialised=scores)
@@ -157,12 +168,19 @@ def price_block(
     exchanged_s = steps_s + _visible_s(moved, linears, mesh.cluster.overlap_contention, execution, balanced)
     b = times[2] + exchanged_s
     full, mode = program.recompute == "full", program.recompute
-    again_s = {"none": 0.0, "selective": times[1], "full": f + times[1]}[mode]
+    needed = mode == "full" and execution.checkpoint == "needed"
+    rerun_s = sum(alone[op] for op in repeated.ops) + sum(step.time_s for step in rerun) if needed else f + times[1]
+    again_s = {"none": 0.0, "selective": times[1], "full": rerun_s}[mode]
     wait_s = software.collective_calls * device.launch_s
     waiting = [sum(_waiting(route, mesh, data_axis) for route in routes) for routes in (moved.forward, moved.backward)]
     launch_f = calls[0] * device.launch_s + wait_s * waiting[0]
     launch_b = calls[2] * device.launch_s + wait_s * waiting[1]
-    launch_b += {"none": 0.0, "selective": calls[1] * device.launch_s, "full": launch_f}[mode]
+    launched_s = launch_f
+    if needed:
+        calls_again = software.fixed_calls + sum(called[op] for op in repeated.ops)
+        waiting_again = sum(_waiting(route, mesh, data_axis) for route in repeated.routes)
+        launched_s = calls_again * device.launch_s + wait_s * waiting_again
+    launch_b += {"none": 0.0, "selective": calls[1] * device.launch_s, "full": launched_s}[mode]
     contention = mesh.cluster.overlap_contention if execution.overlap else 1.0
     kernels, launches = (f + times[1], b + parameters.accumulate_s + again_s), (launch_f, launch_b)
     together = sum if execution.launch == "blocking" else max  # blocking: the host waits for each kernel
@@ -171,10 +189,13 @@ def price_block(
         _both(one, held, contention)
         for one, held in zip(busy, (parameters.forward_s, parameters.backward_s), strict=True)
     )
-    twice = 2.0 if full else 1.0
-    matmul_s = twice * products[0] + products[1]
-    attention_s = (1.0 if mode == "none" else 2.0) * times[1] + core_backward
-    activations_s = twice * sum(step.time_s for step in forward) + exchanged_s
+    whole = set(alone) if full and not needed else repeated.ops if full else set()
+    matmul_s = products[0] + products[1] + sum(alone[op] for op in whole if op in multiplying)
+    attended_again_s = times[1] if mode == "selective" else sum(alone[op] for op in whole if op in attending)
+    attention_s = times[1] + attended_again_s + core_backward
+    moved_s = sum(step.time_s for step in forward)
+    moved_again_s = sum(step.time_s for step in (rerun if needed else forward)) if full else 0.0
+    activations_s = moved_s + moved_again_s + exchanged_s
     kernels_s = f + times[1] + b + parameters.accumulate_s + again_s
     return BlockPrice(
         forward_s=forward_s,

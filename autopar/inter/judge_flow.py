@@ -243,8 +243,9 @@ def kept(
             if graph.values[profile.owners[value]].kind not in ("parameter", "buffer") and copy not in held:
                 held[copy] = 0.0 if copy[0] == "made" and copy[1] in earlier else size_of(copy, value, texts[at])
         grows = any(graph.batch.grows(size) for shape, _ in ran.saved_internal for size in shape)
-        divisor = shards[op.id][0] * graph.batch.traced / micro_batch if grows else shards[op.id][1]
-        internal = sum(prod(shape) * itemsize for shape, itemsize in ran.saved_internal) / divisor
+        growth = graph.batch.growth((shape for shape, _ in ran.saved_internal), micro_batch)
+        internal = sum(prod(shape) * itemsize for shape, itemsize in ran.saved_internal) * growth
+        internal /= shards[op.id][0] if grows else shards[op.id][1]
         if is_core and bytes_per_score:
             internal = whole_scores(graph, op, micro_batch) * bytes_per_score / shards[op.id][0]
         saved, inside = (saved, inside + internal) if is_core else (saved + internal, inside)

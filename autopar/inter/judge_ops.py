@@ -1,6 +1,6 @@
 """What one op computes on one rank, read from the shapes its placements leave there.
 
-    kernels that move memory   bytes of the op's profile / axes that shard it / sustained bandwidth
+    kernels that move memory   bytes of the op's profile / axes that shard it / sustained bandwidth + kernels * latency
     matmul                     device curve at the local (b, m, n, k); the backward once as (m, k, n) for the first
                                operand's gradient and once as (n, k, m) for the second's, as far as each is wanted
     attention                  device curve at the local shape, forward and backward
@@ -17,6 +17,7 @@ from math import prod
 
 from autopar.cluster.device import ITEMSIZE, Device
 from autopar.cluster.software import load_software
+from autopar.cost.fusion import NOTHING, Saving, memory_kernels
 from autopar.graph.ir import Graph, Op, OpProfile
 from autopar.inter.judge_routes import Mesh, Step, local_shape
 from autopar.plan.errors import CheckError
@@ -57,7 +58,7 @@ def price_op(
     micro_batch: int,
     mesh: Mesh,
     execution: Execution,
-    fused: tuple[float, float] = (0.0, 0.0),
+    fused: Saving = NOTHING,
     balanced: bool = False,
 ) -> OpPrice:
     """``fused`` is the traffic, forward and backward, that fusion saves; ``balanced`` as in `judge_block`. CheckError
@@ -83,19 +84,23 @@ def price_op(
         )
         for axis in range(len(mesh.sizes))
     ]
-    grows = any(graph.batch.grows(size) for value in values for size in value.shape)
-    scale = micro_batch / graph.batch.traced if grows else 1.0
+    scale = graph.batch.growth((value.shape for value in values), micro_batch)
     device = mesh.cluster.device
     traffic = _traffic(graph, op, rule, profile, placed, labelled, execution, fused)
     forward, backward = (float(device.memory_bound_s(num_bytes * scale / shards)) for num_bytes in traffic)
     products: tuple[float, ...] = ()
+    counted = (profile.forward_kernels, profile.backward_kernels) if rule.compute == "attention" else (0, 0)
     if profile.forward_flops:
         if rule.compute == "attention":
             times = _attention(graph, op, rule, profile, local, device, execution, balanced)
         else:
             forward_s, products = _matmul(graph, op, rule, profile, local, shards, micro_batch, device)
             times = (forward_s, sum(products))
+            counted = (1, len(products))
         forward, backward = forward + times[0], backward + times[1]
+    beside = memory_kernels(fused, profile, counted)  # each starts and ends once, however little it moves
+    forward += beside[0] * device.kernel_latency_s
+    backward += beside[1] * device.kernel_latency_s
     linear = rule.compute == "matmul" and rule.roles and graph.values[_operands(op)[-1]].kind == "parameter"
     steps = _inside(graph, rule, placed, labelled, micro_batch, mesh)
     return OpPrice(
@@ -117,7 +122,7 @@ def _traffic(
     placed: Sequence[tuple[str, ...]],
     labelled: Sequence[tuple[int, ...]],
     execution: Execution,
-    fused: tuple[float, float],
+    fused: Saving,
 ) -> tuple[float, float]:
     """Whole traced bytes, forward and backward; a cross entropy over a cut vocabulary is a chain of fp32 kernels."""
     cut = {

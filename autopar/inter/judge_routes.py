@@ -8,14 +8,14 @@ States are placements (a token text per axis), steps change all axes of a set th
 
 Nothing becomes P on an axis that does not end as P. Dims are cut outermost axis first, so a shard may only come or go
 where no axis further in cuts the same dim. Axes of one rank change for nothing. Among equally cheap ways the one of
-fewest steps wins, then the first in order of its text.
+fewest bytes wins, then of fewest steps, then the first in order of its text.
 
 Worked example: (4, 8) fp16 = 64 bytes from ``P`` to ``S(0)`` on an axis of 2: one reduce_scatter of 64 bytes.
 """
 
 import heapq
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autopar.cluster.cluster import Cluster, Group
 from autopar.plan.errors import CheckError
@@ -123,13 +123,13 @@ class Mesh:
     def _search(self, shape: tuple[int, ...], itemsize: int, source: Tokens, target: Tokens) -> Route:
         movable = _movable(source, target)
         tokens = tuple(dict.fromkeys([*(source[axis] for axis in movable), *(target[axis] for axis in movable), "R"]))
-        # (seconds, steps, placements passed), state, collectives so far; the placements passed make the order total
-        queue: list[tuple[float, int, tuple[str, ...], Tokens, tuple[Step, ...]]] = [(0.0, 0, (), source, ())]
+        # (seconds, bytes, steps, placements passed), state, collectives so far; the placements make the order total
+        queue: list[tuple[float, float, int, tuple[str, ...], Tokens, tuple[Step, ...]]] = [(0, 0, 0, (), source, ())]
         done: set[Tokens] = set()
         while queue:
-            time_s, count, passed, state, steps = heapq.heappop(queue)
+            time_s, moved, count, passed, state, steps = heapq.heappop(queue)
             if state == target:
-                return Route(steps=steps, placements=passed)
+                return Route(steps=_summed_at_once(steps), placements=passed)
             if state in done:
                 continue
             done.add(state)
@@ -139,8 +139,9 @@ class Mesh:
                     continue
                 step = self._one(shape, itemsize, state, after, axes)
                 cost = time_s + (step.time_s if step else 0.0)
+                more = moved + (step.num_bytes if step else 0)
                 made = (*steps, step) if step else steps
-                heapq.heappush(queue, (cost, count + 1, (*passed, "".join(after)), after, made))
+                heapq.heappush(queue, (cost, more, count + 1, (*passed, "".join(after)), after, made))
         raise CheckError(f"no collective brings a tensor from {''.join(source)} to {''.join(target)}")
 
     def settled(self, text: str) -> str:
@@ -158,8 +159,26 @@ class Mesh:
             padded = self.local_bytes(shape, itemsize, before) * self.degree(axes)
             return self.step("all_gather", self.local_bytes(shape, itemsize, after), axes, padded)
         kind: CollectiveKind = "all_to_all" if old != "P" else "all_reduce" if new == "R" else "reduce_scatter"
-        scattered = self.local_bytes(shape, itemsize, after) * self.degree(axes) if kind == "reduce_scatter" else None
-        return self.step(kind, self.local_bytes(shape, itemsize, before), axes, scattered)
+        held = self.local_bytes(shape, itemsize, before)
+        if kind == "all_reduce":
+            return self.step(kind, held, axes)
+        dim, whole, part = shard_dim(new), *(local_shape(shape, tokens, self.sizes) for tokens in (before, after))
+        assert dim is not None
+        return self.step(kind, held, axes, held * part[dim] * self.degree(axes) / max(whole[dim], 1))
+
+
+def _summed_at_once(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """Sums of one tensor over several axes as the one collective that runs, whatever prices said of the parts."""
+    found: list[Step] = []
+    for step in steps:
+        alike = (at for at, one in enumerate(found) if one.kind == step.kind and one.num_bytes == step.num_bytes)
+        same = next(alike, None) if step.kind == "all_reduce" else None
+        if same is None:
+            found.append(step)
+        else:
+            axes = tuple(sorted((*found[same].axes, *step.axes)))
+            found[same] = replace(found[same], axes=axes, time_s=found[same].time_s + step.time_s)
+    return tuple(found)
 
 
 def _movable(source: Tokens, target: Tokens) -> tuple[int, ...]:

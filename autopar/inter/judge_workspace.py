@@ -66,8 +66,7 @@ def passing(
         if tensor.requires_grad and owner not in reused:
             back[owner] = max(back.get(owner, 0.0), size)
     ran = profile.ops[op.id]
-    grows = any(graph.batch.grows(size) for value in (*op.inputs, *op.outputs) for size in graph.values[value].shape)
-    part = (micro_batch / graph.batch.traced if grows else 1.0) / shards
+    part = graph.batch.growth((graph.values[v].shape for v in (*op.inputs, *op.outputs)), micro_batch) / shards
     own = (ran.forward_scratch_bytes * part, ran.backward_scratch_bytes * part)
     if materialised:
         scores = whole_scores(graph, op, micro_batch) * graph.values[op.inputs[0]].itemsize / shards

@@ -55,7 +55,7 @@ def with_provenance(plan: Plan, stage: int, uses: Sequence[Use], blocks: Blocks,
 def _block_terms(use: Use, blocks: Blocks, profile: GraphProfile, cluster: Cluster) -> list[tuple[Tag, float]]:
     """(tag, seconds per micro-batch) of every op's forward and backward."""
     tables, mode = use.points.tables, use.points.rows[use.row].mode
-    again, core_again = float(mode == "full"), float(mode != "none")
+    again, core_again = float(mode == "full"), float(mode == "selective")
     terms = []
     for at, node in enumerate(tables.space.ops):
         strategy = use.strategy(at)
@@ -76,7 +76,8 @@ def _block_terms(use: Use, blocks: Blocks, profile: GraphProfile, cluster: Clust
             cluster.device,
             blocks.execution,
         )
-        forward_s = float(row[tb.FORWARD] + row[tb.CORE_FORWARD])
-        redone_s = float(again * row[tb.FORWARD] + core_again * row[tb.CORE_FORWARD])
-        terms += list(zip(tags, (forward_s, float(row[tb.BACKWARD]) + redone_s), strict=True))
+        inside = tables.inside_s[at][strategy]  # exchanges, which the plan's collectives hold
+        forward_s = float(row[tb.FORWARD] + row[tb.CORE_FORWARD] - inside[0])
+        redone_s = again * max(float(row[tb.AGAIN] - inside[0]), 0.0) + core_again * float(row[tb.CORE_FORWARD])
+        terms += list(zip(tags, (forward_s, float(row[tb.BACKWARD] - inside[1]) + redone_s), strict=True))
     return terms

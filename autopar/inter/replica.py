@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from autopar.cluster.cluster import Cluster
 from autopar.cost.compute import label_sizes
-from autopar.cost.fusion import fused_kernels
+from autopar.cost.fusion import NOTHING, fused_kernels
 from autopar.cost.inference import Attention, Exchange, Product, ServedModel, Stored, product_s, stored_bytes
 from autopar.graph.attention import AttentionCall
 from autopar.graph.flops import flops_at
@@ -87,7 +87,7 @@ class Replica:
                 elif profile.forward_flops:
                     products.append(self._product(use, at, degrees, tokens, weights))
                 else:
-                    size = max(profile.forward_bytes - blocks.fused.get(op.id, (0.0, 0.0))[0], 0.0)
+                    size = max(profile.forward_bytes - blocks.fused.get(op.id, NOTHING).forward_bytes, 0.0)
                     size /= prod(degrees.values()) * self.graph.batch.traced * sequence
                     moved[kernel_of.get(op.id, op.id)] += size
             traffic += [size for size in moved.values() if size]

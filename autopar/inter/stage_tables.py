@@ -290,7 +290,7 @@ class StageTables:
         )
 
     def _launch_floor_s(self, column: int, mesh: Mesh) -> float:
-        forward, _, backward = self.book.points(column, mesh, FREE).tables.host_s
+        forward, _, backward, _ = self.book.points(column, mesh, FREE).tables.host_s
         return forward + backward
 
     def _planes(self, in_flight: int, values: list[Floats]) -> Floats:

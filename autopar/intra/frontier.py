@@ -5,9 +5,10 @@ so elimination solves all rows and all boundary placements at once and exactly. 
 
     none        minimise F + C + beta W                     + price * (state + weight * (saved + core))
     selective   minimise F + (1 + beta) C + beta W          + price * (state + weight * saved)
-    full        minimise (1 + beta) (F + C) + beta W        + price * (state + weight * boundary)
+    full        minimise F + C + beta (A + W)          + price * (state + weight * boundary)
 
     F, C, W     forward outside and inside attention, backward; communication inside them      (tables)
+    A           of F + C what the backward needs again, or all of it                           (`again`)
     family      beta           F, C, W   ZeRO-3 gathers   reductions / B   rest of the step / B
     priced      1              1         1                1                1             nothing is hidden: a solution
     hidden      1              1         g                g                1             a bound on t + step / B
@@ -170,8 +171,12 @@ def block_points(
         parameter_metrics.append((metrics, chosen))
         storages.append((names, chosen))
     late = (share * beta)[:, None, None]
+    once = share[:, None, None]
     repeat = (share * np.where([row.mode == "full" for row in rows], 1.0 + beta, 1.0))[:, None, None]
-    edge_costs = [_scaled(forward, repeat) + _scaled(backward, late) for _, _, forward, backward in tables.edges]
+    edge_costs = [
+        _scaled(forward, repeat if again else once) + _scaled(backward, late)
+        for (_, _, forward, backward), again in zip(tables.edges, tables.moved_again, strict=True)
+    ]
     table = tables.eliminator.solve(node_costs, edge_costs)
     diagonal = np.arange(len(tables.boundaries))
     values = table.values[:, diagonal, diagonal]
@@ -271,8 +276,9 @@ def _weights(row: PriceRow, beta: float, contention: float, late_share: float) -
     saved = row.price_s_per_byte * max(row.saved_weight - late_share, 0.0)
     share = _shares(row, contention)[0]
     weights = [0.0] * tb.NUM_METRICS
-    weights[tb.FORWARD] = share * (1.0 + beta if row.mode == "full" else 1.0)
-    weights[tb.CORE_FORWARD] = share * (1.0 if row.mode == "none" else 1.0 + beta)
+    weights[tb.FORWARD] = share
+    weights[tb.CORE_FORWARD] = share * (1.0 + beta if row.mode == "selective" else 1.0)
+    weights[tb.AGAIN] = share * beta if row.mode == "full" else 0.0
     weights[tb.BACKWARD] = share * beta
     weights[tb.SAVED] = 0.0 if row.mode == "full" else saved
     weights[tb.CORE_SAVED] = saved if row.mode == "none" else 0.0
@@ -356,13 +362,17 @@ def _totals(
     kept = tables.copies.kept(choices.reshape(len(choices), -1))
     sums[..., [tb.SAVED, tb.CORE_SAVED]] += kept.reshape(*shape, 2)
     # a cell without a solution is arbitrary here, infinite at most, and set to inf by the caller
-    waits = np.zeros((*shape, 2))  # seconds that ranks wait for each other, forward and backward
-    for (source, target, forward, backward), sync_s in zip(tables.edges, tables.sync_s, strict=True):
+    waits = np.zeros((*shape, 3))  # seconds that ranks wait for each other, forward and backward, and forward again
+    edges = zip(tables.edges, tables.sync_s, tables.moved_again, strict=True)
+    for (source, target, forward, backward), sync_s, moved_again in edges:
         pair = (choices[source], choices[target])
         for way, metric, table in ((0, tb.FORWARD, forward), (1, tb.BACKWARD, backward)):
             time_s = table[pair]
             sums[..., metric] += time_s
             waits[..., way] += sync_s[way] * (time_s > 0)
+            if moved_again and way == 0:
+                sums[..., tb.AGAIN] += time_s
+                waits[..., 2] += sync_s[0] * (time_s > 0)
     held = np.zeros((*shape, pm.NUM_PARAMETER_METRICS))
     row_at = np.arange(shape[0])[:, None]
     for at, (metrics, chosen) in enumerate(parameter_metrics):
@@ -372,11 +382,11 @@ def _totals(
     full, selective = (np.array([[row.mode == mode] for row in rows]) for mode in ("full", "selective"))
     f, c, b = (sums[..., m] for m in (tb.FORWARD, tb.CORE_FORWARD, tb.BACKWARD))
     saved, core, boundary = (sums[..., m] for m in (tb.SAVED, tb.CORE_SAVED, tb.BOUNDARY))
-    again = np.where(full, f + c, np.where(selective, c, 0.0))
-    forward_host_s, core_host_s, backward_host_s = tables.host_s
+    again = np.where(full, sums[..., tb.AGAIN], np.where(selective, c, 0.0))
+    forward_host_s, core_host_s, backward_host_s, again_host_s = tables.host_s
     forward_host = forward_host_s + waits[..., 0]
     backward_host = backward_host_s + waits[..., 1]
-    backward_host = backward_host + np.where(full, forward_host, np.where(selective, core_host_s, 0.0))
+    backward_host = backward_host + np.where(full, again_host_s + waits[..., 2], np.where(selective, core_host_s, 0.0))
     totals = np.zeros((*shape, NUM_TOTALS))
     both = np.add if tables.blocking else np.maximum
     for total, busy, gather in (

@@ -8,6 +8,7 @@ every op chooses an option freely; a *strategy* of an op is an option per inner 
     BACKWARD                 seconds
     SAVED, CORE_SAVED        bytes kept for the backward by one micro-batch; CORE is what selective recomputation frees
     BOUNDARY                 bytes of the block's inputs, which is all that full recomputation keeps
+    AGAIN                    seconds of the forward that full recomputation repeats
     WORKSPACE                bytes an op holds while it runs (a maximum over ops, never a sum)
 """
 
@@ -21,9 +22,11 @@ from numpy.typing import NDArray
 
 from autopar.cost.compute import gradient_products_s, host_calls, op_seconds
 from autopar.cost.execution import ExecutionModel
+from autopar.cost.fusion import NOTHING, Saving
 from autopar.cost.redistribute import MeshLinks, Placement, redistribute_s
 from autopar.graph.ir import Op, Value
 from autopar.graph.profile import GraphProfile
+from autopar.intra.again import Again
 from autopar.intra.copies import CopyCounter, LocalSizes, gathered
 from autopar.intra.data_axis import text_of
 from autopar.intra.elimination import Eliminator
@@ -35,8 +38,8 @@ from autopar.rules.options import Option, Token
 from autopar.rules.rule import OpRule
 
 Floats = NDArray[np.float64]
-FORWARD, CORE_FORWARD, BACKWARD, SAVED, CORE_SAVED, BOUNDARY, WORKSPACE = range(7)
-NUM_METRICS = 7
+FORWARD, CORE_FORWARD, BACKWARD, SAVED, CORE_SAVED, BOUNDARY, WORKSPACE, AGAIN = range(8)
+NUM_METRICS = 8
 UNEVEN = 64  # a plain dim may be cut unevenly into k pieces when it has at least 64 k elements (1.6 % imbalance)
 ROLES = ("B", "S", "R")  # named boundary placements of an axis: batch, second dim (sequence or channels), replicated
 
@@ -49,12 +52,13 @@ class BlockTables:
     (options per inner axis). ``states[n]``: placements of boundary or hub node n's values, and ``boundary_tokens``
     those of a block input or output under each boundary placement. ``kept[at]``
     are the bytes of tensors that SAVED and CORE_SAVED price for op ``at``, (strategies, 2); ``copies`` counts what a
-    solution really keeps instead. ``node_metrics[n]`` is (choices, metrics), ``edges`` are (node, node, (choices,
+    solution really keeps instead; ``inside_s[at]`` are the seconds of FORWARD and BACKWARD that it exchanges by itself. ``node_metrics[n]`` is (choices, metrics), ``edges`` are (node, node, (choices,
     choices) forward seconds, the same backward). ``parameter_uses[at]`` lists, for op ``at``, (value, per strategy:
     local elements, axes with a partial gradient); axes count the data axis as 0, inner axes from 1. ``again`` are the
     (op, number) of uses of a parameter that an earlier op of the block uses, and stores, alike. ``host_s`` are the
     seconds that the host takes to launch the forward, attention's part of it (which selective recompute launches
-    again), and the backward; a move adds ``sync_s``, forward and backward per edge, as ranks wait for the slowest host.
+    again), the backward, and what full recomputation launches again; ``moved_again`` are the edges whose value it
+    moves again. A move adds ``sync_s``, forward and backward per edge, as ranks wait for the slowest host.
     Communication behind compute costs ``contention`` of the shorter of the two (1: nothing overlaps); ``blocking``
     launches add to what the device computes. ``eliminator`` is made for the edges."""
 
@@ -70,8 +74,10 @@ class BlockTables:
     hub_states: tuple[tuple[tuple[Token, ...], ...], ...]
     boundary_tokens: dict[int, tuple[tuple[Token, ...], ...]]
     kept: tuple[Floats, ...]
+    inside_s: tuple[Floats, ...]
     copies: CopyCounter
-    host_s: tuple[float, float, float]
+    host_s: tuple[float, float, float, float]
+    moved_again: tuple[bool, ...]
     sync_s: tuple[tuple[float, float], ...]
     contention: float
     blocking: bool
@@ -130,7 +136,7 @@ class TableBuilder:
         execution: ExecutionModel,
         whole: MeshLinks,
         allowed: Allowed | None = None,
-        fused: dict[int, tuple[float, float]] | None = None,
+        fused: dict[int, Saving] | None = None,
         data: int = 1,
         as_megatron: bool = False,
     ) -> None:
@@ -153,9 +159,11 @@ class TableBuilder:
         self.graph, self.sizes = space.graph, links.sizes
         self.savers, self.core = savers, core
         self._keepers = frozenset(self._first_keeper())
+        self._again = Again.of(space, profile, whole=execution.whole_checkpoint)
         self._overwritten = overwritten_values(self.graph, profile)
         self.local = LocalSizes(space, self.sizes, local_batch, data)
         self.kept: list[Floats] = []
+        self.inside: list[Floats] = []
         self.redistributions: dict[tuple[tuple[Placement, ...], tuple[float, ...]], Floats] = {}
 
     def build(self) -> BlockTables:
@@ -169,13 +177,13 @@ class TableBuilder:
                 for at, roles in enumerate(boundaries):
                     tokens = self.role_tokens(value, roles)
                     metrics[IN][at, BOUNDARY] += self._local_bytes(value, tokens, self.space.data_axis.ends[value.id])
-        calls = np.zeros(3)
+        calls = np.zeros(4)
         for node, chosen, data in zip(self.space.ops, strategies, self.space.data_axis.options, strict=True):
             metrics.append(self._op_metrics(node, chosen, data))
             is_core = node.op.id in self.core
             forward, backward = host_calls(node.op, self.profile.ops[node.op.id], self.execution, is_core)
-            calls += forward, forward * is_core, backward
-        calls[[0, 2]] += self.execution.software.fixed_calls
+            calls += forward, forward * is_core, backward, forward * (node.op.id in self._again.ops)
+        calls[[0, 2, 3]] += self.execution.software.fixed_calls
         metrics += [np.zeros((len(states), NUM_METRICS)) for states in hub_states]
         boundary_tokens = {
             value: tuple(self.role_tokens(self.graph.values[value], roles) for roles in boundaries)
@@ -197,6 +205,7 @@ class TableBuilder:
             hub_states=hub_states,
             boundary_tokens=boundary_tokens,
             kept=tuple(self.kept),
+            inside_s=tuple(self.inside),
             copies=CopyCounter(
                 self.space,
                 self.profile,
@@ -209,6 +218,10 @@ class TableBuilder:
                 self._as_megatron,
             ),
             host_s=tuple(float(count * self.links.cluster.device.launch_s) for count in calls),  # type: ignore[arg-type]
+            moved_again=(
+                *(self._again.moves(flow) for flow in self.space.flows),
+                *(False for _ in edges[len(self.space.flows) :]),
+            ),
             sync_s=(*self._sync_s(), *((0.0, 0.0) for _ in edges[len(self.space.flows) :])),
             contention=self.links.cluster.overlap_contention if self.execution.overlap else 1.0,
             blocking=self.execution.blocking,
@@ -256,9 +269,11 @@ class TableBuilder:
 
     def role_tokens(self, value: Value, roles: Sequence[str]) -> tuple[Token, ...]:
         """How ``value`` lies under a named boundary placement; a value without the dim is replicated (its gradient
-        partial), a scalar partial."""
+        partial), a scalar partial. A dim is cut as long as every rank gets something, and unevenly by the last axis
+        alone; else the value is replicated."""
         tokens: list[Token] = []
-        for role in roles:
+        extents = [self.graph.batch.scale(size, self.local_batch) for size in value.shape]
+        for role, degree in zip(roles, self.sizes, strict=True):
             dim = {"B": 0, "S": 1}.get(role)
             token: Token = "R"
             if dim is not None:
@@ -266,7 +281,12 @@ class TableBuilder:
                 if not value.shape:
                     token = "P"
                 elif dim < len(value.shape) - (1 if dim else 0) and (dim or self.graph.batch.grows(value.shape[0])):
-                    token = self._first_atom(value, dim) or token
+                    chunk = -(-extents[dim] // degree)
+                    if (degree - 1) * chunk < extents[dim]:
+                        token = self._first_atom(value, dim) or token
+                        extents[dim] = chunk if extents[dim] % degree == 0 else 0
+                    else:
+                        token = "R"
             tokens.append(token)
         return tuple(tokens)
 
@@ -330,7 +350,7 @@ class TableBuilder:
             degrees,
             device,
             self.execution,
-            self.fused.get(op.id, (0.0, 0.0)),
+            self.fused.get(op.id, NOTHING),
         )
         if self.sizes:
             products = gradient_products_s(
@@ -340,7 +360,11 @@ class TableBuilder:
         is_core = op.id in self.core
         metrics[:, CORE_FORWARD if is_core else FORWARD] += forward
         metrics[:, BACKWARD] += backward
+        computed = metrics[:, [FORWARD, BACKWARD]]
         self._add_inside(node, chosen, data, metrics)
+        self.inside.append(metrics[:, [FORWARD, BACKWARD]] - computed)
+        if op.id in self._again.ops:
+            metrics[:, AGAIN] = metrics[:, FORWARD] + metrics[:, CORE_FORWARD]
         values = [self.graph.values[value] for value in (*op.inputs, *op.outputs)]
         cuts = (*data.inputs, *data.outputs)
         tensors = np.zeros((len(chosen), 2))
@@ -359,7 +383,9 @@ class TableBuilder:
             if is_core and self.execution.attn == "math":  # its log-sum-exp's place is taken by the scores
                 internal = math.prod(self._scores(op)) * self.execution.software.math_attention_bytes_per_score
             grows = any(self.graph.batch.grows(size) for shape, _ in profile.saved_internal for size in shape)
-            scale = self.micro_batch / self.graph.batch.traced if grows else 1.0
+            kept_shapes = [self._scores(op)] if is_core and self.execution.attn == "math" else []
+            kept_shapes = kept_shapes or [shape for shape, _ in profile.saved_internal]
+            scale = self.graph.batch.growth(kept_shapes, self.micro_batch)
             share = math.prod(  # statistics over the batch are whole where the batch is cut
                 size
                 for option, size in zip((data, *options), ranks, strict=True)

@@ -71,6 +71,5 @@ def scratch_bytes(
     if is_core and execution.attn == "math":
         scores = score_bytes(graph, op, local_batch, shards)
         return scores, 2.0 * scores
-    grows = any(graph.batch.grows(size) for v in (*op.inputs, *op.outputs) for size in graph.values[v].shape)
-    scale = (local_batch / graph.batch.traced if grows else 1.0) / shards
+    scale = graph.batch.growth((graph.values[v].shape for v in (*op.inputs, *op.outputs)), local_batch) / shards
     return ran.forward_scratch_bytes * scale, ran.backward_scratch_bytes * scale

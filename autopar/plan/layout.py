@@ -51,6 +51,8 @@ class Layout:
     ``dp`` and ``gbs`` are None until ``resolve``; ``grads`` None means fp32 when gradients are accumulated over
     micro-batches. ``stages`` replaces tp, cp, dp and pp, whose fields are then the largest of the stages and their
     number: a micro-batch gives ``mbs`` samples to each rank of the stages with the largest dp, more to the others.
+    ``overlap``: gradients are reduced, parameters gathered and the input gradients of linear ops exchanged beside
+    compute; with ``sp`` the last always are, as in Megatron-LM.
     """
 
     tp: int = 1

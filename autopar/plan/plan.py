@@ -228,7 +228,8 @@ class SearchOutcome(Noun, frozen=True, kw_only=True):
 
 
 class Execution(Noun, frozen=True, kw_only=True):
-    """What the price assumes about the software, as a layout's keys say it."""
+    """What the price assumes about the software, as a layout's keys say it. ``checkpoint``: full recomputation runs
+    again what the backward needs, or the whole block."""
 
     dtype: Literal["bf16", "fp16", "fp32"]
     optimizer: Literal["adamw", "sgd"]
@@ -237,6 +238,7 @@ class Execution(Noun, frozen=True, kw_only=True):
     fusion: Literal["none", "megatron", "compiler"] = "megatron"
     grads: Literal["fp32", "same"] = "fp32"
     launch: Literal["async", "blocking"] = "async"
+    checkpoint: Literal["needed", "whole"] = "needed"
 
 
 class ModelRef(Noun, frozen=True, kw_only=True):

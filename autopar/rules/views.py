@@ -154,7 +154,8 @@ def slices(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     dims = list(labels.dims(shape))
     if len(shape) == len(target):
         acted = {at for at, (a, b) in enumerate(zip(shape, target, strict=True)) if a != b}
-        out = tuple(labels.new("whole") if at in acted and target[at] != 1 else dims[at] for at in range(len(shape)))
+        left = {at: labels.new("whole") if target[at] != 1 else NO_LABEL for at in sorted(acted)}
+        out = tuple(left.get(at, label) for at, label in enumerate(dims))
         for at in acted:
             if dims[at] != NO_LABEL:
                 labels.kinds[dims[at]] = "whole"

@@ -170,8 +170,14 @@ def _is_recomputed(node: fx.Node, forward: set[fx.Node]) -> bool:
 
 
 def _leaves(node: fx.Node, block: int, forward: set[fx.Node]) -> bool:
-    """Whether another block reads a node, or a view of it: views hold no memory of their own."""
+    """Whether another block reads a node, or a view of all of it: views hold no memory of their own."""
     for user in node.users:
-        if user in forward and (marked(user)[0] != block or (is_view(user) and _leaves(user, block, forward))):
+        if user in forward and (marked(user)[0] != block or (_views_all(user, node) and _leaves(user, block, forward))):
             return True
     return False
+
+
+def _views_all(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a user is a view that shows every element; a slice counts as a copy whether or not it is one."""
+    sizes = [found.numel() for each in (user, node) if isinstance(found := each.meta.get("val"), Tensor)]
+    return is_view(user) and len(set(sizes)) == 1

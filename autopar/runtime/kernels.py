@@ -164,6 +164,11 @@ def _expand(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor
     return tensors[0].expand(local.local_output())
 
 
+def _copy(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
+    """The second tensor in the place of the first; torch's own form has no derivative."""
+    return tensors[1].to(tensors[0].dtype).expand(local.local_output())
+
+
 def _split(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> tuple[Tensor, ...]:
     dim = argument(local.op, 2, "dim", 0)
     sizes = [local.local_output(at)[dim] for at in range(len(local.output_shapes))]
@@ -230,6 +235,16 @@ def _embedding(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Ten
     else:
         looked_up = F.embedding(rows, weight)
     return torch.where(mine.unsqueeze(-1), looked_up, 0.0)
+
+
+def _grouped_mm(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
+    """torch's kernel has no fp64: there every expert takes all rows, and a row keeps its own expert's result."""
+    rows, weights, *ends = tensors
+    if rows.dtype != torch.float64 or len(ends) != 1 or rows.dim() != 2 or weights.dim() != 3:
+        return local.call(tensors)
+    expert = torch.searchsorted(ends[0], torch.arange(len(rows), device=local.device, dtype=ends[0].dtype), right=True)
+    chosen = expert.unsqueeze(0) == torch.arange(len(weights), device=local.device).unsqueeze(1)
+    return (torch.matmul(rows, weights) * chosen.unsqueeze(-1).to(rows.dtype)).sum(0)
 
 
 def _attention(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
@@ -380,6 +395,7 @@ Kernel = Callable[[LocalOp, Sequence[Tensor], Around], Any]
 KERNELS: dict[str, Kernel] = {
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"), _reshape),
     **dict.fromkeys(("expand", "broadcast_to", "expand_as"), _expand),
+    "copy": _copy,
     **dict.fromkeys(("split", "chunk", "split_with_sizes"), _split),
     "linear": _linear,
     **dict.fromkeys(("addmm", "baddbmm"), _bias_once(0)),
@@ -401,6 +417,7 @@ KERNELS: dict[str, Kernel] = {
         _loss,
     ),
     "embedding": _embedding,
+    **dict.fromkeys(("_grouped_mm", "grouped_mm"), _grouped_mm),
     "scaled_dot_product_attention": _attention,
     "cross_entropy_loss": _cross_entropy,
     **dict.fromkeys(("nll_loss", "nll_loss_nd"), _nll_loss),

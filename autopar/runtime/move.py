@@ -51,7 +51,7 @@ class _Mover:
     def run(self) -> None:
         axes = range(len(self.target))
         for axis in axes:
-            if self.now[axis] == "R" and self._may_join(axis):
+            if self.now[axis] == "R" and self._may_join(axis) and self._stays(axis):
                 self._slice(axis)
         for axis in axes:
             if self.now[axis] == "P" and isinstance(self.target[axis], Cut) and self._may_join(axis):
@@ -93,21 +93,18 @@ class _Mover:
             return False
         return is_legal(self.shape, self._with(axis, token), self.mesh.sizes)
 
+    def _stays(self, axis: int) -> bool:
+        """Whether a cut of ``axis`` would stay: what cuts its dim already does not leave."""
+        dim = self.target[axis].dim  # type: ignore[union-attr]
+        others = zip(self.now, self.target, strict=True)
+        return not any(isinstance(token, Cut) and token.dim == dim and token != wanted for token, wanted in others)
+
     def _may_exchange(self, axis: int) -> bool:
-        """Whether one all_to_all may bring the axis from its cut to another; both must be even."""
+        """Whether one all_to_all may bring the axis from its cut to another."""
         old, new = self.now[axis], self.target[axis]
         if not (isinstance(old, Cut) and isinstance(new, Cut)) or old.dim == new.dim:
             return False
-        if self._inside(axis, old) or not self._may_join(axis):
-            return False
-        placements = (tuple(self.now), self._with(axis, new))
-        whole = self._with(axis, "R")
-        extents = [
-            local_shape(self.shape, whole, self.mesh.sizes, self.mesh.coordinate)[cut.dim]
-            // local_pieces(placement, axis, self.mesh.sizes)
-            for cut, placement in zip((old, new), placements, strict=True)
-        ]
-        return not any(extent % self.mesh.sizes[axis] for extent in extents)
+        return not self._inside(axis, old) and self._may_join(axis)
 
     def _leaving(self) -> list[int]:
         """Axes that must be gathered, innermost first: those whose token changes, and those inside them."""
@@ -185,11 +182,17 @@ class _Mover:
         degree = self.mesh.sizes[axis]
         new_pieces = local_pieces(self._with(axis, new), axis, self.mesh.sizes)
         old_pieces = local_pieces(tuple(self.now), axis, self.mesh.sizes)
-        parts = _split(self.local, new.dim, new_pieces * degree).unflatten(new.dim, (new_pieces, degree))
-        parts = parts.movedim(new.dim + 1, 0).flatten(new.dim + 1, new.dim + 2)  # (degree, local with new.dim cut)
-        received = all_to_all(parts, self.mesh, (axis,))
+        old_extent, new_extent = self._whole_extent(axis, old, old_pieces), self.local.shape[new.dim] // new_pieces
+        old_chunk, new_chunk = (-(-extent // degree) for extent in (old_extent, new_extent))
+        local = _padded(_split(self.local, old.dim, old_pieces), old.dim + 1, old_chunk).flatten(old.dim, old.dim + 1)
+        parts = _padded(_split(local, new.dim, new_pieces), new.dim + 1, new_chunk * degree)
+        parts = parts.unflatten(new.dim + 1, (degree, new_chunk)).movedim(new.dim + 1, 0)
+        received = all_to_all(parts.flatten(new.dim + 1, new.dim + 2), self.mesh, (axis,))
         split = _split(received, old.dim + 1, old_pieces).movedim(0, old.dim + 1)  # (.., pieces, degree, chunk, ..)
-        self.local = split.flatten(old.dim, old.dim + 2)
+        whole = split.flatten(old.dim + 1, old.dim + 2).narrow(old.dim + 1, 0, old_extent).flatten(old.dim, old.dim + 1)
+        _, length = chunk_bounds(new_extent, degree, self.mesh.coordinate[axis])
+        mine = _split(whole, new.dim, new_pieces).narrow(new.dim + 1, 0, length)
+        self.local = mine.flatten(new.dim, new.dim + 1)
         self.now[axis] = new
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode  # private; tried on torch 2.13.0
@@ -24,12 +25,30 @@ _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 _CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
 
 
+_GROUPED = (torch._grouped_mm, F.grouped_mm)
+
+
+def _grouped_mm(
+    rows: Tensor, weights: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
+) -> Tensor:
+    """torch's product of (t, k) rows with (e, k, n) weights in groups that end at ``offs``, which has no fp64."""
+    if offs is None or rows.dim() != 2 or weights.dim() != 3 or bias is not None:
+        raise CheckError(
+            "grouped_mm is checked in fp64 only for (rows, k) x (experts, k, n) with offs and without bias"
+        )
+    starts = torch.cat((offs.new_zeros(1), offs[:-1])).tolist()
+    parts = [rows[start:end] @ weight for start, end, weight in zip(starts, offs.tolist(), weights, strict=True)]
+    return torch.cat([*parts, rows.new_zeros(len(rows) - int(offs[-1]), weights.shape[-1])])
+
+
 class Widened(TorchFunctionMode):
     """Calls that name a floating dtype take fp64 instead."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _CASTS:
             return args[0].double()
+        if func in _GROUPED:
+            return _grouped_mm(*args, **(kwargs or {}))
         wide = [torch.float64 if each in _NARROW else each for each in args]
         named = {name: torch.float64 if each in _NARROW else each for name, each in (kwargs or {}).items()}
         return func(*wide, **named)

@@ -146,10 +146,10 @@ class StageParameters:
 
     def gather(self) -> None:
         """Masters -> weights."""
-        apart = [  # alike on all ranks, also where one holds all rows or none
+        apart = [  # what is gathered is so by all ranks, also by one whose rows are the whole weight
             parameter
             for parameter in self.trained()
-            if parameter.stored.zero in (1, 2) or parameter.weight.dtype != parameter.master.dtype
+            if _gathered(parameter.stored) or parameter.weight.data_ptr() != parameter.master.data_ptr()
         ]
         begun: list[Started] = []
         with torch.no_grad():

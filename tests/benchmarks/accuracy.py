@@ -13,7 +13,7 @@ import argparse
 import csv
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -238,9 +238,9 @@ def left_out_lines(timed: list[Outcome], pricers: Pricers) -> list[str]:
     lie in intervals made of the other groups' left-out errors; and every fitted constant."""
     runs = [one.run for one in timed]
 
-    def price(adjust: Callable[[Cluster], Cluster]) -> np.ndarray:
+    def price(chosen: Sequence[Run], adjust: Callable[[Cluster], Cluster]) -> np.ndarray:
         moved = pricers.adjusted(adjust)
-        return np.array([outcome(run, moved).time_s for run in runs])
+        return np.array([outcome(run, moved).time_s for run in chosen])
 
     found = left_out(runs, np.array([one.time_s for one in timed]), price)
     lines = [f"{'left out':26} {'n':>4} {'none':>6} {'model':>6} {'bias':>6} {'set':>6} {'bias':>6}   MAPE %"]

@@ -10,6 +10,7 @@ one run whatever its size, and residuals beyond 10 % count linearly (Huber). Two
     set     a whole set is predicted from the other sets                            a new paper
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,8 @@ UNFITTED = ("bigscience",)  # ran with blocking launches, which no constant here
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constant:
     """A number of ``cost_tables/`` that runs decide: where it stands, on which devices (by the beginning of their name, each
-    a parameter of its own; "" is one for all), what is known without runs, and how well."""
+    a parameter of its own; "" is one for all), what is known without runs, and how well. ``layout``: what the layout of a
+    run says that it matters for."""
 
     key: str
     table: str  # "device", "cluster" or "software"
@@ -41,6 +43,11 @@ class Constant:
     prior: dict[str, float]
     sigma: float
     known_from: str
+    layout: str = ""
+
+    def matters(self, run: Run) -> bool:
+        """Whether the time of a run can depend on it."""
+        return self.layout in run.layout and device_of(run).startswith(self.devices)
 
 
 CONSTANTS = (
@@ -49,7 +56,7 @@ CONSTANTS = (
     Constant(key="sustained_fraction", table="device", devices=("V100",), prior={"": 0.95}, sigma=0.1,
              known_from="as the others, on the curve of an A100 scaled by peak"),
     Constant(key="flash_speed", table="device", devices=("A100", "H100"), prior={"A100": 0.7, "H100": 0.4}, sigma=0.2,
-             known_from="kernels of 2023 against the tables' newest"),
+             known_from="kernels of 2023 against the tables' newest", layout="attn=flash"),
     Constant(key="memory_efficiency", table="device", devices=("",), prior={"": 0.82}, sigma=0.05,
              known_from="streaming kernels reach 0.75-0.9 of the data sheet"),
     Constant(key="launch_s", table="device", devices=("",), prior={"": 30e-6}, sigma=0.2,
@@ -83,18 +90,25 @@ def scaled(constant: Constant, factor: float) -> Callable[[Cluster], Cluster]:
     return adjust if constant.table != "software" else lambda cluster: cluster
 
 
-def jacobian(runs: Sequence[Run], base_s: Floats, price: Callable[[Callable[[Cluster], Cluster]], Floats]) -> Floats:
-    """(runs, parameters) derivatives of ln T; ``price`` gives seconds of all runs on clusters adjusted."""
+Price = Callable[[Sequence[Run], Callable[[Cluster], Cluster]], Floats]
+"""Seconds of runs on clusters adjusted."""
+
+
+def jacobian(runs: Sequence[Run], base_s: Floats, price: Price) -> Floats:
+    """(runs, parameters) derivatives of ln T."""
     columns = []
     for constant in CONSTANTS:
         factor = np.exp(-STEP)  # downwards: efficiencies may not exceed one
+        rows = np.array([constant.matters(run) for run in runs])
+        chosen = [run for run, matters in zip(runs, rows, strict=True) if matters]
+        moved = base_s.copy()
         if constant.table == "software":
             with patch(
                 "autopar.cost.execution.load_software", lambda name, c=constant, f=factor: _software(name, c, f)
             ):
-                moved = price(scaled(constant, factor))
+                moved[rows] = price(chosen, scaled(constant, factor))
         else:
-            moved = price(scaled(constant, factor))
+            moved[rows] = price(chosen, scaled(constant, factor))
         slope = -np.log(moved / base_s) / STEP
         columns += [slope * [device_of(run).startswith(device) for run in runs] for device in constant.devices]
     return np.stack(columns, axis=1)
@@ -107,7 +121,12 @@ def _software(name: str, constant: Constant, factor: float) -> Any:
 
 def device_of(run: Run) -> str:
     """Name of a run's device."""
-    return load_cluster(run.cluster, **dict(run.overrides)).device.name
+    return _device(run.cluster, run.overrides)
+
+
+@functools.cache
+def _device(cluster: str, overrides: tuple[tuple[str, Any], ...]) -> str:
+    return load_cluster(cluster, **dict(overrides)).device.name
 
 
 EXAMPLES = {"": "dgx-a100", "A100-SXM-80": "dgx-a100", "A100-SXM-40": "dgx-a100-40g", "V100": "p3.16xlarge", "H100": "dgx-h100",
@@ -153,8 +172,8 @@ class LeftOut:
     fitted: tuple[tuple[str, str, float, float, float], ...]
 
 
-def left_out(runs: Sequence[Run], base_s: Floats, price: Callable[[Callable[[Cluster], Cluster]], Floats]) -> LeftOut:
-    """Both ways; ``base_s`` are the seconds of ``runs`` as shipped, ``price`` those on adjusted clusters."""
+def left_out(runs: Sequence[Run], base_s: Floats, price: Price) -> LeftOut:
+    """Both ways; ``base_s`` are the seconds of ``runs`` as shipped."""
     slopes, (centre, sigma) = jacobian(runs, base_s, price), priors()
     residual = np.log([run.time_s or np.nan for run in runs]) - np.log(base_s)
     models = [str((run.set, run.settings, run.cluster)) for run in runs]

@@ -10,6 +10,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+NO_WORLD = "in init_process_group"
+
+
+class NoWorldError(RuntimeError):
+    """The ranks could not be connected."""
+
 
 class Pool:
     """Up to ``size`` workers, spawned when first needed; ``run(world, task, *args)`` calls ``task(*args)`` on ranks 0 .. world - 1 of a new world."""
@@ -33,7 +39,14 @@ class Pool:
             self.workers[-1].start()
 
     def run(self, world: int, task: Callable[..., Any], *args: Any, timeout_s: float = 240) -> list[Any]:
-        """What every rank returned, by rank; RuntimeError with the first rank's traceback where one failed."""
+        """What every rank returned, by rank; RuntimeError with the first rank's traceback where one failed. A world
+        that gloo cannot connect on a busy machine is made once again."""
+        try:
+            return self._run(world, task, args, timeout_s)
+        except NoWorldError:
+            return self._run(world, task, args, timeout_s)
+
+    def _run(self, world: int, task: Callable[..., Any], args: tuple[Any, ...], timeout_s: float) -> list[Any]:
         self._grow(world)
         self.count += 1
         store = str(Path(self.folder.name) / f"store{self.count}")
@@ -49,6 +62,8 @@ class Pool:
                 raise RuntimeError(f"ranks {missing} hang; errors: {errors}") from None
             if count in (0, self.count):  # 0: the task itself could not be read
                 (errors if error else found)[rank] = error or result
+        if any(NO_WORLD in error for error in errors.values()):
+            raise NoWorldError("\n".join(f"rank {rank}: {error}" for rank, error in sorted(errors.items())))
         if errors:
             raise RuntimeError("\n".join(f"rank {rank}: {error}" for rank, error in sorted(errors.items())))
         return [found[rank] for rank in range(world)]

@@ -1,4 +1,5 @@
-"""Random models under random plans: whatever placements a plan names, the numbers are those of one process."""
+"""Random models under random plans: whatever placements a plan names, the numbers are those of one process; and what
+the planner itself writes lists the collectives that run."""
 
 from functools import partial
 
@@ -6,10 +7,13 @@ import msgspec
 import pytest
 
 from autopar.plan.plan import Plan
+from autopar.runtime.tally import differences, of_all_ranks
 from tests.distributed import parity
+from tests.distributed.once import workload_of
 from tests.distributed.pool import Pool
 from tests.distributed.random_models import random_workload
 from tests.distributed.random_plans import random_plan
+from tests.distributed.random_searches import searched_plan
 from tests.distributed.test_parity import MODELS
 
 TOLERANCE = 1e-9  # in fp64, where a wrong term shows and rounding does not
@@ -44,6 +48,28 @@ def check_example(pool: Pool, name: str, seed: int, mode: str) -> None:
     loss, parameter, error = parity.worst(found)
     assert loss <= TOLERANCE, f"{name}, seed {seed}: loss is off by {loss:.1e}"
     assert error <= TOLERANCE, f"{name}, seed {seed}: gradient of {parameter} is off by {error:.1e}"
+
+
+def check_search(pool: Pool, seed: int) -> None:
+    """A plan that the planner wrote: the numbers of one process, and the collectives that it lists."""
+    source = partial(random_workload, seed)
+    plan = searched_plan(workload_of(source), seed)
+    found = pool.run(plan.gpus, parity.check_gradients, source, msgspec.json.encode(plan), "lowered", 12, seed, True)
+    loss, parameter, error = parity.worst(found)
+    assert loss <= TOLERANCE, f"seed {seed}: loss is off by {loss:.1e}"
+    assert error <= TOLERANCE, f"seed {seed}: gradient of {parameter} is off by {error:.1e}"
+    assert differences(of_all_ranks([each.ran for each in found], plan), plan, plan.estimate.collectives) == ()
+
+
+@pytest.mark.parametrize("seed", [1015, 1023])
+def test_random_search(pool: Pool, seed: int) -> None:
+    check_search(pool, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1000, 1250))
+def test_random_searches(pool: Pool, seed: int) -> None:
+    check_search(pool, seed)
 
 
 @pytest.mark.parametrize(("name", "seed"), [("moe", 1), ("llama", 2)])

@@ -65,3 +65,29 @@ def test_all_faults_at_once():
     with pytest.raises(LayoutError) as caught:
         estimate(small(), gpus=8, global_batch=64, layout="tp=3,mbs=5")
     assert len(caught.value.faults) >= 2
+
+
+def test_similarities_of_a_batch_with_itself_grow_twice(tmp_path) -> None:
+    """A contrastive loss compares all samples of a micro-batch: twice the samples are four times the bytes."""
+    model = tmp_path / "contrastive.py"
+    model.write_text(
+        "import torch\n"
+        "class Pair(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.one, self.other = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)\n"
+        "    def forward(self, x, y):\n"
+        "        scores = (self.one(x) @ self.other(y).T) * 2\n"
+        "        return torch.nn.functional.cross_entropy(scores, torch.arange(x.shape[0], device=x.device))\n"
+        "def build_model():\n"
+        "    return Pair()\n"
+        "def example_inputs(batch_size):\n"
+        "    return {k: torch.empty(batch_size, 8, device='meta') for k in 'xy'}\n"
+    )
+    workload = load_workload(str(model))
+    held = [
+        estimate(workload, cluster="dgx-h100", gpus=1, layout=f"mbs={b},gbs={b}").estimate.peak_tensor_bytes
+        for b in (4096, 8192)
+    ]
+    assert held[0] > 4 * 4096**2 * 2  # the scores in half precision, at least twice
+    assert held[1] / held[0] == pytest.approx(4, rel=0.02)

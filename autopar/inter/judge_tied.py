@@ -1,0 +1,83 @@
+"""Tied parameters that blocks of one stage use differently: what brings the one stored copy to each further use.
+
+A tied parameter is stored as the first block of the stage uses it. A block that wants it otherwise moves it there once
+per micro-batch, again in the backward where that reads it and does not keep it, and moves its gradient back.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from autopar.graph.ir import Block, Graph
+from autopar.inter.judge_routes import Mesh, Step
+from autopar.plan.mesh import parse_placements
+from autopar.plan.plan import BlockProgram, ParameterPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Use:
+    """A block of a stage, its program, the first block of its kind, and the parameters (of that) its backward reads."""
+
+    block: Block
+    program: BlockProgram
+    first: Block
+    read_again: frozenset[int]
+
+
+def tied_moves(
+    graph: Graph, uses: Sequence[Use], disagreed: frozenset[tuple[int, int]], mesh: Mesh
+) -> tuple[tuple[Step, ...], ...]:
+    """Per block, its moves of tied parameters in a micro-batch; ``disagreed`` as in `judge_parameters`."""
+    held: dict[int, ParameterPlan] = {}
+    found = []
+    for use in uses:
+        steps: list[Step] = []
+        alike = dict(zip(use.first.parameters, use.block.parameters, strict=True))
+        for own, planned in _planned(graph, use).items():
+            value = alike[own]
+            stored = held.setdefault(value, planned)
+            if stored.compute != planned.compute:
+                steps += _ways(graph, use, own, stored, planned, _gradient(stored, value, disagreed), mesh)
+        found.append(tuple(steps))
+    return tuple(found)
+
+
+def _ways(
+    graph: Graph, use: Use, own: int, stored: ParameterPlan, planned: ParameterPlan, gradient: str, mesh: Mesh
+) -> list[Step]:
+    tensor = graph.values[own]
+    there = mesh.route(tensor.shape, tensor.itemsize, mesh.settled(stored.compute), mesh.settled(planned.compute))
+    kept = use.program.recompute != "full" and stored.parameter == stored.compute
+    steps = list(there.steps) * (1 if kept or own not in use.read_again else 2)
+    ops = graph.ops[use.first.first_op : use.first.end_op]
+    given = {
+        text
+        for op, at_op in zip(ops, use.program.ops, strict=True)
+        for value, text in zip(op.inputs, at_op.input_gradients, strict=True)
+        if value == own and text
+    }
+    for text in sorted(given):
+        left, wanted = (parse_placements(mesh.settled(each)) for each in (text, gradient))
+        # a part of a gradient is a term of it as it stands, among zeros
+        target = "".join(one if two == "P" else two for one, two in zip(left, wanted, strict=True))
+        steps += mesh.route(tensor.shape, tensor.itemsize, "".join(left), target).steps
+    return steps
+
+
+def _gradient(stored: ParameterPlan, value: int, disagreed: frozenset[tuple[int, int]]) -> str:
+    """Where a micro-batch leaves the gradient of the stored copy: terms wherever ZeRO or another use makes them."""
+    tokens = [parse_placements(text) for text in (stored.compute, stored.gradient, stored.optimizer)]
+    return "".join(
+        "P" if used != optimizer or (used == "R" and (value, axis) in disagreed) else left
+        for axis, (used, left, optimizer) in enumerate(zip(*tokens, strict=True))
+    )
+
+
+def _planned(graph: Graph, use: Use) -> dict[int, ParameterPlan]:
+    """By parameter of the first block of the kind."""
+    by_name = {name: own for own in use.first.parameters for name in graph.values[own].names}
+    trained = {own for own in use.first.parameters if graph.values[own].kind == "parameter"}
+    return {
+        by_name[planned.name]: planned
+        for planned in use.program.parameters
+        if planned.name in by_name and by_name[planned.name] in trained
+    }
