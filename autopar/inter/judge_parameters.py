@@ -88,7 +88,7 @@ def price_parameters(
         shards = mesh.degree(cut)
         stage3, stage2 = planned.parameter == planned.optimizer and bool(cut), _cut_gradient(planned, cut)
         sent = elements * tensor.itemsize if execution.dtype == "fp16" else gradient
-        rows = local_shape(tensor.shape, compute, mesh.sizes)[0] if cut else 1
+        rows = local_shape(tensor.shape, compute, mesh.sizes)[0] if cut and tensor.shape else shards
         padding = -(-rows // shards) * shards / rows  # every rank's part of the rows is as large as the first's
         gather = _part(mesh, "all_gather", size, cut, padding)
         scatter = _part(mesh, "reduce_scatter", sent, cut, padding)
