@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from autopar.cluster.cluster import Cluster
@@ -120,10 +120,14 @@ class _Outcome:
     def search(
         self, books: list[StageBook], sizes: tuple[int, ...], schedules: tuple[Schedule, ...], deadline_s: float
     ) -> None:
-        """Search all micro-batch sizes, from the middle one outward; none is begun past the deadline if there is a
-        plan."""
+        """Search all micro-batch sizes, from the middle one outward; past the deadline none is begun if there is a
+        plan, and of sizes without a table nothing is known."""
         pending: list[SizeSearch] = []
-        for at, book in enumerate(books):
+        middle = _middle(books)
+        for at, book in enumerate(sorted(books, key=lambda book: _apart(book, middle))):
+            if pending and time.perf_counter() > deadline_s:
+                self.bound_s = 0.0
+                break
             one = SizeSearch(book, sizes, schedules, deadline_s)
             if math.isfinite(one.free_bound_s):
                 pending.append(one)
@@ -209,8 +213,18 @@ def micro_batches(global_batch: int) -> list[int]:
 def _next(pending: list[SizeSearch], best: int | None) -> SizeSearch:
     """The search of the micro-batch size next to the best so far (step times fall and rise again along the sizes), else
     of the middle one."""
-    middle = best or math.exp(sum(math.log(one.book.micro_batch) for one in pending) / len(pending))
-    return min(pending, key=lambda one: (abs(math.log(one.book.micro_batch / middle)), one.free_bound_s))
+    middle = best or _middle([one.book for one in pending])
+    return min(pending, key=lambda one: (_apart(one.book, middle), one.free_bound_s))
+
+
+def _middle(books: Sequence[StageBook]) -> float:
+    """The geometric mean of micro-batch sizes."""
+    return math.exp(sum(math.log(book.micro_batch) for book in books) / max(len(books), 1))
+
+
+def _apart(book: StageBook, micro_batch: float) -> float:
+    """How far two micro-batch sizes are apart, by their ratio."""
+    return abs(math.log(book.micro_batch / micro_batch))
 
 
 def _runner_up(ranked: list[Best]) -> str | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from autopar.inter.planner import micro_batches, plan, submesh_sizes
-from autopar.plan.errors import AutoparError, InfeasibleError
+from autopar.plan.errors import AutoparError, InfeasibleError, TimeLimitError
 from autopar.plan.invariants import check
 from autopar.workload import load_workload
 
@@ -47,6 +47,17 @@ def test_less_memory_never_makes_the_step_faster_and_ends_in_an_error_that_names
     assert re.search(r"needs \d+\.\d\d GiB", message)
     assert steps == sorted(steps)
     assert len(steps) > 2
+
+
+def test_past_the_time_limit_the_best_plan_so_far_is_kept_and_nothing_is_claimed_of_the_rest():
+    try:
+        found = tiny(cluster="p3.16xlarge", time_limit_s=1e-3)
+    except TimeLimitError as error:  # a slow machine may come to no plan at all
+        assert "--time-limit" in str(error)
+    else:
+        check(found)
+        assert found.search.lower_bound_s == 0.0
+        assert found.search.status == "feasible"
 
 
 def test_no_restriction_of_the_search_is_faster():
