@@ -136,6 +136,8 @@ class StageParameters:
             parameter.total.add_(term)
         if complete:
             total, parameter.total = parameter.total, None
+            if parameter.weight.dtype == torch.float16:  # fp16 training sums over ranks in fp16, under its loss scale
+                total = total.to(torch.float16)
             self.reduction.begin(parameter.stored, total)
 
     def reduce(self) -> None:

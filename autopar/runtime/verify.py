@@ -5,7 +5,7 @@ more step in the plan's own dtype counts the collectives that run, which must be
 """
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from autopar.plan.errors import AutoparError, CheckError
@@ -26,11 +26,15 @@ from autopar.runtime.tally import Key, differences, of_all_ranks
 from autopar.runtime.trainer import Trainer
 from autopar.runtime.twin import shrunk
 from autopar.workload.load import load_workload
+from autopar.workload.workload import Workload
 
 GRADIENT_TOLERANCE = 1e-9
 STEP_TOLERANCE = 1e-9
 SMALL_NORM = 1e-3  # tensors below this norm are held to the tolerance of one with it
 NUM_STEPS = 3
+PATIENCE_S = 1800
+"""How long a rank waits for another, such as the first while it runs the model by itself."""
+GRADIENTS, PARAMETERS = "gradients.pt", "parameters.pt"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,13 +138,13 @@ def _errors(found: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
 def _work(
     rank: int, plan_json: bytes, model: str, settings: dict[str, Any], twin: bool, folder: str, seed: int
 ) -> None:
-    """One rank: runs its part, and all of the model by itself."""
+    """One rank: runs its part; the first also runs all of the model by itself."""
     torch.set_num_threads(1)
     plan = msgspec.json.decode(plan_json, type=Plan)
     where = f"file://{Path(folder) / 'store'}"
-    dist.init_process_group("gloo", where, rank=rank, world_size=plan.gpus, timeout=timedelta(seconds=300))
+    dist.init_process_group("gloo", where, rank=rank, world_size=plan.gpus, timeout=timedelta(seconds=PATIENCE_S))
     try:
-        torch.save(_compare(plan, model, settings, twin, seed), Path(folder) / f"rank{rank}.pt")
+        torch.save(_compare(plan, model, settings, twin, seed, Path(folder)), Path(folder) / f"rank{rank}.pt")
     except AutoparError as error:
         (Path(folder) / f"error{rank}.txt").write_text(str(error))
         raise
@@ -148,32 +152,57 @@ def _work(
         dist.destroy_process_group()
 
 
-def _compare(plan: Plan, path: str, settings: dict[str, Any], twin: bool, seed: int) -> dict[str, Any]:
+def _compare(plan: Plan, path: str, settings: dict[str, Any], twin: bool, seed: int, folder: Path) -> dict[str, Any]:
     workload = load_workload(path, **settings)
-    model = oracle.real_model(workload, seed)
     make = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[plan.execution.optimizer]
+    model = oracle.real_model(workload, seed)
     trainer = apply(
         plan, model, optimizer=lambda given: make(given, lr=1e-3), workload=workload, dtype="float64", twin=twin
     )
-    optimizer = make(model.parameters(), lr=1e-3)
+    batches = [
+        oracle.random_batch(workload, trainer.graph, plan.global_batch, seed + step) for step in range(NUM_STEPS)
+    ]
+    if dist.get_rank() == 0:
+        _run_alone(model, make(model.parameters(), lr=1e-3), workload, trainer, plan.microbatches, batches, folder)
+    del model
+    dist.barrier()
     found: dict[str, Any] = {"gradients": {}, "parameters": {}}
-    named = dict(model.named_parameters(remove_duplicate=False))
-    for step in range(NUM_STEPS):
-        batch = oracle.random_batch(workload, trainer.graph, plan.global_batch, seed + step)
+    for step, batch in enumerate(batches):
         loss = trainer.gradients(batch)
-        expected = oracle.gradients(model, workload, batch, plan.microbatches, trainer.graph, trainer.seed, step)
         if step == 0:
-            found["loss"], found["expected"] = float(loss), float(expected)
-            for name, got, wanted in _pairs(trainer, {name: each.grad for name, each in named.items()}, gradient=True):
-                found["gradients"][name] = _squares(got, wanted)
+            wanted = torch.load(folder / GRADIENTS, mmap=True)
+            found["loss"], found["expected"] = float(loss), wanted["loss"]
+            for name, got, other in _pairs(trainer, wanted["gradients"], gradient=True):
+                found["gradients"][name] = _squares(got, other)
         trainer.update()
-        optimizer.step()
-        optimizer.zero_grad()
-    for name, got, wanted in _pairs(trainer, named, gradient=False):
-        found["parameters"][name] = _squares(got, wanted)
+    for name, got, other in _pairs(trainer, torch.load(folder / PARAMETERS, mmap=True), gradient=False):
+        found["parameters"][name] = _squares(got, other)
+    model = oracle.real_model(workload, seed)
     planned = apply(plan, model, optimizer=lambda given: make(given, lr=1e-3), workload=workload, twin=twin)
     found["collectives"] = planned.count(oracle.random_batch(workload, trainer.graph, plan.global_batch, seed))
     return found
+
+
+def _run_alone(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    workload: Workload,
+    trainer: Trainer,
+    num_microbatches: int,
+    batches: Sequence[dict[str, Tensor]],
+    folder: Path,
+) -> None:
+    """All steps of the model in one process; the first loss and gradients and the last parameters are left in
+    ``folder``, so that they are made once and lie in memory once."""
+    for step, batch in enumerate(batches):
+        loss = oracle.gradients(model, workload, batch, num_microbatches, trainer.graph, trainer.seed, step)
+        named = dict(model.named_parameters(remove_duplicate=False))
+        if step == 0:
+            gradients = {name: parameter.grad for name, parameter in named.items()}
+            torch.save({"loss": float(loss), "gradients": gradients}, folder / GRADIENTS)
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.save({name: parameter.detach() for name, parameter in named.items()}, folder / PARAMETERS)
 
 
 def _pairs(trainer: Trainer, whole: Mapping[str, Tensor | None], *, gradient: bool) -> Any:
