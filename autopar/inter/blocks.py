@@ -16,7 +16,8 @@ from autopar.inter.pins import BlockPins
 from autopar.inter.stage_types import StageTypes, stage_types
 from autopar.intra.frontier import BlockPoints, ParameterPrices, PriceRow, block_points
 from autopar.intra.space import BlockSpace, block_space, data_values
-from autopar.intra.tables import Allowed, BlockTables, TableBuilder
+from autopar.intra.strategies import Allowed
+from autopar.intra.tables import BlockTables, TableBuilder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from autopar.graph.ir import Block, Graph
 from autopar.inter.blocks import Mesh, Restriction
 from autopar.intra.space import OpNode
-from autopar.intra.tables import Allowed
+from autopar.intra.strategies import Allowed
 from autopar.plan.errors import LayoutError
 from autopar.plan.layout import Layout, StageSpec
 from autopar.rules.atoms import Atom

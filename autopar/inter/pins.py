@@ -13,7 +13,7 @@ from autopar.cost.parameters import Storage
 from autopar.graph.ir import Block, Graph
 from autopar.intra.frontier import Rests
 from autopar.intra.space import OpNode
-from autopar.intra.tables import Allowed
+from autopar.intra.strategies import Allowed
 from autopar.plan.errors import UsageError
 from autopar.plan.pin import Pin, meets, parse_pin
 from autopar.rules.atoms import Atom

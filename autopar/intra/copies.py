@@ -16,7 +16,7 @@ from autopar.graph.profile import GraphProfile
 from autopar.intra.space import IN, BlockSpace
 from autopar.plan.mesh import Axis, local_size
 from autopar.rules.atoms import Atom
-from autopar.rules.options import Option, Token
+from autopar.rules.options import Option, Token, forward_placement
 
 Floats = NDArray[np.float64]
 Placement = tuple[Token, ...]
@@ -132,7 +132,8 @@ class CopyCounter:
     def _count(self, column: Sequence[int]) -> tuple[float, float]:
         owners, ends = self.profile.owners, self.space.data_axis.ends
         lies: dict[int, Lie] = {
-            value: (_forward(ends[value]), _whole(states[column[IN]])) for value, states in self.boundary_tokens.items()
+            value: (forward_placement((ends[value],))[0], forward_placement(states[column[IN]]))
+            for value, states in self.boundary_tokens.items()
         }
         memory: dict[int, tuple[int, Lie | None]] = {}  # of a value as made: (owner, None) or of a moved copy
         bytes_of: dict[tuple[int, Lie | None], float] = {}
@@ -141,14 +142,17 @@ class CopyCounter:
             op, options, data = node.op, self.strategies[at][column[node.node]], self._data[at]
             read: dict[int, tuple[int, Lie | None]] = {}
             for i, value in enumerate(op.inputs):
-                lie = (data[i], _whole(tuple(option.inputs[i] for option in options)))
+                lie = (data[i], forward_placement(tuple(option.inputs[i] for option in options)))
                 moved = i not in node.free and value in lies and not self._same(lies[value], lie)
                 if moved and at in self.gathers_again and gathered(lies[value], lie):
                     moved = False
                 read[value] = (value, lie) if moved else memory.get(value, (owners[value], None))
             made = {}
             for i, value in enumerate(op.outputs):
-                lies[value] = (data[len(op.inputs) + i], _whole(tuple(option.outputs[i] for option in options)))
+                lies[value] = (
+                    data[len(op.inputs) + i],
+                    forward_placement(tuple(option.outputs[i] for option in options)),
+                )
                 viewed = [v for v in op.inputs if owners[value] != value and owners[v] == owners[value]]
                 memory[value] = made[value] = read[viewed[0]] if viewed else (value, None)
             tensors = (*op.inputs, *op.outputs)
@@ -186,7 +190,7 @@ class CopyCounter:
         if owner in lies and owner not in self._at_hand:
             return self.sizes.num_bytes(owner, lies[owner][1], lies[owner][0])
         tokens = tuple((*option.inputs, *option.outputs)[position] for option in options)
-        return self.sizes.share(owner, value, _whole(tokens), self._data[at][position])
+        return self.sizes.share(owner, value, forward_placement(tokens), self._data[at][position])
 
 
 def gathered(made: Lie, read: Lie) -> bool:
@@ -195,14 +199,6 @@ def gathered(made: Lie, read: Lie) -> bool:
     return _alike(made[0], read[0]) and all(
         one == other or (isinstance(one, Atom) and other == "R") for one, other in pairs
     )
-
-
-def _whole(tokens: Sequence[Token]) -> Placement:
-    return tuple("R" if token == "G" else token for token in tokens)
-
-
-def _forward(token: Token) -> Token:
-    return "R" if token == "G" else token
 
 
 def _alike(first: Token, second: Token) -> bool:

@@ -14,7 +14,7 @@ every op chooses an option freely; a *strategy* of an op is an option per inner 
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from autopar.cost.compute import gradient_products_s, host_calls, op_seconds
 from autopar.cost.execution import ExecutionModel
 from autopar.cost.fusion import NOTHING, Saving
-from autopar.cost.redistribute import MeshLinks, Placement, redistribute_s
+from autopar.cost.redistribute import MeshLinks
 from autopar.graph.ir import Op, Value
 from autopar.graph.profile import GraphProfile
 from autopar.intra.again import Again
@@ -31,19 +31,15 @@ from autopar.intra.copies import CopyCounter, LocalSizes, gathered
 from autopar.intra.data_axis import text_of
 from autopar.intra.elimination import Eliminator
 from autopar.intra.hiding import Hiding
+from autopar.intra.moves import Moves
 from autopar.intra.space import IN, OUT, BlockSpace, OpNode
+from autopar.intra.strategies import ROLES, Allowed, Strategies
 from autopar.intra.workspace import overwritten_values, passing_bytes, scratch_bytes
-from autopar.rules.atoms import Atom
-from autopar.rules.options import Option, Token
-from autopar.rules.rule import OpRule
+from autopar.rules.options import Option, Token, forward_placement, gradient_placement
 
 Floats = NDArray[np.float64]
 FORWARD, CORE_FORWARD, BACKWARD, SAVED, CORE_SAVED, BOUNDARY, WORKSPACE, AGAIN = range(8)
 NUM_METRICS = 8
-UNEVEN = 64  # a plain dim may be cut unevenly into k pieces when it has at least 64 k elements (1.6 % imbalance)
-ROLES = ("B", "S", "R")  # named boundary placements of an axis: batch, second dim (sequence or channels), replicated
-
-Allowed = Callable[[int, OpNode, Option], bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -52,8 +48,9 @@ class BlockTables:
     (options per inner axis). ``states[n]``: placements of boundary or hub node n's values, and ``boundary_tokens``
     those of a block input or output under each boundary placement. ``kept[at]``
     are the bytes of tensors that SAVED and CORE_SAVED price for op ``at``, (strategies, 2); ``copies`` counts what a
-    solution really keeps instead; ``inside_s[at]`` are the seconds of FORWARD and BACKWARD that it exchanges by itself. ``node_metrics[n]`` is (choices, metrics), ``edges`` are (node, node, (choices,
-    choices) forward seconds, the same backward). ``parameter_uses[at]`` lists, for op ``at``, (value, per strategy:
+    solution really keeps instead; ``inside_s[at]`` are the seconds of FORWARD and BACKWARD that it exchanges by itself.
+    ``node_metrics[n]`` is (choices, metrics), ``edges`` are (node, node, (choices, choices) forward seconds, the same
+    backward). ``parameter_uses[at]`` lists, for op ``at``, (value, per strategy:
     local elements, axes with a partial gradient); axes count the data axis as 0, inner axes from 1. ``again`` are the
     (op, number) of uses of a parameter that an earlier op of the block uses, and stores, alike. ``host_s`` are the
     seconds that the host takes to launch the forward, attention's part of it (which selective recompute launches
@@ -82,24 +79,6 @@ class BlockTables:
     contention: float
     blocking: bool
     eliminator: Eliminator
-
-
-def forward_placement(tokens: Sequence[Token]) -> Placement:
-    """Where the value lies: "G" is replicated in the forward pass."""
-    return tuple("R" if token == "G" else token for token in tokens)
-
-
-def gradient_placement(tokens: Sequence[Token]) -> Placement:
-    """Where the gradient lies: partial for "G", replicated for "P" and "R"."""
-    return tuple("P" if token == "G" else "R" if token == "P" else token for token in tokens)
-
-
-def _may_be_uneven(rule: OpRule, labels: tuple[int, ...]) -> bool:
-    """Whether the labels are one dim of a matmul or an element-wise op, or a dim that a view leaves as it is: heads,
-    and dims that a view merges or splits, have to be cut evenly."""
-    if not rule.groups:
-        return len(labels) == 1 and rule.compute in ("matmul", "memory")
-    return any((*ins, *outs) == labels and len(ins) == len(outs) == 1 for ins, outs in rule.groups)
 
 
 def degrees_of(
@@ -155,7 +134,7 @@ class TableBuilder:
             where_gathered=as_megatron and not execution.blocking,
         )
         self.space, self.profile, self.local_batch = space, profile, local_batch
-        self.links, self.execution, self.allowed, self.whole = links, execution, allowed, whole
+        self.links, self.execution, self.whole = links, execution, whole
         self.graph, self.sizes = space.graph, links.sizes
         self.savers, self.core = savers, core
         self._keepers = frozenset(self._first_keeper())
@@ -164,18 +143,19 @@ class TableBuilder:
         self.local = LocalSizes(space, self.sizes, local_batch, data)
         self.kept: list[Floats] = []
         self.inside: list[Floats] = []
-        self.redistributions: dict[tuple[tuple[Placement, ...], tuple[float, ...]], Floats] = {}
+        self._choices = Strategies(space, self.sizes, local_batch, data, allowed)
+        self._moves = Moves(links, whole, data, self.local)
 
     def build(self) -> BlockTables:
-        strategies = tuple(self._strategies(node) for node in self.space.ops)
-        hub_states = tuple(self._states(hub.tokens, self.graph.values[hub.value]) for hub in self.space.hubs)
+        strategies = tuple(self._choices.of_op(node) for node in self.space.ops)
+        hub_states = tuple(self._choices.of_hub(hub.tokens) for hub in self.space.hubs)
         boundaries = tuple(itertools.product(ROLES, repeat=len(self.sizes)))
         metrics = [np.zeros((len(boundaries), NUM_METRICS)) for _ in (IN, OUT)]
         for flow_value in self.space.block.inputs:
             if flow_value in self.space.tokens:
                 value = self.graph.values[flow_value]
                 for at, roles in enumerate(boundaries):
-                    tokens = self.role_tokens(value, roles)
+                    tokens = self._choices.at_boundary(value, roles)
                     metrics[IN][at, BOUNDARY] += self._local_bytes(value, tokens, self.space.data_axis.ends[value.id])
         calls = np.zeros(4)
         for node, chosen, data in zip(self.space.ops, strategies, self.space.data_axis.options, strict=True):
@@ -186,7 +166,7 @@ class TableBuilder:
         calls[[0, 2, 3]] += self.execution.software.fixed_calls
         metrics += [np.zeros((len(states), NUM_METRICS)) for states in hub_states]
         boundary_tokens = {
-            value: tuple(self.role_tokens(self.graph.values[value], roles) for roles in boundaries)
+            value: tuple(self._choices.at_boundary(self.graph.values[value], roles) for roles in boundaries)
             for value in (*self.space.block.inputs, *self.space.block.outputs)
         }
         edges = (*self._edges(strategies, hub_states, boundaries), *self._alike(strategies))
@@ -266,71 +246,6 @@ class TableBuilder:
             for number, memories in self.savers.items()
             for positions, _ in memories
         }
-
-    def role_tokens(self, value: Value, roles: Sequence[str]) -> tuple[Token, ...]:
-        """How ``value`` lies under a named boundary placement; a value without the dim is replicated (its gradient
-        partial), a scalar partial. A dim is cut as long as every rank gets something, and unevenly by the last axis
-        alone; else the value is replicated."""
-        tokens: list[Token] = []
-        extents = [self.graph.batch.scale(size, self.local_batch) for size in value.shape]
-        for role, degree in zip(roles, self.sizes, strict=True):
-            dim = {"B": 0, "S": 1}.get(role)
-            token: Token = "R"
-            if dim is not None:
-                token = "G" if value.requires_grad else "R"
-                if not value.shape:
-                    token = "P"
-                elif dim < len(value.shape) - (1 if dim else 0) and (dim or self.graph.batch.grows(value.shape[0])):
-                    chunk = -(-extents[dim] // degree)
-                    if (degree - 1) * chunk < extents[dim]:
-                        token = self._first_atom(value, dim) or token
-                        extents[dim] = chunk if extents[dim] % degree == 0 else 0
-                    else:
-                        token = "R"
-            tokens.append(token)
-        return tuple(tokens)
-
-    def _first_atom(self, value: Value, dim: int) -> Atom | None:
-        atoms = [
-            t for t in self.space.tokens.get(value.id, ()) if isinstance(t, Atom) and (t.dim, t.repeats) == (dim, 1)
-        ]
-        return max(atoms, key=lambda atom: atom.size) if atoms else None
-
-    def _strategies(self, node: OpNode) -> tuple[tuple[Option, ...], ...]:
-        data = self.space.data_axis.options[node.node - 2]
-        per_axis = []
-        for axis in range(len(self.sizes)):
-            options = [o for o in node.options if self.allowed is None or self.allowed(axis, node, o)]
-            per_axis.append(options or list(node.options[:1]))
-        found = [chosen for chosen in itertools.product(*per_axis) if self._divides(node, chosen, data)]
-        return tuple(found) or ((node.options[0],) * len(self.sizes),)
-
-    def _divides(self, node: OpNode, chosen: tuple[Option, ...], data: Option) -> bool:
-        degrees: dict[tuple[tuple[int, ...], int], int] = {}
-        for option, size in zip(chosen, self.sizes, strict=True):
-            if option.sharded:
-                key = (option.labels, option.size)
-                degrees[key] = degrees.get(key, 1) * size
-        for (labels, size), degree in degrees.items():
-            grows = self.graph.batch.grows(size)
-            samples = self.local_batch if data.labels == labels else self.micro_batch
-            if grows and (size * samples) % self.graph.batch.traced:
-                return False
-            whole = self.graph.batch.scale(size, samples)
-            if whole % degree and (grows or whole < UNEVEN * degree or not _may_be_uneven(node.rule, labels)):
-                return False
-        return True
-
-    def _states(self, tokens: Sequence[Token], value: Value) -> tuple[tuple[Token, ...], ...]:
-        found = []
-        for state in itertools.product(tokens, repeat=len(self.sizes)):
-            degrees: dict[Atom, int] = {}
-            for token, size in zip(state, self.sizes, strict=True):
-                if isinstance(token, Atom):
-                    degrees[token] = degrees.get(token, 1) * size
-            if all(atom.size >= degree for atom, degree in degrees.items()):
-                found.append(state)
-        return tuple(found)
 
     def _local_bytes(self, value: Value, tokens: Sequence[Token], data: Token) -> float:
         """Bytes of a value on the fullest rank."""
@@ -502,7 +417,7 @@ class TableBuilder:
             ):
                 cuts.append(self._cut(value.id, node, position, outgoing))
                 if node in (IN, OUT):
-                    sides.append([self.role_tokens(value, roles) for roles in boundaries])
+                    sides.append([self._choices.at_boundary(value, roles) for roles in boundaries])
                 elif node >= first_hub:
                     sides.append(list(hub_states[node - first_hub]))
                 else:
@@ -513,9 +428,9 @@ class TableBuilder:
                             for options in strategies[node - 2]
                         ]
                     )
-            forward, backward = self._conversion(value, sides[0], sides[1], cuts[0], cuts[1])
+            forward, backward = self._moves.seconds(value, sides[0], sides[1], cuts[0], cuts[1])
             if flow.target == OUT:  # a whole scalar becomes a sum for nothing: zeros on all ranks but the first
-                forward = self._into_sums(value, sides, (cuts[0], cuts[1]), forward)
+                forward = self._moves.into_sums(value, sides, (cuts[0], cuts[1]), forward)
             made, read = ([forward_placement(tokens) for tokens in side] for side in sides)
             apart = np.array(
                 [[one != other and gathered((cuts[0], one), (cuts[1], other)) for other in read] for one in made]
@@ -524,25 +439,6 @@ class TableBuilder:
             backward = self._hiding.visible_s(flow, sides[1], apart, backward, forward if again else None)
             edges.append((flow.source, flow.target, forward, backward))
         return tuple(edges)
-
-    def _into_sums(
-        self,
-        value: Value,
-        sides: Sequence[Sequence[tuple[Token, ...]]],
-        cuts: tuple[Token, Token],
-        forward: Floats,
-    ) -> Floats:
-        """``forward`` with the seconds to what is whole where a target is a sum and its source is none."""
-        if not any("P" in tokens for tokens in sides[1]):
-            return forward
-        rows = []
-        for made in sides[0]:
-            whole = [
-                tuple("R" if token == "P" != held else token for token, held in zip(tokens, made, strict=True))
-                for tokens in sides[1]
-            ]
-            rows.append(self._conversion(value, [made], whole, *cuts)[0][0])
-        return np.where(np.isfinite(forward), forward, np.stack(rows))
 
     def _kept_as_cut(self, value: int, target: int, first_hub: int) -> bool:
         """Whether what moves to a node is gathered again in the backward: it is, or leads to, an op that does and keeps
@@ -554,73 +450,3 @@ class TableBuilder:
             for op in (self.space.ops[at].op,)
             for position in self.profile.ops[op.id].saved_inputs
         )
-
-    def _conversion(
-        self,
-        value: Value,
-        sources: Sequence[tuple[Token, ...]],
-        targets: Sequence[tuple[Token, ...]],
-        source_cut: Token,
-        target_cut: Token,
-    ) -> tuple[Floats, Floats]:
-        """(sources, targets) seconds to move the value forward and its gradient back; the cuts are the data axis's."""
-        forward = self._moves(
-            value,
-            [forward_placement(tokens) for tokens in sources],
-            [forward_placement(tokens) for tokens in targets],
-            *forward_placement((source_cut, target_cut)),
-        )
-        if not value.requires_grad:
-            return forward, np.zeros_like(forward)
-        backward = self._moves(
-            value,
-            [gradient_placement(tokens) for tokens in targets],
-            [gradient_placement(tokens) for tokens in sources],
-            *gradient_placement((target_cut, source_cut)),
-        )
-        return forward, backward.T
-
-    def _moves(
-        self,
-        value: Value,
-        sources: Sequence[Placement],
-        targets: Sequence[Placement],
-        source_cut: Token,
-        target_cut: Token,
-    ) -> Floats:
-        """(sources, targets) seconds. Where the data axis stays as it is, only inner axes move."""
-        if self.data == 1 or text_of(source_cut) == text_of(target_cut):
-            table, at = self._table(self.links, value, (*sources, *targets), source_cut)
-            return table[np.ix_([at[one] for one in sources], [at[one] for one in targets])]
-        if target_cut == "P":  # zeros on all ranks but the first: a whole tensor becomes a sum for nothing
-            target_cut = "R"
-        made, taken = [(source_cut, *one) for one in sources], [(target_cut, *one) for one in targets]
-        table, at = self._table(self.whole, value, (*made, *taken), None)
-        return table[np.ix_([at[one] for one in made], [at[one] for one in taken])]
-
-    def _table(
-        self, links: MeshLinks, value: Value, wanted: Sequence[Placement], cut: Token | None
-    ) -> tuple[Floats, dict[Placement, int]]:
-        """Seconds between every two placements on the axes of ``links``, and where each is in the table. ``cut`` is how
-        the data axis cuts the value where it is none of the axes."""
-        per_axis: list[dict[Token, None]] = [{} for _ in links.sizes]
-        for placement in wanted:
-            for axis, token in enumerate(placement):
-                per_axis[axis][token] = None
-        if cut is None:
-            inner = dict.fromkeys(token for tokens in per_axis[1:] for token in tokens)
-            per_axis = [per_axis[0] | {"R": None}, *(inner | {"R": None} for _ in per_axis[1:])]
-        else:
-            tokens = dict.fromkeys(token for tokens in per_axis for token in tokens)
-            per_axis = [tokens for _ in per_axis]
-        placements = tuple(dict.fromkeys((*wanted, *itertools.product(*per_axis))))
-        held = tuple(
-            self._local_bytes(value, placement, cut)
-            if cut is not None
-            else self._local_bytes(value, placement[1:], placement[0])
-            for placement in placements
-        )
-        key = (placements, held)
-        if key not in self.redistributions:
-            self.redistributions[key] = redistribute_s(links, placements, np.array([held]))[0]
-        return self.redistributions[key], {placement: at for at, placement in enumerate(placements)}

@@ -103,3 +103,13 @@ def _passing(token: str, rule: OpRule, inputs: Sequence[Value], outputs: Sequenc
         inputs=tuple(token if at == rule.carrier else "R" for at in range(len(inputs))),
         outputs=tuple(token for _ in outputs),
     )
+
+
+def forward_placement(tokens: Sequence[Token]) -> tuple[Token, ...]:
+    """Where the value lies: "G" is replicated in the forward pass."""
+    return tuple("R" if token == "G" else token for token in tokens)
+
+
+def gradient_placement(tokens: Sequence[Token]) -> tuple[Token, ...]:
+    """Where the gradient lies: partial for "G", replicated for "P" and "R"."""
+    return tuple("P" if token == "G" else "R" if token == "P" else token for token in tokens)

@@ -1,0 +1,102 @@
+"""What may be chosen: the strategies of an op, the states of a shared value, the placements at a block's boundary."""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+from autopar.graph.ir import Value
+from autopar.intra.space import BlockSpace, OpNode
+from autopar.rules.atoms import Atom
+from autopar.rules.options import Option, Token
+from autopar.rules.rule import OpRule
+
+UNEVEN = 64  # a plain dim may be cut unevenly into k pieces when it has at least 64 k elements (1.6 % imbalance)
+ROLES = ("B", "S", "R")  # named boundary placements of an axis: batch, second dim (sequence or channels), replicated
+
+Allowed = Callable[[int, OpNode, Option], bool]
+
+
+class Strategies:
+    """Of one block on inner axes of ``sizes`` ranks, ``data`` ranks of ``local_batch`` samples each; ``allowed`` says
+    which options an op may take on an axis."""
+
+    def __init__(
+        self, space: BlockSpace, sizes: tuple[int, ...], local_batch: int, data: int, allowed: Allowed | None
+    ) -> None:
+        self.space, self.graph, self.sizes, self.allowed = space, space.graph, sizes, allowed
+        self.local_batch, self.micro_batch = local_batch, local_batch * data
+
+    def of_op(self, node: OpNode) -> tuple[tuple[Option, ...], ...]:
+        """The strategies of an op, an option per inner axis, that leave every rank whole samples and even parts (or,
+        of long plain dims, nearly even ones); the first option throughout where nothing else does."""
+        data = self.space.data_axis.options[node.node - 2]
+        per_axis = []
+        for axis in range(len(self.sizes)):
+            options = [o for o in node.options if self.allowed is None or self.allowed(axis, node, o)]
+            per_axis.append(options or list(node.options[:1]))
+        found = [chosen for chosen in itertools.product(*per_axis) if self._divides(node, chosen, data)]
+        return tuple(found) or ((node.options[0],) * len(self.sizes),)
+
+    def _divides(self, node: OpNode, chosen: tuple[Option, ...], data: Option) -> bool:
+        degrees: dict[tuple[tuple[int, ...], int], int] = {}
+        for option, size in zip(chosen, self.sizes, strict=True):
+            if option.sharded:
+                key = (option.labels, option.size)
+                degrees[key] = degrees.get(key, 1) * size
+        for (labels, size), degree in degrees.items():
+            grows = self.graph.batch.grows(size)
+            samples = self.local_batch if data.labels == labels else self.micro_batch
+            if grows and (size * samples) % self.graph.batch.traced:
+                return False
+            whole = self.graph.batch.scale(size, samples)
+            if whole % degree and (grows or whole < UNEVEN * degree or not _may_be_uneven(node.rule, labels)):
+                return False
+        return True
+
+    def of_hub(self, tokens: Sequence[Token]) -> tuple[tuple[Token, ...], ...]:
+        """The states of a shared value: a token per inner axis, of dims with an element for every part."""
+        found = []
+        for state in itertools.product(tokens, repeat=len(self.sizes)):
+            degrees: dict[Atom, int] = {}
+            for token, size in zip(state, self.sizes, strict=True):
+                if isinstance(token, Atom):
+                    degrees[token] = degrees.get(token, 1) * size
+            if all(atom.size >= degree for atom, degree in degrees.items()):
+                found.append(state)
+        return tuple(found)
+
+    def at_boundary(self, value: Value, roles: Sequence[str]) -> tuple[Token, ...]:
+        """How ``value`` lies under a named boundary placement; a value without the dim is replicated (its gradient
+        partial), a scalar partial. A dim is cut as long as every rank gets something, and unevenly by the last axis
+        alone; else the value is replicated."""
+        tokens: list[Token] = []
+        extents = [self.graph.batch.scale(size, self.local_batch) for size in value.shape]
+        for role, degree in zip(roles, self.sizes, strict=True):
+            dim = {"B": 0, "S": 1}.get(role)
+            token: Token = "R"
+            if dim is not None:
+                token = "G" if value.requires_grad else "R"
+                if not value.shape:
+                    token = "P"
+                elif dim < len(value.shape) - (1 if dim else 0) and (dim or self.graph.batch.grows(value.shape[0])):
+                    chunk = -(-extents[dim] // degree)
+                    if (degree - 1) * chunk < extents[dim]:
+                        token = self._first_atom(value, dim) or token
+                        extents[dim] = chunk if extents[dim] % degree == 0 else 0
+                    else:
+                        token = "R"
+            tokens.append(token)
+        return tuple(tokens)
+
+    def _first_atom(self, value: Value, dim: int) -> Atom | None:
+        atoms = [
+            t for t in self.space.tokens.get(value.id, ()) if isinstance(t, Atom) and (t.dim, t.repeats) == (dim, 1)
+        ]
+        return max(atoms, key=lambda atom: atom.size) if atoms else None
+
+
+def _may_be_uneven(rule: OpRule, labels: tuple[int, ...]) -> bool:
+    """Whether the labels are one dim of a matmul or an element-wise op, or a dim that a view leaves as it is: heads,
+    and dims that a view merges or splits, have to be cut evenly."""
+    if not rule.groups:
+        return len(labels) == 1 and rule.compute in ("matmul", "memory")
+    return any((*ins, *outs) == labels and len(ins) == len(outs) == 1 for ins, outs in rule.groups)
