@@ -89,11 +89,13 @@ class CopyCounter:
         sizes: LocalSizes,
         gathers_again: frozenset[int] = frozenset(),
         keeps_attention: bool = False,
+        stays: frozenset[int] | None = None,
     ) -> None:
         """``first_keeper``: value whose memory is kept -> the first op of the graph that keeps it; ``core``:
         attentions. ``gathers_again``: ops (positions) that keep what they gathered as it was cut, and gather it again
         backward; ``keeps_attention``: attention's result stays, too, where attention is computed again but others keep
-        it."""
+        it. ``stays``: values whose memory selective recomputation keeps; None: all but what attention makes."""
+        self._stays = stays
         self.gathers_again, self.keeps_attention = gathers_again, keeps_attention
         self._data = [
             tuple("R" if t == "G" else t for t in (*option.inputs, *option.outputs))
@@ -120,7 +122,7 @@ class CopyCounter:
             )
 
     def kept(self, choices: NDArray[np.integer]) -> Floats:
-        """(solutions, 2) bytes outside and inside attention; ``choices`` is (nodes, solutions)."""
+        """(solutions, 2) bytes that selective recomputation keeps and those it frees; ``choices`` is (nodes, solutions)."""
         counted = []
         for column in choices.T.tolist():
             key = tuple(column)
@@ -163,6 +165,11 @@ class CopyCounter:
                     outside.add(copy)
                 if copy not in bytes_of:
                     bytes_of[copy] = self._bytes(copy, node.op.id, at, position, value, options, lies)
+        if self._stays is not None:
+            freed = sum(
+                held for copy, held in bytes_of.items() if copy[1] is not None or copy[0] not in self._stays
+            )
+            return sum(bytes_of.values()) - freed, freed
         made_by_core = {copy for copy in bytes_of if copy[1] is None and copy[0] in self._made_by_core}
         inside = sum(bytes_of[copy] for copy in made_by_core - outside)
         return sum(bytes_of.values()) - inside, inside
