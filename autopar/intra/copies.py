@@ -166,9 +166,7 @@ class CopyCounter:
                 if copy not in bytes_of:
                     bytes_of[copy] = self._bytes(copy, node.op.id, at, position, value, options, lies)
         if self._stays is not None:
-            freed = sum(
-                held for copy, held in bytes_of.items() if copy[1] is not None or copy[0] not in self._stays
-            )
+            freed = sum(held for copy, held in bytes_of.items() if copy[1] is not None or copy[0] not in self._stays)
             return sum(bytes_of.values()) - freed, freed
         made_by_core = {copy for copy in bytes_of if copy[1] is None and copy[0] in self._made_by_core}
         inside = sum(bytes_of[copy] for copy in made_by_core - outside)
