@@ -102,14 +102,7 @@ def price_block(
     aligned = ((program.ops, ops), (program.inputs, block.inputs), (program.outputs, block.outputs))
     if any(len(planned) != len(real) for planned, real in aligned):
         raise CheckError(f"program {program.id!r} does not fit block {block.name}: it is of another graph")
-    linear = {
-        op.id: profile.ops[op.id].saved_inputs
-        for op in ops
-        if balanced
-        and profile.ops[op.id].forward_flops
-        and any(graph.values[value].kind == "parameter" for value in op.inputs)
-    }
-    moved = moves(graph, block, program, mesh, micro_batch, free, linear)
+    moved = moves(graph, block, program, mesh, micro_batch, free)
     times = [0.0, 0.0, 0.0]
     products = [0.0, 0.0]  # matmuls forward and backward
     core_backward = 0.0
@@ -152,14 +145,14 @@ def price_block(
         _count(calls, profile.ops[op.id], core and execution.attn == "math", core, software)
         called[op.id] = calls[0] - before
         scores = core and execution.attn == "math"
-        largest = max(
-            largest, passing(graph, profile, op, planned, mesh, micro_batch, *stays, price.shards, materialised=scores)
-        )
+        alone_bytes = passing(graph, profile, op, planned, mesh, micro_batch, *stays, price.shards, materialised=scores)
+        largest = max(largest, alone_bytes + max((size for at, size in moved.keep_cut if at == op.id), default=0.0))
     per_score = software.math_attention_bytes_per_score if execution.attn == "math" else 0.0
     held = kept(graph, profile, block, program, mesh, micro_batch, moved, free, shards, per_score, balanced)
     repeated = again(graph, profile, block, program, moved, free, frozenset(exchanged), read_on)
     rerun = [step for route in repeated.routes for step in route.steps]
     rerun += [step for op in sorted(repeated.ops) for step in exchanged.get(op, ())]
+    listed_again = rerun if program.recompute == "full" else [step for route in moved.again for step in route.steps]
     parameters = price_parameters(
         graph, block, program, mesh, execution, stored, accumulates, repeated.parameters, disagreed
     )
@@ -220,7 +213,7 @@ def price_block(
         late_bytes=parameters.late_bytes,
         read_again=repeated.parameters,
         gathered_once=parameters.gathered_once,
-        issues=_issues([*forward, *rerun], backward, parameters),
+        issues=_issues([*forward, *listed_again], backward, parameters),
     )
 
 
@@ -245,7 +238,7 @@ def _visible_s(
     found = 0.0
     for routes, behind, which in ((moved.backward, moved.backward_behind, 1), (moved.again, moved.again_behind, 0)):
         for route, readers in zip(routes, behind, strict=True):
-            hides = (hides_gathered and readers.gathers) or (hides_all and which == 1)
+            hides = (hides_gathered and readers.gathers) or hides_all
             beside = readers.ops if hides and all(op in linears for op in readers.led_to) else ()
             hidden_s = min(route.time_s, sum(linears[op][which] for op in beside))
             found += route.time_s - (1 - contention) * hidden_s

@@ -74,7 +74,8 @@ class BlockPoints:
     makes), inf where there is no solution; the boundary placement is the same on both sides. ``choices[node, row,
     boundary]`` and ``storage[op][row]`` say which; ``bound_s[row, boundary]`` is the row's optimum. ``least`` holds the
     least forward seconds, workspace and seconds once per step of any choice; ``links_bind``: ZeRO-3 gathers can take
-    longer than the compute that hides them."""
+    longer than the compute that hides them. ``regathered`` says by flow which solutions gather it again, (rows,
+    boundaries)."""
 
     tables: BlockTables
     rows: tuple[PriceRow, ...]
@@ -84,6 +85,7 @@ class BlockPoints:
     bound_s: Floats
     least: tuple[float, float, float]
     links_bind: bool
+    regathered: dict[int, NDArray[np.bool_]]
 
     def repeated(self, at: NDArray[np.integer]) -> "BlockPoints":
         """Rows number ``at`` of these, in that order."""
@@ -94,7 +96,12 @@ class BlockPoints:
             choices=self.choices[:, at],
             storages=tuple((names, chosen[:, at]) for names, chosen in self.storages),
             bound_s=self.bound_s[at],
+            regathered={flow: flags[at] for flow, flags in self.regathered.items()},
         )
+
+    def regathers(self, row: int, boundary: int) -> tuple[int, ...]:
+        """The flows (positions) that a solution gathers again in the backward."""
+        return tuple(flow for flow, flags in self.regathered.items() if flags[row, boundary])
 
 
 class ParameterPrices:
@@ -173,15 +180,31 @@ def block_points(
     late = (share * beta)[:, None, None]
     once = share[:, None, None]
     repeat = (share * np.where([row.mode == "full" for row in rows], 1.0 + beta, 1.0))[:, None, None]
-    edge_costs = [
-        _scaled(forward, repeat if again else once) + _scaled(backward, late)
-        for (_, _, forward, backward), again in zip(tables.edges, tables.moved_again, strict=True)
-    ]
+    kept = weights[:, tb.SAVED][:, None, None]  # what a byte kept by one micro-batch costs
+    extra_s = {  # of gathering again what one op reads
+        at: _scaled(one.choice_s, late) - kept * one.freed_bytes
+        for at, one in tables.regathers.items()
+        if one.is_choice
+    }
+    edge_costs = []
+    for at, ((_, _, forward, backward), moved_again) in enumerate(zip(tables.edges, tables.moved_again, strict=True)):
+        cost = _scaled(forward, repeat if moved_again else once) + _scaled(backward, late)
+        if at in tables.saved_bytes:
+            cost = cost + kept * tables.saved_bytes[at]
+        if at in extra_s:
+            cost = cost + np.minimum(extra_s[at], 0.0)
+        edge_costs.append(cost)
     table = tables.eliminator.solve(node_costs, edge_costs)
     diagonal = np.arange(len(tables.boundaries))
     values = table.values[:, diagonal, diagonal]
     choices = table.backtrack_all()[:, :, diagonal, diagonal]
-    totals = _totals(tables, rows, choices, parameter_metrics)
+    regathered = {}
+    for at, one in tables.regathers.items():
+        source, target = (choices[node] for node in tables.edges[at][:2])
+        regathered[at] = one.always[source, target]
+        if at in extra_s:
+            regathered[at] = regathered[at] | (extra_s[at][np.arange(len(rows))[:, None], source, target] < 0)
+    totals = _totals(tables, rows, choices, parameter_metrics, regathered)
     totals[~np.isfinite(values)] = np.inf
     return BlockPoints(
         tables=tables,
@@ -192,6 +215,7 @@ def block_points(
         bound_s=values,
         least=_least(tables, parameter_metrics),
         links_bind=_links_bind(tables, parameter_metrics),
+        regathered=regathered,
     )
 
 
@@ -348,6 +372,7 @@ def _totals(
     rows: tuple[PriceRow, ...],
     choices: NDArray[np.integer],
     parameter_metrics: list[tuple[Floats, NDArray[np.integer]]],
+    regathered: dict[int, NDArray[np.bool_]],
 ) -> Floats:
     shape = choices.shape[1:]
     sums = np.zeros((*shape, tb.NUM_METRICS))
@@ -359,7 +384,15 @@ def _totals(
     # Costs charge a tensor to the first op that keeps it; solutions may keep it in two placements (`copies`).
     for at, tensors in enumerate(tables.kept):
         sums[..., [tb.SAVED, tb.CORE_SAVED]] -= tensors[choices[2 + at]]
-    kept = tables.copies.kept(choices.reshape(len(choices), -1))
+    for at, flags in regathered.items():
+        one, (source, target) = tables.regathers[at], tables.edges[at][:2]
+        chosen_s = np.where(one.always, 0.0, one.choice_s)[choices[source], choices[target]]  # always: in the edge
+        sums[..., tb.BACKWARD] += np.where(flags, chosen_s, 0.0)
+        for reader in one.readers:
+            passing = tables.node_metrics[reader][choices[reader], tb.WORKSPACE] + one.whole_bytes[choices[target]]
+            np.maximum(workspace, np.where(flags, passing, 0.0), out=workspace)
+    again = {at: flags.reshape(-1) for at, flags in regathered.items()}
+    kept = tables.copies.kept(choices.reshape(len(choices), -1), again)
     sums[..., [tb.SAVED, tb.CORE_SAVED]] += kept.reshape(*shape, 2)
     # a cell without a solution is arbitrary here, infinite at most, and set to inf by the caller
     waits = np.zeros((*shape, 3))  # seconds that ranks wait for each other, forward and backward, and forward again
@@ -382,7 +415,7 @@ def _totals(
     full, selective = (np.array([[row.mode == mode] for row in rows]) for mode in ("full", "selective"))
     f, c, b = (sums[..., m] for m in (tb.FORWARD, tb.CORE_FORWARD, tb.BACKWARD))
     saved, core, boundary = (sums[..., m] for m in (tb.SAVED, tb.CORE_SAVED, tb.BOUNDARY))
-    again = np.where(full, sums[..., tb.AGAIN], np.where(selective, c, 0.0))
+    again_s = np.where(full, sums[..., tb.AGAIN], np.where(selective, c, 0.0))
     forward_host_s, core_host_s, backward_host_s, again_host_s = tables.host_s
     forward_host = forward_host_s + waits[..., 0]
     backward_host = backward_host_s + waits[..., 1]
@@ -391,7 +424,7 @@ def _totals(
     both = np.add if tables.blocking else np.maximum
     for total, busy, gather in (
         (FORWARD, both(f + c, forward_host), held[..., pm.GATHER_FORWARD]),
-        (BACKWARD, both(b + held[..., pm.ACCUMULATE] + again, backward_host), held[..., pm.GATHER_BACKWARD]),
+        (BACKWARD, both(b + held[..., pm.ACCUMULATE] + again_s, backward_host), held[..., pm.GATHER_BACKWARD]),
     ):
         totals[..., total] = np.maximum(busy, gather) + tables.contention * np.minimum(busy, gather)
     totals[..., STEP] = held[..., pm.STEP]

@@ -31,13 +31,15 @@ class OpPlan(Noun, frozen=True, kw_only=True):
 
     ``input_gradients`` say how the op's backward leaves the gradient of each input, ``output_gradients`` how it takes
     that of each output; "" where there is none. An ``R`` input of an op that is sharded on an axis has gradient
-    ``P``."""
+    ``P``. Inputs (positions) in ``gathers_again`` are kept for the backward as they were cut before they were gathered,
+    and gathered again there."""
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     input_gradients: tuple[str, ...] = ()
     output_gradients: tuple[str, ...] = ()
+    gathers_again: tuple[int, ...] = ()
 
 
 class ValuePlan(Noun, frozen=True, kw_only=True):
