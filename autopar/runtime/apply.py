@@ -15,11 +15,11 @@ from autopar.graph.retype import retyped
 from autopar.graph.trace import trace
 from autopar.plan.errors import AutoparError, PlanFileError, UsageError
 from autopar.plan.plan import Plan
+from autopar.runtime.build import build_programs
 from autopar.runtime.collectives import order_of, sequences_of
 from autopar.runtime.initialise import DeferredInitialisation
 from autopar.runtime.mesh import make_meshes
 from autopar.runtime.parameters import MakeOptimizer, StageParameters, tie
-from autopar.runtime.program import build_programs
 from autopar.runtime.runner import Mode, StageRunner
 from autopar.runtime.stage import KEY, StageFunction
 from autopar.runtime.trainer import Trainer
