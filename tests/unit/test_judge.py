@@ -238,6 +238,31 @@ def test_megatron_collectives_of_a_layer_as_published(graphs):
     assert listed(made, "microbatch")["all_reduce", tp, whole] >= 4 * 4  # four layers
 
 
+def test_sequence_parallelism_gathers_inputs_again_backward(graphs):
+    """Korthikanti et al., 2022, section 4.2.2: a layer gathers two inputs forward and two gradients backward, and the
+    two inputs again, as it keeps them cut; it scatters two sums each way."""
+    made = estimate(workload(graphs, "gpt"), cluster="dgx-a100", gpus=2, global_batch=8, layout="tp=2,mbs=2,sp=1")
+    whole = 2 * 128 * 256 * 2
+    tp = tuple(axis.name for axis in made.stages[0].axes if axis.size == 2)
+    at_the_ends = {"all_gather": 3, "reduce_scatter": 2}  # the head gathers like a linear op, the embedding scatters
+    counts = listed(made, "microbatch")
+    assert counts["all_gather", tp, whole] == 4 * 6 + at_the_ends["all_gather"]
+    assert counts["reduce_scatter", tp, whole] == 4 * 4 + at_the_ends["reduce_scatter"]
+
+
+def test_where_memory_binds_gathered_inputs_are_kept_as_cut(graphs):
+    """The choice is the search's: with room for whole copies nothing is gathered twice."""
+    search = {"cluster": "p3.16xlarge", "gpus": 8, "global_batch": 8, "micro_batch": 8, "recompute": "none"}
+    kept = {}
+    for memory_gib in (16, 0.95):
+        made = plan(workload(graphs, "gpt"), memory_gib=memory_gib, **search)
+        assert list(differences(made, judged(graphs, "gpt", made))) == []
+        kept[memory_gib] = [op.name for program in made.programs for op in program.ops if op.gathers_again]
+        print(memory_gib, made.estimate.peak_memory_bytes / 2**30, made.stages[0].axes, kept[memory_gib])
+    assert not kept[16]
+    assert kept[0.95]
+
+
 def test_zero_3_gathers_what_each_pass_reads_and_scatters_once(graphs):
     """A backward reads no bias of a linear and no table of positions, so these are gathered once."""
     made = estimate(workload(graphs, "gpt"), cluster="dgx-a100", gpus=4, global_batch=8, layout="zero=3,grads=same")
