@@ -19,6 +19,12 @@ class ExecutionModel:
     ``whole_checkpoint``: full recomputation runs the whole block again (Megatron-LM's and DeepSpeed's checkpoint);
     without it only what the backward reads, as torch's does, which stops at the last tensor that was kept, and ours.
 
+    ``selective``: what selective recomputation keeps. "attention": all but attention's insides, which it computes again
+    (Korthikanti et al., 2022, section 5; our runtime). "products": a block's inputs, fused attention's results, and
+    those of every second product with a weight, beginning with the first; the rest is computed again as far as the
+    backward reads it (torchtitan's ``selective_ac_option="op"`` on torch's create_selective_checkpoint_contexts:
+    torchtitan/parallelisms/parallelize_llama.py@004b3148).
+
     ``blocking``: the host waits for every kernel before it launches the next (CUDA_LAUNCH_BLOCKING=1), so that launches
     and kernels add up instead of running beside each other.
 
@@ -36,6 +42,7 @@ class ExecutionModel:
     balanced_context: bool = False
     blocking: bool = False
     whole_checkpoint: bool = False
+    selective: Literal["attention", "products"] = "attention"
 
     @property
     def software(self) -> Software:

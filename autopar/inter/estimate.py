@@ -187,8 +187,9 @@ class LayoutPricer:
             accumulate=layout.num_microbatches > 1,
             balanced_context=True,
             blocking=layout.launch == "blocking",
-            # parameters gathered ahead of their use: PyTorch's FSDP, whose checkpoint stops early
+            # parameters gathered ahead of their use: PyTorch's FSDP, whose checkpoint stops early and selects by op
             whole_checkpoint=not (layout.zero == 3 and layout.overlap),
+            selective="products" if layout.zero == 3 and layout.overlap else "attention",
         )
         if execution not in self._shared:
             self._shared[execution] = Blocks(self.graph, self.blocks, self.cluster, execution, self.profile)

@@ -29,6 +29,7 @@ from autopar.inter.judge_flow import at_hand
 from autopar.inter.judge_items import step_items
 from autopar.inter.judge_parameters import disagreements
 from autopar.inter.judge_routes import Mesh, Step
+from autopar.inter.judge_selected import selected_of
 from autopar.inter.judge_tied import Use, tied_moves
 from autopar.inter.judge_transfers import Send, sends
 from autopar.inter.judge_workspace import kept_anywhere
@@ -95,6 +96,8 @@ def judge(
     profile = with_fused_loss(graph, profile or profile_graph(graph), fuses)
     free, stays = at_hand(graph), kept_anywhere(graph, profile)
     fused = savings(graph, profile, fuses)
+    by_op = plan.execution.selective == "products"
+    selected = selected_of(graph, profile, blocks, plan.execution.attn == "flash") if by_op else None
     kinds: dict[int, Block] = {}
     for block in blocks:
         kinds.setdefault(block.kind, block)
@@ -140,6 +143,7 @@ def judge(
                     stays,
                     here,
                     read_on,
+                    selected,
                 )
             price = prices[key]
             again = [once.pop(value) for value, own in alike.items() if own in price.read_again and value in once]
