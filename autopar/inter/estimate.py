@@ -215,7 +215,7 @@ class LayoutPricer:
 
     def _restriction(self, layout: Layout, cut: StageCut) -> Restriction:
         """What the layout leaves open, less what pins fix."""
-        found = restriction(self.graph, layout, cut.spec)
+        found = restriction(self.graph, self.blocks, layout, cut.spec)
         if not self.pins.pins:
             return found
         return replace(found, allowed=self.pins.allowed(found.mesh.has_data_axis, found.allowed))
