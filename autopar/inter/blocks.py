@@ -78,9 +78,9 @@ class Blocks:
         self.pins = pins if pins is not None and pins.pins else None
         self.graph, self.blocks, self.cluster, self.execution = graph, blocks, cluster, execution
         self.profile: GraphProfile = with_fused_loss(
-            graph, profile_graph(graph) if profile is None else profile, execution.software.fuses
+            graph, profile_graph(graph) if profile is None else profile, execution.fuses
         )
-        self.fused = savings(graph, self.profile, execution.software.fuses)
+        self.fused = savings(graph, self.profile, execution.fuses)
         self._data = data_values(graph)
         self.kinds: dict[int, Block] = {}
         for block in blocks:

@@ -92,8 +92,9 @@ def judge(
     Worked example: a block of one (8, 4) x (4, 6) product in fp16, column parallel on 2 ranks, takes the matmul curve
     at (8, 3, 4) and, before it, an all_gather of 8 * 4 * 2 = 64 bytes when its input lies as ``S(0)``.
     """
-    fuses = load_software(plan.execution.fusion).fuses
-    profile = with_fused_loss(graph, profile or profile_graph(graph), fuses)
+    fuses, profile = load_software(plan.execution.fusion).fuses, profile or profile_graph(graph)
+    if plan.execution.loss == "program":
+        profile = with_fused_loss(graph, profile, fuses)
     free, stays = at_hand(graph), kept_anywhere(graph, profile)
     fused = savings(graph, profile, fuses)
     by_op = plan.execution.selective == "products"
