@@ -24,8 +24,9 @@ from autopar.graph.ir import Block, Graph
 from autopar.graph.profile import GraphProfile, profile_graph
 from autopar.graph.trace import trace
 from autopar.inter.blocks import Blocks, Restriction
-from autopar.inter.emit import Found, build_plan
+from autopar.inter.emit import Found, build_plan, execution_of
 from autopar.inter.finish import Finished, add
+from autopar.inter.judge import Ground
 from autopar.inter.layouts import StageCut, cuts, restriction, stage_ends
 from autopar.inter.pins import BlockPins
 from autopar.inter.planner import DTYPES, GIB
@@ -101,6 +102,7 @@ class LayoutPricer:
         self.budget_bytes = memory_gib * GIB if memory_gib is not None else float(self.cluster.device.memory_bytes)
         self._cut_bytes = cut_bytes_of(self.graph, self.blocks) / self.graph.batch.traced
         self._shared: dict[ExecutionModel, Blocks] = {}
+        self._grounds: dict[ExecutionModel, Ground] = {}
         self.pins = BlockPins(self.graph, self.blocks, pins)
 
     def price(self, layout: Layout, layer_s: tuple[float, float] | None = None) -> Priced:
@@ -276,6 +278,9 @@ class LayoutPricer:
 
     def plan(self, priced: Priced, seconds: float) -> Plan:
         """The whole plan of a priced layout; LayoutError where a pin contradicts it."""
+        execution = priced.books[0].blocks.execution
+        if execution not in self._grounds:
+            self._grounds[execution] = Ground.of(execution_of(execution), self.graph, self.blocks, self.profile)
         plan = build_plan(
             Found(
                 workload=self.workload,
@@ -296,6 +301,7 @@ class LayoutPricer:
                 runner_up=None,
                 times=priced.times,
                 fixed=True,
+                ground=self._grounds[execution],
             )
         )
         if faults := unmet(plan, self.pins.pins):
