@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from autopar.cluster.software import Software, load_software
+from autopar.cluster.software import Chain, Software, load_software
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +18,15 @@ class ExecutionModel:
 
     ``whole_checkpoint``: full recomputation runs the whole block again (Megatron-LM's and DeepSpeed's checkpoint);
     without it only what the backward reads, as torch's does, which stops at the last tensor that was kept, and ours.
+
+    ``selective``: what selective recomputation keeps. "attention": all but attention's insides, which it computes again
+    (Korthikanti et al., 2022, section 5; our runtime). "products": a block's inputs, fused attention's results, and
+    those of every second product with a weight, beginning with the first; the rest is computed again as far as the
+    backward reads it (torchtitan's ``selective_ac_option="op"`` on torch's create_selective_checkpoint_contexts:
+    torchtitan/parallelisms/parallelize_llama.py@004b3148).
+
+    ``torch_loss``: the loss is PyTorch's own cross entropy whatever else the program fuses (torchtitan: ``F.cross_entropy``
+    of fp32 logits), which keeps log-probabilities and makes two gradients as large.
 
     ``blocking``: the host waits for every kernel before it launches the next (CUDA_LAUNCH_BLOCKING=1), so that launches
     and kernels add up instead of running beside each other.
@@ -36,11 +45,18 @@ class ExecutionModel:
     balanced_context: bool = False
     blocking: bool = False
     whole_checkpoint: bool = False
+    selective: Literal["attention", "products"] = "attention"
+    torch_loss: bool = False
 
     @property
     def software(self) -> Software:
         """The table of the program that ``fusion`` names."""
         return load_software(self.fusion)
+
+    @property
+    def fuses(self) -> tuple[Chain, ...]:
+        """What joins its neighbours in one kernel."""
+        return tuple(chain for chain in self.software.fuses if chain != "loss" or not self.torch_loss)
 
     @property
     def late_gradients(self) -> bool:

@@ -14,6 +14,7 @@ from autopar.graph.ir import Block, Graph
 from autopar.graph.profile import GraphProfile, profile_graph
 from autopar.inter.pins import BlockPins
 from autopar.inter.stage_types import StageTypes, stage_types
+from autopar.intra.again import Kept
 from autopar.intra.frontier import BlockPoints, ParameterPrices, PriceRow, block_points
 from autopar.intra.space import BlockSpace, block_space, data_values
 from autopar.intra.strategies import Allowed
@@ -77,16 +78,17 @@ class Blocks:
         self.pins = pins if pins is not None and pins.pins else None
         self.graph, self.blocks, self.cluster, self.execution = graph, blocks, cluster, execution
         self.profile: GraphProfile = with_fused_loss(
-            graph, profile_graph(graph) if profile is None else profile, execution.software.fuses
+            graph, profile_graph(graph) if profile is None else profile, execution.fuses
         )
-        self.fused = savings(graph, self.profile, execution.software.fuses)
+        self.fused = savings(graph, self.profile, execution.fuses)
         self._data = data_values(graph)
         self.kinds: dict[int, Block] = {}
         for block in blocks:
             self.kinds.setdefault(block.kind, block)
         self._spaces: dict[int, BlockSpace] = {}
         self.core = frozenset(op.id for op in graph.ops if "scaled_dot_product" in op.target)
-        self.savers = _savers(graph, self.profile, self.core)
+        self.kept = Kept.of(graph, self.profile, blocks, execution) if execution.selective == "products" else None
+        self.savers = _savers(graph, self.profile, self.core, self.kept)
         self.first_user: dict[int, int] = {}
         for block in blocks:
             for value in block.parameters:
@@ -159,6 +161,7 @@ class Blocks:
                     self.fused,
                     data,
                     restriction is not None,  # a manual layout is Megatron's program
+                    self.kept,
                 ).build()
             if mesh not in self._prices:
                 self._prices[mesh] = ParameterPrices(whole, self.execution)
@@ -207,10 +210,10 @@ def _without_recompute(rows: tuple[PriceRow, ...]) -> tuple[tuple[PriceRow, ...]
 
 
 def _savers(
-    graph: Graph, profile: GraphProfile, core: frozenset[int]
+    graph: Graph, profile: GraphProfile, core: frozenset[int], selected: Kept | None
 ) -> dict[int, tuple[tuple[tuple[int, ...], bool], ...]]:
     """Per op, for each memory that it is the first to keep: the positions (inputs, then outputs) of the values that
-    share it, and whether attention made it."""
+    share it, and whether selective recomputation frees it: attention made it, or it is none of what is ``selected``."""
     made = {value: op.id for op in graph.ops for value in op.outputs}
     seen: set[int] = set()
     found: dict[int, tuple[tuple[tuple[int, ...], bool], ...]] = {}
@@ -224,5 +227,11 @@ def _savers(
                 by_owner.setdefault(owner, {}).setdefault(values[position], position)
         seen.update(by_owner)
         if by_owner:
-            found[op.id] = tuple((tuple(at.values()), made.get(owner) in core) for owner, at in by_owner.items())
+            found[op.id] = tuple(
+                (
+                    tuple(at.values()),
+                    made.get(owner) in core if selected is None else owner not in selected.memories,
+                )
+                for owner, at in by_owner.items()
+            )
     return found

@@ -160,6 +160,8 @@ def build_plan(found: Found) -> Plan:
             grads="fp32" if book.blocks.execution.fp32_grads else "same",
             launch="blocking" if book.blocks.execution.blocking else "async",
             checkpoint="whole" if book.blocks.execution.whole_checkpoint else "needed",
+            selective=book.blocks.execution.selective,
+            loss="torch" if book.blocks.execution.torch_loss else "program",
         ),
         gpus=found.gpus,
         global_batch=found.global_batch,

@@ -177,6 +177,7 @@ class LayoutPricer:
 
     def _books(self, layout: Layout, stages: tuple[StageCut, ...]) -> tuple[StageBook, ...]:
         """The book of every stage; stages of one mesh share theirs."""
+        fsdp = layout.zero == 3 and layout.overlap
         execution = ExecutionModel(
             dtype=self.dtype,
             optimizer=self.optimizer,  # type: ignore[arg-type]
@@ -187,8 +188,11 @@ class LayoutPricer:
             accumulate=layout.num_microbatches > 1,
             balanced_context=True,
             blocking=layout.launch == "blocking",
-            # parameters gathered ahead of their use: PyTorch's FSDP, whose checkpoint stops early
-            whole_checkpoint=not (layout.zero == 3 and layout.overlap),
+            # parameters gathered ahead of their use: PyTorch's FSDP, whose checkpoint stops early and selects by op; what
+            # selects is torchtitan, whose loss is PyTorch's (llm-foundry's is fused)
+            whole_checkpoint=not fsdp,
+            selective="products" if fsdp else "attention",
+            torch_loss=fsdp and layout.recompute == "selective",
         )
         if execution not in self._shared:
             self._shared[execution] = Blocks(self.graph, self.blocks, self.cluster, execution, self.profile)
@@ -214,7 +218,7 @@ class LayoutPricer:
 
     def _restriction(self, layout: Layout, cut: StageCut) -> Restriction:
         """What the layout leaves open, less what pins fix."""
-        found = restriction(self.graph, layout, cut.spec)
+        found = restriction(self.graph, self.blocks, layout, cut.spec)
         if not self.pins.pins:
             return found
         return replace(found, allowed=self.pins.allowed(found.mesh.has_data_axis, found.allowed))

@@ -30,6 +30,7 @@ from autopar.inter.judge_items import step_items
 from autopar.inter.judge_parameters import disagreements
 from autopar.inter.judge_peak import Moment, Passage, fullest_moment
 from autopar.inter.judge_routes import Mesh, Step
+from autopar.inter.judge_selected import selected_of
 from autopar.inter.judge_tied import Use, tied_moves
 from autopar.inter.judge_transfers import Send, sends
 from autopar.inter.judge_workspace import kept_anywhere
@@ -92,10 +93,13 @@ def judge(
     Worked example: a block of one (8, 4) x (4, 6) product in fp16, column parallel on 2 ranks, takes the matmul curve
     at (8, 3, 4) and, before it, an all_gather of 8 * 4 * 2 = 64 bytes when its input lies as ``S(0)``.
     """
-    fuses = load_software(plan.execution.fusion).fuses
-    profile = with_fused_loss(graph, profile or profile_graph(graph), fuses)
+    fuses, profile = load_software(plan.execution.fusion).fuses, profile or profile_graph(graph)
+    if plan.execution.loss == "program":
+        profile = with_fused_loss(graph, profile, fuses)
     free, stays = at_hand(graph), kept_anywhere(graph, profile)
     fused = savings(graph, profile, fuses)
+    by_op = plan.execution.selective == "products"
+    selected = selected_of(graph, profile, blocks, plan.execution.attn == "flash") if by_op else None
     kinds: dict[int, Block] = {}
     for block in blocks:
         kinds.setdefault(block.kind, block)
@@ -142,6 +146,7 @@ def judge(
                     stays,
                     here,
                     read_on,
+                    selected,
                 )
             price = prices[key]
             again = [once.pop(value) for value, own in alike.items() if own in price.read_again and value in once]

@@ -2,7 +2,7 @@
 
 The backward reads what autograd keeps of each op: inputs, outputs, tensors of its insides (the op's profile). A
 parameter that is cut at rest is gathered again where the backward reads it. Under full recomputation only the block's
-inputs stay, and an op runs again when the backward reads its results or insides, or another op that runs again reads
+inputs stay (torch's selective checkpoint keeps the results of some ops, too), and an op runs again when the backward reads its results or insides, or another op that runs again reads
 them; so do the moves on the way, and the exchanges inside the op. What the block hands on as it was made stays for the
 next block of its stage. The last product of a transformer block, whose sum goes into the residual stream, does not run again:
 nothing reads it.
@@ -15,6 +15,7 @@ from autopar.graph.profile import GraphProfile
 from autopar.graph.random_ops import drop_probability
 from autopar.inter.judge_flow import Moves
 from autopar.inter.judge_routes import Route
+from autopar.inter.judge_selected import Selected
 from autopar.plan.plan import BlockProgram
 
 
@@ -36,21 +37,25 @@ def again(
     free: frozenset[int],
     exchanging: frozenset[int],
     read_on: frozenset[int],
+    selected: Selected | None,
 ) -> Again:
-    """``read_on``: outputs that later blocks of the stage read, and keep. Values in ``free`` are at hand and cost
+    """``selected``: what selective recomputation keeps (None: all that attention did not make, and it moves nothing).
+    ``read_on``: outputs that later blocks of the stage read, and keep. Values in ``free`` are at hand and cost
     nothing to have again. Ops that are ``exchanging`` inside are kernels written out, and a dropout's mask follows from
     indices: for their insides alone they read no more than their backward does."""
     ops = {op.id: op for op in graph.ops[block.first_op : block.end_op]}
     maker = {value: op.id for op in ops.values() for value in op.outputs}
     handed_on = _handed_on(graph, block, program) & read_on
-    full = program.recompute == "full"
+    by_op = selected is not None and program.recompute == "selective"
+    full = program.recompute == "full" or by_op
+    kept = selected.ops if selected is not None and by_op else frozenset()
     found: dict[int, bool] = {}  # whether the op's results are read, or its insides alone
     routes: set[int] = set()
     parameters: set[int] = set()
     stack: list[int] = []
 
     def run(op: int, *, results: bool) -> None:
-        known = op in found and (found[op] or not results)
+        known = op in kept or (op in found and (found[op] or not results))
         if full and not known and not free.issuperset(ops[op].outputs):
             found[op] = results
             stack.append(op)

@@ -4,6 +4,7 @@ F, C, B      kernels outside and inside attention, and backward, with the moves 
 launches     calls of the host * launch time, + a wait per collective for the slowest host
 forward      both(max(F + C, launches), gathers)                both(a, b) = max(a, b) + contention * min(a, b)
 backward     both(max(B + again, launches), gathers, scatters)  again = 0 | C | A for none | selective | full
+             (selective by operation: as full, of what it has not kept)
              A = F + C, or of it what the backward needs (`judge_again`)
 exchanges    of a linear op's input gradient run beside the product for its weight's, where the program overlaps or is
              sequence parallel, and what is gathered again beside the one for its input's: both(a, b) - a  (_visible_s)
@@ -23,6 +24,7 @@ from autopar.inter.judge_flow import Moves, kept, moves
 from autopar.inter.judge_ops import price_op
 from autopar.inter.judge_parameters import ParameterPrice, price_parameters
 from autopar.inter.judge_routes import Mesh, Route, Step
+from autopar.inter.judge_selected import Selected
 from autopar.inter.judge_workspace import passing
 from autopar.plan.errors import CheckError
 from autopar.plan.plan import BlockProgram, Execution
@@ -90,12 +92,13 @@ def price_block(
     stays: tuple[frozenset[int], frozenset[int]],
     disagreed: frozenset[tuple[int, int]],
     read_on: frozenset[int],
+    selected: Selected | None = None,
 ) -> BlockPrice:
     """``free`` values are at hand anywhere, ``stored`` parameters are held by an earlier block of the stage; ``fused``
     is what fusion saves of the ops' traffic, ``data_axis`` whether the first of several axes is the data axis;
     ``balanced``: those that share a sequence share its attention evenly under a causal mask, and the rest is Megatron's
     program, too; ``stays``: see
-    ``judge_workspace.kept_anywhere``; ``disagreed`` as in `judge_parameters`, ``read_on`` in `judge_again`."""
+    ``judge_workspace.kept_anywhere``; ``disagreed`` as in `judge_parameters`, ``read_on`` and ``selected`` in `judge_again`."""
     software, device = load_software(execution.fusion), mesh.cluster.device
     ops = graph.ops[block.first_op : block.end_op]
     aligned = ((program.ops, ops), (program.inputs, block.inputs), (program.outputs, block.outputs))
@@ -147,11 +150,13 @@ def price_block(
         alone_bytes = passing(graph, profile, op, planned, mesh, micro_batch, *stays, price.shards, materialised=scores)
         largest = max(largest, alone_bytes + max((size for at, size in moved.keep_cut if at == op.id), default=0.0))
     per_score = software.math_attention_bytes_per_score if execution.attn == "math" else 0.0
-    held = kept(graph, profile, block, program, mesh, micro_batch, moved, free, shards, per_score, balanced)
-    repeated = again(graph, profile, block, program, moved, free, frozenset(exchanged), read_on)
+    held = kept(
+        graph, profile, block, program, mesh, micro_batch, moved, free, shards, per_score, balanced, selected, stays[0]
+    )
+    repeated = again(graph, profile, block, program, moved, free, frozenset(exchanged), read_on, selected)
     rerun = [step for route in repeated.routes for step in route.steps]
     rerun += [step for op in sorted(repeated.ops) for step in exchanged.get(op, ())]
-    listed_again = rerun if program.recompute == "full" else [step for route in moved.again for step in route.steps]
+    listed_again = rerun + [step for route in moved.again for step in route.steps if program.recompute != "full"]
     parameters = price_parameters(
         graph, block, program, mesh, execution, stored, accumulates, repeated.parameters, disagreed
     )
@@ -160,9 +165,10 @@ def price_block(
     exchanged_s = steps_s + _visible_s(moved, linears, mesh.cluster.overlap_contention, execution, balanced)
     b = times[2] + exchanged_s
     full, mode = program.recompute == "full", program.recompute
-    needed = mode == "full" and execution.checkpoint == "needed"
+    by_op = mode == "selective" and selected is not None
+    needed = by_op or (mode == "full" and execution.checkpoint == "needed")
     rerun_s = sum(alone[op] for op in repeated.ops) + sum(step.time_s for step in rerun) if needed else f + times[1]
-    again_s = {"none": 0.0, "selective": times[1], "full": rerun_s}[mode]
+    again_s = {"none": 0.0, "selective": rerun_s if by_op else times[1], "full": rerun_s}[mode]
     wait_s = software.collective_calls * device.launch_s
     waiting = [sum(_waiting(route, mesh, data_axis) for route in routes) for routes in (moved.forward, moved.backward)]
     launch_f = calls[0] * device.launch_s + wait_s * waiting[0]
@@ -172,7 +178,8 @@ def price_block(
         calls_again = software.fixed_calls + sum(called[op] for op in repeated.ops)
         waiting_again = sum(_waiting(route, mesh, data_axis) for route in repeated.routes)
         launched_s = calls_again * device.launch_s + wait_s * waiting_again
-    launch_b += {"none": 0.0, "selective": calls[1] * device.launch_s, "full": launched_s}[mode]
+    attention_launched_s = calls[1] * device.launch_s
+    launch_b += {"none": 0.0, "selective": launched_s if by_op else attention_launched_s, "full": launched_s}[mode]
     contention = mesh.cluster.overlap_contention if execution.overlap else 1.0
     kernels, launches = (f + times[1], b + parameters.accumulate_s + again_s), (launch_f, launch_b)
     together = sum if execution.launch == "blocking" else max  # blocking: the host waits for each kernel
@@ -181,12 +188,14 @@ def price_block(
         _both(one, held, contention)
         for one, held in zip(busy, (parameters.forward_s, parameters.backward_s), strict=True)
     )
-    whole = set(alone) if full and not needed else repeated.ops if full else set()
+    whole = set(alone) if full and not needed else repeated.ops if needed else set()
     matmul_s = products[0] + products[1] + sum(alone[op] for op in whole if op in multiplying)
-    attended_again_s = times[1] if mode == "selective" else sum(alone[op] for op in whole if op in attending)
+    attended_again_s = (
+        times[1] if mode == "selective" and not by_op else sum(alone[op] for op in whole if op in attending)
+    )
     attention_s = times[1] + attended_again_s + core_backward
     moved_s = sum(step.time_s for step in forward)
-    moved_again_s = sum(step.time_s for step in (rerun if needed else forward)) if full else 0.0
+    moved_again_s = sum(step.time_s for step in (rerun if needed else forward)) if full or by_op else 0.0
     activations_s = moved_s + moved_again_s + exchanged_s
     kernels_s = f + times[1] + b + parameters.accumulate_s + again_s
     return BlockPrice(
@@ -205,7 +214,11 @@ def price_block(
         parameters_bytes=parameters.parameters_bytes,
         gradients_bytes=parameters.gradients_bytes,
         optimizer_bytes=parameters.optimizer_bytes,
-        saved_bytes={"none": held.saved + held.core, "selective": held.saved, "full": held.inputs}[mode],
+        saved_bytes={
+            "none": held.saved + held.core,
+            "selective": held.saved + held.beside,
+            "full": held.inputs,
+        }[mode],
         passing_bytes=largest + {"none": 0.0, "selective": held.core, "full": held.saved + held.core}[mode],
         read_again=repeated.parameters,
         gathered_once=parameters.gathered_once,

@@ -16,6 +16,7 @@ from autopar.graph.ir import Block, Graph
 from autopar.graph.profile import GraphProfile
 from autopar.inter.judge_ops import sizes_at
 from autopar.inter.judge_routes import Mesh, Route
+from autopar.inter.judge_selected import Selected
 from autopar.inter.judge_workspace import whole_scores
 from autopar.plan.errors import CheckError
 from autopar.plan.mesh import parse_placements
@@ -57,11 +58,12 @@ class Moves:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """Bytes kept per micro-batch: what every mode keeps of attention's insides apart from the rest, and of the block's
-    inputs (all that full recomputation keeps)."""
+    """Bytes kept per micro-batch: those that selective recomputation frees (``core``) apart from the rest, those that
+    it alone keeps (``beside``), and the block's inputs (all that full recomputation keeps)."""
 
     saved: float
     core: float
+    beside: float
     inputs: float
 
 
@@ -193,16 +195,24 @@ def kept(
     shards: dict[int, tuple[int, int]],
     bytes_per_score: float,
     as_megatron: bool = False,
+    selected: Selected | None = None,
+    kept_anyhow: frozenset[int] = frozenset(),
 ) -> Kept:
     """What one micro-batch keeps; ``shards`` is by how many ranks each op's work is divided, and by how many of
     axes that do not cut the batch. Materialised attention keeps ``bytes_per_score`` of its scores (0: it is fused).
-    ``as_megatron``: attention computed again leaves its result where another op keeps it."""
+    ``as_megatron``: attention computed again leaves its result where another op keeps it. ``selected``: what selective
+    recomputation keeps (None: it frees attention's insides); ``kept_anyhow``: memories that some op keeps for its
+    backward."""
     earlier = _kept_before(graph, profile, block.first_op)
     held: dict[Copy, float] = {}
     core: set[Copy] = set()
     roots: dict[int, Copy] = {}
     placed = {v: p.placement for v, p in zip(block.inputs, program.inputs, strict=True)}
-    saved = inside = 0.0
+    saved = inside = beside = 0.0
+
+    def local(value: int, text: str) -> int:
+        tensor = graph.values[value]
+        return mesh.local_bytes(sizes_at(graph, tensor.shape, micro_batch), tensor.itemsize, parse_placements(text))
 
     def size_of(copy: Copy, value: int, text: str) -> float:
         """Bytes of a copy, of which a saver sees ``value`` lying as ``text``."""
@@ -234,13 +244,16 @@ def kept(
             roots[value] = ("made", value, "") if viewed is None else memory[viewed]
             placed[value] = planned.outputs[at]
             memory.setdefault(value, roots[value])
-            if is_core and viewed is None:
+            if is_core and viewed is None and selected is None:
                 core.add(roots[value])
         texts = (*planned.inputs, *planned.outputs)
         for at in (*ran.saved_inputs, *(len(op.inputs) + i for i in ran.saved_outputs)):
             value = (*op.inputs, *op.outputs)[at]
             copy = memory[value]
-            if as_megatron and not is_core:
+            if selected is not None:
+                if copy[0] == "moved" or (copy[1] not in selected.made and copy[1] not in selected.handed_on):
+                    core.add(copy)
+            elif as_megatron and not is_core:
                 core.discard(copy)
             if graph.values[profile.owners[value]].kind not in ("parameter", "buffer") and copy not in held:
                 held[copy] = 0.0 if copy[0] == "made" and copy[1] in earlier else size_of(copy, value, texts[at])
@@ -250,26 +263,36 @@ def kept(
         internal /= shards[op.id][0] if grows else shards[op.id][1]
         if is_core and bytes_per_score:
             internal = whole_scores(graph, op, micro_batch) * bytes_per_score / shards[op.id][0]
-        saved, inside = (saved, inside + internal) if is_core else (saved + internal, inside)
+        freed = is_core if selected is None else op.id not in selected.ops
+        saved, inside = (saved, inside + internal) if freed else (saved + internal, inside)
+        if selected is not None and op.id in selected.ops:
+            beside += sum(
+                local(value, planned.outputs[at])
+                for at, value in enumerate(op.outputs)
+                if profile.owners[value] not in kept_anyhow
+            )
     read = {
         value
         for op in graph.ops[block.first_op : block.end_op]
         if not free.issuperset((*op.inputs, *op.outputs))
         for value in op.inputs
     }
-    inputs = sum(
-        mesh.local_bytes(
-            sizes_at(graph, graph.values[value].shape, micro_batch),
-            graph.values[value].itemsize,
-            parse_placements(planned.placement),
-        )
+    inputs = {
+        value: local(value, planned.placement)
         for value, planned in zip(block.inputs, program.inputs, strict=True)
         if value in read
-    )
+    }
+    if selected is not None:
+        beside += sum(
+            size
+            for value, size in inputs.items()
+            if profile.owners[value] not in kept_anyhow and profile.owners[value] not in selected.made
+        )
     return Kept(
         saved=saved + sum(size for copy, size in held.items() if copy not in core),
         core=inside + sum(size for copy, size in held.items() if copy in core),
-        inputs=float(inputs),
+        beside=float(beside),
+        inputs=float(sum(inputs.values())),
     )
 
 

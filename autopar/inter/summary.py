@@ -38,17 +38,21 @@ def time_parts(uses: Sequence[Use]) -> Parts:
     launch = activations = reduction = optimizer = 0.0
     for use in uses:
         tables, mode = use.points.tables, use.points.rows[use.row].mode
-        full, core = float(mode == "full"), 2.0 if mode == "selective" else 1.0
+        full, selective = float(mode == "full"), float(mode == "selective")
         computing = 0.0
         for at, node in enumerate(tables.space.ops):
             row = tables.node_metrics[2 + at][use.strategy(at)]
-            seconds = float(row[tb.FORWARD] + core * row[tb.CORE_FORWARD] + full * row[tb.AGAIN] + row[tb.BACKWARD])
+            forward_s = row[tb.FORWARD] + (1.0 + selective) * row[tb.CORE_FORWARD]
+            seconds = float(forward_s + full * row[tb.AGAIN] + row[tb.BACKWARD])
             kinds[node.rule.compute if node.rule.compute in kinds else "memory"] += seconds
             computing += seconds
-        for (source, target, forward, backward), moved in zip(tables.edges, tables.moved_again, strict=True):
+        for (source, target, forward, backward), moved, chosen in zip(
+            tables.edges, tables.moved_again, tables.moved_selectively, strict=True
+        ):
             pair = tuple(int(use.points.choices[node, use.row, use.boundary]) for node in (source, target))
-            activations += float((1.0 + full * moved) * forward[pair] + backward[pair])
-        host = tables.host_s[0] + tables.host_s[2] + full * tables.host_s[3]
+            times = 1.0 + full * moved + selective * chosen
+            activations += float(times * forward[pair] + backward[pair])
+        host = tables.host_s[0] + tables.host_s[2] + selective * tables.host_s[1] + full * tables.host_s[3]
         launch += host if tables.blocking else max(host - computing, 0.0)
         reduction += float(use.totals[fr.STEP])
         optimizer += float(use.totals[fr.STEP_EXPOSED])

@@ -89,12 +89,13 @@ class CopyCounter:
         sizes: LocalSizes,
         regathering: Mapping[int, tuple[int, ...]],
         keeps_attention: bool = False,
+        stays: frozenset[int] | None = None,
     ) -> None:
         """``first_keeper``: value whose memory is kept -> the first op of the graph that keeps it; ``core``:
         attentions; ``regathering``: flow (position) -> the nodes that keep what it gathers as it was cut, where it is
         gathered again; ``keeps_attention``: attention's result stays, too, where attention is computed again but others
-        keep it."""
-        self.keeps_attention = keeps_attention
+        keep it. ``stays``: values whose memory selective recomputation keeps; None: all but what attention makes."""
+        self._stays, self.keeps_attention = stays, keeps_attention
         self._ways, self._regathering = ways_of(space), regathering
         self._data = [
             tuple("R" if t == "G" else t for t in (*option.inputs, *option.outputs))
@@ -121,8 +122,9 @@ class CopyCounter:
             )
 
     def kept(self, choices: NDArray[np.integer], again: Mapping[int, NDArray[np.bool_]]) -> Floats:
-        """(solutions, 2) bytes outside and inside attention; ``choices`` is (nodes, solutions). ``again`` says by flow
-        (position) in which solutions (solutions,) readers keep what it gathers as it was cut."""
+        """(solutions, 2) bytes that selective recomputation keeps and those it frees; ``choices`` is (nodes,
+        solutions). ``again`` says by flow (position) in which solutions (solutions,) readers keep what it gathers as it
+        was cut."""
         counted = []
         regathered = [[flow for flow, flags in again.items() if flags[at]] for at in range(choices.shape[1])]
         for column, flows in zip(choices.T.tolist(), regathered, strict=True):
@@ -166,6 +168,9 @@ class CopyCounter:
                     outside.add(copy)
                 if copy not in bytes_of:
                     bytes_of[copy] = self._bytes(copy, node.op.id, at, position, value, options, lies)
+        if self._stays is not None:
+            freed = sum(held for copy, held in bytes_of.items() if copy[1] is not None or copy[0] not in self._stays)
+            return sum(bytes_of.values()) - freed, freed
         made_by_core = {copy for copy in bytes_of if copy[1] is None and copy[0] in self._made_by_core}
         inside = sum(bytes_of[copy] for copy in made_by_core - outside)
         return sum(bytes_of.values()) - inside, inside

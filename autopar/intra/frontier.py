@@ -4,10 +4,11 @@ A *price row* fixes a recompute mode, prices per byte, and what communication co
 so elimination solves all rows and all boundary placements at once and exactly. Per micro-batch, B of them in a step:
 
     none        minimise F + C + beta W                     + price * (state + weight * (saved + core))
-    selective   minimise F + (1 + beta) C + beta W          + price * (state + weight * saved)
+    selective   minimise F + (1 + beta) C + beta W          + price * (state + weight * (saved + beside))
     full        minimise F + C + beta (A + W)          + price * (state + weight * boundary)
 
-    F, C, W     forward outside and inside attention, backward; communication inside them      (tables)
+    F, C, W     forward that selective recomputation does not repeat (outside attention) and that it does, backward;
+                communication inside them                                                      (tables)
     A           of F + C what the backward needs again, or all of it                           (`again`)
     family      beta           F, C, W   ZeRO-3 gathers   reductions / B   rest of the step / B
     priced      1              1         1                1                1             nothing is hidden: a solution
@@ -179,7 +180,10 @@ def block_points(
         storages.append((names, chosen))
     late = (share * beta)[:, None, None]
     once = share[:, None, None]
-    repeat = (share * np.where([row.mode == "full" for row in rows], 1.0 + beta, 1.0))[:, None, None]
+    repeats: dict[tuple[str, ...], Floats] = {
+        by: (share * np.where([row.mode in by for row in rows], 1.0 + beta, 1.0))[:, None, None]
+        for by in (("full",), ("selective",), ("full", "selective"))
+    }
     kept = weights[:, tb.SAVED][:, None, None]  # what a byte kept by one micro-batch costs
     extra_s = {  # of gathering again what one op reads
         at: _scaled(one.choice_s, late) - kept * one.freed_bytes
@@ -187,8 +191,9 @@ def block_points(
         if one.is_choice
     }
     edge_costs = []
-    for at, ((_, _, forward, backward), moved_again) in enumerate(zip(tables.edges, tables.moved_again, strict=True)):
-        cost = _scaled(forward, repeat if moved_again else once) + _scaled(backward, late)
+    moved = zip(tables.moved_again, tables.moved_selectively, strict=True)
+    for at, ((_, _, forward, backward), repeated) in enumerate(zip(tables.edges, moved, strict=True)):
+        cost = _scaled(forward, repeats.get(_moved_by(*repeated), once)) + _scaled(backward, late)
         if at in tables.saved_bytes:
             cost = cost + kept * tables.saved_bytes[at]
         if at in extra_s:
@@ -217,6 +222,11 @@ def block_points(
         links_bind=_links_bind(tables, parameter_metrics),
         regathered=regathered,
     )
+
+
+def _moved_by(full: bool, selective: bool) -> tuple[str, ...]:
+    """The modes that move a value again."""
+    return (*(("full",) if full else ()), *(("selective",) if selective else ()))
 
 
 def _scaled(seconds: Floats, factor: Floats) -> Floats:
@@ -306,6 +316,7 @@ def _weights(row: PriceRow, beta: float, contention: float, late_share: float) -
     weights[tb.BACKWARD] = share * beta
     weights[tb.SAVED] = 0.0 if row.mode == "full" else saved
     weights[tb.CORE_SAVED] = saved if row.mode == "none" else 0.0
+    weights[tb.BESIDE] = saved if row.mode == "selective" else 0.0
     weights[tb.BOUNDARY] = saved if row.mode == "full" else 0.0
     return weights
 
@@ -395,9 +406,11 @@ def _totals(
     kept = tables.copies.kept(choices.reshape(len(choices), -1), again)
     sums[..., [tb.SAVED, tb.CORE_SAVED]] += kept.reshape(*shape, 2)
     # a cell without a solution is arbitrary here, infinite at most, and set to inf by the caller
-    waits = np.zeros((*shape, 3))  # seconds that ranks wait for each other, forward and backward, and forward again
-    edges = zip(tables.edges, tables.sync_s, tables.moved_again, strict=True)
-    for (source, target, forward, backward), sync_s, moved_again in edges:
+    # seconds that ranks wait for each other, forward and backward, and forward again in full and selective recomputation
+    waits = np.zeros((*shape, 4))
+    moved_selectively_s = np.zeros(shape)
+    edges = zip(tables.edges, tables.sync_s, tables.moved_again, tables.moved_selectively, strict=True)
+    for (source, target, forward, backward), sync_s, moved_again, moved_selectively in edges:
         pair = (choices[source], choices[target])
         for way, metric, table in ((0, tb.FORWARD, forward), (1, tb.BACKWARD, backward)):
             time_s = table[pair]
@@ -406,6 +419,9 @@ def _totals(
             if moved_again and way == 0:
                 sums[..., tb.AGAIN] += time_s
                 waits[..., 2] += sync_s[0] * (time_s > 0)
+            if moved_selectively and way == 0:
+                moved_selectively_s += time_s
+                waits[..., 3] += sync_s[0] * (time_s > 0)
     held = np.zeros((*shape, pm.NUM_PARAMETER_METRICS))
     row_at = np.arange(shape[0])[:, None]
     for at, (metrics, chosen) in enumerate(parameter_metrics):
@@ -415,11 +431,12 @@ def _totals(
     full, selective = (np.array([[row.mode == mode] for row in rows]) for mode in ("full", "selective"))
     f, c, b = (sums[..., m] for m in (tb.FORWARD, tb.CORE_FORWARD, tb.BACKWARD))
     saved, core, boundary = (sums[..., m] for m in (tb.SAVED, tb.CORE_SAVED, tb.BOUNDARY))
-    again_s = np.where(full, sums[..., tb.AGAIN], np.where(selective, c, 0.0))
+    again_s = np.where(full, sums[..., tb.AGAIN], np.where(selective, c + moved_selectively_s, 0.0))
     forward_host_s, core_host_s, backward_host_s, again_host_s = tables.host_s
     forward_host = forward_host_s + waits[..., 0]
     backward_host = backward_host_s + waits[..., 1]
-    backward_host = backward_host + np.where(full, again_host_s + waits[..., 2], np.where(selective, core_host_s, 0.0))
+    core_host = np.where(selective, core_host_s + waits[..., 3], 0.0)
+    backward_host = backward_host + np.where(full, again_host_s + waits[..., 2], core_host)
     totals = np.zeros((*shape, NUM_TOTALS))
     both = np.add if tables.blocking else np.maximum
     for total, busy, gather in (
@@ -431,7 +448,7 @@ def _totals(
     totals[..., STEP_EXPOSED] = held[..., pm.STEP_EXPOSED]
     totals[..., STATE] = held[..., pm.STATE]
     totals[..., LATE] = held[..., pm.LATE]
-    totals[..., SAVED] = np.where(full, boundary, np.where(selective, saved, saved + core))
+    totals[..., SAVED] = np.where(full, boundary, np.where(selective, saved + sums[..., tb.BESIDE], saved + core))
     passing = workspace + 2 * held[..., pm.GATHERED]
     totals[..., WORKSPACE] = passing + np.where(full, saved + core, np.where(selective, core, 0.0))
     return totals

@@ -4,9 +4,10 @@ The mesh is (data axis, inner axes ...). What the data axis does to an op is giv
 batch, so that a block's prices follow from ``local_batch`` alone, and are made as for one data rank. On each inner axis
 every op chooses an option freely; a *strategy* of an op is an option per inner axis. Metrics per micro-batch and node:
 
-    FORWARD, CORE_FORWARD    seconds; CORE is attention, which selective recomputation redoes
+    FORWARD, CORE_FORWARD    seconds; CORE is what selective recomputation redoes: attention, or more (`again`)
     BACKWARD                 seconds
     SAVED, CORE_SAVED        bytes kept for the backward by one micro-batch; CORE is what selective recomputation frees
+    BESIDE                   bytes that selective recomputation keeps and nothing else does
     BOUNDARY                 bytes of the block's inputs, which is all that full recomputation keeps
     AGAIN                    seconds of the forward that full recomputation repeats
     WORKSPACE                bytes an op holds while it runs (a maximum over ops, never a sum)
@@ -26,7 +27,7 @@ from autopar.cost.fusion import NOTHING, Saving
 from autopar.cost.redistribute import MeshLinks
 from autopar.graph.ir import Op, Value
 from autopar.graph.profile import GraphProfile
-from autopar.intra.again import Again
+from autopar.intra.again import Again, Kept
 from autopar.intra.copies import CopyCounter, LocalSizes
 from autopar.intra.data_axis import text_of
 from autopar.intra.elimination import Eliminator
@@ -39,8 +40,8 @@ from autopar.intra.workspace import overwritten_values, passing_bytes, scratch_b
 from autopar.rules.options import Option, Token, forward_placement, gradient_placement
 
 Floats = NDArray[np.float64]
-FORWARD, CORE_FORWARD, BACKWARD, SAVED, CORE_SAVED, BOUNDARY, WORKSPACE, AGAIN = range(8)
-NUM_METRICS = 8
+FORWARD, CORE_FORWARD, BACKWARD, SAVED, CORE_SAVED, BOUNDARY, WORKSPACE, AGAIN, BESIDE = range(9)
+NUM_METRICS = 9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -55,9 +56,9 @@ class BlockTables:
     local elements, axes with a partial gradient); axes count the data axis as 0, inner axes from 1. ``regathers`` are the
     gathers that backward may repeat, by edge, ``saved_bytes`` what pairs of an edge add to SAVED. ``again`` are the
     (op, number) of uses of a parameter that an earlier op of the block uses, and stores, alike. ``host_s`` are the
-    seconds that the host takes to launch the forward, attention's part of it (which selective recompute launches
-    again), the backward, and what full recomputation launches again; ``moved_again`` are the edges whose value it
-    moves again. A move adds ``sync_s``, forward and backward per edge, as ranks wait for the slowest host.
+    seconds that the host takes to launch the forward, what selective recomputation launches of it
+    again, the backward, and what full recomputation launches again; ``moved_again`` are the edges whose value full
+    recomputation moves again, ``moved_selectively`` those of selective. A move adds ``sync_s``, forward and backward per edge, as ranks wait for the slowest host.
     Communication behind compute costs ``contention`` of the shorter of the two (1: nothing overlaps); ``blocking``
     launches add to what the device computes. ``eliminator`` is made for the edges."""
 
@@ -79,6 +80,7 @@ class BlockTables:
     copies: CopyCounter
     host_s: tuple[float, float, float, float]
     moved_again: tuple[bool, ...]
+    moved_selectively: tuple[bool, ...]
     sync_s: tuple[tuple[float, float], ...]
     contention: float
     blocking: bool
@@ -122,9 +124,11 @@ class TableBuilder:
         fused: dict[int, Saving] | None = None,
         data: int = 1,
         as_megatron: bool = False,
+        kept: Kept | None = None,
     ) -> None:
         """``as_megatron``: linear ops keep a gathered input as it was cut, and gather it again in the backward, and
-        attention that is computed again leaves its result (Korthikanti et al., 2022, sections 4.2.2 and 5)."""
+        attention that is computed again leaves its result (Korthikanti et al., 2022, sections 4.2.2 and 5). ``kept``: what
+        selective recomputation keeps; None: all but the insides of attention (``core``)."""
         self._as_megatron = as_megatron
         assert data in (1, whole.sizes[0])
         self.data, self.micro_batch = data, local_batch * data
@@ -141,6 +145,10 @@ class TableBuilder:
         self.savers, self.core = savers, core
         self._keepers = frozenset(self._first_keeper())
         self._again = Again.of(space, profile, whole=execution.whole_checkpoint)
+        self._kept = kept
+        self._selective = (
+            Again.of_attention(space, core) if kept is None else Again.of(space, profile, whole=False, stay=kept.ops)
+        )
         self._overwritten = overwritten_values(self.graph, profile)
         self.local = LocalSizes(space, self.sizes, local_batch, data)
         self.kept: list[Floats] = []
@@ -157,17 +165,22 @@ class TableBuilder:
         metrics = [np.zeros((len(boundaries), NUM_METRICS)) for _ in (IN, OUT)]
         for flow_value in self.space.block.inputs:
             if flow_value in self.space.tokens:
-                value = self.graph.values[flow_value]
+                value, owner = self.graph.values[flow_value], self.profile.owners[flow_value]
+                beside = self._kept is not None and owner in self._kept.inputs and owner not in self._keepers
                 for at, roles in enumerate(boundaries):
                     tokens = self._choices.at_boundary(value, roles)
-                    metrics[IN][at, BOUNDARY] += self._local_bytes(value, tokens, self.space.data_axis.ends[value.id])
+                    held = self._local_bytes(value, tokens, self.space.data_axis.ends[value.id])
+                    metrics[IN][at, [BOUNDARY, BESIDE]] += held, held * beside
         calls = np.zeros(4)
         for node, chosen, data in zip(self.space.ops, strategies, self.space.data_axis.options, strict=True):
             metrics.append(self._op_metrics(node, chosen, data))
             is_core = node.op.id in self.core
             forward, backward = host_calls(node.op, self.profile.ops[node.op.id], self.execution, is_core)
-            calls += forward, forward * is_core, backward, forward * (node.op.id in self._again.ops)
+            again, selective = (node.op.id in found.ops for found in (self._again, self._selective))
+            calls += forward, forward * selective, backward, forward * again
         calls[[0, 2, 3]] += self.execution.software.fixed_calls
+        if self._kept is not None:
+            calls[1] += self.execution.software.fixed_calls
         metrics += [np.zeros((len(states), NUM_METRICS)) for states in hub_states]
         boundary_tokens = {
             value: tuple(self._choices.at_boundary(self.graph.values[value], roles) for roles in boundaries)
@@ -203,12 +216,11 @@ class TableBuilder:
                 self.local,
                 {flow: one.readers for flow, one in self._regathers.of_flow.items()},
                 self._as_megatron,
+                None if self._kept is None else self._kept.memories,
             ),
             host_s=tuple(float(count * self.links.cluster.device.launch_s) for count in calls),  # type: ignore[arg-type]
-            moved_again=(
-                *(self._again.moves(flow) for flow in self.space.flows),
-                *(False for _ in edges[len(self.space.flows) :]),
-            ),
+            moved_again=self._moved_by(self._again, len(edges)),
+            moved_selectively=self._moved_by(self._selective, len(edges)),
             sync_s=(*self._sync_s(), *((0.0, 0.0) for _ in edges[len(self.space.flows) :])),
             contention=self.links.cluster.overlap_contention if self.execution.overlap else 1.0,
             blocking=self.execution.blocking,
@@ -218,6 +230,11 @@ class TableBuilder:
                 keep=(IN, OUT),
             ),
         )
+
+    def _moved_by(self, again: Again, num_edges: int) -> tuple[bool, ...]:
+        """Per edge whether its value is moved again; edges beyond the flows move nothing."""
+        found = [again.moves(flow) for flow in self.space.flows]
+        return (*found, *(False for _ in range(num_edges - len(found))))
 
     def _sync_s(self) -> tuple[tuple[float, float], ...]:
         """Per flow what its move, forward and backward, waits for the slowest host: of all ranks where the data axis
@@ -280,11 +297,13 @@ class TableBuilder:
             )
             self._hiding.add(node.node, chosen, products)
         is_core = op.id in self.core
-        metrics[:, CORE_FORWARD if is_core else FORWARD] += forward
+        redone = op.id in self._selective.ops
+        metrics[:, CORE_FORWARD if redone else FORWARD] += forward
         metrics[:, BACKWARD] += backward
-        computed = metrics[:, [FORWARD, BACKWARD]]
-        self._add_inside(node, chosen, data, metrics)
-        self.inside.append(metrics[:, [FORWARD, BACKWARD]] - computed)
+        ways = [CORE_FORWARD if redone else FORWARD, BACKWARD]
+        computed = metrics[:, ways]
+        self._add_inside(node, chosen, data, metrics, ways[0])
+        self.inside.append(metrics[:, ways] - computed)
         if op.id in self._again.ops:
             metrics[:, AGAIN] = metrics[:, FORWARD] + metrics[:, CORE_FORWARD]
         values = [self.graph.values[value] for value in (*op.inputs, *op.outputs)]
@@ -313,7 +332,14 @@ class TableBuilder:
                 for option, size in zip((data, *options), ranks, strict=True)
                 if option.sharded and (grows or not self.graph.batch.grows(option.size))
             )
-            metrics[at, CORE_SAVED if is_core else SAVED] += internal * scale / share
+            freed = is_core if self._kept is None else op.id not in self._kept.ops
+            metrics[at, CORE_SAVED if freed else SAVED] += internal * scale / share
+            if self._kept is not None and op.id in self._kept.ops:
+                metrics[at, BESIDE] += sum(
+                    self._local_bytes(self.graph.values[value], tokens[len(op.inputs) + i], data.outputs[i])
+                    for i, value in enumerate(op.outputs)
+                    if self.profile.owners[value] not in self._keepers
+                )
             work = math.prod(size for option, size in zip((data, *options), ranks, strict=True) if option.sharded)
             metrics[at, WORKSPACE] = passing_bytes(
                 self.graph,
@@ -334,8 +360,10 @@ class TableBuilder:
         query, key = (self.graph.values[value].shape for value in op.inputs[:2])
         return (*query[:-1], key[-2])
 
-    def _add_inside(self, node: OpNode, chosen: tuple[tuple[Option, ...], ...], data: Option, metrics: Floats) -> None:
-        """What the op exchanges by itself, over the axes that cut its label."""
+    def _add_inside(
+        self, node: OpNode, chosen: tuple[tuple[Option, ...], ...], data: Option, metrics: Floats, forward: int
+    ) -> None:
+        """What the op exchanges by itself, over the axes that cut its label; ``forward`` is the metric of its forward."""
         inside = node.rule.inside
         if inside is None:
             return
@@ -350,7 +378,7 @@ class TableBuilder:
                     if option.sharded and not option.inside and set(option.labels) & set(inside.labels)
                 )
                 for metric, size in (
-                    *((FORWARD, size) for size in inside.forward_bytes),
+                    *((forward, size) for size in inside.forward_bytes),
                     *((BACKWARD, size) for size in inside.backward_bytes),
                 ):
                     scale = self.micro_batch / self.graph.batch.traced if self.graph.batch.grows(size) else 1.0

@@ -233,7 +233,8 @@ class SearchOutcome(Noun, frozen=True, kw_only=True):
 
 class Execution(Noun, frozen=True, kw_only=True):
     """What the price assumes about the software, as a layout's keys say it. ``checkpoint``: full recomputation runs
-    again what the backward needs, or the whole block."""
+    again what the backward needs, or the whole block. ``selective``: selective recomputation runs attention again, or all
+    but it and every second product with a weight. ``loss``: the cross entropy is the program's, or PyTorch's own."""
 
     dtype: Literal["bf16", "fp16", "fp32"]
     optimizer: Literal["adamw", "sgd"]
@@ -243,6 +244,8 @@ class Execution(Noun, frozen=True, kw_only=True):
     grads: Literal["fp32", "same"] = "fp32"
     launch: Literal["async", "blocking"] = "async"
     checkpoint: Literal["needed", "whole"] = "needed"
+    selective: Literal["attention", "products"] = "attention"
+    loss: Literal["program", "torch"] = "program"
 
 
 class ModelRef(Noun, frozen=True, kw_only=True):

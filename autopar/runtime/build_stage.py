@@ -84,6 +84,8 @@ class StageBuilder:
 
     def _add_block(self, block: Block, program: BlockProgram) -> None:
         begins, shared, ends = self.planned.lies_between(block, program)
+        ops = self.graph.ops[block.first_op : block.end_op]
+        again = {op.inputs[at] for op, planned in zip(ops, program.ops, strict=False) for at in planned.gathers_again}
         self.at = {}
         for value, planned in begins.items():
             if value in self.planned.carrying:
@@ -92,17 +94,18 @@ class StageBuilder:
                     self._receive(value, lie)
                 self._move(value, lie, block, program)
                 if value in shared:
-                    self._move(value, self._lie(value, shared[value]), block, program)
-        for op, inputs, outputs, passing in self.planned.block_ops(block, program):
+                    self._move(value, self._lie(value, shared[value]), block, program, again=value in again)
+        told = zip(self.planned.block_ops(block, program), program.ops, strict=True)
+        for (op, inputs, outputs, passing), op_plan in told:
             if self._is_needed(op):
-                self._add(op, inputs, outputs, passing, block.index, program.recompute)
+                self._add(op, inputs, outputs, passing, block.index, program.recompute, op_plan.gathers_again)
                 for value in op.outputs:
                     if value in shared and value in self.planned.carrying:
-                        self._move(value, self._lie(value, shared[value]), block, program)
+                        self._move(value, self._lie(value, shared[value]), block, program, again=value in again)
         for value, planned in ends.items():
             if value in self.planned.carrying:
                 self._move(value, self._lie(value, planned), block, program)
-        for op in self.graph.ops[block.first_op : block.end_op]:
+        for op in ops:
             self.between.update((value, self.at[value]) for value in op.outputs if value in self.at)
         self.at = {}
 
@@ -129,7 +132,9 @@ class StageBuilder:
         self.pure[value] = (False,) * len(self.sizes)
         self.placed[value] = self.received[value]
 
-    def _move(self, value: int, lie: tuple[Placement, Placement], block: Block, program: BlockProgram) -> None:
+    def _move(
+        self, value: int, lie: tuple[Placement, Placement], block: Block, program: BlockProgram, *, again: bool = False
+    ) -> None:
         """Bring a value to where the block's next readers find it."""
         source = self._slot(value)
         made, wanted = self.placed[source]
@@ -144,6 +149,7 @@ class StageBuilder:
                     conversion=conversion,
                     block=block.index,
                     recompute=program.recompute,
+                    again=again,
                 )
             )
         self.at[value] = target
@@ -167,6 +173,7 @@ class StageBuilder:
         passing: frozenset[int] | None,
         block: int,
         recompute: Recompute,
+        gathers_again: tuple[int, ...] = (),
     ) -> None:
         for value in op.inputs:
             self._provide(value)
@@ -202,6 +209,7 @@ class StageBuilder:
                 output_shapes=tuple(self.reader.shape(value) for value in op.outputs),
                 block=block,
                 recompute=recompute,
+                gathers_again=gathers_again,
             )
         )
 

@@ -17,7 +17,8 @@ from autopar.runtime.usage import Usage
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgramOp:
     """An op of a stage: the slots it reads and makes; ``conversions`` say how it takes each of its inputs, shapes are
-    global. ``block`` is the block that runs it, -1 for the preparation of data that another block holds."""
+    global. ``block`` is the block that runs it, -1 for the preparation of data that another block holds. Inputs
+    (positions) in ``gathers_again`` stay as they were before they were gathered, and the backward gathers them again."""
 
     op: Op
     usage: Usage
@@ -27,17 +28,19 @@ class ProgramOp:
     output_shapes: tuple[tuple[int, ...], ...]
     block: int
     recompute: Recompute
+    gathers_again: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgramMove:
-    """Brings what slot ``source`` holds to slot ``target``."""
+    """Brings what slot ``source`` holds to slot ``target``; ``again``: once more in the backward, where ops need it."""
 
     source: int
     target: int
     conversion: Conversion
     block: int
     recompute: Recompute
+    again: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

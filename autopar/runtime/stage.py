@@ -143,13 +143,15 @@ class StageFunction:
                 again = "full" if step.recompute == "full" else "none"
                 if local is None or not isinstance(step, ProgramOp):
                     assert isinstance(step, ProgramMove)
-                    with mark(step.block, again):
+                    with gathering_again(step.block) if step.again and again == "none" else mark(step.block, again):
                         slots[step.target] = convert(slots[step.source], step.conversion, self.mesh)
                     continue
-                with mark(step.block, again):  # selective recomputation redoes core attention, not the moves before it
-                    tensors = [
-                        take(slot, made, step.block) for slot, made in zip(step.reads, step.conversions, strict=True)
-                    ]
+                tensors = []
+                for at, (slot, made) in enumerate(zip(step.reads, step.conversions, strict=True)):
+                    # selective recomputation redoes core attention, not the moves before it
+                    repeats = at in step.gathers_again and again == "none"
+                    with gathering_again(step.block) if repeats else mark(step.block, again):
+                        tensors.append(take(slot, made, step.block))
                 with mark(step.block, step.recompute if _is_core(step) else again):
                     self._run(step, local, slots, tensors, take)
             sent = tuple(
@@ -207,6 +209,13 @@ def mark(block: int, recompute: str) -> AbstractContextManager[Any]:
     if not traceback.has_preserved_node_meta():
         return nullcontext()
     return traceback.annotate({"block": block, "recompute": recompute != "none"})
+
+
+def gathering_again(block: int) -> AbstractContextManager[Any]:
+    """Nodes traced inside gather what the backward gathers again, beside what else its readers do there."""
+    if not traceback.has_preserved_node_meta():
+        return nullcontext()
+    return traceback.annotate({"block": block, "recompute": True, "beside": True})
 
 
 def _is_core(op: ProgramOp) -> bool:

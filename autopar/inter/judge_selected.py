@@ -1,0 +1,43 @@
+"""What selective recomputation by operation keeps, as the judge reads it from the graph.
+
+torchtitan wraps every transformer block in torch's selective checkpoint and keeps the results of fused attentions and of
+every second matrix product, beginning with the first (torchtitan/parallelisms/parallelize_llama.py@004b3148,
+``_custom_policy``); the block's inputs stay as in any checkpoint.
+"""
+
+from dataclasses import dataclass
+
+from autopar.graph.ir import Block, Graph
+from autopar.graph.profile import GraphProfile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selected:
+    """What torch's selective checkpoint keeps under torchtitan's policy: of every block the results and insides of
+    ``ops``, fused attentions and the first, third, ... product with a weight; ``made`` are the memories of those results,
+    ``handed_on`` those that blocks read."""
+
+    ops: frozenset[int]
+    made: frozenset[int]
+    handed_on: frozenset[int]
+
+
+def selected_of(graph: Graph, profile: GraphProfile, blocks: tuple[Block, ...], attention_is_fused: bool) -> Selected:
+    """Of all blocks, each a checkpoint of its own."""
+    found: list[int] = []
+    for block in blocks:
+        ops = graph.ops[block.first_op : block.end_op]
+        attentions = [op.id for op in ops if "scaled_dot_product" in op.target]
+        products = [
+            op.id
+            for op in ops
+            if op.id not in attentions
+            and profile.ops[op.id].forward_flops
+            and any(graph.values[value].kind == "parameter" for value in op.inputs)
+        ]
+        found += products[::2] + (attentions if attention_is_fused else [])
+    return Selected(
+        ops=frozenset(found),
+        made=frozenset(profile.owners[value] for op in found for value in graph.ops[op].outputs),
+        handed_on=frozenset(profile.owners[value] for block in blocks for value in block.inputs),
+    )
