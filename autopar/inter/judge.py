@@ -31,7 +31,7 @@ from autopar.inter.judge_parameters import disagreements
 from autopar.inter.judge_peak import Moment, Passage, fullest_moment
 from autopar.inter.judge_routes import Mesh, Step
 from autopar.inter.judge_selected import selected_of
-from autopar.inter.judge_tied import Use, tied_moves
+from autopar.inter.judge_tied import Use, exchanges, tied_moves
 from autopar.inter.judge_transfers import Send, sends
 from autopar.inter.judge_workspace import kept_anywhere
 from autopar.inter.simulate import StageTimes, simulate
@@ -193,7 +193,7 @@ def judge(
         stages=stages,
         step_time_s=step_time_s,
         peak_memory_bytes=max(device_memory(tuple(run)).total for run in runs.values()),
-        collectives=listed(plan, per_stage, sent),
+        collectives=listed(plan, per_stage, sent, exchanges(plan, graph, blocks, meshes)),
         items=step_items(plan, per_stage, times, cluster, step_time_s),
     )
 
