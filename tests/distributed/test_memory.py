@@ -15,6 +15,7 @@ CASES = {
     ),
     "gpt, gradients leave the backward": Case(file="gpt.py", layout="dp=1,mbs=2", batch=8, classes=1024, settings=GPT),
     "gpt, a cut vocabulary": Case(file="gpt.py", layout="tp=2,mbs=2", batch=2, classes=1024, settings=GPT),
+    "gpt, gathered inputs stay cut": Case(file="gpt.py", layout="tp=2,mbs=2,sp=1", batch=2, classes=1024, settings=GPT),
     "llama, masters among the weights": Case(
         file="llama.py", layout="dp=2,mbs=2,zero=1", batch=4, classes=1024, settings=LLAMA
     ),
