@@ -8,7 +8,7 @@ backward     both(max(B + again, launches), gathers, scatters)  again = 0 | C | 
              A = F + C, or of it what the backward needs (`judge_again`)
 exchanges    of a linear op's input gradient run beside the product for its weight's, where the program overlaps or is
              sequence parallel, and what is gathered again beside the one for its input's: both(a, b) - a  (_visible_s)
-workspace    what passes in one op, at most, + two blocks' gathered parameters + what the recompute mode brings back
+passing      in one op, at most, + what the recompute mode brings back; gathered parameters beside it: `judge_peak`
 """
 
 from dataclasses import dataclass
@@ -68,8 +68,7 @@ class BlockPrice:
     gradients_bytes: float
     optimizer_bytes: float
     saved_bytes: float
-    workspace_bytes: float
-    late_bytes: float
+    passing_bytes: float
     read_again: frozenset[int]
     gathered_once: tuple[tuple[int, Step], ...]
     issues: tuple[Issue, ...]
@@ -220,10 +219,7 @@ def price_block(
             "selective": held.saved + held.beside,
             "full": held.inputs,
         }[mode],
-        workspace_bytes=largest
-        + 2 * parameters.gathered_bytes
-        + {"none": 0.0, "selective": held.core, "full": held.saved + held.core}[mode],
-        late_bytes=parameters.late_bytes,
+        passing_bytes=largest + {"none": 0.0, "selective": held.core, "full": held.saved + held.core}[mode],
         read_again=repeated.parameters,
         gathered_once=parameters.gathered_once,
         issues=_issues([*forward, *listed_again], backward, parameters),

@@ -7,7 +7,8 @@ overlaps applied once:
     step                 max(reduction - last backward, 0) + optimizer         seconds per step
     memory               state + s * saved + max workspace + fixed             bytes, at most the budget M
 
-The fastest choice that fits (`finish`) is made of the solutions of `intra.frontier` when a pipeline that holds the
+Blocks in their order hold what `stage_memory` says, which the sum comes near; the arrangement of a pipeline holds its
+choices to that. The fastest choice that fits (`finish`) is made of the solutions of `intra.frontier` when a pipeline that holds the
 stage is evaluated; what no choice is below says `stage_tables`. Stages with the same count of each kind of block cost
 the same, so prices are made once per distinct count vector.
 """
@@ -25,6 +26,7 @@ from autopar.inter.mix import best_mix
 from autopar.inter.transfers import Transfers
 from autopar.intra import frontier as fr
 from autopar.intra.frontier import BlockPoints, PriceRow, free_rows, lean_rows, priced_rows
+from autopar.plan.plan import MemoryParts
 from autopar.plan.schedule import Schedule
 
 Floats = NDArray[np.float64]
@@ -82,13 +84,14 @@ class StageBook:
         self.type_of, self.counts, self._stage_of = types.type_of, types.counts, types.stage_of
         self._meshes: dict[int, list[Mesh]] = {}
         self._finished: dict[tuple[tuple[int, ...], int, float, float], Finished | None] = {}
+        self.peaks: dict[tuple[StageChoice, int, int, int], MemoryParts] = {}  # kept here by `arrangement`
         self._rows: dict[tuple[tuple[int, ...], bool], tuple[PriceRow, ...]] = {}
         self._points: dict[tuple[int, tuple[int, ...], int], BlockPoints] = {}
         self._sums: dict[tuple[Mesh, int], MeshSums] = {}
 
     def release(self) -> None:
         """Give back the memory of what was priced; asking again prices it again."""
-        for kept in (self._finished, self._points, self._sums):
+        for kept in (self._finished, self._points, self._sums, self.peaks):
             kept.clear()
         self.blocks.forget(self.micro_batch)
 

@@ -83,10 +83,9 @@ def apply(
         constants = {
             value: traced.constants[graph.values[value].name].to(where, dtypes[value]) for value in program.constants
         }
-        function = StageFunction(program, graph, mesh, constants, where)
-        stored[program.index] = StageParameters(
-            program, mesh, names, source, dtypes, where, same_gradients=plan.execution.grads == "same"
-        )
+        same = plan.execution.grads == "same"
+        function = StageFunction(program, graph, mesh, constants, where, fp32_sums=not same)
+        stored[program.index] = StageParameters(program, mesh, names, source, dtypes, where, same_gradients=same)
         stages[program.index] = StageRunner(function, stored[program.index], dtypes, mode)
     check_collectives(stages)
     return Trainer(

@@ -45,12 +45,21 @@ class Outputs:
 
 
 class StageFunction:
-    """Runs one stage's program on one rank. ``values`` of the graph are addressed by id."""
+    """Runs one stage's program on one rank. ``values`` of the graph are addressed by id. ``fp32_sums``: gradients in
+    bf16 are summed over ranks in fp32, as they then are over micro-batches."""
 
     def __init__(
-        self, program: StageProgram, graph: Graph, mesh: Mesh, constants: Mapping[int, Tensor], device: torch.device
+        self,
+        program: StageProgram,
+        graph: Graph,
+        mesh: Mesh,
+        constants: Mapping[int, Tensor],
+        device: torch.device,
+        *,
+        fp32_sums: bool,
     ) -> None:
         self.program, self.graph, self.mesh, self.constants, self.device = program, graph, mesh, constants, device
+        self.fp32_sums = fp32_sums
         self.parameters = {parameter.value: parameter for parameter in program.parameters}
         self.arguments: tuple[int, ...] = (
             *(parameter.value for parameter in (*program.parameters, *program.buffers)),
@@ -199,7 +208,7 @@ class StageFunction:
                 gradient = torch.zeros_like(leaf) if gradient is None else gradient
                 parameter = self.parameters.get(value)
                 if parameter is not None and parameter.zero >= 2:
-                    gradient = scatter_zero(gradient, parameter, self.mesh)
+                    gradient = scatter_zero(gradient, parameter, self.mesh, fp32_sums=self.fp32_sums)
                 found.append(gradient)
         return tuple(found)
 
@@ -234,7 +243,8 @@ def gather_zero(part: Tensor, stored: StageParameter, shape: tuple[int, ...], me
         return gather_pieces(part, 0, 1, shape[0], mesh, stored.zero_axes)
 
 
-def scatter_zero(term: Tensor, stored: StageParameter, mesh: Mesh) -> Tensor:
+def scatter_zero(term: Tensor, stored: StageParameter, mesh: Mesh, *, fp32_sums: bool) -> Tensor:
     """This rank's part of the sum of all ranks' terms."""
     with moving():
+        term = term.float() if fp32_sums and term.dtype == torch.bfloat16 else term
         return scatter_pieces(term, 0, 1, mesh, stored.zero_axes)
