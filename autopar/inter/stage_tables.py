@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from autopar.inter.blocks import Mesh
 from autopar.inter.bounds import max_in_flight
-from autopar.inter.partition import StageTable
+from autopar.inter.pipelines import StageTable
 from autopar.inter.stages import FREE, LEAN_WEIGHTS, WEIGHTS, MeshSums, StageBook, between
 from autopar.intra import frontier as fr
 from autopar.intra.frontier import PriceRow
