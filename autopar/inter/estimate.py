@@ -33,7 +33,7 @@ from autopar.inter.scatter_gather import cut_bytes_of, send_seconds
 from autopar.inter.simulate import StageTimes, simulate
 from autopar.inter.stage_memory import stage_memory
 from autopar.inter.stages import FREE, StageBook
-from autopar.intra import frontier as fr
+from autopar.intra import totals as tt
 from autopar.plan.errors import LayoutError
 from autopar.plan.layout import Layout, parse_layout
 from autopar.plan.pin import unmet
@@ -172,8 +172,8 @@ class LayoutPricer:
             ):
                 if block.kind == layer:
                     totals = book.points(column, run.choice.mesh, FREE).totals[0, run.choice.boundary]
-                    more[0] += layer_s[0] - float(totals[fr.FORWARD])
-                    more[1] += layer_s[1] - float(totals[fr.BACKWARD])
+                    more[0] += layer_s[0] - float(totals[tt.FORWARD])
+                    more[1] += layer_s[1] - float(totals[tt.BACKWARD])
             found.append(replace(run, forward_s=run.forward_s + more[0], backward_s=run.backward_s + more[1]))
         return found
 
@@ -263,7 +263,7 @@ class LayoutPricer:
             ):
                 if block.name == name:
                     totals = book.points(column, run.choice.mesh, FREE).totals[0, run.choice.boundary]
-                    return float(totals[fr.FORWARD]), float(totals[fr.BACKWARD])
+                    return float(totals[tt.FORWARD]), float(totals[tt.BACKWARD])
         raise KeyError(name)
 
     @property
