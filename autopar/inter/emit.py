@@ -202,7 +202,7 @@ def execution_of(execution: ExecutionModel) -> Execution:
         launch="blocking" if execution.blocking else "async",
         checkpoint="whole" if execution.whole_checkpoint else "needed",
         selective=execution.selective,
-        loss="torch" if execution.torch_loss else "program",
+        loss=execution.loss,
     )
 
 

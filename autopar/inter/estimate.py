@@ -194,7 +194,7 @@ class LayoutPricer:
             # selects is torchtitan, whose loss is PyTorch's (llm-foundry's is fused)
             whole_checkpoint=not fsdp,
             selective="products" if fsdp else "attention",
-            torch_loss=fsdp and layout.recompute == "selective",
+            loss="chain" if not fsdp else "torch" if layout.recompute == "selective" else "program",
         )
         if execution not in self._shared:
             self._shared[execution] = Blocks(self.graph, self.blocks, self.cluster, execution, self.profile)

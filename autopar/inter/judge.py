@@ -100,7 +100,7 @@ class Ground:
     def of(execution: Execution, graph: Graph, blocks: tuple[Block, ...], profile: GraphProfile) -> "Ground":
         """``profile`` is that of ``graph``."""
         fuses = load_software(execution.fusion).fuses
-        if execution.loss == "program":
+        if execution.loss != "torch":
             profile = with_fused_loss(graph, profile, fuses)
         by_op = execution.selective == "products"
         kinds: dict[int, Block] = {}
