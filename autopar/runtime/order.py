@@ -24,6 +24,7 @@ from torch import Tensor, fx
 from autopar.runtime.overwrite import IN_PLACE, overwrites
 
 GATHER = -2  # the block of what gathers ZeRO-3 parameters
+SENDS = -3  # the block of what brings activations to how they are sent
 
 Take = Callable[[int, Tensor, bool, bool], None]
 """Takes (which gradient, a term of it, whether nobody else holds the term's memory, whether it is the last term)."""

@@ -19,7 +19,7 @@ from autopar.runtime.kernels import Around, LocalOp, Written, run_op
 from autopar.runtime.layout import chunk_bounds, local_shape
 from autopar.runtime.mesh import Mesh
 from autopar.runtime.move import Conversion, convert, gather_pieces, move, moving, scatter_pieces
-from autopar.runtime.order import GATHER
+from autopar.runtime.order import GATHER, SENDS
 from autopar.runtime.program import ProgramMove, ProgramOp, StageParameter, StageProgram
 
 KEY = -1  # stands among values for the number that random ops start from
@@ -163,10 +163,11 @@ class StageFunction:
                         tensors.append(take(slot, made, step.block))
                 with mark(step.block, step.recompute if _is_core(step) else again):
                     self._run(step, local, slots, tensors, take)
-            sent = tuple(
-                take(slot, conversion, -1)
-                for slot, conversion in zip(self.program.send_slots, self.program.send_conversions, strict=True)
-            )
+            with mark(SENDS, "none"):
+                sent = tuple(
+                    take(slot, conversion, SENDS)
+                    for slot, conversion in zip(self.program.send_slots, self.program.send_conversions, strict=True)
+                )
         loss = slots[self.program.loss_slot] if self.program.loss is not None else None
         return Outputs(sent=sent, loss=loss, buffers=tuple(slots[value].detach() for value in self.program.written))
 
