@@ -8,9 +8,9 @@ overlaps applied once:
     memory               state + s * saved + max workspace + fixed             bytes, at most the budget M
 
 Blocks in their order hold what `stage_memory` says, which the sum comes near; the arrangement of a pipeline holds its
-choices to that. The fastest choice that fits (`finish`) is made of the solutions of `intra.frontier` when a pipeline that holds the
-stage is evaluated; what no choice is below says `stage_tables`. Stages with the same count of each kind of block cost
-the same, so prices are made once per distinct count vector.
+choices to that. The fastest choice that fits (`finish`) is made of the solutions of `intra.frontier` when a pipeline
+that holds the stage is evaluated; what no choice is below says `stage_tables`. Stages with the same count of each kind
+of block cost the same, so prices are made once per distinct count vector.
 """
 
 from collections.abc import Sequence

@@ -26,11 +26,11 @@ Rests = Callable[[int, pm.Storage], bool]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BlockPoints:
-    """``totals[row, boundary]`` are those of `totals`, inf where there is no solution; the boundary placement is the same on both sides. ``choices[node, row,
-    boundary]`` and ``storage[op][row]`` say which; ``bound_s[row, boundary]`` is the row's optimum. ``least`` holds the
-    least forward seconds, workspace and seconds once per step of any choice; ``links_bind``: ZeRO-3 gathers can take
-    longer than the compute that hides them. ``regathered`` says by flow which solutions gather it again, (rows,
-    boundaries)."""
+    """``totals[row, boundary]`` are those of `totals`, inf where there is no solution; the boundary placement is the
+    same on both sides. ``choices[node, row, boundary]`` and ``storage[op][row]`` say which; ``bound_s[row, boundary]``
+    is the row's optimum. ``least`` holds the least forward seconds, workspace and seconds once per step of any choice;
+    ``links_bind``: ZeRO-3 gathers can take longer than the compute that hides them. ``regathered`` says by flow which
+    solutions gather it again, (rows, boundaries)."""
 
     tables: BlockTables
     rows: tuple[PriceRow, ...]
