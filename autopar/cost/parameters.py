@@ -59,7 +59,7 @@ def storage_metrics(
         if storage.stage == 3:
             metrics[GATHER_FORWARD] = gather
             metrics[GATHER_BACKWARD] = gather + scatter
-            metrics[GATHERED] = parameter * (1 - 1 / shards)
+            metrics[GATHERED] = parameter if shards > 1 else 0.0  # beside the part at rest
         else:
             metrics[STEP_EXPOSED] += gather
             metrics[GATHER_BACKWARD if storage.stage == 2 else STEP] += scatter

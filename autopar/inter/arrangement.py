@@ -11,13 +11,14 @@ import numpy as np
 
 from autopar.inter.finish import Finished, PointRef, StageChoice
 from autopar.inter.simulate import StageTimes, simulate
+from autopar.inter.stage_memory import stage_memory
 from autopar.inter.stages import StageBook
 from autopar.inter.transfers import first_devices
-from autopar.intra import frontier as fr
+from autopar.plan.plan import chunks_memory
 from autopar.plan.schedule import Schedule, held_by_chunk
 
 MAX_TRIES = 4
-"""How often a run of devices whose chunks do not fit together is tried, each time with so much less room."""
+"""How often a run of devices whose chunks do not fit is tried, each time with so much less room."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,16 +103,30 @@ class Arrangement:
             whole = book.finish(kinds, chunks[0][2], mean_held, room_bytes)
             if whole is not None and proven:
                 whole = book.mix(kinds, mean_held, whole, room_bytes)
-            if whole is None or len(chunks) == 1:
-                return None if whole is None else (whole,)
-            parts = tuple(
-                book.priced(choice, count) for choice, count in zip(_dealt(book, kinds, held, whole), held, strict=True)
-            )
-            over_bytes = _bytes_together(book, parts, held) - book.room_bytes
+            if whole is None:
+                return None
+            parts: tuple[Finished, ...] = (whole,)
+            if len(chunks) > 1:
+                dealt = zip(_dealt(book, kinds, held, whole), held, strict=True)
+                parts = tuple(book.priced(choice, count) for choice, count in dealt)
+            over_bytes = self._peak_bytes(chunks, parts, held) - book.room_bytes
             if over_bytes <= 0:
                 return parts
             room_bytes -= over_bytes
         return None
+
+    def _peak_bytes(
+        self, chunks: Sequence[tuple[int, int, int]], parts: Sequence[Finished], held: Sequence[int]
+    ) -> int:
+        """What the chunks of a run of devices hold together at their peak, all but the fixed share: the totals, which
+        sum over blocks whatever their order, come near it."""
+        found = []
+        for (first, end, _), part, count in zip(chunks, parts, held, strict=True):
+            key = (part.choice, first, end, count)
+            if key not in self.book.peaks:
+                self.book.peaks[key] = stage_memory(self.book, part.choice, first, end, count)
+            found.append(self.book.peaks[key])
+        return chunks_memory(found).tensor_bytes
 
 
 def _dealt(book: StageBook, kinds: tuple[int, ...], held: Sequence[int], whole: Finished) -> list[StageChoice]:
@@ -129,11 +144,3 @@ def _dealt(book: StageBook, kinds: tuple[int, ...], held: Sequence[int], whole: 
             if taken:
                 points[chunk].append((column, tuple(taken.items())))
     return [replace(whole.choice, points=tuple(one)) for one in points]
-
-
-def _bytes_together(book: StageBook, parts: Sequence[Finished], held: Sequence[int]) -> float:
-    """What the chunks of a run of devices hold together, all but the fixed share: workspace passes, the rest adds
-    up."""
-    totals = [book.totals(part.choice) for part in parts]
-    lasting = [fr.memory_bytes(one, count) - one[fr.WORKSPACE] for one, count in zip(totals, held, strict=True)]
-    return float(sum(lasting) + max(one[fr.WORKSPACE] for one in totals))

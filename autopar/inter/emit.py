@@ -17,10 +17,12 @@ from autopar.inter.judged import judged
 from autopar.inter.lying import Lying
 from autopar.inter.provenance import with_provenance
 from autopar.inter.simulate import StageTimes, simulate
+from autopar.inter.stage_memory import memory_of
 from autopar.inter.stages import StageBook
 from autopar.inter.summary import Parts, alike_on_all_ranks, summarise, time_parts
 from autopar.inter.transfers import first_devices
-from autopar.inter.uses import Use, memory_of, uses_of
+from autopar.inter.uses import Use, uses_of
+from autopar.intra.regather import kept_as_cut
 from autopar.plan.mesh import Axis
 from autopar.plan.plan import (
     FORMAT_VERSION,
@@ -113,7 +115,7 @@ def build_plan(found: Found) -> Plan:
                 send_forward_s=found.times[at].send_forward_s,
                 send_backward_s=found.times[at].send_backward_s,
                 in_flight=held,
-                memory=memory_of(book, uses, held),
+                memory=memory_of(book, uses, first, held),
             )
         )
     simulation = simulate(
@@ -210,11 +212,13 @@ def _program(book: StageBook, use: Use, name: str) -> BlockProgram:
     lie = Lying(graph, book.micro_batch, use.mesh.has_data_axis)
     placements: dict[int, OpPlan] = {}
     parameters: dict[int, ParameterPlan] = {}
+    flows = points.regathers(use.row, use.boundary)
+    again = kept_as_cut(tables.space, book.blocks.profile, tables.regathers, flows)
     for at, node in enumerate(tables.space.ops):
         strategy = use.strategy(at)
         options = tables.strategies[at][strategy]
         data = tables.space.data_axis.options[at]
-        placements[node.op.id] = lie.op_plan(node.op, options, data)
+        placements[node.op.id] = lie.op_plan(node.op, options, data, again.get(node.op.id, ()))
         names, chosen = points.storages[at]
         for number, position in enumerate(node.parameters):
             value = graph.values[node.op.inputs[position]]

@@ -1,9 +1,8 @@
 """`estimate`: the price of a manual layout, as a plan with everything fixed, from the same tables as the search.
 
 What a layout leaves open is filled in by `layouts`. A stage (with an interleaved schedule a chunk) is priced like any
-of the search's; the schedule is simulated; memory is that of the fullest run of devices:
-
-    sum over its chunks of (state + held * saved + gradients beyond one saved) + max workspace + fixed     (``run_memory``)
+of the search's; the schedule is simulated; memory is that of the fullest run of devices, whose chunks each hold what
+`stage_memory` says (``run_memory``).
 """
 
 import itertools
@@ -25,19 +24,20 @@ from autopar.graph.profile import GraphProfile, profile_graph
 from autopar.graph.trace import trace
 from autopar.inter.blocks import Blocks, Restriction
 from autopar.inter.emit import Found, build_plan, execution_of
-from autopar.inter.finish import Finished, add
+from autopar.inter.finish import Finished
 from autopar.inter.judge import Ground
 from autopar.inter.layouts import StageCut, cuts, restriction, stage_ends
 from autopar.inter.pins import BlockPins
 from autopar.inter.planner import DTYPES, GIB
 from autopar.inter.scatter_gather import cut_bytes_of, send_seconds
 from autopar.inter.simulate import StageTimes, simulate
+from autopar.inter.stage_memory import stage_memory
 from autopar.inter.stages import FREE, StageBook
-from autopar.intra import frontier as fr
+from autopar.intra import totals as tt
 from autopar.plan.errors import LayoutError
 from autopar.plan.layout import Layout, parse_layout
 from autopar.plan.pin import unmet
-from autopar.plan.plan import Plan
+from autopar.plan.plan import MemoryParts, Plan, chunks_memory
 from autopar.plan.schedule import held_by_chunk
 from autopar.workload.workload import Workload
 
@@ -172,8 +172,8 @@ class LayoutPricer:
             ):
                 if block.kind == layer:
                     totals = book.points(column, run.choice.mesh, FREE).totals[0, run.choice.boundary]
-                    more[0] += layer_s[0] - float(totals[fr.FORWARD])
-                    more[1] += layer_s[1] - float(totals[fr.BACKWARD])
+                    more[0] += layer_s[0] - float(totals[tt.FORWARD])
+                    more[1] += layer_s[1] - float(totals[tt.BACKWARD])
             found.append(replace(run, forward_s=run.forward_s + more[0], backward_s=run.backward_s + more[1]))
         return found
 
@@ -220,7 +220,7 @@ class LayoutPricer:
 
     def _restriction(self, layout: Layout, cut: StageCut) -> Restriction:
         """What the layout leaves open, less what pins fix."""
-        found = restriction(self.graph, layout, cut.spec)
+        found = restriction(self.graph, self.blocks, layout, cut.spec)
         if not self.pins.pins:
             return found
         return replace(found, allowed=self.pins.allowed(found.mesh.has_data_axis, found.allowed))
@@ -263,7 +263,7 @@ class LayoutPricer:
             ):
                 if block.name == name:
                     totals = book.points(column, run.choice.mesh, FREE).totals[0, run.choice.boundary]
-                    return float(totals[fr.FORWARD]), float(totals[fr.BACKWARD])
+                    return float(totals[tt.FORWARD]), float(totals[tt.BACKWARD])
         raise KeyError(name)
 
     @property
@@ -311,18 +311,12 @@ class LayoutPricer:
 
 def run_memory(
     stages: tuple[StageCut, ...], books: tuple[StageBook, ...], runs: list[Finished], held: tuple[int, ...]
-) -> dict[int, float]:
+) -> dict[int, int]:
     """First device of each run of devices -> bytes on each of its devices."""
-    found: dict[int, tuple[float, float]] = {}
+    found: dict[int, list[MemoryParts]] = {}
     for cut, book, run, count in zip(stages, books, runs, held, strict=True):
-        columns = book.columns_of(cut.first, cut.end)
-        totals = add([(book.points(c, run.choice.mesh, FREE).totals[0, run.choice.boundary], 1.0) for c in columns])
-        num_bytes, workspace = found.get(cut.first_device, (book.fixed_bytes(), 0.0))
-        found[cut.first_device] = (
-            num_bytes + float(fr.memory_bytes(totals, count) - totals[fr.WORKSPACE]),
-            max(workspace, float(totals[fr.WORKSPACE])),
-        )
-    return {device: num_bytes + workspace for device, (num_bytes, workspace) in found.items()}
+        found.setdefault(cut.first_device, []).append(stage_memory(book, run.choice, cut.first, cut.end, count))
+    return {device: chunks_memory(parts).total for device, parts in found.items()}
 
 
 def estimate(

@@ -3,8 +3,8 @@
 import math
 
 from autopar.inter.smallest import Smallest, smallest_budget
+from autopar.inter.stage_memory import stage_memory
 from autopar.inter.stages import StageBook
-from autopar.inter.uses import stage_memory
 
 GIB = 2**30
 

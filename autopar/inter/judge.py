@@ -6,8 +6,8 @@ by itself:
 
     block     `judge_block`: kernels at local shapes, moves between placements, kept copies, parameters
     stage     sums over blocks + the loop's calls; step = reduction that the last backward does not hide + optimizer
-    memory    state + micro-batches in flight * saved + largest workspace + what the allocator does not count, with one of
-              the saved given back for the gradients that a backward makes where these are larger
+    memory    state + micro-batches in flight * saved + what passes + what the allocator does not count, at the fullest
+              moment of a backward (`judge_peak`)
     step      the event simulation of the schedule
 
 ``judge`` returns what it found, ``differences`` names where a plan says otherwise.
@@ -28,9 +28,10 @@ from autopar.inter.judge_collectives import listed
 from autopar.inter.judge_flow import at_hand
 from autopar.inter.judge_items import step_items
 from autopar.inter.judge_parameters import disagreements
+from autopar.inter.judge_peak import Moment, Passage, fullest_moment
 from autopar.inter.judge_routes import Mesh, Step
 from autopar.inter.judge_selected import Selected, selected_of
-from autopar.inter.judge_tied import Use, tied_moves
+from autopar.inter.judge_tied import Use, exchanges, tied_moves
 from autopar.inter.judge_transfers import Send, sends
 from autopar.inter.judge_workspace import kept_anywhere
 from autopar.inter.simulate import StageTimes, simulate
@@ -134,6 +135,7 @@ def judge(
     prices: dict[tuple[object, ...], BlockPrice] = {}
     meshes = [Mesh(cluster, tuple(axis.size for axis in stage.axes), stage.first_device) for stage in plan.stages]
     per_stage: list[list[BlockPrice]] = []
+    fullest: list[Moment] = []
     for stage, mesh in zip(plan.stages, meshes, strict=True):
         found = []
         seen: set[int] = set()
@@ -190,6 +192,17 @@ def judge(
         ]
         moved = tied_moves(graph, uses, tied, mesh) if tied else ((),) * len(found)
         per_stage.append([_with(price, steps) for price, steps in zip(found, moved, strict=True)])
+        passages = [
+            Passage(
+                block=use.block,
+                program=use.program,
+                first=use.first,
+                saved_bytes=price.saved_bytes,
+                passing_bytes=price.passing_bytes,
+            )
+            for use, price in zip(uses, found, strict=True)
+        ]
+        fullest.append(fullest_moment(graph, passages, mesh, plan.execution, accumulates=plan.microbatches > 1))
     sent = sends(plan, graph, blocks, meshes, ground.free)
     if (
         plan.search.status == "fixed"
@@ -200,8 +213,8 @@ def judge(
         ]
     held = held_microbatches(plan)
     stages = tuple(
-        _stage(plan, found, cluster, in_flight, sent_by)
-        for found, in_flight, sent_by in zip(per_stage, held, sent, strict=True)
+        _stage(plan, found, moment, cluster, in_flight, sent_by)
+        for found, moment, in_flight, sent_by in zip(per_stage, fullest, held, sent, strict=True)
     )
     times = [StageTimes(**{name: getattr(stage, name) for name in SECONDS}) for stage in stages]
     runs: dict[int, list[StagePlan]] = {}
@@ -212,7 +225,7 @@ def judge(
         stages=stages,
         step_time_s=step_time_s,
         peak_memory_bytes=max(device_memory(tuple(run)).total for run in runs.values()),
-        collectives=listed(plan, per_stage, sent),
+        collectives=listed(plan, per_stage, sent, exchanges(plan, graph, blocks, meshes)),
         items=step_items(plan, per_stage, times, cluster, step_time_s),
     )
 
@@ -234,7 +247,7 @@ def held_microbatches(plan: Plan) -> tuple[int, ...]:
 
 
 def _stage(
-    plan: Plan, found: list[BlockPrice], cluster: Cluster, in_flight: int, sent: tuple[Send, Send]
+    plan: Plan, found: list[BlockPrice], moment: Moment, cluster: Cluster, in_flight: int, sent: tuple[Send, Send]
 ) -> StageJudgement:
     backward_s = sum(price.backward_s for price in found)
     reduction_s = sum(price.reduction_s for price in found)
@@ -243,9 +256,8 @@ def _stage(
     software, launch_s = load_software(plan.execution.fusion), cluster.device.launch_s
     saved = sum(price.saved_bytes for price in found)
     gradients = sum(price.gradients_bytes for price in found)
-    at_end = sum(price.late_bytes for price in found) + (gradients if plan.microbatches > 1 else 0.0)
-    at_start = saved + (gradients if plan.microbatches > 1 else 0.0)
-    more = max(at_start, at_end) - saved - gradients  # than the parts that are told
+    told = saved + moment.passing_bytes + (gradients if plan.microbatches == 1 else 0.0)
+    more = moment.bytes_beside - told
     loop_s = software.microbatch_calls * launch_s / 2
     return StageJudgement(
         forward_s=sum(price.forward_s for price in found) + loop_s,
@@ -259,7 +271,7 @@ def _stage(
             gradients_bytes=round(gradients),
             optimizer_bytes=round(sum(price.optimizer_bytes for price in found)),
             saved_activations_bytes=round(in_flight * saved),
-            workspace_bytes=round(max(price.workspace_bytes for price in found) + max(more, 0.0)),
+            workspace_bytes=round(moment.passing_bytes + max(more, 0.0)),
             fixed_bytes=round(
                 cluster.device.context_bytes + cluster.communication_buffer_bytes(2 if plan.gpus > 1 else 0)
             ),

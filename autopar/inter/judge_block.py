@@ -8,7 +8,7 @@ backward     both(max(B + again, launches), gathers, scatters)  again = 0 | C | 
              A = F + C, or of it what the backward needs (`judge_again`)
 exchanges    of a linear op's input gradient run beside the product for its weight's, where the program overlaps or is
              sequence parallel, and what is gathered again beside the one for its input's: both(a, b) - a  (_visible_s)
-workspace    what passes in one op, at most, + two blocks' gathered parameters + what the recompute mode brings back
+passing      in one op, at most, + what the recompute mode brings back; gathered parameters beside it: `judge_peak`
 """
 
 from dataclasses import dataclass
@@ -68,8 +68,7 @@ class BlockPrice:
     gradients_bytes: float
     optimizer_bytes: float
     saved_bytes: float
-    workspace_bytes: float
-    late_bytes: float
+    passing_bytes: float
     read_again: frozenset[int]
     gathered_once: tuple[tuple[int, Step], ...]
     issues: tuple[Issue, ...]
@@ -98,21 +97,14 @@ def price_block(
     """``free`` values are at hand anywhere, ``stored`` parameters are held by an earlier block of the stage; ``fused``
     is what fusion saves of the ops' traffic, ``data_axis`` whether the first of several axes is the data axis;
     ``balanced``: those that share a sequence share its attention evenly under a causal mask, and the rest is Megatron's
-    program, too; ``stays``: see
-    ``judge_workspace.kept_anywhere``; ``disagreed`` as in `judge_parameters`, ``read_on`` and ``selected`` in `judge_again`."""
+    program, too; ``stays``: see ``judge_workspace.kept_anywhere``; ``disagreed`` as in `judge_parameters`, ``read_on``
+    and ``selected`` in `judge_again`."""
     software, device = load_software(execution.fusion), mesh.cluster.device
     ops = graph.ops[block.first_op : block.end_op]
     aligned = ((program.ops, ops), (program.inputs, block.inputs), (program.outputs, block.outputs))
     if any(len(planned) != len(real) for planned, real in aligned):
         raise CheckError(f"program {program.id!r} does not fit block {block.name}: it is of another graph")
-    linear = {
-        op.id: profile.ops[op.id].saved_inputs
-        for op in ops
-        if balanced
-        and profile.ops[op.id].forward_flops
-        and any(graph.values[value].kind == "parameter" for value in op.inputs)
-    }
-    moved = moves(graph, block, program, mesh, micro_batch, free, linear)
+    moved = moves(graph, block, program, mesh, micro_batch, free)
     times = [0.0, 0.0, 0.0]
     products = [0.0, 0.0]  # matmuls forward and backward
     core_backward = 0.0
@@ -155,9 +147,8 @@ def price_block(
         _count(calls, profile.ops[op.id], core and execution.attn == "math", core, software)
         called[op.id] = calls[0] - before
         scores = core and execution.attn == "math"
-        largest = max(
-            largest, passing(graph, profile, op, planned, mesh, micro_batch, *stays, price.shards, materialised=scores)
-        )
+        alone_bytes = passing(graph, profile, op, planned, mesh, micro_batch, *stays, price.shards, materialised=scores)
+        largest = max(largest, alone_bytes + max((size for at, size in moved.keep_cut if at == op.id), default=0.0))
     per_score = software.math_attention_bytes_per_score if execution.attn == "math" else 0.0
     held = kept(
         graph, profile, block, program, mesh, micro_batch, moved, free, shards, per_score, balanced, selected, stays[0]
@@ -165,6 +156,7 @@ def price_block(
     repeated = again(graph, profile, block, program, moved, free, frozenset(exchanged), read_on, selected)
     rerun = [step for route in repeated.routes for step in route.steps]
     rerun += [step for op in sorted(repeated.ops) for step in exchanged.get(op, ())]
+    listed_again = rerun + [step for route in moved.again for step in route.steps if program.recompute != "full"]
     parameters = price_parameters(
         graph, block, program, mesh, execution, stored, accumulates, repeated.parameters, disagreed
     )
@@ -227,13 +219,10 @@ def price_block(
             "selective": held.saved + held.beside,
             "full": held.inputs,
         }[mode],
-        workspace_bytes=largest
-        + 2 * parameters.gathered_bytes
-        + {"none": 0.0, "selective": held.core, "full": held.saved + held.core}[mode],
-        late_bytes=parameters.late_bytes,
+        passing_bytes=largest + {"none": 0.0, "selective": held.core, "full": held.saved + held.core}[mode],
         read_again=repeated.parameters,
         gathered_once=parameters.gathered_once,
-        issues=_issues([*forward, *rerun], backward, parameters),
+        issues=_issues([*forward, *listed_again], backward, parameters),
     )
 
 
@@ -258,7 +247,7 @@ def _visible_s(
     found = 0.0
     for routes, behind, which in ((moved.backward, moved.backward_behind, 1), (moved.again, moved.again_behind, 0)):
         for route, readers in zip(routes, behind, strict=True):
-            hides = (hides_gathered and readers.gathers) or (hides_all and which == 1)
+            hides = (hides_gathered and readers.gathers) or hides_all
             beside = readers.ops if hides and all(op in linears for op in readers.led_to) else ()
             hidden_s = min(route.time_s, sum(linears[op][which] for op in beside))
             found += route.time_s - (1 - contention) * hidden_s

@@ -2,20 +2,25 @@
 
 Per micro-batch and stage: moves of activations forward (twice under full recomputation) and backward, exchanges inside
 ops, gathers and scatters of parameters cut at rest, sends to the next and the previous stage. Per step: gradient
-reductions and ZeRO-1/2's gathers. ``num_bytes`` is rounded to whole bytes.
+reductions, ZeRO-1/2's gathers, and sends of tied parameters' gradients between the stages that hold them. ``num_bytes``
+is rounded to whole bytes.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Literal
 
 from autopar.inter.judge_block import BlockPrice
+from autopar.inter.judge_tied import Exchange
 from autopar.inter.judge_transfers import Send
 from autopar.plan.plan import Collective, CollectiveKind, Plan
 
 Key = tuple[int, Literal["microbatch", "step"], CollectiveKind, tuple[str, ...], int]
 
 
-def listed(plan: Plan, prices: list[list[BlockPrice]], sent: list[tuple[Send, Send]]) -> tuple[Collective, ...]:
+def listed(
+    plan: Plan, prices: list[list[BlockPrice]], sent: list[tuple[Send, Send]], exchanged: Iterable[Exchange]
+) -> tuple[Collective, ...]:
     """In order of stage; per micro-batch before per step; by kind, axes, and falling size."""
     counts: Counter[Key] = Counter()
     for position, (stage, found) in enumerate(zip(plan.stages, prices, strict=True)):
@@ -26,6 +31,8 @@ def listed(plan: Plan, prices: list[list[BlockPrice]], sent: list[tuple[Send, Se
         for send in sent[position]:
             for size in send.sizes_bytes:
                 counts[position, "microbatch", "send", (), size] += 1
+    for each in exchanged:
+        counts[each.source, "step", "send", (), each.num_bytes] += 1
     order = sorted(counts, key=lambda key: (key[0], key[1], key[2], key[3], -key[4]))
     return tuple(
         Collective(kind=kind, axes=axes, num_bytes=num_bytes, count=counts[key], per=per, stage=stage)

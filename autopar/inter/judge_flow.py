@@ -8,7 +8,7 @@ A *copy* is memory: an op's result, or what a move left. Results that are views 
 autograd keeps are copies: one tensor kept in two placements counts twice, one kept by two ops counts once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -41,16 +41,17 @@ class Readers:
 
 @dataclass(slots=True)
 class Moves:
-    """Routes of one block in the order they run, forward and backward, and those of gathers that Megatron's backward
-    makes ``again``; ``copies`` maps (op, input position) to the
-    memory it reads, ``ways`` to the positions in ``forward`` of
-    the routes it came by. ``backward_behind`` and ``again_behind`` say of each route which ops read what it brings."""
+    """Routes of one block in the order they run, forward and backward, and those of gathers that the backward makes
+    ``again``, with the ops that ``keep_cut`` their input and what it takes whole, ``(op, bytes)``; ``copies`` maps (op,
+    input position) to the memory it reads, ``ways`` to the positions in ``forward`` of the routes it came by.
+    ``backward_behind`` and ``again_behind`` say of each route which ops read what it brings."""
 
     forward: list[Route] = field(default_factory=list)
     backward: list[Route] = field(default_factory=list)
     again: list[Route] = field(default_factory=list)
     backward_behind: list[Readers] = field(default_factory=list)
     again_behind: list[Readers] = field(default_factory=list)
+    keep_cut: list[tuple[int, float]] = field(default_factory=list)
     copies: dict[tuple[int, int], Copy] = field(default_factory=dict)
     ways: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
 
@@ -82,16 +83,15 @@ def moves(
     mesh: Mesh,
     micro_batch: int,
     free: frozenset[int],
-    regathering: Mapping[int, tuple[int, ...]] | None = None,
 ) -> Moves:
-    """All moves of a block; CheckError where the plan leaves one open or impossible. ``regathering``: ops -> inputs
-    that they keep as cut where they were gathered, to gather them again backward."""
+    """All moves of a block; CheckError where the plan leaves one open or impossible."""
     ops = graph.ops[block.first_op : block.end_op]
     made: dict[int, Lie] = {
         value: (mesh.settled(planned.placement), mesh.settled(planned.gradient))
         for value, planned in zip(block.inputs, program.inputs, strict=True)
     }
     readers: dict[int, list[tuple[tuple[int, int] | None, Lie]]] = {}
+    keep_cut = {(op.id, at) for op, planned in zip(ops, program.ops, strict=True) for at in planned.gathers_again}
     for op, planned in zip(ops, program.ops, strict=True):
         if len(planned.input_gradients) != len(op.inputs) or len(planned.output_gradients) != len(op.outputs):
             raise CheckError(f"program {program.id!r}: op {op.name} lacks the placements of its gradients")
@@ -135,10 +135,12 @@ def moves(
         kept_cut = [
             (reader, lie)
             for reader, lie in reads
-            if reader is not None
-            and reader[1] in (regathering or {}).get(reader[0], ())
-            and _only_gathered(made[value][0], lie[0])
+            if reader in keep_cut and reader is not None and _only_gathered(made[value][0], lie[0])
         ]
+        for reader, lie in kept_cut:
+            tensor = graph.values[value]
+            sizes = sizes_at(graph, tensor.shape, micro_batch)
+            found.keep_cut.append((reader[0], mesh.local_bytes(sizes, tensor.itemsize, parse_placements(lie[0]))))
         found.copies.update((reader, ("made", value, "")) for reader, _ in kept_cut)
         routes = dict.fromkeys(at for _, lie in kept_cut for at in ways[lie])
         for at in routes:

@@ -27,9 +27,8 @@ from autopar.plan.plan import BlockProgram, CollectiveKind, Execution, Parameter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterPrice:
-    """Seconds and bytes of all parameters of a block; ``gathered_bytes`` is what gathers bring in at once,
-    ``late_bytes`` the gradients that are there at the end of a backward and were not before it, ``gathered_once``
-    (parameter, gather) that the block's own backward does not repeat."""
+    """Seconds and bytes of all parameters of a block; ``gathered_once`` (parameter, gather) that the block's own
+    backward does not repeat."""
 
     forward_s: float
     backward_s: float
@@ -39,8 +38,6 @@ class ParameterPrice:
     parameters_bytes: float
     gradients_bytes: float
     optimizer_bytes: float
-    gathered_bytes: float
-    late_bytes: float
     microbatch_steps: tuple[Step, ...]
     once_steps: tuple[Step, ...]
     gathered_once: tuple[tuple[int, Step], ...]
@@ -62,9 +59,7 @@ def price_parameters(
     ``disagreed`` are (parameter, axis) on which blocks of the stage use a tied one differently: its gradient is a sum
     of terms there."""
     plans = _by_value(graph, block, program)
-    sums = dict.fromkeys(
-        ("forward", "backward", "reduction", "optimizer", "p", "g", "o", "gathered", "sum", "late"), 0.0
-    )
+    sums = dict.fromkeys(("forward", "backward", "reduction", "optimizer", "p", "g", "o", "sum"), 0.0)
     software, device = load_software(execution.fusion), mesh.cluster.device
     per_microbatch: list[Step] = []
     once: list[Step] = []
@@ -96,7 +91,6 @@ def price_parameters(
         if stage3:
             sums["forward"] += _time(gather)
             sums["backward"] += _time(gather) + _time(scatter)
-            sums["gathered"] += size * (1 - 1 / shards)
             twice = read_again is None or value in read_again
             per_microbatch += [step for step in (gather, gather if twice else None, scatter) if step]
             gathers += [(value, gather)] if gather and not twice else []
@@ -122,10 +116,6 @@ def price_parameters(
         sums["p"] += size / (shards if stage3 else 1)
         sums["g"] += gradient / (shards if stage2 else 1)
         sums["o"] += state / shards
-        if stage2 and not execution.overlap:  # nothing is reduced before the backward's end
-            sums["late"] += size
-        elif not accumulates:
-            sums["late"] += gradient / (shards if stage2 else 1)
     return ParameterPrice(
         forward_s=sums["forward"],
         backward_s=sums["backward"],
@@ -135,8 +125,6 @@ def price_parameters(
         parameters_bytes=sums["p"],
         gradients_bytes=sums["g"],
         optimizer_bytes=sums["o"],
-        gathered_bytes=sums["gathered"],
-        late_bytes=sums["late"],
         microbatch_steps=tuple(per_microbatch),
         once_steps=tuple(once),
         gathered_once=tuple(gathers),

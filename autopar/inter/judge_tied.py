@@ -1,16 +1,23 @@
-"""Tied parameters that blocks of one stage use differently: what brings the one stored copy to each further use.
+"""Tied parameters: what brings the one stored copy of a stage to each further use, and copies of stages together.
 
 A tied parameter is stored as the first block of the stage uses it. A block that wants it otherwise moves it there once
 per micro-batch, again in the backward where that reads it and does not keep it, and moves its gradient back.
+
+Where several stages hold it, each gets the other's gradient once per step, after it has been reduced, and adds them up:
+a rank gets its own part, the rows that ZeRO leaves it, as precise as the optimizer's copy.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
-from autopar.graph.ir import Block, Graph
-from autopar.inter.judge_routes import Mesh, Step
+from autopar.graph.ir import Block, Graph, Value
+from autopar.inter.judge_routes import Mesh, Step, local_shape
 from autopar.plan.mesh import parse_placements
-from autopar.plan.plan import BlockProgram, ParameterPlan
+from autopar.plan.plan import BlockProgram, ParameterPlan, Plan
+
+MASTER_BYTES = 4
+"""An element of the optimizer's copy: fp32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +28,49 @@ class Use:
     program: BlockProgram
     first: Block
     read_again: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exchange:
+    """What the fullest rank of stage ``target`` gets of a gradient of stage ``source``."""
+
+    source: int
+    target: int
+    num_bytes: int
+
+
+def exchanges(plan: Plan, graph: Graph, blocks: Sequence[Block], meshes: Sequence[Mesh]) -> tuple[Exchange, ...]:
+    """Of all trained parameters that several stages hold, by parameter, source and target."""
+    kinds: dict[int, Block] = {}
+    for block in blocks:
+        kinds.setdefault(block.kind, block)
+    parts: dict[int, dict[int, int]] = {}  # parameter -> stage -> bytes
+    for at, (stage, mesh) in enumerate(zip(plan.stages, meshes, strict=True)):
+        for ref in stage.blocks:
+            block = blocks[ref.index]
+            first = kinds[block.kind]
+            use = Use(block=block, program=plan.program(ref.program), first=first, read_again=frozenset())
+            alike = dict(zip(first.parameters, block.parameters, strict=True))
+            for own, planned in _planned(graph, use).items():
+                if graph.values[own].requires_grad:
+                    parts.setdefault(alike[own], {}).setdefault(at, _part_bytes(graph.values[own], planned, mesh))
+    return tuple(
+        Exchange(source=source, target=target, num_bytes=held[target])
+        for _, held in sorted(parts.items())
+        for source in held
+        for target in held
+        if source != target
+    )
+
+
+def _part_bytes(tensor: Value, planned: ParameterPlan, mesh: Mesh) -> int:
+    """Bytes of the fullest rank's part of a gradient as the optimizer steps it."""
+    compute, optimizer = parse_placements(planned.compute), parse_placements(planned.optimizer)
+    sizes = list(local_shape(tensor.shape, compute, mesh.sizes))
+    pieces = prod(size for size, used, cut in zip(mesh.sizes, compute, optimizer, strict=True) if used != cut)
+    if pieces > 1:
+        sizes[0] = -(-sizes[0] // pieces)
+    return prod(sizes) * max(tensor.itemsize, MASTER_BYTES)
 
 
 def tied_moves(

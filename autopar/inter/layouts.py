@@ -5,7 +5,8 @@ Stages are cut as even as possible (``cuts``); the mesh of a stage is (data, ep,
 On each axis ops are restricted (``restriction``), and what is still free (column or row) is the fastest:
 
     tp   matmuls and look-ups shard their weights, attention its heads; without sp nothing is sharded by sequence and what
-         crosses blocks is replicated, with sp it is sharded by sequence
+         crosses blocks is replicated; with sp that is sharded by sequence, and so is all that norms, dropout and sums
+         make of it (tensors of its shape)
     cp   everything is sharded by sequence; attention gathers keys and values
     ep   dp inside dp: everything is sharded by batch but the experts, which are sharded by expert (all-to-all between)
 """
@@ -103,22 +104,24 @@ def _listed_ends(blocks: tuple[Block, ...], layout: Layout) -> list[int]:
     return ends
 
 
-def restriction(graph: Graph, layout: Layout, spec: StageSpec) -> Restriction:
+def restriction(graph: Graph, blocks: tuple[Block, ...], layout: Layout, spec: StageSpec) -> Restriction:
     """The mesh of a stage and what its axes allow."""
+    crossing = {graph.values[value].shape for block in blocks for value in block.outputs}
+    streams = frozenset(shape for shape in crossing if len(shape) > 1)
     degrees = (("ep", layout.ep), ("cp", spec.cp), ("tp", spec.tp))
     axes = tuple((name, size) for name, size in degrees if size > 1)
     roles = {"ep": "B", "cp": "S", "tp": "S" if layout.sp else "R"}
     names = tuple(name for name, _ in axes)
     return Restriction(
         mesh=Mesh(data=spec.dp // layout.ep, inner=tuple(size for _, size in axes)),
-        allowed=_allowed(graph, names, layout.sp),
+        allowed=_allowed(graph, streams, names, layout.sp),
         zero=layout.zero,
         boundary=tuple(roles[name] for name in names),
         names=names,
     )
 
 
-def _allowed(graph: Graph, names: tuple[str, ...], sp: bool) -> Allowed:
+def _allowed(graph: Graph, streams: frozenset[tuple[int, ...]], names: tuple[str, ...], sp: bool) -> Allowed:
     sequences = {
         graph.values[value].shape[1]
         for value in graph.inputs
@@ -162,6 +165,8 @@ def _allowed(graph: Graph, names: tuple[str, ...], sp: bool) -> Allowed:
             return shards_weights(node, option)
         if node.rule.compute == "attention":
             return "h" in {dict(node.rule.roles).get(label) for label in option.labels}
+        if sp and node.rule.compute == "memory" and graph.values[node.op.outputs[0]].shape in streams:
+            return by_sequence(node, option) or not any(by_sequence(node, o) for o in node.options)
         return sp or len(graph.values[node.op.outputs[0]].shape) == 4 or not by_sequence(node, option)
 
     def cp(node: OpNode, option: Option) -> bool:

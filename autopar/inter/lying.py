@@ -28,7 +28,7 @@ class Lying:
     def __init__(self, graph: Graph, micro_batch: int, data_axis: bool = True) -> None:
         self.graph, self.micro_batch, self.data_axis = graph, micro_batch, data_axis
 
-    def op_plan(self, op: Op, options: Sequence[Option], data: Option) -> OpPlan:
+    def op_plan(self, op: Op, options: Sequence[Option], data: Option, gathers_again: tuple[int, ...] = ()) -> OpPlan:
         """An op under one option per inner axis, and what the data axis does to it."""
         inputs = [(v, [option.inputs[i] for option in options], data.inputs[i]) for i, v in enumerate(op.inputs)]
         outputs = [(v, [option.outputs[i] for option in options], data.outputs[i]) for i, v in enumerate(op.outputs)]
@@ -38,6 +38,7 @@ class Lying:
             outputs=tuple(self.forward(*lie) for lie in outputs),
             input_gradients=tuple(self.gradient(*lie) for lie in inputs),
             output_gradients=tuple(self.gradient(*lie) for lie in outputs),
+            gathers_again=gathers_again,
         )
 
     def data_op_plan(self, op: Op, num_inner: int) -> OpPlan:

@@ -87,16 +87,16 @@ class CopyCounter:
         strategies: Sequence[Sequence[tuple[Option, ...]]],
         boundary_tokens: Mapping[int, Sequence[Placement]],
         sizes: LocalSizes,
-        gathers_again: frozenset[int] = frozenset(),
+        regathering: Mapping[int, tuple[int, ...]],
         keeps_attention: bool = False,
         stays: frozenset[int] | None = None,
     ) -> None:
         """``first_keeper``: value whose memory is kept -> the first op of the graph that keeps it; ``core``:
-        attentions. ``gathers_again``: ops (positions) that keep what they gathered as it was cut, and gather it again
-        backward; ``keeps_attention``: attention's result stays, too, where attention is computed again but others keep
-        it. ``stays``: values whose memory selective recomputation keeps; None: all but what attention makes."""
-        self._stays = stays
-        self.gathers_again, self.keeps_attention = gathers_again, keeps_attention
+        attentions; ``regathering``: flow (position) -> the nodes that keep what it gathers as it was cut, where it is
+        gathered again; ``keeps_attention``: attention's result stays, too, where attention is computed again but others
+        keep it. ``stays``: values whose memory selective recomputation keeps; None: all but what attention makes."""
+        self._stays, self.keeps_attention = stays, keeps_attention
+        self._ways, self._regathering = ways_of(space), regathering
         self._data = [
             tuple("R" if t == "G" else t for t in (*option.inputs, *option.outputs))
             for option in space.data_axis.options
@@ -107,7 +107,7 @@ class CopyCounter:
         self._at_hand = {profile.owners[node.op.inputs[i]] for node in space.ops for i in node.free}
         self.strategies, self.boundary_tokens, self.sizes = strategies, boundary_tokens, sizes
         graph = space.graph
-        self._counted: dict[tuple[int, ...], tuple[float, float]] = {}
+        self._counted: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[float, float]] = {}
         self._positions = []
         for node in space.ops:
             tensors = (*node.op.inputs, *node.op.outputs)
@@ -121,17 +121,20 @@ class CopyCounter:
                 )
             )
 
-    def kept(self, choices: NDArray[np.integer]) -> Floats:
-        """(solutions, 2) bytes that selective recomputation keeps and those it frees; ``choices`` is (nodes, solutions)."""
+    def kept(self, choices: NDArray[np.integer], again: Mapping[int, NDArray[np.bool_]]) -> Floats:
+        """(solutions, 2) bytes that selective recomputation keeps and those it frees; ``choices`` is (nodes,
+        solutions). ``again`` says by flow (position) in which solutions (solutions,) readers keep what it gathers as it
+        was cut."""
         counted = []
-        for column in choices.T.tolist():
-            key = tuple(column)
+        regathered = [[flow for flow, flags in again.items() if flags[at]] for at in range(choices.shape[1])]
+        for column, flows in zip(choices.T.tolist(), regathered, strict=True):
+            key = (tuple(column), tuple(flows))
             if key not in self._counted:
-                self._counted[key] = self._count(key)
+                self._counted[key] = self._count(*key)
             counted.append(self._counted[key])
         return np.array(counted).reshape(-1, 2)
 
-    def _count(self, column: Sequence[int]) -> tuple[float, float]:
+    def _count(self, column: Sequence[int], again: Sequence[int]) -> tuple[float, float]:
         owners, ends = self.profile.owners, self.space.data_axis.ends
         lies: dict[int, Lie] = {
             value: (forward_placement((ends[value],))[0], forward_placement(states[column[IN]]))
@@ -146,8 +149,8 @@ class CopyCounter:
             for i, value in enumerate(op.inputs):
                 lie = (data[i], forward_placement(tuple(option.inputs[i] for option in options)))
                 moved = i not in node.free and value in lies and not self._same(lies[value], lie)
-                if moved and at in self.gathers_again and gathered(lies[value], lie):
-                    moved = False
+                if moved and gathered(lies[value], lie):
+                    moved = not any(f in again and node.node in self._regathering[f] for f in self._ways[at, i])
                 read[value] = (value, lie) if moved else memory.get(value, (owners[value], None))
             made = {}
             for i, value in enumerate(op.outputs):
@@ -196,6 +199,17 @@ class CopyCounter:
             return self.sizes.num_bytes(owner, lies[owner][1], lies[owner][0])
         tokens = tuple((*option.inputs, *option.outputs)[position] for option in options)
         return self.sizes.share(owner, value, forward_placement(tokens), self._data[at][position])
+
+
+def ways_of(space: BlockSpace) -> dict[tuple[int, int], tuple[int, ...]]:
+    """(op, input position) -> the flows (positions) by which it comes: one, or one to a hub and one from there."""
+    to_hub = {flow.target: at for at, flow in enumerate(space.flows)}
+    first_hub = 2 + len(space.ops)
+    return {
+        (flow.target - 2, flow.input): (to_hub[flow.source], at) if flow.source >= first_hub else (at,)
+        for at, flow in enumerate(space.flows)
+        if flow.input is not None
+    }
 
 
 def gathered(made: Lie, read: Lie) -> bool:

@@ -5,7 +5,8 @@
 
     visible = max(c - p, 0) + contention * min(c, p)      of a collective of c seconds beside a product of p
 
-Megatron-LM does both under sequence parallelism, always, and the first without it unless told otherwise
+Our runtime does both where it overlaps; Megatron-LM does both under sequence parallelism, always, and the first without
+it unless told otherwise
 (LinearWithGradAccumulationAndAsyncCommunication; Korthikanti et al., 2022, section 4.2.2 and table 4).
 Several linear ops that read one gathered value are one product there: their seconds add up.
 """
@@ -24,7 +25,7 @@ Floats = NDArray[np.float64]
 
 class Hiding:
     """Seconds of the backward products of one block's linear ops. ``everywhere``: all exchanges of input gradients are
-    hidden; ``where_gathered``: those of inputs that were gathered are, and the gathers made again."""
+    hidden; ``where_gathered``: those of inputs that were gathered are; gathers made again are with either."""
 
     def __init__(self, space: BlockSpace, contention: float, *, everywhere: bool, where_gathered: bool) -> None:
         self.contention, self.everywhere, self.where_gathered = contention, everywhere, where_gathered
@@ -41,24 +42,22 @@ class Hiding:
         if products is not None:
             self._chosen[node], self._products[node] = chosen, products
 
-    def visible_s(
-        self,
-        flow: Flow,
-        targets: Sequence[tuple[Token, ...]],
-        apart: NDArray[np.bool_],
-        gradient_s: Floats,
-        again_s: Floats | None,
+    def gradient_s(
+        self, flow: Flow, targets: Sequence[tuple[Token, ...]], apart: NDArray[np.bool_], seconds: Floats
     ) -> Floats:
-        """(sources, targets) seconds that a value's gradient costs on its way back, and the value itself where it is
-        gathered again (``again_s``). ``apart`` says which pairs gather it."""
+        """(sources, targets) seconds that a value's gradient costs on its way back; ``apart``: pairs that gather."""
         products = self._behind(flow, targets)
-        again = np.zeros_like(gradient_s) if again_s is None else np.where(apart, again_s, 0.0)
         if products is None or not (self.everywhere or self.where_gathered):
-            return gradient_s + again
-        hidden = exposed_s(gradient_s, np.broadcast_to(products[1], gradient_s.shape), self.contention)
-        if self.where_gathered:
-            again = exposed_s(again, np.broadcast_to(products[0], again.shape), self.contention)
-        return np.where(apart | self.everywhere, hidden, gradient_s) + again
+            return seconds
+        hidden = exposed_s(seconds, np.broadcast_to(products[1], seconds.shape), self.contention)
+        return np.where(apart | self.everywhere, hidden, seconds)
+
+    def again_s(self, flow: Flow, targets: Sequence[tuple[Token, ...]], seconds: Floats) -> Floats:
+        """(sources, targets) seconds that a value costs which is gathered again."""
+        products = self._behind(flow, targets)
+        if products is None or not (self.everywhere or self.where_gathered):
+            return seconds
+        return exposed_s(seconds, np.broadcast_to(products[0], seconds.shape), self.contention)
 
     def _behind(self, flow: Flow, targets: Sequence[tuple[Token, ...]]) -> tuple[Floats, Floats] | None:
         """Seconds of the products, per target state, that run once the flow's gradient is on its way."""

@@ -52,8 +52,9 @@ class Strategies:
                 return False
         return True
 
-    def of_hub(self, tokens: Sequence[Token]) -> tuple[tuple[Token, ...], ...]:
-        """The states of a shared value: a token per inner axis, of dims with an element for every part."""
+    def of_hub(self, tokens: Sequence[Token], *, regathers: bool) -> tuple[tuple[tuple[Token, ...], ...], int]:
+        """The states of a shared value: a token per inner axis, of dims with an element for every part. How many come
+        last that are states once more, in which readers keep it as it was cut and gather it again (``regathers``)."""
         found = []
         for state in itertools.product(tokens, repeat=len(self.sizes)):
             degrees: dict[Atom, int] = {}
@@ -62,7 +63,8 @@ class Strategies:
                     degrees[token] = degrees.get(token, 1) * size
             if all(atom.size >= degree for atom, degree in degrees.items()):
                 found.append(state)
-        return tuple(found)
+        again = [state for state in found if "G" in state and not {"R", "P"} & set(state)] if regathers else []
+        return (*found, *again), len(again)
 
     def at_boundary(self, value: Value, roles: Sequence[str]) -> tuple[Token, ...]:
         """How ``value`` lies under a named boundary placement; a value without the dim is replicated (its gradient

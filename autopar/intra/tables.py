@@ -28,11 +28,12 @@ from autopar.cost.redistribute import MeshLinks
 from autopar.graph.ir import Op, Value
 from autopar.graph.profile import GraphProfile
 from autopar.intra.again import Again, Kept
-from autopar.intra.copies import CopyCounter, LocalSizes, gathered
+from autopar.intra.copies import CopyCounter, LocalSizes
 from autopar.intra.data_axis import text_of
 from autopar.intra.elimination import Eliminator
 from autopar.intra.hiding import Hiding
 from autopar.intra.moves import Moves
+from autopar.intra.regather import Regather, Regathers, Side
 from autopar.intra.space import IN, OUT, BlockSpace, OpNode
 from autopar.intra.strategies import ROLES, Allowed, Strategies
 from autopar.intra.workspace import overwritten_values, passing_bytes, scratch_bytes
@@ -47,18 +48,19 @@ NUM_METRICS = 9
 class BlockTables:
     """Of a block at ``local_batch`` samples on each of ``data`` ranks. ``strategies[at]`` of ``space.ops[at]``:
     (options per inner axis). ``states[n]``: placements of boundary or hub node n's values, and ``boundary_tokens``
-    those of a block input or output under each boundary placement. ``kept[at]``
-    are the bytes of tensors that SAVED and CORE_SAVED price for op ``at``, (strategies, 2); ``copies`` counts what a
-    solution really keeps instead; ``inside_s[at]`` are the seconds of FORWARD and BACKWARD that it exchanges by itself.
-    ``node_metrics[n]`` is (choices, metrics), ``edges`` are (node, node, (choices, choices) forward seconds, the same
-    backward). ``parameter_uses[at]`` lists, for op ``at``, (value, per strategy:
-    local elements, axes with a partial gradient); axes count the data axis as 0, inner axes from 1. ``again`` are the
-    (op, number) of uses of a parameter that an earlier op of the block uses, and stores, alike. ``host_s`` are the
-    seconds that the host takes to launch the forward, what selective recomputation launches of it
-    again, the backward, and what full recomputation launches again; ``moved_again`` are the edges whose value full
-    recomputation moves again, ``moved_selectively`` those of selective. A move adds ``sync_s``, forward and backward per edge, as ranks wait for the slowest host.
-    Communication behind compute costs ``contention`` of the shorter of the two (1: nothing overlaps); ``blocking``
-    launches add to what the device computes. ``eliminator`` is made for the edges."""
+    those of a block input or output under each boundary placement. ``kept[at]`` are the bytes of tensors that SAVED and
+    CORE_SAVED price for op ``at``, (strategies, 2); ``copies`` counts what a solution really keeps instead;
+    ``inside_s[at]`` are the seconds of FORWARD and BACKWARD that it exchanges by itself. ``node_metrics[n]`` is
+    (choices, metrics), ``edges`` are (node, node, (choices, choices) forward seconds, the same backward).
+    ``parameter_uses[at]`` lists, for op ``at``, (value, per strategy: local elements, axes with a partial gradient);
+    axes count the data axis as 0, inner axes from 1. ``regathers`` are the gathers that backward may repeat, by edge,
+    ``saved_bytes`` what pairs of an edge add to SAVED. ``again`` are the (op, number) of uses of a parameter that an
+    earlier op of the block uses, and stores, alike. ``host_s`` are the seconds that the host takes to launch the
+    forward, what selective recomputation launches of it again, the backward, and what full recomputation launches
+    again; ``moved_again`` are the edges whose value full recomputation moves again, ``moved_selectively`` those of
+    selective. A move adds ``sync_s``, forward and backward per edge, as ranks wait for the slowest host. Communication
+    behind compute costs ``contention`` of the shorter of the two (1: nothing overlaps); ``blocking`` launches add to
+    what the device computes. ``eliminator`` is made for the edges."""
 
     space: BlockSpace
     local_batch: int
@@ -70,6 +72,8 @@ class BlockTables:
     parameter_uses: tuple[tuple[tuple[Value, tuple[tuple[int, tuple[int, ...]], ...]], ...], ...]
     again: frozenset[tuple[int, int]]
     hub_states: tuple[tuple[tuple[Token, ...], ...], ...]
+    regathers: dict[int, Regather]
+    saved_bytes: dict[int, Floats]
     boundary_tokens: dict[int, tuple[tuple[Token, ...], ...]]
     kept: tuple[Floats, ...]
     inside_s: tuple[Floats, ...]
@@ -123,15 +127,13 @@ class TableBuilder:
         kept: Kept | None = None,
     ) -> None:
         """``as_megatron``: linear ops keep a gathered input as it was cut, and gather it again in the backward, and
-        attention that is computed again leaves its result (Korthikanti et al., 2022, sections 4.2.2 and 5). ``kept``: what
-        selective recomputation keeps; None: all but the insides of attention (``core``)."""
-        again = (node.rule.compute == "matmul" and bool(node.parameters) for node in space.ops)
-        self.gathers_again = frozenset(at for at, does in enumerate(again) if does and as_megatron)
+        attention that is computed again leaves its result (Korthikanti et al., 2022, sections 4.2.2 and 5). ``kept``:
+        what selective recomputation keeps; None: all but the insides of attention (``core``)."""
         self._as_megatron = as_megatron
         assert data in (1, whole.sizes[0])
         self.data, self.micro_batch = data, local_batch * data
         self.fused = fused or {}
-        self._hiding = Hiding(
+        hiding = self._hiding = Hiding(
             space,
             links.cluster.overlap_contention,
             everywhere=execution.overlap and not execution.blocking,
@@ -153,10 +155,12 @@ class TableBuilder:
         self.inside: list[Floats] = []
         self._choices = Strategies(space, self.sizes, local_batch, data, allowed)
         self._moves = Moves(links, whole, data, self.local)
+        self._regathers = Regathers(space, profile, self._first_keeper(), self.local, hiding, as_megatron=as_megatron)
 
     def build(self) -> BlockTables:
         strategies = tuple(self._choices.of_op(node) for node in self.space.ops)
-        hub_states = tuple(self._choices.of_hub(hub.tokens) for hub in self.space.hubs)
+        hubs = [self._choices.of_hub(hub.tokens, regathers=self._regathers.at_hub(hub.node)) for hub in self.space.hubs]
+        hub_states = tuple(states for states, _ in hubs)
         boundaries = tuple(itertools.product(ROLES, repeat=len(self.sizes)))
         metrics = [np.zeros((len(boundaries), NUM_METRICS)) for _ in (IN, OUT)]
         for flow_value in self.space.block.inputs:
@@ -182,7 +186,8 @@ class TableBuilder:
             value: tuple(self._choices.at_boundary(self.graph.values[value], roles) for roles in boundaries)
             for value in (*self.space.block.inputs, *self.space.block.outputs)
         }
-        edges = (*self._edges(strategies, hub_states, boundaries), *self._alike(strategies))
+        sides = self._sides(strategies, hubs, boundaries)
+        edges = (*self._edges(sides), *self._alike(strategies))
         return BlockTables(
             space=self.space,
             local_batch=self.local_batch,
@@ -196,6 +201,8 @@ class TableBuilder:
             ),
             again=frozenset((at, number) for _, _, at, number in self._repeated()),
             hub_states=hub_states,
+            regathers=self._regathers.of_flow,
+            saved_bytes=self._regathers.saved_bytes,
             boundary_tokens=boundary_tokens,
             kept=tuple(self.kept),
             inside_s=tuple(self.inside),
@@ -207,7 +214,7 @@ class TableBuilder:
                 strategies,
                 boundary_tokens,
                 self.local,
-                self.gathers_again,
+                {flow: one.readers for flow, one in self._regathers.of_flow.items()},
                 self._as_megatron,
                 None if self._kept is None else self._kept.memories,
             ),
@@ -427,54 +434,46 @@ class TableBuilder:
             uses.append((value, tuple(per_strategy)))
         return tuple(uses)
 
-    def _edges(
+    def _sides(
         self,
         strategies: Sequence[tuple[tuple[Option, ...], ...]],
-        hub_states: Sequence[tuple[tuple[Token, ...], ...]],
+        hubs: Sequence[tuple[tuple[tuple[Token, ...], ...], int]],
         boundaries: Sequence[tuple[str, ...]],
-    ) -> tuple[tuple[int, int, Floats, Floats], ...]:
+    ) -> list[tuple[Side, Side]]:
+        """How each flow's value lies at both ends."""
         first_hub = 2 + len(strategies)
-        edges = []
+        found = []
         for flow in self.space.flows:
-            value = self.graph.values[flow.value]
-            sides: list[Sequence[tuple[Token, ...]]] = []
-            cuts: list[Token] = []
+            sides = []
             for node, position, outgoing in (
                 (flow.source, flow.output, True),
                 (flow.target, flow.input, False),
             ):
-                cuts.append(self._cut(value.id, node, position, outgoing))
+                states: Sequence[tuple[Token, ...]]
+                num_again = 0
                 if node in (IN, OUT):
-                    sides.append([self._choices.at_boundary(value, roles) for roles in boundaries])
+                    value = self.graph.values[flow.value]
+                    states = [self._choices.at_boundary(value, roles) for roles in boundaries]
                 elif node >= first_hub:
-                    sides.append(list(hub_states[node - first_hub]))
+                    states, num_again = hubs[node - first_hub]
                 else:
                     assert position is not None
-                    sides.append(
-                        [
-                            tuple((o.outputs if outgoing else o.inputs)[position] for o in options)
-                            for options in strategies[node - 2]
-                        ]
-                    )
-            forward, backward = self._moves.seconds(value, sides[0], sides[1], cuts[0], cuts[1])
-            if flow.target == OUT:  # a whole scalar becomes a sum for nothing: zeros on all ranks but the first
-                forward = self._moves.into_sums(value, sides, (cuts[0], cuts[1]), forward)
-            made, read = ([forward_placement(tokens) for tokens in side] for side in sides)
-            apart = np.array(
-                [[one != other and gathered((cuts[0], one), (cuts[1], other)) for other in read] for one in made]
-            )
-            again = self._kept_as_cut(flow.value, flow.target, first_hub)
-            backward = self._hiding.visible_s(flow, sides[1], apart, backward, forward if again else None)
-            edges.append((flow.source, flow.target, forward, backward))
-        return tuple(edges)
+                    states = [
+                        tuple((o.outputs if outgoing else o.inputs)[position] for o in options)
+                        for options in strategies[node - 2]
+                    ]
+                cut = self._cut(flow.value, node, position, outgoing)
+                sides.append(Side(states=states, cut=cut, num_again=num_again))
+            found.append((sides[0], sides[1]))
+        return found
 
-    def _kept_as_cut(self, value: int, target: int, first_hub: int) -> bool:
-        """Whether what moves to a node is gathered again in the backward: it is, or leads to, an op that does and keeps
-        it."""
-        return any(
-            value == op.inputs[position]
-            for at in self.gathers_again
-            if target == at + 2 or target >= first_hub
-            for op in (self.space.ops[at].op,)
-            for position in self.profile.ops[op.id].saved_inputs
-        )
+    def _edges(self, sides: Sequence[tuple[Side, Side]]) -> tuple[tuple[int, int, Floats, Floats], ...]:
+        edges = []
+        for at, (flow, (source, target)) in enumerate(zip(self.space.flows, sides, strict=True)):
+            value = self.graph.values[flow.value]
+            forward, backward = self._moves.seconds(value, source.states, target.states, source.cut, target.cut)
+            if flow.target == OUT:  # a whole scalar becomes a sum for nothing: zeros on all ranks but the first
+                states, cuts = (source.states, target.states), (source.cut, target.cut)
+                forward = self._moves.into_sums(value, states, cuts, forward)
+            edges.append((flow.source, flow.target, *self._regathers.add(at, source, target, forward, backward)))
+        return tuple(edges)

@@ -8,6 +8,7 @@ Placements are texts of ``mesh.parse_placements``, one token per axis of the sta
 seconds, sizes bytes (integers); ``micro_batch_size`` counts samples over all ranks of a stage.
 """
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, Literal
 
@@ -31,13 +32,15 @@ class OpPlan(Noun, frozen=True, kw_only=True):
 
     ``input_gradients`` say how the op's backward leaves the gradient of each input, ``output_gradients`` how it takes
     that of each output; "" where there is none. An ``R`` input of an op that is sharded on an axis has gradient
-    ``P``."""
+    ``P``. Inputs (positions) in ``gathers_again`` are kept for the backward as they were cut before they were gathered,
+    and gathered again there."""
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     input_gradients: tuple[str, ...] = ()
     output_gradients: tuple[str, ...] = ()
+    gathers_again: tuple[int, ...] = ()
 
 
 class ValuePlan(Noun, frozen=True, kw_only=True):
@@ -89,9 +92,10 @@ class BlockRef(Noun, frozen=True, kw_only=True):
 
 class MemoryParts(Noun, frozen=True, kw_only=True):
     """Bytes on the fullest device of a stage at its peak. ``saved_activations_bytes`` covers all micro-batches in
-    flight; ``workspace_bytes`` is the largest passing need; ``fixed_bytes`` is what torch's allocator does not count
-    (context, communication buffers, fragmentation). Gradients of a single micro-batch take the place of saved tensors
-    that the backward frees: ``overlaid_bytes`` are counted as both and are there once."""
+    flight; ``workspace_bytes`` is what passes at the peak; ``fixed_bytes`` is what torch's allocator does not count
+    (context, communication buffers, fragmentation). While a backward frees saved tensors, block by block, and a single
+    micro-batch's gradients come, neither all of the one nor all of the other are there: ``overlaid_bytes`` are counted
+    above and are not there at the peak."""
 
     parameters_bytes: int
     gradients_bytes: int
@@ -310,17 +314,22 @@ def device_runs(plan: Plan) -> tuple[tuple[StagePlan, ...], ...]:
 
 
 def device_memory(stages: tuple[StagePlan, ...]) -> MemoryParts:
-    """Memory of the fullest device of one run: state and saved tensors of its chunks add up; workspace, which passes,
-    and what is fixed per device are there once."""
-    parts = [stage.memory for stage in stages]
+    """Memory of the fullest device of one run."""
+    return chunks_memory([stage.memory for stage in stages])
+
+
+def chunks_memory(parts: Sequence[MemoryParts]) -> MemoryParts:
+    """What the chunks of one device hold together: state and saved tensors add up; one chunk at a time has its
+    workspace and less than all its saved tensors; what is fixed per device is there once."""
+    busy = max(parts, key=lambda part: part.workspace_bytes - part.overlaid_bytes)
     return MemoryParts(
         parameters_bytes=sum(part.parameters_bytes for part in parts),
         gradients_bytes=sum(part.gradients_bytes for part in parts),
         optimizer_bytes=sum(part.optimizer_bytes for part in parts),
         saved_activations_bytes=sum(part.saved_activations_bytes for part in parts),
-        workspace_bytes=max(part.workspace_bytes for part in parts),
+        workspace_bytes=busy.workspace_bytes,
         fixed_bytes=max(part.fixed_bytes for part in parts),
-        overlaid_bytes=sum(part.overlaid_bytes for part in parts),
+        overlaid_bytes=busy.overlaid_bytes,
     )
 
 

@@ -23,7 +23,7 @@ PARTS = (
     ("W", "work", "workspace_bytes"),
     ("F", "fixed", "fixed_bytes"),
 )
-SAVED = 3  # its position in PARTS
+GRADIENTS, SAVED = 1, 3  # their positions in PARTS
 
 
 def item_text(item: TimeItem) -> str:
@@ -77,7 +77,9 @@ def memory_table(plan: Plan, *, width: int) -> Table:
         table.add_column("", no_wrap=True)
     for memory, positions in rows.items():
         sizes = [getattr(memory, key) for _, _, key in PARTS]
-        sizes[SAVED] -= memory.overlaid_bytes
+        gone = min(memory.overlaid_bytes, sizes[SAVED])  # at the peak; the rest is of gradients still to come
+        sizes[SAVED] -= gone
+        sizes[GRADIENTS] -= memory.overlaid_bytes - gone
         cells = [f"  {ranges_text(positions)}", *(f"{size / GIB:,.2f}" for size in (*sizes, memory.total))]
         table.add_row(*cells, *([stacked_bar(sizes, budget, bar_width)] if bars else []))
     return table

@@ -15,11 +15,11 @@ from autopar.graph.retype import retyped
 from autopar.graph.trace import trace
 from autopar.plan.errors import AutoparError, PlanFileError, UsageError
 from autopar.plan.plan import Plan
+from autopar.runtime.build import build_programs
 from autopar.runtime.collectives import order_of, sequences_of
 from autopar.runtime.initialise import DeferredInitialisation
 from autopar.runtime.mesh import make_meshes
 from autopar.runtime.parameters import MakeOptimizer, StageParameters, tie
-from autopar.runtime.program import build_programs
 from autopar.runtime.runner import Mode, StageRunner
 from autopar.runtime.stage import KEY, StageFunction
 from autopar.runtime.trainer import Trainer
@@ -83,10 +83,9 @@ def apply(
         constants = {
             value: traced.constants[graph.values[value].name].to(where, dtypes[value]) for value in program.constants
         }
-        function = StageFunction(program, graph, mesh, constants, where)
-        stored[program.index] = StageParameters(
-            program, mesh, names, source, dtypes, where, same_gradients=plan.execution.grads == "same"
-        )
+        same = plan.execution.grads == "same"
+        function = StageFunction(program, graph, mesh, constants, where, fp32_sums=not same)
+        stored[program.index] = StageParameters(program, mesh, names, source, dtypes, where, same_gradients=same)
         stages[program.index] = StageRunner(function, stored[program.index], dtypes, mode)
     check_collectives(stages)
     return Trainer(

@@ -22,7 +22,7 @@ from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import _BoxedCodeGen  # private; tried on torch 2.13.0
 
-from autopar.runtime.order import GATHER, Pass, Take, arranged, is_start, is_view, marked
+from autopar.runtime.order import GATHER, SENDS, Pass, Take, arranged, is_start, is_view, marked
 from autopar.runtime.stage import StageFunction
 
 
@@ -180,9 +180,13 @@ def _is_recomputed(node: fx.Node, forward: set[fx.Node]) -> bool:
 
 
 def _leaves(node: fx.Node, block: int, forward: set[fx.Node]) -> bool:
-    """Whether another block reads a node, or a view of all of it: views hold no memory of their own."""
+    """Whether another block of the stage reads a node, or a view of all of it (views hold no memory of their own);
+    what brings it to another stage keeps nothing."""
     for user in node.users:
-        if user in forward and (marked(user)[0] != block or (_views_all(user, node) and _leaves(user, block, forward))):
+        reader = marked(user)[0]
+        if user not in forward or reader == SENDS:
+            continue
+        if reader != block or (_views_all(user, node) and _leaves(user, block, forward)):
             return True
     return False
 

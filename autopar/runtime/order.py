@@ -3,6 +3,7 @@
     as traced      all but what follows
     when read      views, waits for collectives, and what the backward computes again: right before the first reader
     when made      a collective starts, and a gradient is handed over, as soon as what it takes is there
+    beside         what the backward gathers again for an op starts as soon as the op's gradient is there
     one ahead      gathers of a block's ZeRO-3 parameters start where the block before begins to read its own
     one behind     a gradient's reduce-scatter is waited for where the next one has started
 
@@ -23,6 +24,7 @@ from torch import Tensor, fx
 from autopar.runtime.overwrite import IN_PLACE, overwrites
 
 GATHER = -2  # the block of what gathers ZeRO-3 parameters
+SENDS = -3  # the block of what brings activations to how they are sent
 
 Take = Callable[[int, Tensor, bool, bool], None]
 """Takes (which gradient, a term of it, whether nobody else holds the term's memory, whether it is the last term)."""
@@ -113,11 +115,28 @@ class _Order:
 
     def _out_of_turn(self) -> Iterable["_Early"]:
         for node in self.graph.nodes:
-            if node in self.needed and is_start(node) and not self._is_late(node):
-                yield _Early(node=node, over=None, anchors=self._anchors(node.all_input_nodes, [])[0], behind=False)
+            if node in self.needed and is_start(node):
+                before: Iterable[fx.Node] = node.all_input_nodes
+                if node in self.one.again and node.meta.get("custom", {}).get("beside"):
+                    before = self._beside(node)
+                elif self._is_late(node):
+                    continue
+                yield _Early(node=node, over=None, anchors=self._anchors(before, [])[0], behind=False)
         for at, term in self.terms:
             anchors, starts = self._anchors([term], [])
             yield _Early(node=None, over=self._handing(at, term), anchors=anchors, behind=bool(starts))
+
+    def _beside(self, start: fx.Node) -> list[fx.Node]:
+        """What the first op that reads a gather reads besides."""
+        inside, stack = {start}, [start]
+        while stack:
+            for user in stack.pop().users:
+                if user in self.needed and user not in inside:
+                    if user not in self.one.again and user.target is not _WAIT and not is_view(user):
+                        return [node for node in user.all_input_nodes if node not in inside]
+                    inside.add(user)
+                    stack.append(user)
+        return start.all_input_nodes
 
     def _handing(self, at: int, term: fx.Node) -> HandOver:
         return HandOver(at=at, term=term, owned=self._is_owned(term))

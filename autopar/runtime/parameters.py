@@ -202,8 +202,9 @@ class Ties:
     ties: list[tuple[int, int, int, Channel]]
     stages: dict[int, StageParameters]
 
-    def exchange(self, device: torch.device) -> None:
-        """Every copy's gradient becomes the sum over its stages, added in the order of stages on all of them."""
+    def exchange(self, device: torch.device, received: Callable[[int, Tensor], None]) -> None:
+        """Every copy's gradient becomes the sum over its stages, added in the order of stages on all of them.
+        ``received`` is told of each part that came: (from which stage, the part)."""
         mailbox = Mailbox()
         for value, source, _, way in self.ties:
             if source in self.stages:
@@ -214,7 +215,9 @@ class Ties:
         for value, source, target, way in self.ties:
             if target in self.stages:
                 dtype = self.stages[target].parameters[value].master.dtype
-                found.setdefault((value, target), []).append((source, way.receive(dtype, device, mailbox)))
+                part = way.receive(dtype, device, mailbox)
+                received(source, part)
+                found.setdefault((value, target), []).append((source, part))
         mailbox.flush()
         for (value, target), parts in found.items():
             master = self.stages[target].parameters[value].master

@@ -19,7 +19,7 @@ from autopar.runtime.kernels import Around, LocalOp, Written, run_op
 from autopar.runtime.layout import chunk_bounds, local_shape
 from autopar.runtime.mesh import Mesh
 from autopar.runtime.move import Conversion, convert, gather_pieces, move, moving, scatter_pieces
-from autopar.runtime.order import GATHER
+from autopar.runtime.order import GATHER, SENDS
 from autopar.runtime.program import ProgramMove, ProgramOp, StageParameter, StageProgram
 
 KEY = -1  # stands among values for the number that random ops start from
@@ -45,12 +45,21 @@ class Outputs:
 
 
 class StageFunction:
-    """Runs one stage's program on one rank. ``values`` of the graph are addressed by id."""
+    """Runs one stage's program on one rank. ``values`` of the graph are addressed by id. ``fp32_sums``: gradients in
+    bf16 are summed over ranks in fp32, as they then are over micro-batches."""
 
     def __init__(
-        self, program: StageProgram, graph: Graph, mesh: Mesh, constants: Mapping[int, Tensor], device: torch.device
+        self,
+        program: StageProgram,
+        graph: Graph,
+        mesh: Mesh,
+        constants: Mapping[int, Tensor],
+        device: torch.device,
+        *,
+        fp32_sums: bool,
     ) -> None:
         self.program, self.graph, self.mesh, self.constants, self.device = program, graph, mesh, constants, device
+        self.fp32_sums = fp32_sums
         self.parameters = {parameter.value: parameter for parameter in program.parameters}
         self.arguments: tuple[int, ...] = (
             *(parameter.value for parameter in (*program.parameters, *program.buffers)),
@@ -143,19 +152,22 @@ class StageFunction:
                 again = "full" if step.recompute == "full" else "none"
                 if local is None or not isinstance(step, ProgramOp):
                     assert isinstance(step, ProgramMove)
-                    with mark(step.block, again):
+                    with gathering_again(step.block) if step.again and again == "none" else mark(step.block, again):
                         slots[step.target] = convert(slots[step.source], step.conversion, self.mesh)
                     continue
-                with mark(step.block, again):  # selective recomputation redoes core attention, not the moves before it
-                    tensors = [
-                        take(slot, made, step.block) for slot, made in zip(step.reads, step.conversions, strict=True)
-                    ]
+                tensors = []
+                for at, (slot, made) in enumerate(zip(step.reads, step.conversions, strict=True)):
+                    # selective recomputation redoes core attention, not the moves before it
+                    repeats = at in step.gathers_again and again == "none"
+                    with gathering_again(step.block) if repeats else mark(step.block, again):
+                        tensors.append(take(slot, made, step.block))
                 with mark(step.block, step.recompute if _is_core(step) else again):
                     self._run(step, local, slots, tensors, take)
-            sent = tuple(
-                take(slot, conversion, -1)
-                for slot, conversion in zip(self.program.send_slots, self.program.send_conversions, strict=True)
-            )
+            with mark(SENDS, "none"):
+                sent = tuple(
+                    take(slot, conversion, SENDS)
+                    for slot, conversion in zip(self.program.send_slots, self.program.send_conversions, strict=True)
+                )
         loss = slots[self.program.loss_slot] if self.program.loss is not None else None
         return Outputs(sent=sent, loss=loss, buffers=tuple(slots[value].detach() for value in self.program.written))
 
@@ -197,7 +209,7 @@ class StageFunction:
                 gradient = torch.zeros_like(leaf) if gradient is None else gradient
                 parameter = self.parameters.get(value)
                 if parameter is not None and parameter.zero >= 2:
-                    gradient = scatter_zero(gradient, parameter, self.mesh)
+                    gradient = scatter_zero(gradient, parameter, self.mesh, fp32_sums=self.fp32_sums)
                 found.append(gradient)
         return tuple(found)
 
@@ -207,6 +219,13 @@ def mark(block: int, recompute: str) -> AbstractContextManager[Any]:
     if not traceback.has_preserved_node_meta():
         return nullcontext()
     return traceback.annotate({"block": block, "recompute": recompute != "none"})
+
+
+def gathering_again(block: int) -> AbstractContextManager[Any]:
+    """Nodes traced inside gather what the backward gathers again, beside what else its readers do there."""
+    if not traceback.has_preserved_node_meta():
+        return nullcontext()
+    return traceback.annotate({"block": block, "recompute": True, "beside": True})
 
 
 def _is_core(op: ProgramOp) -> bool:
@@ -225,7 +244,8 @@ def gather_zero(part: Tensor, stored: StageParameter, shape: tuple[int, ...], me
         return gather_pieces(part, 0, 1, shape[0], mesh, stored.zero_axes)
 
 
-def scatter_zero(term: Tensor, stored: StageParameter, mesh: Mesh) -> Tensor:
+def scatter_zero(term: Tensor, stored: StageParameter, mesh: Mesh, *, fp32_sums: bool) -> Tensor:
     """This rank's part of the sum of all ranks' terms."""
     with moving():
+        term = term.float() if fp32_sums and term.dtype == torch.bfloat16 else term
         return scatter_pieces(term, 0, 1, mesh, stored.zero_axes)

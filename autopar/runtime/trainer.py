@@ -144,7 +144,7 @@ class Trainer:
         for index, stage in self.stages.items():
             self._runs(index)
             stage.parameters.reduce()
-        self.ties.exchange(self.device)
+        self.ties.exchange(self.device, self._received)
         if self.scale is not None:
             self.scale.undo([parameter.master for parameter in self.trained()], self.device)
         return self._mean(losses)
@@ -273,9 +273,12 @@ class Trainer:
 
     def _receive(self, crossing: Crossing, way: Channel, sender: int, mailbox: Mailbox) -> Tensor:
         part = way.receive(getattr(torch, crossing.dtype), self.device, mailbox)
+        self._received(sender, part)
+        return part
+
+    def _received(self, sender: int, part: Tensor) -> None:
         if self._tally is not None:
             self._tally.received(sender, part)
-        return part
 
     def _mean(self, losses: Sequence[Tensor]) -> Tensor:
         """The mean loss on every rank, from the stage that makes it: each of its terms once."""

@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import msgspec
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autopar.plan.plan import Plan
 from autopar.runtime.randomness import drop
+from autopar.runtime.tally import Counts, differences, of_all_ranks
 from autopar.runtime.trainer import Trainer
 from autopar.workload.workload import Workload
 from tests.distributed import parity
@@ -109,6 +111,32 @@ def test_fp16_skips_a_step_that_overflows(pool: Pool) -> None:
     found = pool.run(2, losses, msgspec.json.encode(plan), model.workload, 64, "reference", 3e-3, None)[0]
     assert len(found) == 3
     assert found[-1] < found[0]
+
+
+def counted(plan_json: bytes) -> Counts:
+    """The collectives of a step in the plan's own dtype."""
+    plan = msgspec.json.decode(plan_json, type=Plan)
+    workload = MODELS["gpt-tied"].workload()
+    trainer = plan.apply(
+        parity.real_model(workload, 0), optimizer=lambda given: torch.optim.AdamW(given), workload=workload
+    )
+    return trainer.count(parity.random_batch(workload, plan.global_batch, 0, 64))
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize(
+    "layout", ["tp=2,dp=2,mbs=1,zero=0", "dp=4,mbs=1,zero=1", "dp=2,tp=2,mbs=1,zero=3", "pp=2,dp=2,mbs=1,zero=2"]
+)
+def test_half_precision_runs_the_listed_collectives(pool: Pool, layout: str, dtype: str) -> None:
+    """fp16 gradients are summed over ranks in fp16, bf16 ones in fp32; those of tied weights go between stages in fp32."""
+    plan = layout_plan(
+        MODELS["gpt-tied"].workload(), layout, dtype=dtype, cluster="p3.16xlarge" if dtype == "fp16" else "dgx-h100"
+    )
+    assert plan.execution.dtype == dtype
+    ran = of_all_ranks(pool.run(4, counted, msgspec.json.encode(plan)), plan)
+    assert differences(ran, plan, plan.estimate.collectives) == ()
+    reduced = {kind for _, kind, _ in ran}
+    assert reduced & {"all_reduce", "reduce_scatter"}
 
 
 def save_and_load_scale(plan_json: bytes, folder: str) -> tuple[float, int]:

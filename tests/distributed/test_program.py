@@ -10,9 +10,9 @@ from autopar.graph.blocks import cut_blocks, order_for_blocks
 from autopar.graph.trace import trace
 from autopar.plan.plan import Plan
 from autopar.runtime.apply import apply
+from autopar.runtime.build import build_programs
 from autopar.runtime.collectives import collectives_of
 from autopar.runtime.layout import parse, text_of
-from autopar.runtime.program import build_programs
 from autopar.runtime.usage import settled
 from tests.distributed import parity
 from tests.distributed.pool import Pool

@@ -26,6 +26,7 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 MODELS = {
     "gpt": {"layers": 4, "hidden": 256, "heads": 4, "vocab": 512, "seq": 128},
     "llama": {"layers": 3, "hidden": 256, "heads": 8, "kv_heads": 2, "ffn": 512, "vocab": 1024, "seq": 256},
+    "wide gpt": {"layers": 4, "hidden": 2048, "heads": 16, "vocab": 1024, "seq": 2048},
     "moe": {"layers": 4, "hidden": 128, "heads": 4, "vocab": 512, "seq": 128, "experts": 4, "group_size": 128},
     "wide_resnet": {"layers": 50, "base_channels": 32, "width_factor": 2, "image_size": 64},
 }
@@ -44,7 +45,7 @@ def graphs():
 
     def of(name, dtype):
         if (name, dtype) not in known:
-            workload = load_workload(str(EXAMPLES / f"{name}.py"), **MODELS[name])
+            workload = load_workload(str(EXAMPLES / f"{name.split()[-1]}.py"), **MODELS[name])
             graph = order_for_blocks(trace(workload, dtype=dtype).graph)
             known[name, dtype] = (workload, graph, cut_blocks(graph))
         return known[name, dtype]
@@ -236,6 +237,29 @@ def test_megatron_collectives_of_a_layer_as_published(graphs):
     whole = 2 * 128 * 256 * 2  # 2 samples of 128 tokens, 256 wide, bf16
     tp = tuple(axis.name for axis in made.stages[0].axes if axis.size == 2)
     assert listed(made, "microbatch")["all_reduce", tp, whole] >= 4 * 4  # four layers
+
+
+def test_sequence_parallelism_gathers_inputs_again_backward(graphs):
+    """Korthikanti et al., 2022, section 4.2.2: a layer gathers two inputs forward and two gradients backward, and the
+    two inputs again, as it keeps them cut; it scatters two sums each way."""
+    made = estimate(workload(graphs, "wide gpt"), cluster="dgx-a100", gpus=2, global_batch=8, layout="tp=2,mbs=2,sp=1")
+    whole = 2 * 2048 * 2048 * 2  # 2 samples of 2048 tokens, 2048 wide, bf16
+    counts = listed(made, "microbatch")
+    assert counts["all_gather", ("tp",), whole] == 4 * 6
+    assert counts["reduce_scatter", ("tp",), whole] == 4 * 4
+    assert ("all_reduce", ("tp",), whole) not in counts
+
+
+def test_where_memory_binds_gathered_inputs_are_kept_as_cut(graphs):
+    """The choice is the search's: with room for whole copies nothing is gathered twice."""
+    search = {"cluster": "p3.16xlarge", "gpus": 4, "global_batch": 1, "recompute": "none"}
+    kept = {}
+    for memory_gib in (16, 1.8):
+        made = plan(workload(graphs, "wide gpt"), memory_gib=memory_gib, **search)
+        assert list(differences(made, judged(graphs, "wide gpt", made))) == []
+        kept[memory_gib] = [op.name for program in made.programs for op in program.ops if op.gathers_again]
+    assert not kept[16]
+    assert kept[1.8]
 
 
 def test_zero_3_gathers_what_each_pass_reads_and_scatters_once(graphs):

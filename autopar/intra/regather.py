@@ -1,0 +1,166 @@
+"""Inputs that were gathered and are kept as they were cut: the backward gathers them again.
+
+A linear op under tensor parallelism reads its input whole where the ops before it are cut by sequence. Autograd would
+keep the whole copy (r bytes); keeping what was gathered (m bytes) frees r - m for a second gather, most of it behind
+the op's own products (`intra.hiding`). Megatron-LM always does (Korthikanti et al., 2022, section 4.2.2); here it is a
+choice, priced pair by pair so that elimination stays exact:
+
+    one reader         each pair of the edge takes the cheaper of the two
+    several readers    the hub has states once more in which they keep it as cut: the way to such a state costs the
+                       second gather and m, the way on to the op that is charged for the copy gives its r back
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopar.graph.profile import GraphProfile
+from autopar.intra.copies import LocalSizes, gathered, ways_of
+from autopar.intra.hiding import Hiding
+from autopar.intra.space import BlockSpace, Flow
+from autopar.rules.options import Token, forward_placement
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Regather:
+    """Of one flow; tables are (sources, targets). ``always``: pairs that are gathered again whatever the price, which
+    the flow's backward seconds include. ``choice_s``: what the backward costs more where it is a choice, inf where it
+    is none, and ``freed_bytes`` what is not kept then. ``whole_bytes`` (targets,) is what the backward of the
+    ``readers`` (nodes) holds."""
+
+    always: Bools
+    choice_s: Floats
+    freed_bytes: Floats
+    whole_bytes: Floats
+    readers: tuple[int, ...]
+
+    @property
+    def is_choice(self) -> bool:
+        return bool(np.isfinite(self.choice_s).any())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Side:
+    """The states at one end of a flow, and how the data axis cuts the value there. The last ``num_again`` are those of
+    a hub whose readers keep it as cut."""
+
+    states: Sequence[tuple[Token, ...]]
+    cut: Token
+    num_again: int = 0
+
+
+class Regathers:
+    """Of one block. ``first_keeper``: value whose memory is kept -> the op of the graph that is charged for it;
+    ``as_megatron``: linear ops always keep their input as it was cut, and nothing else does."""
+
+    def __init__(
+        self,
+        space: BlockSpace,
+        profile: GraphProfile,
+        first_keeper: Mapping[int, int],
+        local: LocalSizes,
+        hiding: Hiding,
+        *,
+        as_megatron: bool,
+    ) -> None:
+        self.space, self.local, self.hiding, self.as_megatron = space, local, hiding, as_megatron
+        self._first_hub = 2 + len(space.ops)
+        self._keeps = {(node.op.id, at) for node in space.ops for at in profile.ops[node.op.id].saved_inputs}
+        self._charged = {
+            (node.op.id, at)
+            for node in space.ops
+            for at, value in enumerate(node.op.inputs)
+            if (node.op.id, at) in self._keeps and first_keeper.get(profile.owners[value]) == node.op.id
+        }
+        self._readers: dict[int, list[Flow]] = {}
+        for flow in space.flows:
+            if flow.source >= self._first_hub:
+                self._readers.setdefault(flow.source, []).append(flow)
+        self.of_flow: dict[int, Regather] = {}
+        self.saved_bytes: dict[int, Floats] = {}
+
+    def at_hub(self, hub: int) -> bool:
+        """Whether keeping the hub's value as cut is a choice: an op that reads it from there is charged for it."""
+        return not self.as_megatron and any(self._is_charged(flow) for flow in self._readers.get(hub, ()))
+
+    def add(self, at: int, source: Side, target: Side, forward: Floats, backward: Floats) -> tuple[Floats, Floats]:
+        """Forward and backward seconds of flow number ``at``, with what it gathers again."""
+        flow = self.space.flows[at]
+        made, read = ([(side.cut, forward_placement(tokens)) for tokens in side.states] for side in (source, target))
+        apart = np.array([[one[1] != other[1] and gathered(one, other) for other in read] for one in made])
+        backward = self.hiding.gradient_s(flow, target.states, apart, backward)
+        if source.num_again and self._is_charged(flow):
+            same = np.array([[one == other for other in read] for one in made])
+            same[: -source.num_again] = False
+            self.saved_bytes[at] = np.where(same, -self._bytes(flow, target), 0.0)
+        keepers = self._keepers(flow)
+        if not keepers or source.num_again or not (apart.any() or target.num_again):
+            return forward, backward
+        again_s = self.hiding.again_s(flow, target.states, forward)
+        kept_cut, whole = self._bytes(flow, source)[:, None], self._bytes(flow, target)
+        always, choice_s = np.zeros_like(apart), np.full_like(forward, np.inf)
+        if self.as_megatron:
+            always = apart
+        elif target.num_again:
+            again_states = np.arange(len(target.states)) >= len(target.states) - target.num_again
+            forward = np.where(again_states & ~apart, np.inf, forward)
+            always = apart & again_states
+            self.saved_bytes[at] = np.where(always, kept_cut, 0.0)
+        elif flow.target < self._first_hub and self._is_charged(flow):
+            choice_s = np.where(apart & (whole > kept_cut), again_s, np.inf)
+        if always.any() or np.isfinite(choice_s).any():
+            self.of_flow[at] = Regather(
+                always=always,
+                choice_s=choice_s,
+                freed_bytes=np.where(np.isfinite(choice_s), whole - kept_cut, 0.0),
+                whole_bytes=whole,
+                readers=keepers,
+            )
+        return forward, backward + np.where(always, again_s, 0.0)
+
+    def _is_charged(self, flow: Flow) -> bool:
+        return self._position(flow) in self._charged
+
+    def _position(self, flow: Flow) -> tuple[int, int] | None:
+        if flow.input is None or not 2 <= flow.target < self._first_hub:
+            return None
+        return self.space.ops[flow.target - 2].op.id, flow.input
+
+    def _keepers(self, flow: Flow) -> tuple[int, ...]:
+        """The nodes that keep what the flow brings, itself or through its hub."""
+        flows = self._readers.get(flow.target, ()) if flow.target >= self._first_hub else (flow,)
+        return tuple(
+            one.target
+            for one in flows
+            if self._position(one) in self._keeps and (not self.as_megatron or self._is_linear(one.target))
+        )
+
+    def _is_linear(self, node: int) -> bool:
+        op = self.space.ops[node - 2]
+        return op.rule.compute == "matmul" and bool(op.parameters)
+
+    def _bytes(self, flow: Flow, side: Side) -> Floats:
+        """(states,) bytes of the value on a rank."""
+        return np.array(
+            [self.local.num_bytes(flow.value, forward_placement(tokens), side.cut) for tokens in side.states]
+        )
+
+
+def kept_as_cut(
+    space: BlockSpace, profile: GraphProfile, regathers: Mapping[int, Regather], flows: Sequence[int]
+) -> dict[int, tuple[int, ...]]:
+    """Ops -> input positions that keep as cut what they gather, where ``flows`` (positions) are gathered again."""
+    found: dict[int, tuple[int, ...]] = {}
+    for (at, position), ways in ways_of(space).items():
+        if at < 0 or at >= len(space.ops):
+            continue
+        op = space.ops[at].op
+        kept = position in profile.ops[op.id].saved_inputs
+        if kept and any(way in flows and at + 2 in regathers[way].readers for way in ways):
+            found[op.id] = (*found.get(op.id, ()), position)
+    return found
