@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -194,7 +195,7 @@ class LayoutPricer:
             # selects is torchtitan, whose loss is PyTorch's (llm-foundry's is fused)
             whole_checkpoint=not fsdp,
             selective="products" if fsdp else "attention",
-            loss="chain" if not fsdp else "torch" if layout.recompute == "selective" else "program",
+            loss=_loss(layout, fsdp=fsdp),
         )
         if execution not in self._shared:
             self._shared[execution] = Blocks(self.graph, self.blocks, self.cluster, execution, self.profile)
@@ -307,6 +308,13 @@ class LayoutPricer:
         if faults := unmet(plan, self.pins.pins):
             raise LayoutError([f"--pin {fault}" for fault in faults])
         return plan
+
+
+def _loss(layout: Layout, *, fsdp: bool) -> Literal["program", "chain", "torch"]:
+    """Which cross entropy a layout's program runs (`ExecutionModel`)."""
+    if fsdp:
+        return "torch" if layout.recompute == "selective" else "program"
+    return "chain" if layout.fusion == "megatron" else "program"
 
 
 def run_memory(

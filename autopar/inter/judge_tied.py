@@ -68,7 +68,7 @@ def _part_bytes(tensor: Value, planned: ParameterPlan, mesh: Mesh) -> int:
     compute, optimizer = parse_placements(planned.compute), parse_placements(planned.optimizer)
     sizes = list(local_shape(tensor.shape, compute, mesh.sizes))
     pieces = prod(size for size, used, cut in zip(mesh.sizes, compute, optimizer, strict=True) if used != cut)
-    if pieces > 1:
+    if pieces > 1 and sizes:  # a scalar has no rows
         sizes[0] = -(-sizes[0] // pieces)
     return prod(sizes) * max(tensor.itemsize, MASTER_BYTES)
 
