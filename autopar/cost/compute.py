@@ -59,7 +59,7 @@ def op_seconds(
         one * (max(whole - saved, 0.0) * growth) for whole, saved in zip(traffic, fused[:2], strict=True)
     )
     if op.target.startswith("aten.cross_entropy_loss"):
-        cut = _vocabulary_cut(rule, degrees, one) | (execution.loss == "chain")
+        cut = _vocabulary_cut(rule, degrees, one) | ("loss" in execution.fuses)
         logits = graph.values[op.inputs[0]].shape
         chain = math.prod(logits) * graph.batch.growth([logits], local_batch)
         software = execution.software
@@ -103,7 +103,8 @@ def _operands(op: Op) -> tuple[int, ...]:
 
 
 def _vocabulary_cut(rule: OpRule, degrees: Mapping[int, Floats], one: Floats) -> NDArray[np.bool_]:
-    """Whether a cross entropy sees part of the vocabulary: then it is a chain of fp32 kernels around its exchanges."""
+    """Whether a cross entropy sees part of the vocabulary: then it is a chain of fp32 kernels around its exchanges,
+    which programs that have one run for a whole vocabulary, too."""
     cut = one < 0
     for label, kind in enumerate(rule.kinds):
         if kind == "inside":

@@ -25,9 +25,9 @@ class ExecutionModel:
     backward reads it (torchtitan's ``selective_ac_option="op"`` on torch's create_selective_checkpoint_contexts:
     torchtitan/parallelisms/parallelize_llama.py@004b3148).
 
-    ``loss``: which cross entropy runs. "program": what the program fuses, over a cut vocabulary the chain of kernels that
-    its exchanges are between. "chain": that chain always (Megatron-LM calls vocab_parallel_cross_entropy whatever tp
-    is). "torch": PyTorch's own (torchtitan: ``F.cross_entropy`` of fp32 logits), which keeps log-probabilities and makes
+    ``loss``: which cross entropy runs. "chain": where the program fuses its loss, kernels in the memory of the logits with
+    exchanges between them, whether the vocabulary is cut or not (Megatron-LM's vocab_parallel_cross_entropy, our
+    runtime's). "torch": PyTorch's own (torchtitan: ``F.cross_entropy`` of fp32 logits), which keeps log-probabilities and makes
     two gradients as large.
 
     ``blocking``: the host waits for every kernel before it launches the next (CUDA_LAUNCH_BLOCKING=1), so that launches
@@ -48,7 +48,7 @@ class ExecutionModel:
     blocking: bool = False
     whole_checkpoint: bool = False
     selective: Literal["attention", "products"] = "attention"
-    loss: Literal["program", "chain", "torch"] = "program"
+    loss: Literal["chain", "torch"] = "chain"
 
     @property
     def software(self) -> Software:

@@ -191,10 +191,10 @@ class LayoutPricer:
             balanced_context=True,
             blocking=layout.launch == "blocking",
             # parameters gathered ahead of their use: PyTorch's FSDP, whose checkpoint stops early and selects by op; what
-            # selects is torchtitan, whose loss is PyTorch's (llm-foundry's is fused)
+            # selects is torchtitan, whose loss is PyTorch's
             whole_checkpoint=not fsdp,
             selective="products" if fsdp else "attention",
-            loss="chain" if not fsdp else "torch" if layout.recompute == "selective" else "program",
+            loss="torch" if fsdp and layout.recompute == "selective" else "chain",
         )
         if execution not in self._shared:
             self._shared[execution] = Blocks(self.graph, self.blocks, self.cluster, execution, self.profile)

@@ -124,17 +124,18 @@ def _traffic(
     execution: Execution,
     fused: Saving,
 ) -> tuple[float, float]:
-    """Whole traced bytes, forward and backward; a cross entropy over a cut vocabulary, Megatron's always, is a chain of fp32
-    kernels."""
+    """Whole traced bytes, forward and backward; a cross entropy over a cut vocabulary is a chain of fp32 kernels, and over
+    a whole one where the program has such a chain."""
     cut = {
         labels[dim]
         for tokens, labels in zip(placed, labelled, strict=True)
         for token in tokens
         if (dim := shard_dim(token)) is not None
     } - {NO_LABEL}
-    chain = execution.loss == "chain" or any(_kind(rule, label) == "inside" for label in cut)
-    if "cross_entropy_loss" in op.target and chain:
-        logits, software = prod(graph.values[op.inputs[0]].shape), load_software(execution.fusion)
+    software = load_software(execution.fusion)
+    chain = execution.loss == "chain" and "loss" in software.fuses
+    if "cross_entropy_loss" in op.target and (chain or any(_kind(rule, label) == "inside" for label in cut)):
+        logits = prod(graph.values[op.inputs[0]].shape)
         return logits * software.loss_forward_bytes_per_logit, logits * software.loss_backward_bytes_per_logit
     return max(profile.forward_bytes - fused[0], 0.0), max(profile.backward_bytes - fused[1], 0.0)
 

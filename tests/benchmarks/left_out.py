@@ -11,8 +11,10 @@ one run whatever its size, and residuals beyond 10 % count linearly (Huber). Two
 """
 
 import functools
+import multiprocessing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any
 from unittest.mock import patch
 
@@ -96,8 +98,8 @@ Price = Callable[[Sequence[Run], Callable[[Cluster], Cluster]], Floats]
 
 def jacobian(runs: Sequence[Run], base_s: Floats, price: Price) -> Floats:
     """(runs, parameters) derivatives of ln T."""
-    columns = []
-    for constant in CONSTANTS:
+
+    def slope(constant: Constant) -> Floats:
         factor = np.exp(-STEP)  # downwards: efficiencies may not exceed one
         rows = np.array([constant.matters(run) for run in runs])
         chosen = [run for run, matters in zip(runs, rows, strict=True) if matters]
@@ -109,9 +111,34 @@ def jacobian(runs: Sequence[Run], base_s: Floats, price: Price) -> Floats:
                 moved[rows] = price(chosen, scaled(constant, factor))
         else:
             moved[rows] = price(chosen, scaled(constant, factor))
-        slope = -np.log(moved / base_s) / STEP
-        columns += [slope * [device_of(run).startswith(device) for run in runs] for device in constant.devices]
+        return np.asarray(-np.log(moved / base_s) / STEP)
+
+    slopes = side_by_side([functools.partial(slope, constant) for constant in CONSTANTS])
+    columns = [
+        found * [device_of(run).startswith(device) for run in runs]
+        for constant, found in zip(CONSTANTS, slopes, strict=True)
+        for device in constant.devices
+    ]
     return np.stack(columns, axis=1)
+
+
+def side_by_side(tasks: Sequence[Callable[[], Floats]], workers: int = 2) -> list[Floats]:
+    """Results of tasks, shared among forked processes, which have at hand all that this one has traced."""
+    context = multiprocessing.get_context("fork")
+    ways = [context.Pipe(duplex=False) for _ in range(workers)]
+
+    def work(share: Sequence[Callable[[], Floats]], send: Connection) -> None:
+        send.send([task() for task in share])
+
+    started = [context.Process(target=work, args=(tasks[at::workers], send)) for at, (_, send) in enumerate(ways)]
+    for process in started:
+        process.start()
+    for _, send in ways:
+        send.close()  # so that a process that fails ends the wait for it
+    shares = [receive.recv() for receive, _ in ways]
+    for process in started:
+        process.join()
+    return [shares[at % workers][at // workers] for at in range(len(tasks))]
 
 
 def _software(name: str, constant: Constant, factor: float) -> Any:
