@@ -59,7 +59,7 @@ def op_seconds(
         one * (max(whole - saved, 0.0) * growth) for whole, saved in zip(traffic, fused[:2], strict=True)
     )
     if op.target.startswith("aten.cross_entropy_loss"):
-        cut = _vocabulary_cut(rule, degrees, one)
+        cut = _vocabulary_cut(rule, degrees, one) | (execution.loss == "chain")
         logits = graph.values[op.inputs[0]].shape
         chain = math.prod(logits) * graph.batch.growth([logits], local_batch)
         software = execution.software

@@ -25,8 +25,10 @@ class ExecutionModel:
     backward reads it (torchtitan's ``selective_ac_option="op"`` on torch's create_selective_checkpoint_contexts:
     torchtitan/parallelisms/parallelize_llama.py@004b3148).
 
-    ``torch_loss``: the loss is PyTorch's own cross entropy whatever else the program fuses (torchtitan: ``F.cross_entropy``
-    of fp32 logits), which keeps log-probabilities and makes two gradients as large.
+    ``loss``: which cross entropy runs. "program": what the program fuses, over a cut vocabulary the chain of kernels that
+    its exchanges are between. "chain": that chain always (Megatron-LM calls vocab_parallel_cross_entropy whatever tp
+    is). "torch": PyTorch's own (torchtitan: ``F.cross_entropy`` of fp32 logits), which keeps log-probabilities and makes
+    two gradients as large.
 
     ``blocking``: the host waits for every kernel before it launches the next (CUDA_LAUNCH_BLOCKING=1), so that launches
     and kernels add up instead of running beside each other.
@@ -46,7 +48,7 @@ class ExecutionModel:
     blocking: bool = False
     whole_checkpoint: bool = False
     selective: Literal["attention", "products"] = "attention"
-    torch_loss: bool = False
+    loss: Literal["program", "chain", "torch"] = "program"
 
     @property
     def software(self) -> Software:
@@ -56,7 +58,7 @@ class ExecutionModel:
     @property
     def fuses(self) -> tuple[Chain, ...]:
         """What joins its neighbours in one kernel."""
-        return tuple(chain for chain in self.software.fuses if chain != "loss" or not self.torch_loss)
+        return tuple(chain for chain in self.software.fuses if chain != "loss" or self.loss != "torch")
 
     @property
     def late_gradients(self) -> bool:

@@ -15,7 +15,8 @@ from autopar.graph.profile import GraphProfile, profile_graph
 from autopar.inter.pins import BlockPins
 from autopar.inter.stage_types import StageTypes, stage_types
 from autopar.intra.again import Kept
-from autopar.intra.frontier import BlockPoints, ParameterPrices, PriceRow, block_points
+from autopar.intra.frontier import BlockPoints, ParameterPrices, block_points
+from autopar.intra.price_rows import PriceRow
 from autopar.intra.space import BlockSpace, block_space, data_values
 from autopar.intra.strategies import Allowed
 from autopar.intra.tables import BlockTables, TableBuilder

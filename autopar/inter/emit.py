@@ -8,9 +8,11 @@ from importlib import metadata
 
 from autopar.cluster.cluster import Cluster
 from autopar.cost import parameters as pm
+from autopar.cost.execution import ExecutionModel
 from autopar.graph.flops import num_parameters
 from autopar.inter.blocks import Mesh
 from autopar.inter.finish import Finished
+from autopar.inter.judge import Ground
 from autopar.inter.judged import judged
 from autopar.inter.lying import Lying
 from autopar.inter.provenance import with_provenance
@@ -48,7 +50,7 @@ SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 class Found:
     """What the search hands over: per stage its run, and its times with transfers. A layout's stages may have a book
     each (of one model and micro-batch) and, interleaved, come back to a run of devices; ``first_devices`` says
-    where."""
+    where. ``ground``: what judging several plans of one model shares."""
 
     workload: Workload
     cluster: Cluster
@@ -68,6 +70,7 @@ class Found:
     books: tuple[StageBook, ...] = ()
     first_devices: tuple[int, ...] = ()
     num_chunks: int = 1
+    ground: Ground | None = None
 
 
 def build_plan(found: Found) -> Plan:
@@ -151,18 +154,7 @@ def build_plan(found: Found) -> Plan:
             parameters=num_parameters(graph),
         ),
         cluster=ClusterRef(name=found.cluster.name, fingerprint=found.cluster.fingerprint, overrides={}),
-        execution=Execution(
-            dtype=SHORT[book.blocks.execution.dtype],  # type: ignore[arg-type]
-            optimizer=book.blocks.execution.optimizer,
-            attn=book.blocks.execution.attn,
-            overlap=book.blocks.execution.overlap,
-            fusion=book.blocks.execution.fusion,
-            grads="fp32" if book.blocks.execution.fp32_grads else "same",
-            launch="blocking" if book.blocks.execution.blocking else "async",
-            checkpoint="whole" if book.blocks.execution.whole_checkpoint else "needed",
-            selective=book.blocks.execution.selective,
-            loss="torch" if book.blocks.execution.torch_loss else "program",
-        ),
+        execution=execution_of(book.blocks.execution),
         gpus=found.gpus,
         global_batch=found.global_batch,
         microbatches=book.num_microbatches,
@@ -194,8 +186,24 @@ def build_plan(found: Found) -> Plan:
             "python": platform.python_version(),
         },
     )
-    plan = judged(plan, book.blocks, found.cluster)
+    plan = judged(plan, book.blocks, found.cluster, found.ground)
     return with_provenance(plan, slowest[1], slowest[2], book.blocks, found.cluster)
+
+
+def execution_of(execution: ExecutionModel) -> Execution:
+    """What a plan says of how it runs."""
+    return Execution(
+        dtype=SHORT[execution.dtype],  # type: ignore[arg-type]
+        optimizer=execution.optimizer,
+        attn=execution.attn,
+        overlap=execution.overlap,
+        fusion=execution.fusion,
+        grads="fp32" if execution.fp32_grads else "same",
+        launch="blocking" if execution.blocking else "async",
+        checkpoint="whole" if execution.whole_checkpoint else "needed",
+        selective=execution.selective,
+        loss=execution.loss,
+    )
 
 
 def _program(book: StageBook, use: Use, name: str) -> BlockProgram:

@@ -23,8 +23,9 @@ from autopar.graph.ir import Block, Graph
 from autopar.graph.profile import GraphProfile, profile_graph
 from autopar.graph.trace import trace
 from autopar.inter.blocks import Blocks, Restriction
-from autopar.inter.emit import Found, build_plan
+from autopar.inter.emit import Found, build_plan, execution_of
 from autopar.inter.finish import Finished
+from autopar.inter.judge import Ground
 from autopar.inter.layouts import StageCut, cuts, restriction, stage_ends
 from autopar.inter.pins import BlockPins
 from autopar.inter.planner import DTYPES, GIB
@@ -32,7 +33,7 @@ from autopar.inter.scatter_gather import cut_bytes_of, send_seconds
 from autopar.inter.simulate import StageTimes, simulate
 from autopar.inter.stage_memory import stage_memory
 from autopar.inter.stages import FREE, StageBook
-from autopar.intra import frontier as fr
+from autopar.intra import totals as tt
 from autopar.plan.errors import LayoutError
 from autopar.plan.layout import Layout, parse_layout
 from autopar.plan.pin import unmet
@@ -101,6 +102,7 @@ class LayoutPricer:
         self.budget_bytes = memory_gib * GIB if memory_gib is not None else float(self.cluster.device.memory_bytes)
         self._cut_bytes = cut_bytes_of(self.graph, self.blocks) / self.graph.batch.traced
         self._shared: dict[ExecutionModel, Blocks] = {}
+        self._grounds: dict[ExecutionModel, Ground] = {}
         self.pins = BlockPins(self.graph, self.blocks, pins)
 
     def price(self, layout: Layout, layer_s: tuple[float, float] | None = None) -> Priced:
@@ -170,8 +172,8 @@ class LayoutPricer:
             ):
                 if block.kind == layer:
                     totals = book.points(column, run.choice.mesh, FREE).totals[0, run.choice.boundary]
-                    more[0] += layer_s[0] - float(totals[fr.FORWARD])
-                    more[1] += layer_s[1] - float(totals[fr.BACKWARD])
+                    more[0] += layer_s[0] - float(totals[tt.FORWARD])
+                    more[1] += layer_s[1] - float(totals[tt.BACKWARD])
             found.append(replace(run, forward_s=run.forward_s + more[0], backward_s=run.backward_s + more[1]))
         return found
 
@@ -192,7 +194,7 @@ class LayoutPricer:
             # selects is torchtitan, whose loss is PyTorch's (llm-foundry's is fused)
             whole_checkpoint=not fsdp,
             selective="products" if fsdp else "attention",
-            torch_loss=fsdp and layout.recompute == "selective",
+            loss="chain" if not fsdp else "torch" if layout.recompute == "selective" else "program",
         )
         if execution not in self._shared:
             self._shared[execution] = Blocks(self.graph, self.blocks, self.cluster, execution, self.profile)
@@ -261,7 +263,7 @@ class LayoutPricer:
             ):
                 if block.name == name:
                     totals = book.points(column, run.choice.mesh, FREE).totals[0, run.choice.boundary]
-                    return float(totals[fr.FORWARD]), float(totals[fr.BACKWARD])
+                    return float(totals[tt.FORWARD]), float(totals[tt.BACKWARD])
         raise KeyError(name)
 
     @property
@@ -276,6 +278,9 @@ class LayoutPricer:
 
     def plan(self, priced: Priced, seconds: float) -> Plan:
         """The whole plan of a priced layout; LayoutError where a pin contradicts it."""
+        execution = priced.books[0].blocks.execution
+        if execution not in self._grounds:
+            self._grounds[execution] = Ground.of(execution_of(execution), self.graph, self.blocks, self.profile)
         plan = build_plan(
             Found(
                 workload=self.workload,
@@ -296,6 +301,7 @@ class LayoutPricer:
                 runner_up=None,
                 times=priced.times,
                 fixed=True,
+                ground=self._grounds[execution],
             )
         )
         if faults := unmet(plan, self.pins.pins):

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.inter.blocks import Mesh
-from autopar.intra import frontier as fr
-from autopar.intra.frontier import BlockPoints, memory_bytes
+from autopar.intra import totals as tt
+from autopar.intra.frontier import BlockPoints
+from autopar.intra.totals import memory_bytes
 
 Floats = NDArray[np.float64]
 PointRef = tuple[int, int]  # phase of the price rows, and the row
@@ -105,8 +106,8 @@ def add(parts: Sequence[tuple[Floats, Floats | float]]) -> Floats:
     summed = sum((totals * np.asarray(count)[..., None] for totals, count in parts), np.zeros(1))
     workspace = np.zeros(summed.shape[:-1])
     for totals, count in parts:
-        workspace = np.maximum(workspace, np.where(np.asarray(count) > 0, totals[..., fr.WORKSPACE], 0.0))
-    summed[..., fr.WORKSPACE] = workspace
+        workspace = np.maximum(workspace, np.where(np.asarray(count) > 0, totals[..., tt.WORKSPACE], 0.0))
+    summed[..., tt.WORKSPACE] = workspace
     return np.asarray(summed)
 
 
@@ -154,7 +155,7 @@ def _at_boundary(points: StagePoints, prices: Prices, in_flight: float, room_byt
         rest = [(totals[other, side], float(points.numbers[other])) for other in others]
         none = add([*rest, (totals[main, fast], float(number))])
         # workspace of both points from the start: k is then enough whichever is the larger
-        work = np.maximum(none[:, fr.WORKSPACE], totals[main, lean][:, fr.WORKSPACE])
+        work = np.maximum(none[:, tt.WORKSPACE], totals[main, lean][:, tt.WORKSPACE])
         needed = np.zeros(len(fast))
         for weights in _moments(in_flight):
             over, per_block = none @ weights + work - room_bytes, saving @ weights
@@ -176,9 +177,9 @@ def _at_boundary(points: StagePoints, prices: Prices, in_flight: float, room_byt
 
 def _moments(in_flight: float) -> tuple[Floats, Floats]:
     """Weights of the totals in memory, workspace left out, at the start of a backward and at its end."""
-    start, end = np.zeros(fr.NUM_TOTALS), np.zeros(fr.NUM_TOTALS)
-    start[[fr.STATE, fr.SAVED]] = 1.0, in_flight
-    end[[fr.STATE, fr.SAVED, fr.LATE]] = 1.0, in_flight - 1.0, 1.0
+    start, end = np.zeros(tt.NUM_TOTALS), np.zeros(tt.NUM_TOTALS)
+    start[[tt.STATE, tt.SAVED]] = 1.0, in_flight
+    end[[tt.STATE, tt.SAVED, tt.LATE]] = 1.0, in_flight - 1.0, 1.0
     return start, end
 
 

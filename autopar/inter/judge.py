@@ -20,7 +20,7 @@ import msgspec
 
 from autopar.cluster.cluster import Cluster
 from autopar.cluster.software import load_software
-from autopar.cost.fusion import savings, with_fused_loss
+from autopar.cost.fusion import Saving, savings, with_fused_loss
 from autopar.graph.ir import Block, Graph
 from autopar.graph.profile import GraphProfile, profile_graph
 from autopar.inter.judge_block import BlockPrice, Issue, price_block
@@ -30,13 +30,13 @@ from autopar.inter.judge_items import step_items
 from autopar.inter.judge_parameters import disagreements
 from autopar.inter.judge_peak import Moment, Passage, fullest_moment
 from autopar.inter.judge_routes import Mesh, Step
-from autopar.inter.judge_selected import selected_of
+from autopar.inter.judge_selected import Selected, selected_of
 from autopar.inter.judge_tied import Use, exchanges, tied_moves
 from autopar.inter.judge_transfers import Send, sends
 from autopar.inter.judge_workspace import kept_anywhere
 from autopar.inter.simulate import StageTimes, simulate
 from autopar.plan.errors import CheckError
-from autopar.plan.plan import Collective, MemoryParts, Plan, StagePlan, TimeItem, device_memory
+from autopar.plan.plan import Collective, Execution, MemoryParts, Plan, StagePlan, TimeItem, device_memory
 from autopar.plan.schedule import actions
 
 RELATIVE_TOLERANCE = 1e-5
@@ -84,25 +84,54 @@ def _with(price: BlockPrice, steps: tuple[Step, ...]) -> BlockPrice:
     return replace(price, issues=(*price.issues, *issues))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Ground:
+    """What judging takes from the model alone, under one ``Execution``: its profile with what the program fuses, what of it
+    is at hand anywhere (``free``) or kept by some op (``stays``), and one block of each kind."""
+
+    profile: GraphProfile
+    free: frozenset[int]
+    stays: tuple[frozenset[int], frozenset[int]]
+    fused: dict[int, Saving]
+    selected: Selected | None
+    kinds: dict[int, Block]
+
+    @staticmethod
+    def of(execution: Execution, graph: Graph, blocks: tuple[Block, ...], profile: GraphProfile) -> "Ground":
+        """``profile`` is that of ``graph``."""
+        fuses = load_software(execution.fusion).fuses
+        if execution.loss != "torch":
+            profile = with_fused_loss(graph, profile, fuses)
+        by_op = execution.selective == "products"
+        kinds: dict[int, Block] = {}
+        for block in blocks:
+            kinds.setdefault(block.kind, block)
+        return Ground(
+            profile=profile,
+            free=at_hand(graph),
+            stays=kept_anywhere(graph, profile),
+            fused=savings(graph, profile, fuses),
+            selected=selected_of(graph, profile, blocks, execution.attn == "flash") if by_op else None,
+            kinds=kinds,
+        )
+
+
 def judge(
-    plan: Plan, graph: Graph, blocks: tuple[Block, ...], cluster: Cluster, profile: GraphProfile | None = None
+    plan: Plan,
+    graph: Graph,
+    blocks: tuple[Block, ...],
+    cluster: Cluster,
+    profile: GraphProfile | None = None,
+    ground: Ground | None = None,
 ) -> Judgement:
-    """Price ``plan``; ``profile`` is that of ``graph``, made here when not given. CheckError where its parts contradict
-    each other.
+    """Price ``plan``; ``profile`` is that of ``graph``, made here when not given, as is the ``ground``. CheckError where
+    its parts contradict each other.
 
     Worked example: a block of one (8, 4) x (4, 6) product in fp16, column parallel on 2 ranks, takes the matmul curve
     at (8, 3, 4) and, before it, an all_gather of 8 * 4 * 2 = 64 bytes when its input lies as ``S(0)``.
     """
-    fuses, profile = load_software(plan.execution.fusion).fuses, profile or profile_graph(graph)
-    if plan.execution.loss == "program":
-        profile = with_fused_loss(graph, profile, fuses)
-    free, stays = at_hand(graph), kept_anywhere(graph, profile)
-    fused = savings(graph, profile, fuses)
-    by_op = plan.execution.selective == "products"
-    selected = selected_of(graph, profile, blocks, plan.execution.attn == "flash") if by_op else None
-    kinds: dict[int, Block] = {}
-    for block in blocks:
-        kinds.setdefault(block.kind, block)
+    ground = ground or Ground.of(plan.execution, graph, blocks, profile or profile_graph(graph))
+    kinds = ground.kinds
     prices: dict[tuple[object, ...], BlockPrice] = {}
     meshes = [Mesh(cluster, tuple(axis.size for axis in stage.axes), stage.first_device) for stage in plan.stages]
     per_stage: list[list[BlockPrice]] = []
@@ -127,26 +156,29 @@ def judge(
             here = frozenset((alike[value], axis) for value, axis in tied if value in alike)
             later = {value for other in stage.blocks[position + 1 :] for value in blocks[other.index].inputs}
             read_on = frozenset(own for own, value in zip(first.outputs, block.outputs, strict=True) if value in later)
-            key = (ref.program, mesh.sizes, mesh.first_device, stored, here, read_on)
+            if program.recompute == "none" or (program.recompute == "selective" and ground.selected is None):
+                read_on = frozenset()  # no op but attention runs again, which needs no result of the block's end
+            # links depend on where in a node the stage begins, not on which node
+            key = (ref.program, mesh.sizes, mesh.first_device % cluster.devices_per_node, stored, here, read_on)
             if key not in prices:
                 prices[key] = price_block(
                     graph,
-                    profile,
+                    ground.profile,
                     first,
                     program,
                     mesh,
                     plan.micro_batch_size,
                     plan.execution,
-                    free,
+                    ground.free,
                     stored,
-                    fused,
+                    ground.fused,
                     plan.microbatches > 1,
                     len(stage.axes) > 1 and stage.axes[0].name == "dp",
                     plan.search.status == "fixed",  # a manual layout is Megatron's program
-                    stays,
+                    ground.stays,
                     here,
                     read_on,
-                    selected,
+                    ground.selected,
                 )
             price = prices[key]
             again = [once.pop(value) for value, own in alike.items() if own in price.read_again and value in once]
@@ -171,7 +203,7 @@ def judge(
             for use, price in zip(uses, found, strict=True)
         ]
         fullest.append(fullest_moment(graph, passages, mesh, plan.execution, accumulates=plan.microbatches > 1))
-    sent = sends(plan, graph, blocks, meshes, free)
+    sent = sends(plan, graph, blocks, meshes, ground.free)
     if (
         plan.search.status == "fixed"
     ):  # a manual layout's transfers are Megatron's: a part from each rank, then a gather

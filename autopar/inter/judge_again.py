@@ -2,10 +2,10 @@
 
 The backward reads what autograd keeps of each op: inputs, outputs, tensors of its insides (the op's profile). A
 parameter that is cut at rest is gathered again where the backward reads it. Under full recomputation only the block's
-inputs stay (torch's selective checkpoint keeps the results of some ops, too), and an op runs again when the backward reads its results or insides, or another op that runs again reads
-them; so do the moves on the way, and the exchanges inside the op. What the block hands on as it was made stays for the
-next block of its stage. The last product of a transformer block, whose sum goes into the residual stream, does not run again:
-nothing reads it.
+inputs stay (torch's selective checkpoint keeps the results of some ops, too), and an op runs again when the backward
+reads its results or insides, or another op that runs again reads them; so do the moves on the way, and the exchanges
+inside the op. What the block hands on as it was made stays for the next block of its stage. The last product of a
+transformer block, whose sum goes into the residual stream, does not run again: nothing reads it.
 """
 
 from dataclasses import dataclass

@@ -97,8 +97,8 @@ def price_block(
     """``free`` values are at hand anywhere, ``stored`` parameters are held by an earlier block of the stage; ``fused``
     is what fusion saves of the ops' traffic, ``data_axis`` whether the first of several axes is the data axis;
     ``balanced``: those that share a sequence share its attention evenly under a causal mask, and the rest is Megatron's
-    program, too; ``stays``: see
-    ``judge_workspace.kept_anywhere``; ``disagreed`` as in `judge_parameters`, ``read_on`` and ``selected`` in `judge_again`."""
+    program, too; ``stays``: see ``judge_workspace.kept_anywhere``; ``disagreed`` as in `judge_parameters`, ``read_on``
+    and ``selected`` in `judge_again`."""
     software, device = load_software(execution.fusion), mesh.cluster.device
     ops = graph.ops[block.first_op : block.end_op]
     aligned = ((program.ops, ops), (program.inputs, block.inputs), (program.outputs, block.outputs))

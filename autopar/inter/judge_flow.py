@@ -42,9 +42,9 @@ class Readers:
 @dataclass(slots=True)
 class Moves:
     """Routes of one block in the order they run, forward and backward, and those of gathers that the backward makes
-    ``again``, with the ops that ``keep_cut`` their input and what it takes whole, ``(op, bytes)``; ``copies`` maps (op, input position) to the
-    memory it reads, ``ways`` to the positions in ``forward`` of
-    the routes it came by. ``backward_behind`` and ``again_behind`` say of each route which ops read what it brings."""
+    ``again``, with the ops that ``keep_cut`` their input and what it takes whole, ``(op, bytes)``; ``copies`` maps (op,
+    input position) to the memory it reads, ``ways`` to the positions in ``forward`` of the routes it came by.
+    ``backward_behind`` and ``again_behind`` say of each route which ops read what it brings."""
 
     forward: list[Route] = field(default_factory=list)
     backward: list[Route] = field(default_factory=list)

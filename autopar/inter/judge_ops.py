@@ -124,14 +124,16 @@ def _traffic(
     execution: Execution,
     fused: Saving,
 ) -> tuple[float, float]:
-    """Whole traced bytes, forward and backward; a cross entropy over a cut vocabulary is a chain of fp32 kernels."""
+    """Whole traced bytes, forward and backward; a cross entropy over a cut vocabulary, Megatron's always, is a chain of fp32
+    kernels."""
     cut = {
         labels[dim]
         for tokens, labels in zip(placed, labelled, strict=True)
         for token in tokens
         if (dim := shard_dim(token)) is not None
     } - {NO_LABEL}
-    if "cross_entropy_loss" in op.target and any(_kind(rule, label) == "inside" for label in cut):
+    chain = execution.loss == "chain" or any(_kind(rule, label) == "inside" for label in cut)
+    if "cross_entropy_loss" in op.target and chain:
         logits, software = prod(graph.values[op.inputs[0]].shape), load_software(execution.fusion)
         return logits * software.loss_forward_bytes_per_logit, logits * software.loss_backward_bytes_per_logit
     return max(profile.forward_bytes - fused[0], 0.0), max(profile.backward_bytes - fused[1], 0.0)

@@ -4,18 +4,18 @@ import msgspec
 
 from autopar.cluster.cluster import Cluster
 from autopar.inter.blocks import Blocks
-from autopar.inter.judge import differences, judge
+from autopar.inter.judge import Ground, differences, judge
 from autopar.inter.judge_items import parts_of
 from autopar.plan.errors import CheckError
 from autopar.plan.plan import Plan
 
 
-def judged(plan: Plan, blocks: Blocks, cluster: Cluster) -> Plan:
+def judged(plan: Plan, blocks: Blocks, cluster: Cluster, ground: Ground | None = None) -> Plan:
     """``plan`` with its collectives and what its step is made of. A plan whose figures are not those of its placements,
     or whose placements the judge cannot follow, says so in its notes: what it cannot vouch for it does not hide, and
     does not withhold."""
     try:
-        verdict = judge(plan, blocks.graph, blocks.blocks, cluster, blocks.profile)
+        verdict = judge(plan, blocks.graph, blocks.blocks, cluster, blocks.profile, ground)
     except CheckError as error:
         return msgspec.structs.replace(plan, notes=(*plan.notes, f"not judged from its placements: {error}"))
     found = list(differences(plan, verdict))

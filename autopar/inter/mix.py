@@ -21,8 +21,8 @@ import pulp
 from numpy.typing import NDArray
 
 from autopar.inter.finish import Finished, PointRef, Prices, StageChoice, StagePoints, add
-from autopar.intra import frontier as fr
-from autopar.intra.frontier import memory_bytes
+from autopar.intra import totals as tt
+from autopar.intra.totals import memory_bytes
 
 Floats = NDArray[np.float64]
 TIME_LIMIT_S = 5.0
@@ -42,7 +42,7 @@ def best_mix(
     kept = [_useful(column, in_flight, num_microbatches) for column in totals]
     if not all(len(one) for one in kept):
         return None
-    scale_s = 1.0 / max(float(totals[0, kept[0][0], fr.FORWARD]), 1e-9)
+    scale_s = 1.0 / max(float(totals[0, kept[0][0], tt.FORWARD]), 1e-9)
     scale_bytes = 1.0 / room_bytes
     program = pulp.LpProblem("mix", pulp.LpMinimize)
     step = program.add_variable("step", lowBound=0)
@@ -57,14 +57,14 @@ def best_mix(
             values = column[p]
             y = program.add_variable(f"y_{c}_{p}", 0, 1, pulp.LpInteger)
             program += count <= number * y, f"used_{c}_{p}"
-            program += work >= float(values[fr.WORKSPACE] * scale_bytes) * y, f"work_{c}_{p}"
-            time.append(float((values[fr.FORWARD] + values[fr.BACKWARD]) * scale_s) * count)
-            held.append(float((values[fr.STATE] + in_flight * values[fr.SAVED]) * scale_bytes) * count)
-            at_end = values[fr.STATE] + (in_flight - 1) * values[fr.SAVED] + values[fr.LATE]
+            program += work >= float(values[tt.WORKSPACE] * scale_bytes) * y, f"work_{c}_{p}"
+            time.append(float((values[tt.FORWARD] + values[tt.BACKWARD]) * scale_s) * count)
+            held.append(float((values[tt.STATE] + in_flight * values[tt.SAVED]) * scale_bytes) * count)
+            at_end = values[tt.STATE] + (in_flight - 1) * values[tt.SAVED] + values[tt.LATE]
             freed.append(float(at_end * scale_bytes) * count)
-            hidden = (1.0 - contention) * float(values[fr.BACKWARD])
-            exposed.append(float((values[fr.STEP] - hidden + values[fr.STEP_EXPOSED]) * scale_s) * count)
-            rest.append(float((contention * values[fr.STEP] + values[fr.STEP_EXPOSED]) * scale_s) * count)
+            hidden = (1.0 - contention) * float(values[tt.BACKWARD])
+            exposed.append(float((values[tt.STEP] - hidden + values[tt.STEP_EXPOSED]) * scale_s) * count)
+            rest.append(float((contention * values[tt.STEP] + values[tt.STEP_EXPOSED]) * scale_s) * count)
         counts.append(x)
     program += pulp.lpSum(held) <= 1.0, "room"
     program += pulp.lpSum(freed) <= 1.0, "room_for_gradients"
@@ -102,12 +102,12 @@ def _useful(column: Floats, in_flight: float, num_microbatches: int) -> list[int
     finite = np.flatnonzero(np.isfinite(column).all(axis=1))
     measures = np.stack(
         [
-            column[finite, fr.FORWARD] + column[finite, fr.BACKWARD],
-            column[finite, fr.STEP],
-            column[finite, fr.STEP_EXPOSED],
-            column[finite, fr.STATE] + in_flight * column[finite, fr.SAVED],
-            column[finite, fr.STATE] + (in_flight - 1) * column[finite, fr.SAVED] + column[finite, fr.LATE],
-            column[finite, fr.WORKSPACE],
+            column[finite, tt.FORWARD] + column[finite, tt.BACKWARD],
+            column[finite, tt.STEP],
+            column[finite, tt.STEP_EXPOSED],
+            column[finite, tt.STATE] + in_flight * column[finite, tt.SAVED],
+            column[finite, tt.STATE] + (in_flight - 1) * column[finite, tt.SAVED] + column[finite, tt.LATE],
+            column[finite, tt.WORKSPACE],
         ],
         axis=1,
     )

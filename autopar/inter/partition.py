@@ -1,8 +1,7 @@
 """The outer search: which blocks form a stage, on which submesh, so that the simulated step is the shortest.
 
 Pipelines are built from the last stage backwards, so a stage's place, and with it the micro-batches it holds, is known
-when it is added. A tail carries the M, W and R of `bounds`; with the head tables of `completion` they bound every whole
-pipeline the tail can become (`_Tree.branches`). Best first, the tail with the least bound is completed greedily (a
+when it is added (`tails`). Best first, the tail with the least bound is completed greedily (a
 dive), which leaves its untaken branches in the queue; whole pipelines are evaluated. When the least bound left open is
 not below the best evaluated time, that pipeline is optimal.
 
@@ -14,27 +13,19 @@ the bounds, tighter.
 import heapq
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.inter.bounds import lower_bound_s, max_in_flight, own_s
+from autopar.inter.bounds import lower_bound_s, own_s
 from autopar.inter.candidates import Stage, candidates, neighbours
-from autopar.inter.completion import (
-    Heads,
-    Levels,
-    head_tables,
-    level_free,
-    make_band,
-    make_levels,
-    tail_tables,
-)
+from autopar.inter.completion import Levels, head_tables, level_free, make_band, tail_tables
+from autopar.inter.pipelines import Pipeline, PipelineProblem, PipelineResult, levels_of
 from autopar.inter.simulate import StageTimes
+from autopar.inter.tails import Branches, Tail, Tree
 from autopar.intra.problem import Status
-from autopar.plan.errors import UsageError
-from autopar.plan.schedule import Schedule
 
 Floats = NDArray[np.float64]
 SMALL_PROBLEM = 2_000
@@ -43,183 +34,6 @@ REACHES = (1.3, 4.0, math.inf)
 """The first candidates are sought below these multiples of the first bound, one after the other."""
 MAX_ROUNDS = 4
 """How often tail and head tables are made from each other at most, while that lifts the bound by 0.1 %."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class StageTable:
-    """Seconds of every possible stage: each (L + 1, L + 1, K), [i, j, k] = blocks i..j-1 on submesh class k, per
-    micro-batch (``step_s``: once per step, exposed); ``numpy.inf`` where it does not fit or is not allowed.
-
-    With ``busy_s`` the times are *relaxed*: bounds over many ways to run the stage, each reached by another of them, of
-    the forward, of forward + backward, of the step, and (``busy_s``) of all micro-batches and the step together.
-    """
-
-    forward_s: Floats
-    backward_s: Floats
-    step_s: Floats
-    busy_s: Floats | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class PipelineProblem:
-    """Cut ``num_blocks`` blocks into stages whose submeshes take up all of ``num_devices`` devices.
-
-    ``submesh_sizes[k]`` is the number of devices of class k (several classes may have one size);
-    ``stage_times(in_flight)`` the times of stages that hold the saved tensors of ``in_flight`` micro-batches, called
-    once for each value. ``cut_transfer_s`` (L + 1,) or (K, L + 1, D + 1), default 0, is the least time a micro-batch's
-    activation and gradient together take across the cut before block i (next to a stage of class k, with d devices
-    behind). Steps of ``upper_bound_s`` or longer are of no interest.
-    """
-
-    num_blocks: int
-    num_devices: int
-    num_microbatches: int
-    submesh_sizes: tuple[int, ...]
-    stage_times: Callable[[int], StageTable]
-    schedule: Schedule = "1f1b"
-    max_stages: int | None = None
-    upper_bound_s: float = math.inf
-    cut_transfer_s: Floats | None = None
-
-    def __post_init__(self) -> None:
-        if self.schedule not in ("1f1b", "gpipe"):
-            raise UsageError(f"the stage search knows the schedules 1f1b and gpipe, not {self.schedule!r}")
-        if min(self.num_blocks, self.num_devices, self.num_microbatches, *self.submesh_sizes) < 1:
-            raise UsageError(
-                f"a pipeline needs blocks, devices, micro-batches and submesh sizes of at least 1, not "
-                f"{self.num_blocks}, {self.num_devices}, {self.num_microbatches}, {self.submesh_sizes}"
-            )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pipeline:
-    """Stages (first block, last block + 1, submesh class), first to last, and their evaluated step time."""
-
-    stages: tuple[Stage, ...]
-    step_time_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PipelineResult:
-    """``status``: "optimal" = nothing is better than ``best`` by more than the tolerance; "feasible" = stopped by a
-    limit, or the times are relaxed and the bound of an evaluated pipeline is below its time; "infeasible" = no pipeline
-    is below the problem's upper bound by more than the tolerance; "failed" = a limit came before any pipeline. No
-    pipeline at all is below ``lower_bound_s``."""
-
-    best: Pipeline | None
-    lower_bound_s: float
-    status: Status
-    num_evaluated: int
-    seconds: float
-
-    @property
-    def gap(self) -> float:
-        """Relative distance of the best step time from the bound; infinite without a pipeline."""
-        if self.best is None:
-            return math.inf
-        return max(0.0, 1.0 - self.lower_bound_s / self.best.step_time_s) if self.best.step_time_s > 0 else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Tail:
-    """The last stages of a pipeline and the values of `bounds` that they hand on."""
-
-    num_stages: int
-    block: int
-    devices: int
-    trip_s: float
-    finish_s: float
-    total_s: float
-    slowest_forward_s: float
-    slowest_backward_s: float
-    stage: Stage | None
-    later: "_Tail | None"
-
-    def stages(self) -> tuple[Stage, ...]:
-        found, tail = [], self
-        while tail.stage is not None and tail.later is not None:
-            found.append(tail.stage)
-            tail = tail.later
-        return tuple(found)
-
-
-@dataclass(frozen=True, slots=True)
-class _Branches:
-    """All tails that are ``later`` and one stage more, by rising ``bound_s``; columns of arrays, made when asked."""
-
-    later: _Tail
-    bound_s: list[float]
-    start: list[int]
-    size: list[int]
-    submesh: list[int]
-    values: Floats  # (branches, 5): trip_s, finish_s, total_s, slowest_forward_s, slowest_backward_s
-
-    def tail(self, index: int) -> _Tail:
-        start, later = self.start[index], self.later
-        trip_s, finish_s, total_s, slowest_forward_s, slowest_backward_s = self.values[index].tolist()
-        return _Tail(
-            num_stages=later.num_stages + 1,
-            block=start,
-            devices=later.devices + self.size[index],
-            trip_s=trip_s,
-            finish_s=finish_s,
-            total_s=total_s,
-            slowest_forward_s=slowest_forward_s,
-            slowest_backward_s=slowest_backward_s,
-            stage=(start, later.block, self.submesh[index]),
-            later=later,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Tree:
-    """How a tail branches."""
-
-    levels: Levels
-    heads: Heads
-
-    def branches(self, tail: _Tail, below_s: float) -> _Branches | None:
-        """Every tail of one stage more that can become a pipeline with a bound below ``below_s``; None if none can."""
-        levels, heads, place, end = self.levels, self.heads, tail.num_stages + 1, tail.block
-        if place > levels.num_stages:
-            return None
-        sizes = np.array(levels.sizes)
-        devices = np.minimum(tail.devices + sizes, levels.num_devices)
-        at = (place, np.arange(end)[:, None], devices)
-        B = levels.num_microbatches
-        forward, backward = levels.forward_s[place, :end, end], levels.backward_s[place, :end, end]
-        step = levels.step_s[place, :end, end]
-        time_s = forward + backward
-        head_trip = heads.trip_s[at]
-        fits = np.isfinite(time_s) & np.isfinite(head_trip) & (tail.devices + sizes <= levels.num_devices)
-        rows, classes = np.nonzero(fits)
-        if not len(rows):
-            return None
-        forward, backward, step, time_s = forward[fits], backward[fits], step[fits], time_s[fits]
-        cut = levels.cut_s[classes, end, tail.devices]
-        if tail.stage is not None:
-            cut = np.maximum(cut, levels.cut_s[tail.stage[2], end, tail.devices])
-        way = tail.trip_s + cut
-        own = own_s(levels.schedule, B, np.array(place), forward, backward, way, levels.relaxed)
-        finish = np.maximum(own, time_s + (cut + tail.finish_s))
-        trip = time_s + (cut + tail.trip_s)
-        slow_f, slow_b = np.maximum(forward, tail.slowest_forward_s), np.maximum(backward, tail.slowest_backward_s)
-        if levels.schedule == "gpipe" and not levels.relaxed:
-            finish = np.maximum(finish, trip + (B - 1) * (slow_f + slow_b))
-        stepped = finish + step
-        if levels.busy_s is not None:
-            stepped = np.maximum(stepped, levels.busy_s[place, :end, end][fits])
-        total = np.maximum(stepped, forward + tail.total_s)
-        bound = np.maximum(np.maximum(finish + head_trip[fits], total + heads.down_s[at][fits]), heads.step_s[at][fits])
-        order = np.argsort(bound, kind="stable")
-        order = order[: int(np.searchsorted(bound[order], below_s))]
-        if not len(order):
-            return None
-        values = np.stack([trip, finish, total, slow_f, slow_b], axis=1)[order]
-        classes = classes[order]
-        return _Branches(
-            tail, bound[order].tolist(), rows[order].tolist(), sizes[classes].tolist(), classes.tolist(), values
-        )
 
 
 @dataclass(slots=True)
@@ -320,7 +134,7 @@ def least_s(problem: PipelineProblem) -> float:
 
 def _narrowed(
     levels: Levels, tail: Floats, head: Floats, bound_s: float, threshold_s: float
-) -> tuple[float, _Tree | None]:
+) -> tuple[float, Tree | None]:
     """The bound by tables of tails and heads made from each other, and what is left to explore; None if nothing is."""
     missing, tree = head, None
     for number in range(MAX_ROUNDS):
@@ -332,44 +146,11 @@ def _narrowed(
             return bound_s, None
         levels = levels.first(int(np.flatnonzero(whole < threshold_s)[-1]))
         heads = head_tables(levels, band, tails)
-        tree = _Tree(levels, heads)
+        tree = Tree(levels, heads)
         if number > 0 and bound_s < before_s * 1.001:
             break
         missing = heads.trip_s
     return bound_s, tree
-
-
-def levels_of(problem: PipelineProblem) -> Levels | None:
-    """The problem's arrays; None where no number of its submeshes makes up all devices with a stage each."""
-    unit = math.gcd(*problem.submesh_sizes)
-    if problem.num_devices % unit:
-        return None
-    num_stages = min(problem.num_blocks, problem.num_devices // min(problem.submesh_sizes))
-    num_stages = num_stages if problem.max_stages is None else min(num_stages, problem.max_stages)
-    if num_stages < 1:
-        return None
-    held = [max_in_flight(problem.schedule, problem.num_microbatches, place) for place in range(1, num_stages + 1)]
-    tables = {count: problem.stage_times(count) for count in sorted(set(held))}
-    cut_s = np.zeros((len(problem.submesh_sizes), problem.num_blocks + 1, problem.num_devices // unit + 1))
-    if problem.cut_transfer_s is not None:
-        least = problem.cut_transfer_s
-        cut_s[:, 1:-1] = least[1:-1, None] if least.ndim == 1 else least[:, 1:-1, ::unit]
-    return make_levels(
-        schedule=problem.schedule,
-        num_microbatches=problem.num_microbatches,
-        sizes=tuple(size // unit for size in problem.submesh_sizes),
-        num_devices=problem.num_devices // unit,
-        cut_s=cut_s,
-        tables=[(tables[c].forward_s, tables[c].backward_s, tables[c].step_s) for c in held],
-        busy_s=busy_of([tables[c] for c in held]),
-    )
-
-
-def busy_of(tables: Sequence[StageTable]) -> list[Floats] | None:
-    """``busy_s`` of all tables; None when the times are exact."""
-    found = [table.busy_s for table in tables if table.busy_s is not None]
-    assert len(found) in (0, len(tables)), "either all stage tables are relaxed or none"
-    return found or None
 
 
 def _search(levels: Levels, progress: _Progress) -> float:
@@ -449,10 +230,10 @@ def _relaxed_bound_s(levels: Levels, stages: tuple[Stage, ...]) -> float:
     return float(total)
 
 
-def _explore(tree: _Tree, least_s: float, threshold_s: float, progress: _Progress) -> float:
+def _explore(tree: Tree, least_s: float, threshold_s: float, progress: _Progress) -> float:
     """Evaluate what may be below the threshold, least bound first; returns the least bound left open."""
-    empty = _Tail(0, tree.levels.num_blocks, 0, 0.0, 0.0, 0.0, 0.0, 0.0, None, None)
-    queue: list[tuple[float, int, _Branches, int]] = []
+    empty = Tail(0, tree.levels.num_blocks, 0, 0.0, 0.0, 0.0, 0.0, 0.0, None, None)
+    queue: list[tuple[float, int, Branches, int]] = []
     count = 0
     # Branches cut at the time that was best when they were made stay cut: that time only falls.
     first = tree.branches(empty, min(threshold_s, progress.best_s))

@@ -13,8 +13,8 @@ from autopar.cost.provenance import TAGS, Tag, collective_tag, op_tags
 from autopar.graph.profile import GraphProfile
 from autopar.inter.blocks import Blocks
 from autopar.inter.uses import Use
-from autopar.intra import frontier as fr
 from autopar.intra import tables as tb
+from autopar.intra import totals as tt
 from autopar.plan.plan import Plan
 
 
@@ -35,7 +35,7 @@ def with_provenance(plan: Plan, stage: int, uses: Sequence[Use], blocks: Blocks,
             kinds[key] = _block_terms(use, blocks, blocks.profile, cluster)
         for tag, time_s in kinds[key]:
             add(tag, plan.microbatches * time_s)
-        add("modelled", float(use.totals[fr.STEP_EXPOSED]))
+        add("modelled", float(use.totals[tt.STEP_EXPOSED]))
     found = plan.stages[stage]
     names, sizes = [axis.name for axis in found.axes], tuple(axis.size for axis in found.axes)
     for one in plan.estimate.collectives:

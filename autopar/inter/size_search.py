@@ -9,7 +9,8 @@ import numpy as np
 
 from autopar.inter.arrangement import Arrangement
 from autopar.inter.interleaving import Interleaving
-from autopar.inter.partition import PipelineProblem, PipelineResult, StageTable, least_s, search
+from autopar.inter.partition import least_s, search
+from autopar.inter.pipelines import PipelineProblem, PipelineResult, StageTable
 from autopar.inter.stage_tables import StageTables
 from autopar.inter.stages import StageBook
 from autopar.plan.schedule import Schedule

@@ -1,6 +1,6 @@
 """The smallest budget that would do, and what fills it: the answer to "no plan fits".
 
-Every stage takes its leanest choice found (`intra.frontier.lean_rows`); over the stages, from the last one backwards,
+Every stage takes its leanest choice found (`intra.price_rows.lean_rows`); over the stages, from the last one backwards,
 
     need(s, i, d) = min over j, k of max(lean bytes of blocks i..j-1 on submesh k with s stages from it on, need(s - 1,
     j, d - n_k))

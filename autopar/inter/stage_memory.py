@@ -20,7 +20,7 @@ from autopar.cost import parameters as pm
 from autopar.inter.finish import StageChoice
 from autopar.inter.stages import StageBook
 from autopar.inter.uses import Use, uses_of
-from autopar.intra import frontier as fr
+from autopar.intra import totals as tt
 from autopar.plan.plan import MemoryParts
 
 
@@ -45,9 +45,9 @@ def stage_memory(book: StageBook, choice: StageChoice, first: int, end: int, in_
 def memory_of(book: StageBook, uses: list[Use], first: int, in_flight: int) -> MemoryParts:
     """Bytes on the fullest device with ``in_flight`` micro-batches held; ``uses`` begin at block ``first``."""
     count = len(uses)
-    saved = np.array([float(use.totals[fr.SAVED]) for use in uses])
+    saved = np.array([float(use.totals[tt.SAVED]) for use in uses])
     late, waiting, gathered = (np.zeros(count) for _ in range(3))
-    passing = np.array([float(use.totals[fr.WORKSPACE]) for use in uses])
+    passing = np.array([float(use.totals[tt.WORKSPACE]) for use in uses])
     rest = np.zeros(3)
     known: dict[tuple[object, ...], dict[int, _Stored]] = {}
     blocks = book.blocks.blocks[first : first + count]

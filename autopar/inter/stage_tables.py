@@ -1,6 +1,6 @@
 """Tables over all stages, as the outer search reads them: bounds that no choice is below, and times that are reached.
 
-No choice for a stage of blocks with counts n_c takes less than (D_c: optimum of a price row of `intra.frontier`)
+No choice for a stage of blocks with counts n_c takes less than (D_c: optimum of a price row (`intra.price_rows`))
 
     max over rows of [sum_c n_c min_mode D_c - price * (M - fixed - workspace)]
 
@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from autopar.inter.blocks import Mesh
 from autopar.inter.bounds import max_in_flight
-from autopar.inter.partition import StageTable
+from autopar.inter.pipelines import StageTable
 from autopar.inter.stages import FREE, LEAN_WEIGHTS, WEIGHTS, MeshSums, StageBook, between
-from autopar.intra import frontier as fr
-from autopar.intra.frontier import PriceRow
+from autopar.intra import price_rows as pr
+from autopar.intra.price_rows import PriceRow
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.integer]
@@ -248,7 +248,7 @@ class StageTables:
         need = np.zeros(())
         for weight, share in between(LEAN_WEIGHTS, in_flight):
             lean = [at for at, row in enumerate(sums.rows) if row.family == "lean" and row.saved_weight == weight]
-            need = need + share * sums.bound_s[:, lean[0]].min(axis=-1) / fr.LEAN_PRICE
+            need = need + share * sums.bound_s[:, lean[0]].min(axis=-1) / pr.LEAN_PRICE
         return np.asarray(need)
 
     def _workspace(self, mesh: Mesh, counts: Floats) -> Floats:
@@ -278,7 +278,7 @@ class StageTables:
         value = bound - (price[:, None] * room[:, None, None] if np.isfinite(book.budget_bytes) else 0.0)
         forward, step = counts @ least[:, 0], counts @ least[:, 2]
         launches = counts @ np.array([self._launch_floor_s(c, mesh) for c in range(len(book.columns))])
-        best = {family: np.full(value.shape[::2], -np.inf) for family in fr.FAMILIES}
+        best = {family: np.full(value.shape[::2], -np.inf) for family in pr.FAMILIES}
         for at, family in enumerate(row.family for row in rows):
             if family != "lean":
                 best[family] = np.maximum(best[family], value[:, at])

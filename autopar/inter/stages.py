@@ -8,9 +8,9 @@ overlaps applied once:
     memory               state + s * saved + max workspace + fixed             bytes, at most the budget M
 
 Blocks in their order hold what `stage_memory` says, which the sum comes near; the arrangement of a pipeline holds its
-choices to that. The fastest choice that fits (`finish`) is made of the solutions of `intra.frontier` when a pipeline that holds the
-stage is evaluated; what no choice is below says `stage_tables`. Stages with the same count of each kind of block cost
-the same, so prices are made once per distinct count vector.
+choices to that. The fastest choice that fits (`finish`) is made of the solutions of `intra.frontier` when a pipeline
+that holds the stage is evaluated; what no choice is below says `stage_tables`. Stages with the same count of each kind
+of block cost the same, so prices are made once per distinct count vector.
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,9 @@ from autopar.inter.bounds import max_in_flight
 from autopar.inter.finish import Finished, StageChoice, StagePoints, add, fastest, finished
 from autopar.inter.mix import best_mix
 from autopar.inter.transfers import Transfers
-from autopar.intra import frontier as fr
-from autopar.intra.frontier import BlockPoints, PriceRow, free_rows, lean_rows, priced_rows
+from autopar.intra import totals as tt
+from autopar.intra.frontier import BlockPoints
+from autopar.intra.price_rows import PriceRow, free_rows, lean_rows, priced_rows
 from autopar.plan.plan import MemoryParts
 from autopar.plan.schedule import Schedule
 
@@ -172,10 +173,10 @@ class StageBook:
             totals = np.stack([np.where(np.isfinite(one.totals[kept]), one.totals[kept], HUGE) for one in points])
             bounds = np.stack([np.where(np.isfinite(one.bound_s[kept]), one.bound_s[kept], HUGE) for one in points])
             sums = np.einsum("tc,crbm->trbm", self.counts, totals)
-            sums[..., fr.WORKSPACE] = 0.0  # the most of the blocks, not their sum
+            sums[..., tt.WORKSPACE] = 0.0  # the most of the blocks, not their sum
             workspace = np.zeros(sums.shape[:-1])
             for column, present in enumerate((self.counts > 0).T):
-                held = np.where(present[:, None, None], totals[None, column, :, :, fr.WORKSPACE], 0.0)
+                held = np.where(present[:, None, None], totals[None, column, :, :, tt.WORKSPACE], 0.0)
                 np.maximum(workspace, held, out=workspace)
             time = self.time_s(sums)
             self._sums[mesh, weight] = MeshSums(
@@ -183,7 +184,7 @@ class StageBook:
                 kept=kept,
                 rows=rows,
                 time_s=time,
-                held=np.stack([fr.memory_bytes(sums, 0) + workspace, sums[..., fr.SAVED]]),
+                held=np.stack([tt.memory_bytes(sums, 0) + workspace, sums[..., tt.SAVED]]),
                 bound_s=np.einsum("tc,crb->trb", self.counts, _least_over_modes(rows, bounds)),
                 fastest=time.reshape(len(time), -1).argmin(axis=1),
             )
@@ -212,11 +213,11 @@ class StageBook:
         """Forward, backward, and exposed step seconds of stage totals."""
         execution, cluster = self.blocks.execution, self.blocks.cluster
         contention = self.contention
-        backward, reduction = totals[..., fr.BACKWARD], totals[..., fr.STEP]
+        backward, reduction = totals[..., tt.BACKWARD], totals[..., tt.STEP]
         reduction = np.maximum(reduction - backward, 0.0) + contention * np.minimum(reduction, backward)
         loop_s = execution.software.microbatch_calls * cluster.device.launch_s / 2
-        step = reduction + totals[..., fr.STEP_EXPOSED] + execution.software.step_calls * cluster.device.launch_s
-        return totals[..., fr.FORWARD] + loop_s, backward + loop_s, step
+        step = reduction + totals[..., tt.STEP_EXPOSED] + execution.software.step_calls * cluster.device.launch_s
+        return totals[..., tt.FORWARD] + loop_s, backward + loop_s, step
 
     def roles(self, boundary: int, mesh: Mesh) -> tuple[str, ...]:
         """How the inner axes place what crosses blocks under a boundary placement."""
@@ -298,7 +299,7 @@ class StageBook:
         return best
 
     def totals(self, choice: StageChoice) -> Floats:
-        """The totals (`intra.frontier`) of a stage's blocks under a choice."""
+        """The totals (`intra.totals`) of a stage's blocks under a choice."""
         parts: list[tuple[Floats, float]] = []
         for column, mix in choice.points:
             for (phase, row), count in mix:

@@ -12,8 +12,8 @@ from autopar.graph.ir import Graph
 from autopar.graph.profile import GraphProfile
 from autopar.inter.stages import StageBook
 from autopar.inter.uses import Use
-from autopar.intra import frontier as fr
 from autopar.intra import tables as tb
+from autopar.intra import totals as tt
 from autopar.plan.plan import Estimate, StagePlan, TimeParts, device_memory
 
 
@@ -54,8 +54,8 @@ def time_parts(uses: Sequence[Use]) -> Parts:
             activations += float(times * forward[pair] + backward[pair])
         host = tables.host_s[0] + tables.host_s[2] + selective * tables.host_s[1] + full * tables.host_s[3]
         launch += host if tables.blocking else max(host - computing, 0.0)
-        reduction += float(use.totals[fr.STEP])
-        optimizer += float(use.totals[fr.STEP_EXPOSED])
+        reduction += float(use.totals[tt.STEP])
+        optimizer += float(use.totals[tt.STEP_EXPOSED])
     return Parts(
         matmul_s=kinds["matmul"],
         attention_s=kinds["attention"],

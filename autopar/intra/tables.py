@@ -48,19 +48,19 @@ NUM_METRICS = 9
 class BlockTables:
     """Of a block at ``local_batch`` samples on each of ``data`` ranks. ``strategies[at]`` of ``space.ops[at]``:
     (options per inner axis). ``states[n]``: placements of boundary or hub node n's values, and ``boundary_tokens``
-    those of a block input or output under each boundary placement. ``kept[at]``
-    are the bytes of tensors that SAVED and CORE_SAVED price for op ``at``, (strategies, 2); ``copies`` counts what a
-    solution really keeps instead; ``inside_s[at]`` are the seconds of FORWARD and BACKWARD that it exchanges by itself.
-    ``node_metrics[n]`` is (choices, metrics), ``edges`` are (node, node, (choices, choices) forward seconds, the same
-    backward). ``parameter_uses[at]`` lists, for op ``at``, (value, per strategy:
-    local elements, axes with a partial gradient); axes count the data axis as 0, inner axes from 1. ``regathers`` are the
-    gathers that backward may repeat, by edge, ``saved_bytes`` what pairs of an edge add to SAVED. ``again`` are the
-    (op, number) of uses of a parameter that an earlier op of the block uses, and stores, alike. ``host_s`` are the
-    seconds that the host takes to launch the forward, what selective recomputation launches of it
-    again, the backward, and what full recomputation launches again; ``moved_again`` are the edges whose value full
-    recomputation moves again, ``moved_selectively`` those of selective. A move adds ``sync_s``, forward and backward per edge, as ranks wait for the slowest host.
-    Communication behind compute costs ``contention`` of the shorter of the two (1: nothing overlaps); ``blocking``
-    launches add to what the device computes. ``eliminator`` is made for the edges."""
+    those of a block input or output under each boundary placement. ``kept[at]`` are the bytes of tensors that SAVED and
+    CORE_SAVED price for op ``at``, (strategies, 2); ``copies`` counts what a solution really keeps instead;
+    ``inside_s[at]`` are the seconds of FORWARD and BACKWARD that it exchanges by itself. ``node_metrics[n]`` is
+    (choices, metrics), ``edges`` are (node, node, (choices, choices) forward seconds, the same backward).
+    ``parameter_uses[at]`` lists, for op ``at``, (value, per strategy: local elements, axes with a partial gradient);
+    axes count the data axis as 0, inner axes from 1. ``regathers`` are the gathers that backward may repeat, by edge,
+    ``saved_bytes`` what pairs of an edge add to SAVED. ``again`` are the (op, number) of uses of a parameter that an
+    earlier op of the block uses, and stores, alike. ``host_s`` are the seconds that the host takes to launch the
+    forward, what selective recomputation launches of it again, the backward, and what full recomputation launches
+    again; ``moved_again`` are the edges whose value full recomputation moves again, ``moved_selectively`` those of
+    selective. A move adds ``sync_s``, forward and backward per edge, as ranks wait for the slowest host. Communication
+    behind compute costs ``contention`` of the shorter of the two (1: nothing overlaps); ``blocking`` launches add to
+    what the device computes. ``eliminator`` is made for the edges."""
 
     space: BlockSpace
     local_batch: int
@@ -127,8 +127,8 @@ class TableBuilder:
         kept: Kept | None = None,
     ) -> None:
         """``as_megatron``: linear ops keep a gathered input as it was cut, and gather it again in the backward, and
-        attention that is computed again leaves its result (Korthikanti et al., 2022, sections 4.2.2 and 5). ``kept``: what
-        selective recomputation keeps; None: all but the insides of attention (``core``)."""
+        attention that is computed again leaves its result (Korthikanti et al., 2022, sections 4.2.2 and 5). ``kept``:
+        what selective recomputation keeps; None: all but the insides of attention (``core``)."""
         self._as_megatron = as_megatron
         assert data in (1, whole.sizes[0])
         self.data, self.micro_batch = data, local_batch * data

@@ -234,7 +234,8 @@ class SearchOutcome(Noun, frozen=True, kw_only=True):
 class Execution(Noun, frozen=True, kw_only=True):
     """What the price assumes about the software, as a layout's keys say it. ``checkpoint``: full recomputation runs
     again what the backward needs, or the whole block. ``selective``: selective recomputation runs attention again, or all
-    but it and every second product with a weight. ``loss``: the cross entropy is the program's, or PyTorch's own."""
+    but it and every second product with a weight. ``loss``: the cross entropy is the program's, its
+    chain of kernels over a cut vocabulary whether it is cut or not, or PyTorch's own."""
 
     dtype: Literal["bf16", "fp16", "fp32"]
     optimizer: Literal["adamw", "sgd"]
@@ -245,7 +246,7 @@ class Execution(Noun, frozen=True, kw_only=True):
     launch: Literal["async", "blocking"] = "async"
     checkpoint: Literal["needed", "whole"] = "needed"
     selective: Literal["attention", "products"] = "attention"
-    loss: Literal["program", "torch"] = "program"
+    loss: Literal["program", "chain", "torch"] = "program"
 
 
 class ModelRef(Noun, frozen=True, kw_only=True):

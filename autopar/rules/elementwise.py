@@ -122,16 +122,23 @@ def cross_entropy(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> 
     sum of exponentials and the target's logit (and the sum of logits, where labels are smoothed), fp32 each (Shoeybi et
     al.,
     "Megatron-LM", 2019, section 3). Local form of a mean over cut tokens: the sum of the rank's losses over the count
-    of all targets that are not ignored. logits[t, v, ...]: the classes are whole."""
-    rule = _by_token(op, inputs, outputs)
+    of all targets that are not ignored, or over their weights. logits[t, v, ...]: the classes are whole. Weights of
+    classes, which every rank holds whole, multiply the tokens' losses; with smoothed labels also its classes' terms, and
+    the classes are whole."""
+    shape = inputs[0].shape
+    weighted = len(inputs) == 3 and len(shape) == 2 and inputs[2].shape == shape[1:] and not inputs[2].requires_grad
+    rule = _by_token(op, inputs[:2] if weighted else inputs, outputs)
     if rule is None:
         return replicated(op, inputs, outputs, known=True)
-    if len(inputs[0].shape) > 2:
+    if weighted:
+        rule = replace(rule, inputs=(*rule.inputs, (NO_LABEL,)))
+    smooth = argument(op, 5, "label_smoothing", 0.0)
+    if len(shape) > 2 or (weighted and smooth):
         return rule
     t, v = rule.inputs[0]
     kinds = tuple("inside" if label == v else kind for label, kind in enumerate(rule.kinds))
-    rows = inputs[0].shape[0] * 4
-    sums = 3 if argument(op, 5, "label_smoothing", 0.0) else 2
+    rows = shape[0] * 4
+    sums = 3 if smooth else 2
     inside = Inside(forward_bytes=(rows, sums * rows), backward_bytes=(), labels=(t,))
     return replace(rule, kinds=kinds, inside=inside, local_form=(*rule.local_form, v))
 

@@ -318,18 +318,20 @@ def _random(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor
 
 
 def _cross_entropy(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
-    """Tokens may be cut (this rank's term of the mean over all that are not ignored), and so may the vocabulary
-    (see ``cross_entropy``)."""
-    logits, target = tensors[:2]
+    """Tokens may be cut (this rank's term of the mean over all that are not ignored, or over their classes' weights), and
+    so may the vocabulary (see ``cross_entropy``)."""
+    logits, target, *weights = tensors
     reduction = argument(local.op, 3, "reduction", MEAN)
     ignored = argument(local.op, 4, "ignore_index", -100)
     vocabulary = local.usage.axes_of(local.usage.rule.inputs[0][1]) if logits.dim() == 2 else ()
     tokens = local.usage.summed_axes()
-    if logits.dim() == 2 and len(tensors) == 2 and not target.is_floating_point():
-        smoothing = argument(local.op, 5, "label_smoothing", 0.0)
+    smoothing = argument(local.op, 5, "label_smoothing", 0.0)
+    if logits.dim() == 2 and not (weights and smoothing) and not target.is_floating_point():
         rows, mine = local.local_index(target.clamp(min=0), 0, 1)
         losses = token_losses(logits, rows, mine, smoothing, local.input_shapes[0][1], local.mesh, vocabulary)
         losses = torch.where(target == ignored, 0.0, losses)
+        for weight in weights:
+            losses = losses * weight[target.clamp(min=0)]
         if reduction == NONE:
             return losses
         total = losses.sum()
@@ -339,8 +341,11 @@ def _cross_entropy(local: LocalOp, tensors: Sequence[Tensor], around: Around) ->
         total = local.call(tensors, reduction=SUM)
     if reduction == SUM:
         return total
-    counted = (around.whole(1) != ignored).sum() if tokens else (target != ignored).sum()
-    return total / counted.to(total.dtype)
+    targets = around.whole(1) if tokens else target
+    counted: Tensor = targets != ignored
+    for weight in weights:
+        counted = torch.where(counted, weight[targets.clamp(min=0)], 0.0)
+    return total / counted.sum().to(total.dtype)
 
 
 def _nll_loss(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:

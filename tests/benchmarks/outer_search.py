@@ -10,7 +10,9 @@ import time
 
 import numpy as np
 
-from autopar.inter.partition import PipelineProblem, Stage, StageTable, search
+from autopar.inter.candidates import Stage
+from autopar.inter.partition import search
+from autopar.inter.pipelines import PipelineProblem, StageTable
 from autopar.inter.simulate import StageTimes, simulate
 from autopar.plan.schedule import Schedule
 

@@ -5,7 +5,8 @@
     a record that says CUDA_LAUNCH_BLOCKING=1 -> launch=blocking, which no key of the schema holds
     target: result.step_time_s or derived.step_time_s; of a record of kind "layer" result.other.combined_ms
 
-A cluster is the shipped one of the record's GPU with the record's node size and NIC rate, where it names them.
+A cluster is the shipped one of the machine that the record names, else of its GPU, with the record's node size and NIC
+rate, where it names them.
 """
 
 import json
@@ -31,6 +32,10 @@ CLUSTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "A40": ("a40", {}),
     "T4": ("t4", {}),
 }
+
+
+# beginning of a record's cluster -> the shipped cluster of that machine
+MACHINES = {"Jean Zay, 8x A100": "jean-zay-a100"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +103,9 @@ def _run(record: dict[str, Any]) -> Run | str:
     cluster, overrides = CLUSTERS[hardware["gpu"]]
     if cluster == "p3.16xlarge" and hardware.get("gpus_per_node") == 16:
         cluster, overrides = "dgx-2", {}
+    for beginning, name in MACHINES.items():
+        if str(hardware.get("cluster")).startswith(beginning):
+            cluster = name
     return Run(
         id=record["id"],
         set=record["set"],

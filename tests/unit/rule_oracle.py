@@ -259,7 +259,9 @@ def _cross_entropy(case: Case, option: Option, ranks: Ranks) -> Simulated:
         return _each(case, option, ranks)
     reduction, ignored = case.literal(3, "reduction", 1), case.literal(4, "ignore_index", -100)
     smoothing = case.literal(5, "label_smoothing", 0.0)
-    count = (case.tensors[1] != ignored).sum()
+    weights = case.tensors[2] if len(case.tensors) > 2 else torch.ones(case.inputs[0].shape[1], dtype=WIDE)
+    of_target = weights[case.tensors[1].clamp(min=0)]
+    count = torch.where(case.tensors[1] != ignored, of_target, 0.0).sum()
     atom = option.inputs[0]
     if option.inside:
         assert isinstance(atom, Atom)
@@ -268,7 +270,9 @@ def _cross_entropy(case: Case, option: Option, ranks: Ranks) -> Simulated:
         rows = [_starts(atom, len(ranks), r, size) for r in range(len(ranks))]
         own = sum(((t[1].unsqueeze(1) == row) * t[0]).sum(1) for t, row in zip(ranks, rows, strict=True))
         uniform = sum(t[0].sum(1) for t in ranks) / size
-        losses = torch.where(ranks[0][1] == ignored, 0.0, total - (1 - smoothing) * own - smoothing * uniform)
+        losses = (
+            torch.where(ranks[0][1] == ignored, 0.0, total - (1 - smoothing) * own - smoothing * uniform) * of_target
+        )
         result = losses if reduction == 0 else losses.sum() / (count if reduction == 1 else 1)
         return [(result,) for _ in ranks]
     terms = [F.cross_entropy(*t, reduction="none", ignore_index=ignored, label_smoothing=smoothing) for t in ranks]

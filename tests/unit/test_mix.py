@@ -9,7 +9,7 @@ import pytest
 from autopar.inter.blocks import Mesh
 from autopar.inter.finish import StagePoints, add, fastest, memory_bytes
 from autopar.inter.mix import best_mix
-from autopar.intra import frontier as fr
+from autopar.intra import totals as tt
 
 
 class Prices:
@@ -18,8 +18,8 @@ class Prices:
     num_microbatches = 4
 
     def times_s(self, totals):
-        step = np.maximum(totals[..., fr.STEP] - totals[..., fr.BACKWARD], 0.0) + totals[..., fr.STEP_EXPOSED]
-        return totals[..., fr.FORWARD], totals[..., fr.BACKWARD], step
+        step = np.maximum(totals[..., tt.STEP] - totals[..., tt.BACKWARD], 0.0) + totals[..., tt.STEP_EXPOSED]
+        return totals[..., tt.FORWARD], totals[..., tt.BACKWARD], step
 
     def time_s(self, totals):
         forward, backward, step = self.times_s(totals)
@@ -32,7 +32,7 @@ class Prices:
 def random_points(seed: int) -> tuple[StagePoints, int, float]:
     rng = np.random.default_rng(seed)
     numbers = tuple(int(n) for n in rng.integers(1, 5, rng.integers(1, 4)))
-    totals = rng.uniform(0.1, 1.0, (len(numbers), 4, 2, fr.NUM_TOTALS))
+    totals = rng.uniform(0.1, 1.0, (len(numbers), 4, 2, tt.NUM_TOTALS))
     totals[rng.random(totals.shape[:3]) < 0.1] = np.inf
     points = StagePoints(
         mesh=Mesh(data=2, inner=()),

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from autopar.inter.partition import PipelineProblem, Stage, StageTable, search
+from autopar.inter.candidates import Stage
+from autopar.inter.partition import search
+from autopar.inter.pipelines import PipelineProblem, StageTable
 from autopar.inter.simulate import StageTimes, simulate
 from autopar.plan.errors import UsageError
 

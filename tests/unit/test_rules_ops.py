@@ -45,6 +45,10 @@ CASES: dict[str, tuple[Forward, tuple[int, ...], tuple[int, ...], int]] = {
     "cross_entropy_smooth": (lambda x, t, w, b: F.cross_entropy(x * b, t, label_smoothing=0.1), (12,), (1,), 12),
     "cross_entropy_sum": (lambda x, t, w, b: F.cross_entropy(x, t, ignore_index=0, reduction="sum"), (8,), (1,), 1),
     "cross_entropy_none": (lambda x, t, w, b: F.cross_entropy(x, t, ignore_index=0, reduction="none"), (8,), (1,), 1),
+    "cross_entropy_weighted": (lambda x, t, w, b: F.cross_entropy(x, t, weight=b.detach()), (12,), (1,), 12),
+    "cross_entropy_weighted_smooth": (
+        lambda x, t, w, b: F.cross_entropy(x, t, weight=b.detach(), ignore_index=1, label_smoothing=0.1), (12,), (1,), 12,
+    ),
     "nll_ignored": (lambda x, t, w, b: F.nll_loss(F.log_softmax(x, 1), t, ignore_index=1), (12,), (1,), 1),
     "nll_sum": (lambda x, t, w, b: F.nll_loss(F.log_softmax(x, -1), t, reduction="sum"), (8,), (1,), 1),
     "log_softmax_inner": (lambda x, t, w, b: F.log_softmax(x, 1) * b, (4, 8), (1,), 8),
@@ -154,7 +158,6 @@ CASES: dict[str, tuple[Forward, tuple[int, ...], tuple[int, ...], int]] = {
     "index_add": (lambda x, t, w, b: x.index_add(1, torch.tensor([0, 2, 1, 1]), x) * b, (4, 8), (1,), 8),
     "index_pairs": (lambda x, t, w, b: x[torch.arange(x.shape[0]), t] * x[:, [0, 2, 3]][:, 0] * b, (8, 8), (1,), 8),
     "cross_entropy_rows": (lambda x, t, w, b: F.cross_entropy(x, t[:, None].expand(-1, 8), ignore_index=1), (4, 8), (1,), 1),
-    "cross_entropy_weighted": (lambda x, t, w, b: F.cross_entropy(x, t, weight=b.detach()), (8,), (1,), 8),
     "nll_rows": (lambda x, t, w, b: F.nll_loss(F.log_softmax(x, 1), t[:, None].expand(-1, 8)), (4, 8), (1,), 1),
     "kl": (lambda x, t, w, b: F.kl_div(x, x.detach().exp(), reduction="sum") + F.kl_div(x, x.detach().exp()), (8,), (1,), 8),
     "huber": (lambda x, t, w, b: F.huber_loss(x * b, x.detach() + 1), (8,), (1,), 8),

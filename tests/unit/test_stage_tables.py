@@ -13,7 +13,7 @@ from autopar.inter.blocks import Blocks
 from autopar.inter.finish import add
 from autopar.inter.stage_tables import StageTables
 from autopar.inter.stages import FREE, PRICED, StageBook
-from autopar.intra import frontier as fr
+from autopar.intra import totals as tt
 from autopar.workload import load_workload
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -43,7 +43,7 @@ def ways(book, kind, mesh, in_flight, rng):
                 parts.append((one.totals[int(rng.integers(len(one.rows))), boundary], 1.0))
         whole = add(parts)
         if np.isfinite(whole).all():
-            yield whole, float(fr.memory_bytes(whole, in_flight))
+            yield whole, float(tt.memory_bytes(whole, in_flight))
 
 
 @pytest.mark.parametrize("budget_mib", [1100, 1300, 2000, 16000])
