@@ -1,8 +1,9 @@
 """The blocks of one graph and what they cost per mesh and micro-batch, computed once and kept."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,9 +23,9 @@ from autopar.intra.strategies import Allowed
 from autopar.intra.tables import BlockTables, TableBuilder
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mesh:
-    """``data`` ranks along the batch (outermost) times ``inner`` axes that every op may use as it likes."""
+class Mesh(msgspec.Struct, frozen=True, kw_only=True):
+    """``data`` ranks along the batch (outermost) times ``inner`` axes that every op may use as it likes. (A struct of
+    msgspec, which hashes in C: meshes and price rows are keys that a search looks up hundreds of thousands of times.)"""
 
     data: int
     inner: tuple[int, ...]
@@ -206,7 +207,7 @@ class Blocks:
 def _without_recompute(rows: tuple[PriceRow, ...]) -> tuple[tuple[PriceRow, ...], NDArray[np.integer]]:
     """The rows with nothing computed again, each once, and which of them stands for each given one."""
     at: dict[PriceRow, int] = {}
-    repeats = [at.setdefault(replace(row, mode="none"), len(at)) for row in rows]
+    repeats = [at.setdefault(msgspec.structs.replace(row, mode="none"), len(at)) for row in rows]
     return tuple(at), np.array(repeats)
 
 

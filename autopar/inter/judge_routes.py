@@ -23,6 +23,8 @@ from autopar.plan.mesh import parse_placements, shard_dim
 from autopar.plan.plan import CollectiveKind
 
 Tokens = tuple[str, ...]
+EQUAL_DIGITS = 15
+"""Decimals of seconds to which ways are compared: the same sum in another order is another number after them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +140,7 @@ class Mesh:
                 if after in done or not _innermost(after, axes):
                     continue
                 step = self._one(shape, itemsize, state, after, axes)
-                cost = time_s + (step.time_s if step else 0.0)
+                cost = round(time_s + (step.time_s if step else 0.0), EQUAL_DIGITS)
                 more = moved + (step.num_bytes if step else 0)
                 made = (*steps, step) if step else steps
                 heapq.heappush(queue, (cost, more, count + 1, (*passed, "".join(after)), after, made))

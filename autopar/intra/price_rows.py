@@ -29,9 +29,9 @@ it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -48,8 +48,7 @@ LEAN_PRICE = 1e3
 """Seconds per byte at which time has no say."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PriceRow:
+class PriceRow(msgspec.Struct, frozen=True, kw_only=True):
     """``price_s_per_byte`` of state; a byte saved by one micro-batch costs ``saved_weight`` times that."""
 
     mode: str

@@ -129,10 +129,12 @@ def _figures(plan: Plan) -> Table:
     verdict = "fits" if estimate.fits else "DOES NOT FIT"
     grid = _grid(2)
     chunks = f", {plan.num_chunks} chunks a device" if plan.num_chunks > 1 else ""
+    again = any(op.gathers_again for program in plan.programs if program.recompute != "full" for op in program.ops)
+    regather = ", gathered inputs are kept cut and gathered again" if again else ""
     grid.add_row("batch", f"{plan.global_batch} samples in {batch_text(plan)}")
     grid.add_row(
         "schedule",
-        f"{plan.schedule}{chunks}, {recompute.get(plan.recompute, f'{plan.recompute} recompute')}",
+        f"{plan.schedule}{chunks}, {recompute.get(plan.recompute, f'{plan.recompute} recompute')}{regather}",
     )
     grid.add_row("step time", f"{seconds_text(estimate.step_time_s)}, {estimate.tokens_per_s:,.0f} tokens/s")
     if estimate.step_time_high_s:

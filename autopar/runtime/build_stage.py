@@ -9,6 +9,8 @@ holds it.
 
 from dataclasses import replace
 
+import msgspec
+
 from autopar.graph.ir import Block, Op
 from autopar.graph.random_ops import is_random
 from autopar.plan.plan import BlockProgram, Recompute, ValuePlan
@@ -85,7 +87,11 @@ class StageBuilder:
     def _add_block(self, block: Block, program: BlockProgram) -> None:
         begins, shared, ends = self.planned.lies_between(block, program)
         ops = self.graph.ops[block.first_op : block.end_op]
-        again = {op.inputs[at] for op, planned in zip(ops, program.ops, strict=False) for at in planned.gathers_again}
+        again_gathered = {
+            op.inputs[at] for op, planned in zip(ops, program.ops, strict=False) for at in planned.gathers_again
+        }
+        recompute, stays = self.planned.recomputed(block, program)
+        program = msgspec.structs.replace(program, recompute=recompute)
         self.at = {}
         for value, planned in begins.items():
             if value in self.planned.carrying:
@@ -94,14 +100,17 @@ class StageBuilder:
                     self._receive(value, lie)
                 self._move(value, lie, block, program)
                 if value in shared:
-                    self._move(value, self._lie(value, shared[value]), block, program, again=value in again)
+                    self._move(value, self._lie(value, shared[value]), block, program, again=value in again_gathered)
         told = zip(self.planned.block_ops(block, program), program.ops, strict=True)
         for (op, inputs, outputs, passing), op_plan in told:
             if self._is_needed(op):
-                self._add(op, inputs, outputs, passing, block.index, program.recompute, op_plan.gathers_again)
+                again = op_plan.gathers_again
+                self._add(op, inputs, outputs, passing, block.index, recompute, again, stays=op.id in stays)
                 for value in op.outputs:
                     if value in shared and value in self.planned.carrying:
-                        self._move(value, self._lie(value, shared[value]), block, program, again=value in again)
+                        self._move(
+                            value, self._lie(value, shared[value]), block, program, again=value in again_gathered
+                        )
         for value, planned in ends.items():
             if value in self.planned.carrying:
                 self._move(value, self._lie(value, planned), block, program)
@@ -174,6 +183,8 @@ class StageBuilder:
         block: int,
         recompute: Recompute,
         gathers_again: tuple[int, ...] = (),
+        *,
+        stays: bool = False,
     ) -> None:
         for value in op.inputs:
             self._provide(value)
@@ -210,6 +221,7 @@ class StageBuilder:
                 block=block,
                 recompute=recompute,
                 gathers_again=gathers_again,
+                stays=stays,
             )
         )
 

@@ -10,7 +10,8 @@ from math import prod
 
 from autopar.graph.ir import Block, Graph, Op
 from autopar.plan.errors import PlanFileError
-from autopar.plan.plan import BlockProgram, OpPlan, Plan, ValuePlan
+from autopar.plan.plan import BlockProgram, OpPlan, Plan, Recompute, ValuePlan
+from autopar.rules.registry import rule_of
 from autopar.runtime.layout import Cut, Placement, parse
 from autopar.runtime.program import StageParameter
 
@@ -116,6 +117,22 @@ class PlannedBlocks:
                 raise PlanFileError(f"the plan's op {planned.name} does not fit the model's {op.name}; plan again")
             passing = _partial_axes(planned) if planned.output_gradients else None
             yield op, tuple(map(parse, planned.inputs)), tuple(map(parse, planned.outputs)), passing
+
+    def recomputed(self, block: Block, program: BlockProgram) -> tuple[Recompute, frozenset[int]]:
+        """What the backward computes again of a block, and the ops (ids) whose results stay nevertheless: of selective
+        recomputation by product fused attentions and the first, third, ... product with a weight."""
+        if program.recompute != "selective" or self.plan.execution.selective == "attention":
+            return program.recompute, frozenset()
+        products, stays = 0, set()
+        for op in self.graph.ops[block.first_op : block.end_op]:
+            compute = rule_of(op, self.graph.values).compute
+            if compute == "attention" and self.plan.execution.attn == "flash":
+                stays.add(op.id)
+            elif compute == "matmul" and any(self.graph.values[value].kind == "parameter" for value in op.inputs):
+                if products % 2 == 0:
+                    stays.add(op.id)
+                products += 1
+        return "full", frozenset(stays)
 
     def block_parameters(self, block: Block, program: BlockProgram) -> Iterable[tuple[int, StageParameter]]:
         """(value, how it is stored) of the parameters and buffers that the plan places."""

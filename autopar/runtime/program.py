@@ -18,7 +18,8 @@ from autopar.runtime.usage import Usage
 class ProgramOp:
     """An op of a stage: the slots it reads and makes; ``conversions`` say how it takes each of its inputs, shapes are
     global. ``block`` is the block that runs it, -1 for the preparation of data that another block holds. Inputs
-    (positions) in ``gathers_again`` stay as they were before they were gathered, and the backward gathers them again."""
+    (positions) in ``gathers_again`` stay as they were before they were gathered, and the backward gathers them again.
+    ``stays``: what it makes is kept although its block is computed again."""
 
     op: Op
     usage: Usage
@@ -29,6 +30,7 @@ class ProgramOp:
     block: int
     recompute: Recompute
     gathers_again: tuple[int, ...]
+    stays: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

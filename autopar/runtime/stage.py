@@ -161,7 +161,7 @@ class StageFunction:
                     repeats = at in step.gathers_again and again == "none"
                     with gathering_again(step.block) if repeats else mark(step.block, again):
                         tensors.append(take(slot, made, step.block))
-                with mark(step.block, step.recompute if _is_core(step) else again):
+                with mark(step.block, "none" if step.stays else step.recompute if _is_core(step) else again):
                     self._run(step, local, slots, tensors, take)
             with mark(SENDS, "none"):
                 sent = tuple(
