@@ -80,7 +80,7 @@ def _relisted(twin: "Plan", plan_file: Path, model: str, settings: dict[str, Any
 
     traced = trace(load_workload(model, **settings), dtype=DTYPES[twin.execution.dtype])  # type: ignore[arg-type]
     graph = order_for_blocks(traced.graph)
-    return judge(twin, graph, cut_blocks(graph), cluster_of(twin, plan_file)).collectives
+    return judge(twin, graph, cut_blocks(graph), cluster_of(twin, plan_file), twin=True).collectives
 
 
 def _lines(report: "Report", verbose: bool) -> list[str]:

@@ -123,9 +123,11 @@ def judge(
     cluster: Cluster,
     profile: GraphProfile | None = None,
     ground: Ground | None = None,
+    *,
+    twin: bool = False,
 ) -> Judgement:
     """Price ``plan``; ``profile`` is that of ``graph``, made here when not given, as is the ``ground``. CheckError where
-    its parts contradict each other.
+    its parts contradict each other. ``twin``: the plan is a shrunk one, whose tiny tensors move as large ones do.
 
     Worked example: a block of one (8, 4) x (4, 6) product in fp16, column parallel on 2 ranks, takes the matmul curve
     at (8, 3, 4) and, before it, an all_gather of 8 * 4 * 2 = 64 bytes when its input lies as ``S(0)``.
@@ -133,7 +135,10 @@ def judge(
     ground = ground or Ground.of(plan.execution, graph, blocks, profile or profile_graph(graph))
     kinds = ground.kinds
     prices: dict[tuple[object, ...], BlockPrice] = {}
-    meshes = [Mesh(cluster, tuple(axis.size for axis in stage.axes), stage.first_device) for stage in plan.stages]
+    meshes = [
+        Mesh(cluster, tuple(axis.size for axis in stage.axes), stage.first_device, exchanges=twin)
+        for stage in plan.stages
+    ]
     per_stage: list[list[BlockPrice]] = []
     fullest: list[Moment] = []
     for stage, mesh in zip(plan.stages, meshes, strict=True):

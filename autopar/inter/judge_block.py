@@ -156,7 +156,10 @@ def price_block(
     repeated = again(graph, profile, block, program, moved, free, frozenset(exchanged), read_on, selected)
     rerun = [step for route in repeated.routes for step in route.steps]
     rerun += [step for op in sorted(repeated.ops) for step in exchanged.get(op, ())]
-    listed_again = rerun + [step for route in moved.again for step in route.steps if program.recompute != "full"]
+    by_op = program.recompute == "selective" and selected is not None
+    listed_again = list(rerun)
+    if program.recompute != "full" and not by_op:  # else all ways run again that the backward reads from
+        listed_again += [step for route in moved.again for step in route.steps]
     parameters = price_parameters(
         graph, block, program, mesh, execution, stored, accumulates, repeated.parameters, disagreed
     )
@@ -165,7 +168,6 @@ def price_block(
     exchanged_s = steps_s + _visible_s(moved, linears, mesh.cluster.overlap_contention, execution, balanced)
     b = times[2] + exchanged_s
     full, mode = program.recompute == "full", program.recompute
-    by_op = mode == "selective" and selected is not None
     needed = by_op or (mode == "full" and execution.checkpoint == "needed")
     rerun_s = sum(alone[op] for op in repeated.ops) + sum(step.time_s for step in rerun) if needed else f + times[1]
     again_s = {"none": 0.0, "selective": rerun_s if by_op else times[1], "full": rerun_s}[mode]

@@ -75,10 +75,12 @@ def local_shape(shape: tuple[int, ...], tokens: Tokens, sizes: tuple[int, ...]) 
 
 
 class Mesh:
-    """The devices of one stage as the judge sees them: axis sizes, and the links every set of axes crosses."""
+    """The devices of one stage as the judge sees them: axis sizes, and the links every set of axes crosses.
+    ``exchanges``: what is cut on one dim and then on another takes the all_to_all, as it runs, though a tensor as tiny
+    as a twin's would be gathered and sliced in as little time."""
 
-    def __init__(self, cluster: Cluster, sizes: tuple[int, ...], first_device: int) -> None:
-        self.cluster, self.sizes, self.first_device = cluster, sizes, first_device
+    def __init__(self, cluster: Cluster, sizes: tuple[int, ...], first_device: int, *, exchanges: bool = False) -> None:
+        self.cluster, self.sizes, self.first_device, self.exchanges = cluster, sizes, first_device, exchanges
         self.num_devices = 1
         for size in sizes:
             self.num_devices *= size
@@ -138,6 +140,8 @@ class Mesh:
             for axes, token in _changes(state, movable, tokens, target):
                 after = tuple(token if axis in axes else held for axis, held in enumerate(state))
                 if after in done or not _innermost(after, axes):
+                    continue
+                if self.exchanges and token == "R" and _may_exchange(state, target, axes):
                     continue
                 step = self._one(shape, itemsize, state, after, axes)
                 cost = round(time_s + (step.time_s if step else 0.0), EQUAL_DIGITS)
@@ -207,6 +211,13 @@ def _changes(
             if all(state[axis] == old for axis in axes) and _innermost(state, axes):
                 found += [(axes, token) for token in tokens if token not in (old, "P")]
     return found
+
+
+def _may_exchange(state: Tokens, target: Tokens, axes: tuple[int, ...]) -> bool:
+    """Whether axes that cut a dim are to cut another, and can at once."""
+    dims = [(shard_dim(state[axis]), shard_dim(target[axis])) for axis in axes]
+    after = tuple(target[axis] if axis in axes else held for axis, held in enumerate(state))
+    return all(None not in pair and pair[0] != pair[1] for pair in dims) and _innermost(after, axes)
 
 
 def _innermost(state: Tokens, axes: tuple[int, ...]) -> bool:

@@ -107,7 +107,7 @@ class _Mover:
         return not self._inside(axis, old) and self._may_join(axis)
 
     def _leaving(self) -> list[int]:
-        """Axes that must be gathered, innermost first: those whose token changes, and those inside them."""
+        """Axes that must be gathered, in order: those whose token changes, and those inside them."""
         leaving = {axis for axis, token in enumerate(self.now) if isinstance(token, Cut) and token != self.target[axis]}
         while True:
             joining = {axis for axis, token in enumerate(self.target) if isinstance(token, Cut)} - {
@@ -125,11 +125,19 @@ class _Mover:
                 break
             leaving |= more
 
-        def depth(axis: int) -> tuple[int, int]:
-            token = self.now[axis]
-            return (token.pieces if isinstance(token, Cut) else 0, axis)
+        def inside(axis: int, other: int) -> bool:
+            """Whether ``other`` cuts the dim of ``axis`` further in."""
+            mine, theirs = self.now[axis], self.now[other]
+            assert isinstance(mine, Cut)
+            assert isinstance(theirs, Cut)
+            return mine.dim == theirs.dim and (mine.pieces, axis) < (theirs.pieces, other)
 
-        return sorted((axis for axis in leaving if isinstance(self.now[axis], Cut)), key=depth, reverse=True)
+        left = [axis for axis in sorted(leaving) if isinstance(self.now[axis], Cut)]
+        found = []
+        while left:  # the outermost that may: its links are the slowest, and what it brings the least
+            found.append(next(axis for axis in left if not any(inside(axis, other) for other in left)))
+            left.remove(found[-1])
+        return found
 
     def _slice(self, axis: int) -> None:
         cut = self.target[axis]
