@@ -12,6 +12,7 @@ choice, priced pair by pair so that elimination stays exact:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,9 @@ from autopar.rules.options import Token, forward_placement
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+Policy = Literal["choice", "always", "never"]
+"""Whether keeping inputs as cut is chosen by price; what linear ops always do, and nothing else (Megatron-LM); or what
+no op does (PyTorch's own tensor parallelism)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -55,8 +59,7 @@ class Side:
 
 
 class Regathers:
-    """Of one block. ``first_keeper``: value whose memory is kept -> the op of the graph that is charged for it;
-    ``as_megatron``: linear ops always keep their input as it was cut, and nothing else does."""
+    """Of one block. ``first_keeper``: value whose memory is kept -> the op of the graph that is charged for it."""
 
     def __init__(
         self,
@@ -65,10 +68,9 @@ class Regathers:
         first_keeper: Mapping[int, int],
         local: LocalSizes,
         hiding: Hiding,
-        *,
-        as_megatron: bool,
+        policy: Policy,
     ) -> None:
-        self.space, self.local, self.hiding, self.as_megatron = space, local, hiding, as_megatron
+        self.space, self.local, self.hiding, self.policy = space, local, hiding, policy
         self._first_hub = 2 + len(space.ops)
         self._keeps = {(node.op.id, at) for node in space.ops for at in profile.ops[node.op.id].saved_inputs}
         self._charged = {
@@ -86,7 +88,7 @@ class Regathers:
 
     def at_hub(self, hub: int) -> bool:
         """Whether keeping the hub's value as cut is a choice: an op that reads it from there is charged for it."""
-        return not self.as_megatron and any(self._is_charged(flow) for flow in self._readers.get(hub, ()))
+        return self.policy == "choice" and any(self._is_charged(flow) for flow in self._readers.get(hub, ()))
 
     def add(self, at: int, source: Side, target: Side, forward: Floats, backward: Floats) -> tuple[Floats, Floats]:
         """Forward and backward seconds of flow number ``at``, with what it gathers again."""
@@ -99,12 +101,12 @@ class Regathers:
             same[: -source.num_again] = False
             self.saved_bytes[at] = np.where(same, -self._bytes(flow, target), 0.0)
         keepers = self._keepers(flow)
-        if not keepers or source.num_again or not (apart.any() or target.num_again):
+        if self.policy == "never" or not keepers or source.num_again or not (apart.any() or target.num_again):
             return forward, backward
         again_s = self.hiding.again_s(flow, target.states, forward)
         kept_cut, whole = self._bytes(flow, source)[:, None], self._bytes(flow, target)
         always, choice_s = np.zeros_like(apart), np.full_like(forward, np.inf)
-        if self.as_megatron:
+        if self.policy == "always":
             always = apart
         elif target.num_again:
             again_states = np.arange(len(target.states)) >= len(target.states) - target.num_again
@@ -137,7 +139,7 @@ class Regathers:
         return tuple(
             one.target
             for one in flows
-            if self._position(one) in self._keeps and (not self.as_megatron or self._is_linear(one.target))
+            if self._position(one) in self._keeps and (self.policy != "always" or self._is_linear(one.target))
         )
 
     def _is_linear(self, node: int) -> bool:

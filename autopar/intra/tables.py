@@ -33,7 +33,7 @@ from autopar.intra.data_axis import text_of
 from autopar.intra.elimination import Eliminator
 from autopar.intra.hiding import Hiding
 from autopar.intra.moves import Moves
-from autopar.intra.regather import Regather, Regathers, Side
+from autopar.intra.regather import Policy, Regather, Regathers, Side
 from autopar.intra.space import IN, OUT, BlockSpace, OpNode
 from autopar.intra.strategies import ROLES, Allowed, Strategies
 from autopar.intra.workspace import overwritten_values, passing_bytes, scratch_bytes
@@ -155,7 +155,8 @@ class TableBuilder:
         self.inside: list[Floats] = []
         self._choices = Strategies(space, self.sizes, local_batch, data, allowed)
         self._moves = Moves(links, whole, data, self.local)
-        self._regathers = Regathers(space, profile, self._first_keeper(), self.local, hiding, as_megatron=as_megatron)
+        policy: Policy = "choice" if not as_megatron else "always" if kept is None else "never"
+        self._regathers = Regathers(space, profile, self._first_keeper(), self.local, hiding, policy)
 
     def build(self) -> BlockTables:
         strategies = tuple(self._choices.of_op(node) for node in self.space.ops)
