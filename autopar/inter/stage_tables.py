@@ -163,8 +163,7 @@ class StageTables:
         fits_free = []
         for mesh in meshes:
             sums = book.sums(mesh, FREE)
-            memory = sums.memory_bytes(in_flight).reshape(len(best), -1)
-            fits_free.append(np.take_along_axis(memory, sums.fastest[:, None], axis=1)[:, 0] <= room)
+            fits_free.append(sums.of_fastest(in_flight)[1] <= room)
             self._improve(best, even, mesh, sums, in_flight)
         fits = [self._fits(mesh, in_flight) for mesh in meshes]
         for at in sorted(range(len(meshes)), key=lambda at: float(found[at].busy_s.min())):
@@ -184,16 +183,19 @@ class StageTables:
 
     def _improve(self, best: Floats, even: Floats, mesh: Mesh, sums: MeshSums, in_flight: int) -> None:
         """Take the fastest point that fits, for each type where it is below ``best`` (seconds)."""
-        time = np.where(sums.memory_bytes(in_flight) <= self.book.room_bytes, sums.time_s, np.inf)
-        flat = time.reshape(len(best), -1)
+        types = np.flatnonzero(sums.of_fastest(in_flight)[0] < best)
+        if not len(types):
+            return
+        memory = sums.held[0][types] + in_flight * sums.held[1][types]
+        flat = np.where(memory <= self.book.room_bytes, sums.time_s[types], np.inf).reshape(len(types), -1)
         at = flat.argmin(axis=1)
-        rows = np.arange(len(best))
-        better = flat[rows, at] < best
-        best[better] = flat[rows, at][better]
+        fastest_s = flat[np.arange(len(types)), at]
+        better = fastest_s < best[types]
         if better.any():
-            picked = self._totals(mesh, sums, rows[better], at[better])
+            best[types[better]] = fastest_s[better]
+            picked = self._totals(mesh, sums, types[better], at[better])
             for number, seconds in enumerate(self.book.times_s(picked)):
-                even[number, better] = seconds
+                even[number, types[better]] = seconds
 
     def _totals(self, mesh: Mesh, sums: MeshSums, types: Ints, flat: Ints) -> Floats:
         """(picks, metrics) of stage types whose blocks all take the point at a flat (row, boundary) of ``sums``."""

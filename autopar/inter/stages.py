@@ -59,6 +59,12 @@ class MeshSums:
         """All but the fixed share, (types, rows, boundaries)."""
         return np.asarray(self.held[0] + in_flight * self.held[1])
 
+    def of_fastest(self, in_flight: float) -> tuple[Floats, Floats]:
+        """(types,) seconds of the fastest choice, and the bytes it holds."""
+        at = (np.arange(len(self.fastest)), self.fastest)
+        flat = [values.reshape(len(self.fastest), -1)[at] for values in (self.time_s, *self.held)]
+        return flat[0], flat[1] + in_flight * flat[2]
+
 
 class StageBook:
     """Costs of all stages at one micro-batch size."""
