@@ -72,8 +72,23 @@ def arranged(graph: fx.Graph, one: Pass) -> fx.Graph:
             copies[item] = made.node_copy(item, lambda old: copies[old])
             if item in in_place:
                 copies[item].target = IN_PLACE[item.target]
+            for source in _lent(item):
+                made.call_function(still_held, (copies[source], copies[item]))
     made.output([copies[node] if isinstance(node, fx.Node) else node for node in one.results])
     return made
+
+
+def still_held(lent: Tensor, result: Tensor) -> None:
+    """What a graph calls to hold a gather's input until its result is there: gloo's ``all_gather_into_tensor`` works on
+    it without holding it, and corrupts the heap when it is freed before (torch 2.13.0)."""
+
+
+def _lent(node: fx.Node) -> list[fx.Node]:
+    """What the gather works on that a node waits for."""
+    start = node.args[0] if node.target is _WAIT else None
+    if not isinstance(start, fx.Node) or "all_gather" not in str(start.target):
+        return []
+    return start.all_input_nodes
 
 
 def hand_over(take: Take, at: int, term: Tensor, owned: bool, last: bool) -> None:

@@ -72,6 +72,33 @@ def test_collectives_of_the_graph_are_those_that_run(pool: Pool, name: str) -> N
         assert held["reduce_scatter"] > 0
 
 
+def held_gathers(plan_json: bytes, name: str) -> list[bool]:
+    """For each gather of a stage's graphs, whether its input is read once more behind the wait for it."""
+    plan = msgspec.json.decode(plan_json, type=Plan)
+    workload = MODELS[name].workload()
+    trainer = apply(plan, parity.real_model(workload, 0), workload=workload)
+    trainer.gradients(parity.random_batch(workload, plan.global_batch, 0, MODELS[name].classes))
+    lowered = trainer.stages[0].lowered
+    assert lowered is not None
+    found = []
+    for module in (lowered.forward, lowered.backward):
+        place = {node: at for at, node in enumerate(module.graph.nodes)}
+        for node in module.graph.nodes:
+            if "all_gather" in str(node.target):
+                waited = min(place[user] for user in node.users)
+                found.append(all(max(place[user] for user in read.users) > waited for read in node.all_input_nodes))
+    return found
+
+
+def test_a_gather_s_input_lives_until_its_result_is_there(pool: Pool) -> None:
+    """gloo does not hold it: freed before, it is memory of others that the gather works on."""
+    one = MODELS["gpt-untied"]
+    plan = make_plan(one.workload(), "dp2", 3, "none", one.batch)
+    for held in pool.run(plan.gpus, held_gathers, msgspec.json.encode(plan), "gpt-untied"):
+        assert held
+        assert all(held)
+
+
 def saved_bytes(plan_json: bytes, name: str) -> int:
     """Bytes that the forward of one micro-batch leaves for its backward, parameters and inputs aside."""
     plan = msgspec.json.decode(plan_json, type=Plan)
