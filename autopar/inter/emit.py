@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
-import msgspec
-
 from autopar.cluster.cluster import Cluster
 from autopar.cost import parameters as pm
 from autopar.cost.execution import ExecutionModel
@@ -24,8 +22,7 @@ from autopar.inter.stages import StageBook
 from autopar.inter.summary import Parts, alike_on_all_ranks, summarise, time_parts
 from autopar.inter.transfers import first_devices
 from autopar.inter.uses import Use, uses_of
-from autopar.intra.regather import kept_as_cut
-from autopar.plan.mesh import Axis, parse_placements
+from autopar.plan.mesh import Axis
 from autopar.plan.plan import (
     FORMAT_VERSION,
     BlockProgram,
@@ -214,8 +211,8 @@ def _program(book: StageBook, use: Use, name: str) -> BlockProgram:
     lie = Lying(graph, book.micro_batch, use.mesh.has_data_axis)
     placements: dict[int, OpPlan] = {}
     parameters: dict[int, ParameterPlan] = {}
-    flows = points.regathers(use.row, use.boundary)
-    again = kept_as_cut(tables.space, book.blocks.profile, tables.regathers, flows)
+    choices = points.choices[:, use.row, use.boundary]
+    again = tables.copies.kept_as_cut(choices.tolist(), points.regathers(use.row, use.boundary))
     for at, node in enumerate(tables.space.ops):
         strategy = use.strategy(at)
         options = tables.strategies[at][strategy]
@@ -231,34 +228,16 @@ def _program(book: StageBook, use: Use, name: str) -> BlockProgram:
     for op in tables.space.data_ops:
         placements[op.id] = lie.data_op_plan(op, len(use.mesh.inner))
     kind, _ = book.columns[use.column]
-    inputs = lie.at_boundary(tables, tables.space.block.inputs, use.boundary)
-    made = dict(zip(tables.space.block.inputs, (planned.placement for planned in inputs), strict=True))
-    for number in sorted(placements):
-        planned, told = placements[number], graph.ops[number]
-        made.update(zip(told.outputs, planned.outputs, strict=True))
-        placements[number] = _gathering_again(planned, [made.get(value, "") for value in told.inputs])
     return BlockProgram(
         id=name,
         kind=kind,
         recompute=points.rows[use.row].mode,  # type: ignore[arg-type]
-        inputs=inputs,
+        inputs=lie.at_boundary(tables, tables.space.block.inputs, use.boundary),
         outputs=lie.at_boundary(tables, tables.space.block.outputs, use.boundary),
-        shared=lie.shared(tables, points.choices[:, use.row, use.boundary]),
+        shared=lie.shared(tables, choices),
         ops=tuple(placements[op] for op in sorted(placements)),
         parameters=tuple(parameters[v] for v in book.blocks.kinds[kind].parameters if v in parameters),
     )
-
-
-def _gathering_again(planned: OpPlan, made: Sequence[str]) -> OpPlan:
-    """An op without those of its inputs that it takes cut in another way than they were ``made``, though what brings
-    them to their readers gathers them first: kept as it takes them they are no larger."""
-
-    def only_gathered(at: int) -> bool:
-        pairs = zip(parse_placements(made[at]), parse_placements(planned.inputs[at]), strict=True)
-        return all(one == other or (other == "R" and one != "P") for one, other in pairs)
-
-    kept = tuple(at for at in planned.gathers_again if only_gathered(at))
-    return msgspec.structs.replace(planned, gathers_again=kept)
 
 
 def _parameter(names: Sequence[str], tokens: Sequence[Token], storage: pm.Storage, mesh: Mesh) -> ParameterPlan:

@@ -13,7 +13,7 @@ from autopar.cost.provenance import TAGS, Tag, collective_tag, op_tags
 from autopar.graph.profile import GraphProfile
 from autopar.inter.blocks import Blocks
 from autopar.inter.uses import Use
-from autopar.intra import tables as tb
+from autopar.intra import op_metrics as om
 from autopar.intra import totals as tt
 from autopar.plan.plan import Plan
 
@@ -66,7 +66,7 @@ def _block_terms(use: Use, blocks: Blocks, profile: GraphProfile, cluster: Clust
             node.rule,
             profile.ops[node.op.id],
             tables.local_batch * tables.data,
-            tb.degrees_of(
+            om.degrees_of(
                 node,
                 (tables.strategies[at][strategy],),
                 use.mesh.inner,
@@ -77,7 +77,7 @@ def _block_terms(use: Use, blocks: Blocks, profile: GraphProfile, cluster: Clust
             blocks.execution,
         )
         inside = tables.inside_s[at][strategy]  # exchanges, which the plan's collectives hold
-        forward_s = float(row[tb.FORWARD] + row[tb.CORE_FORWARD] - inside[0])
-        redone_s = again * max(float(row[tb.AGAIN] - inside[0]), 0.0) + core_again * float(row[tb.CORE_FORWARD])
-        terms += list(zip(tags, (forward_s, float(row[tb.BACKWARD] - inside[1]) + redone_s), strict=True))
+        forward_s = float(row[om.FORWARD] + row[om.CORE_FORWARD] - inside[0])
+        redone_s = again * max(float(row[om.AGAIN] - inside[0]), 0.0) + core_again * float(row[om.CORE_FORWARD])
+        terms += list(zip(tags, (forward_s, float(row[om.BACKWARD] - inside[1]) + redone_s), strict=True))
     return terms

@@ -25,7 +25,7 @@ from autopar.inter.estimate import LayoutPricer, ModelGraph, Priced
 from autopar.inter.judge_flow import at_hand, moves
 from autopar.inter.judge_routes import Mesh
 from autopar.inter.uses import Use, uses_of
-from autopar.intra import tables as tb
+from autopar.intra import op_metrics as om
 from autopar.plan.layout import Layout
 from autopar.plan.plan import Plan
 
@@ -81,7 +81,7 @@ class Replica:
                 degrees = self._degrees(use, at)
                 kernels += profile.forward_kernels
                 if op.id != self.head:
-                    workspace = max(workspace, float(_metrics(use, at)[tb.WORKSPACE]))
+                    workspace = max(workspace, float(_metrics(use, at)[om.WORKSPACE]))
                 if op.id in by_op:
                     attentions.append(self._attention(by_op[op.id], use, at, degrees, kv_cache))
                 elif profile.forward_flops:
@@ -114,7 +114,7 @@ class Replica:
             for at, node in enumerate(tables.space.ops):
                 if node.op.id > self.head:
                     continue
-                seconds = float(_metrics(use, at)[tb.FORWARD] + _metrics(use, at)[tb.CORE_FORWARD])
+                seconds = float(_metrics(use, at)[om.FORWARD] + _metrics(use, at)[om.CORE_FORWARD])
                 work = flops_at(self.pricer.profile.ops[node.op.id].forward_flops, self.graph.batch, batch)
                 kind = {"matmul": "matmul", "attention": "attention"}.get(node.rule.compute, "other")
                 if node.op.id == self.head and work:

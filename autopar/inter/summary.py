@@ -12,7 +12,7 @@ from autopar.graph.ir import Graph
 from autopar.graph.profile import GraphProfile
 from autopar.inter.stages import StageBook
 from autopar.inter.uses import Use
-from autopar.intra import tables as tb
+from autopar.intra import op_metrics as om
 from autopar.intra import totals as tt
 from autopar.plan.plan import Estimate, StagePlan, TimeParts, device_memory
 
@@ -42,8 +42,8 @@ def time_parts(uses: Sequence[Use]) -> Parts:
         computing = 0.0
         for at, node in enumerate(tables.space.ops):
             row = tables.node_metrics[2 + at][use.strategy(at)]
-            forward_s = row[tb.FORWARD] + (1.0 + selective) * row[tb.CORE_FORWARD]
-            seconds = float(forward_s + full * row[tb.AGAIN] + row[tb.BACKWARD])
+            forward_s = row[om.FORWARD] + (1.0 + selective) * row[om.CORE_FORWARD]
+            seconds = float(forward_s + full * row[om.AGAIN] + row[om.BACKWARD])
             kinds[node.rule.compute if node.rule.compute in kinds else "memory"] += seconds
             computing += seconds
         for (source, target, forward, backward), moved, chosen in zip(

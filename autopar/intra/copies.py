@@ -29,7 +29,8 @@ class LocalSizes:
     rest. ``local_batch`` are the samples of a data rank."""
 
     def __init__(self, space: BlockSpace, sizes: tuple[int, ...], local_batch: int, data: int = 1) -> None:
-        self.graph, self.local_batch, self.micro_batch = space.graph, local_batch, local_batch * data
+        self.graph, self.data = space.graph, data
+        self.local_batch, self.micro_batch = local_batch, local_batch * data
         self.axes = tuple(Axis(name=f"axis{at}", size=size) for at, size in enumerate(sizes))
         self._known: dict[tuple[int, Token, Placement], float] = {}
 
@@ -135,29 +136,21 @@ class CopyCounter:
         return np.array(counted).reshape(-1, 2)
 
     def _count(self, column: Sequence[int], again: Sequence[int]) -> tuple[float, float]:
-        owners, ends = self.profile.owners, self.space.data_axis.ends
-        lies: dict[int, Lie] = {
-            value: (forward_placement((ends[value],))[0], forward_placement(states[column[IN]]))
-            for value, states in self.boundary_tokens.items()
-        }
+        owners, lies = self.profile.owners, self._lies(column)
         memory: dict[int, tuple[int, Lie | None]] = {}  # of a value as made: (owner, None) or of a moved copy
         bytes_of: dict[tuple[int, Lie | None], float] = {}
         outside: set[tuple[int, Lie | None]] = set()
         for at, node in enumerate(self.space.ops):
-            op, options, data = node.op, self.strategies[at][column[node.node]], self._data[at]
+            op, options = node.op, self.strategies[at][column[node.node]]
             read: dict[int, tuple[int, Lie | None]] = {}
             for i, value in enumerate(op.inputs):
-                lie = (data[i], forward_placement(tuple(option.inputs[i] for option in options)))
+                lie = self._read(at, i, column)
                 moved = i not in node.free and value in lies and not self._same(lies[value], lie)
-                if moved and gathered(lies[value], lie):
-                    moved = not any(f in again and node.node in self._regathering[f] for f in self._ways[at, i])
+                if moved and self._stays_cut(at, i, lies[value], lie, again):
+                    moved = False
                 read[value] = (value, lie) if moved else memory.get(value, (owners[value], None))
             made = {}
-            for i, value in enumerate(op.outputs):
-                lies[value] = (
-                    data[len(op.inputs) + i],
-                    forward_placement(tuple(option.outputs[i] for option in options)),
-                )
+            for value in op.outputs:
                 viewed = [v for v in op.inputs if owners[value] != value and owners[v] == owners[value]]
                 memory[value] = made[value] = read[viewed[0]] if viewed else (value, None)
             tensors = (*op.inputs, *op.outputs)
@@ -174,6 +167,43 @@ class CopyCounter:
         made_by_core = {copy for copy in bytes_of if copy[1] is None and copy[0] in self._made_by_core}
         inside = sum(bytes_of[copy] for copy in made_by_core - outside)
         return sum(bytes_of.values()) - inside, inside
+
+    def kept_as_cut(self, column: Sequence[int], again: Sequence[int]) -> dict[int, tuple[int, ...]]:
+        """Ops -> input positions that a solution (``column``: a choice per node) keeps as cut and gathers again, with
+        the flows (positions) ``again``. What an op takes cut in another way, though what brings it gathers it first, is
+        kept as it is taken: it is no larger."""
+        lies, found = self._lies(column), dict[int, tuple[int, ...]]()
+        for at, position in self._ways:
+            op = self.space.ops[at].op
+            lie, made = self._read(at, position, column), lies[op.inputs[position]]
+            kept = position in self.profile.ops[op.id].saved_inputs and not self._same(made, lie)
+            if kept and self._stays_cut(at, position, made, lie, again):
+                found[op.id] = (*found.get(op.id, ()), position)
+        return found
+
+    def _lies(self, column: Sequence[int]) -> dict[int, Lie]:
+        """How every value of the block is made."""
+        ends = self.space.data_axis.ends
+        lies: dict[int, Lie] = {
+            value: (forward_placement((ends[value],))[0], forward_placement(states[column[IN]]))
+            for value, states in self.boundary_tokens.items()
+        }
+        for at, node in enumerate(self.space.ops):
+            options, data = self.strategies[at][column[node.node]], self._data[at]
+            for i, value in enumerate(node.op.outputs):
+                tokens = forward_placement(tuple(option.outputs[i] for option in options))
+                lies[value] = (data[len(node.op.inputs) + i], tokens)
+        return lies
+
+    def _read(self, at: int, position: int, column: Sequence[int]) -> Lie:
+        """How an op takes an input."""
+        options = self.strategies[at][column[2 + at]]
+        return self._data[at][position], forward_placement(tuple(option.inputs[position] for option in options))
+
+    def _stays_cut(self, at: int, position: int, made: Lie, read: Lie, again: Sequence[int]) -> bool:
+        """Whether what an op takes in another placement than it was made stays as it was made."""
+        flows = (flow for flow in self._ways[at, position] if flow in again)
+        return gathered(made, read) and any(2 + at in self._regathering[flow] for flow in flows)
 
     def _same(self, made: Lie, read: Lie) -> bool:
         """Whether nothing moves: on a data axis of one rank nothing ever does."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from autopar.cost import parameters as pm
 from autopar.cost.execution import ExecutionModel
 from autopar.cost.redistribute import MeshLinks
-from autopar.intra import tables as tb
+from autopar.intra import op_metrics as om
 from autopar.intra.price_rows import PriceRow, row_weights
 from autopar.intra.tables import BlockTables
 from autopar.intra.totals import totals_of
@@ -108,7 +108,7 @@ def block_points(
         by: (share * np.where([row.mode in by for row in rows], 1.0 + beta, 1.0))[:, None, None]
         for by in (("full",), ("selective",), ("full", "selective"))
     }
-    kept = weights[:, tb.SAVED][:, None, None]  # what a byte kept by one micro-batch costs
+    kept = weights[:, om.SAVED][:, None, None]  # what a byte kept by one micro-batch costs
     extra_s = {  # of gathering again what one op reads
         at: _scaled(one.choice_s, late) - kept * one.freed_bytes
         for at, one in tables.regathers.items()
@@ -162,8 +162,8 @@ def _scaled(seconds: Floats, factor: Floats) -> Floats:
 def _least(
     tables: BlockTables, parameter_metrics: Sequence[tuple[Floats, NDArray[np.integer]]]
 ) -> tuple[float, float, float]:
-    forward = sum(float((m[:, tb.FORWARD] + m[:, tb.CORE_FORWARD]).min()) for m in tables.node_metrics)
-    workspace = max(float(m[:, tb.WORKSPACE].min()) for m in tables.node_metrics)
+    forward = sum(float((m[:, om.FORWARD] + m[:, om.CORE_FORWARD]).min()) for m in tables.node_metrics)
+    workspace = max(float(m[:, om.WORKSPACE].min()) for m in tables.node_metrics)
     step = sum(
         float(np.where(np.isfinite(use[..., pm.STEP_EXPOSED]), use[..., pm.STEP_EXPOSED], np.inf).min())
         for metrics, _ in parameter_metrics
@@ -175,8 +175,8 @@ def _least(
 def _links_bind(tables: BlockTables, parameter_metrics: Sequence[tuple[Floats, NDArray[np.integer]]]) -> bool:
     """Whether some choice's gathers may take longer than its compute: the longest of each against the least of each."""
     least = [m.min(axis=0) for m in tables.node_metrics]
-    forward = sum(float(m[tb.FORWARD] + m[tb.CORE_FORWARD]) for m in least)
-    backward = sum(float(m[tb.BACKWARD]) for m in least)
+    forward = sum(float(m[om.FORWARD] + m[om.CORE_FORWARD]) for m in least)
+    backward = sum(float(m[om.BACKWARD]) for m in least)
     for metric, compute_s in ((pm.GATHER_FORWARD, forward), (pm.GATHER_BACKWARD, backward)):
         gathers = sum(
             float(np.where(np.isfinite(use[..., metric]), use[..., metric], 0.0).max())

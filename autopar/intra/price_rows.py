@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.cost import parameters as pm
-from autopar.intra import tables as tb
+from autopar.intra import op_metrics as om
 
 Floats = NDArray[np.float64]
 MODES = ("none", "selective", "full")
@@ -125,13 +125,13 @@ def _shares(row: PriceRow, contention: float) -> tuple[float, float]:
 def _weights(row: PriceRow, beta: float, contention: float, late_share: float) -> list[float]:
     saved = row.price_s_per_byte * max(row.saved_weight - late_share, 0.0)
     share = _shares(row, contention)[0]
-    weights = [0.0] * tb.NUM_METRICS
-    weights[tb.FORWARD] = share
-    weights[tb.CORE_FORWARD] = share * (1.0 + beta if row.mode == "selective" else 1.0)
-    weights[tb.AGAIN] = share * beta if row.mode == "full" else 0.0
-    weights[tb.BACKWARD] = share * beta
-    weights[tb.SAVED] = 0.0 if row.mode == "full" else saved
-    weights[tb.CORE_SAVED] = saved if row.mode == "none" else 0.0
-    weights[tb.BESIDE] = saved if row.mode == "selective" else 0.0
-    weights[tb.BOUNDARY] = saved if row.mode == "full" else 0.0
+    weights = [0.0] * om.NUM_METRICS
+    weights[om.FORWARD] = share
+    weights[om.CORE_FORWARD] = share * (1.0 + beta if row.mode == "selective" else 1.0)
+    weights[om.AGAIN] = share * beta if row.mode == "full" else 0.0
+    weights[om.BACKWARD] = share * beta
+    weights[om.SAVED] = 0.0 if row.mode == "full" else saved
+    weights[om.CORE_SAVED] = saved if row.mode == "none" else 0.0
+    weights[om.BESIDE] = saved if row.mode == "selective" else 0.0
+    weights[om.BOUNDARY] = saved if row.mode == "full" else 0.0
     return weights

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.graph.profile import GraphProfile
-from autopar.intra.copies import LocalSizes, gathered, ways_of
+from autopar.intra.copies import LocalSizes, gathered
 from autopar.intra.hiding import Hiding
 from autopar.intra.space import BlockSpace, Flow
 from autopar.rules.options import Token, forward_placement
@@ -151,18 +151,3 @@ class Regathers:
         return np.array(
             [self.local.num_bytes(flow.value, forward_placement(tokens), side.cut) for tokens in side.states]
         )
-
-
-def kept_as_cut(
-    space: BlockSpace, profile: GraphProfile, regathers: Mapping[int, Regather], flows: Sequence[int]
-) -> dict[int, tuple[int, ...]]:
-    """Ops -> input positions that keep as cut what they gather, where ``flows`` (positions) are gathered again."""
-    found: dict[int, tuple[int, ...]] = {}
-    for (at, position), ways in ways_of(space).items():
-        if at < 0 or at >= len(space.ops):
-            continue
-        op = space.ops[at].op
-        kept = position in profile.ops[op.id].saved_inputs
-        if kept and any(way in flows and at + 2 in regathers[way].readers for way in ways):
-            found[op.id] = (*found.get(op.id, ()), position)
-    return found

@@ -2,15 +2,7 @@
 
 The mesh is (data axis, inner axes ...). What the data axis does to an op is given (`data_axis`): mostly it cuts the
 batch, so that a block's prices follow from ``local_batch`` alone, and are made as for one data rank. On each inner axis
-every op chooses an option freely; a *strategy* of an op is an option per inner axis. Metrics per micro-batch and node:
-
-    FORWARD, CORE_FORWARD    seconds; CORE is what selective recomputation redoes: attention, or more (`again`)
-    BACKWARD                 seconds
-    SAVED, CORE_SAVED        bytes kept for the backward by one micro-batch; CORE is what selective recomputation frees
-    BESIDE                   bytes that selective recomputation keeps and nothing else does
-    BOUNDARY                 bytes of the block's inputs, which is all that full recomputation keeps
-    AGAIN                    seconds of the forward that full recomputation repeats
-    WORKSPACE                bytes an op holds while it runs (a maximum over ops, never a sum)
+every op chooses an option freely; a *strategy* of an op is an option per inner axis. What nodes cost is counted in `op_metrics`.
 """
 
 import itertools
@@ -21,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.cost.compute import gradient_products_s, host_calls, op_seconds
+from autopar.cost.compute import host_calls
 from autopar.cost.execution import ExecutionModel
-from autopar.cost.fusion import NOTHING, Saving
+from autopar.cost.fusion import Saving
 from autopar.cost.redistribute import MeshLinks
-from autopar.graph.ir import Op, Value
+from autopar.graph.ir import Value
 from autopar.graph.profile import GraphProfile
 from autopar.intra.again import Again, Kept
 from autopar.intra.copies import CopyCounter, LocalSizes
@@ -33,15 +25,13 @@ from autopar.intra.data_axis import text_of
 from autopar.intra.elimination import Eliminator
 from autopar.intra.hiding import Hiding
 from autopar.intra.moves import Moves
+from autopar.intra.op_metrics import BESIDE, BOUNDARY, NUM_METRICS, OpMetrics, first_keeper
 from autopar.intra.regather import Policy, Regather, Regathers, Side
 from autopar.intra.space import IN, OUT, BlockSpace, OpNode
 from autopar.intra.strategies import ROLES, Allowed, Strategies
-from autopar.intra.workspace import overwritten_values, passing_bytes, scratch_bytes
 from autopar.rules.options import Option, Token, forward_placement, gradient_placement
 
 Floats = NDArray[np.float64]
-FORWARD, CORE_FORWARD, BACKWARD, SAVED, CORE_SAVED, BOUNDARY, WORKSPACE, AGAIN, BESIDE = range(9)
-NUM_METRICS = 9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -87,24 +77,6 @@ class BlockTables:
     eliminator: Eliminator
 
 
-def degrees_of(
-    node: OpNode, chosen: Sequence[tuple[Option, ...]], sizes: Sequence[int], data: Option, data_ranks: int
-) -> dict[int, Floats]:
-    """Label -> what each strategy and the data axis divide it by, (strategies,)."""
-    degrees = {label: np.full(len(chosen), float(data_ranks)) for label in data.labels[:1]}
-    for at, options in enumerate(chosen):
-        for option, size in zip(options, sizes, strict=True):
-            for label in option.labels[:1]:
-                degrees.setdefault(label, np.ones(len(chosen)))[at] *= size
-    every = (data, *(option for options in chosen for option in options))
-    twins = {label: option.labels for option in every for label in option.labels[:1]}
-    for first, labels in twins.items():
-        for label in labels[1:]:
-            if any(label == known for known, _ in node.rule.roles):
-                degrees[label] = degrees[first]
-    return degrees
-
-
 class TableBuilder:
     """Builds the tables of one block for one inner mesh and local batch; ``links`` are the inner axes' links,
     ``whole`` those of all axes, the data axis of ``data`` ranks first. ``data`` may be one wherever the block is
@@ -132,7 +104,6 @@ class TableBuilder:
         self._as_megatron = as_megatron
         assert data in (1, whole.sizes[0])
         self.data, self.micro_batch = data, local_batch * data
-        self.fused = fused or {}
         hiding = self._hiding = Hiding(
             space,
             links.cluster.overlap_contention,
@@ -142,21 +113,31 @@ class TableBuilder:
         self.space, self.profile, self.local_batch = space, profile, local_batch
         self.links, self.execution, self.whole = links, execution, whole
         self.graph, self.sizes = space.graph, links.sizes
-        self.savers, self.core = savers, core
-        self._keepers = frozenset(self._first_keeper())
+        self.core = core
+        self._first_keeper = first_keeper(space.graph, profile, savers)
         self._again = Again.of(space, profile, whole=execution.whole_checkpoint)
         self._kept = kept
         self._selective = (
             Again.of_attention(space, core) if kept is None else Again.of(space, profile, whole=False, stay=kept.ops)
         )
-        self._overwritten = overwritten_values(self.graph, profile)
         self.local = LocalSizes(space, self.sizes, local_batch, data)
-        self.kept: list[Floats] = []
-        self.inside: list[Floats] = []
+        self._op_metrics = OpMetrics(
+            self.local,
+            profile,
+            links,
+            whole,
+            execution,
+            fused or {},
+            savers,
+            core=core,
+            again=self._again.ops,
+            selective=self._selective.ops,
+            kept=kept,
+        )
         self._choices = Strategies(space, self.sizes, local_batch, data, allowed)
         self._moves = Moves(links, whole, data, self.local)
         policy: Policy = "choice" if not as_megatron else "always" if kept is None else "never"
-        self._regathers = Regathers(space, profile, self._first_keeper(), self.local, hiding, policy)
+        self._regathers = Regathers(space, profile, self._first_keeper, self.local, hiding, policy)
 
     def build(self) -> BlockTables:
         strategies = tuple(self._choices.of_op(node) for node in self.space.ops)
@@ -167,14 +148,16 @@ class TableBuilder:
         for flow_value in self.space.block.inputs:
             if flow_value in self.space.tokens:
                 value, owner = self.graph.values[flow_value], self.profile.owners[flow_value]
-                beside = self._kept is not None and owner in self._kept.inputs and owner not in self._keepers
+                beside = self._kept is not None and owner in self._kept.inputs and owner not in self._first_keeper
                 for at, roles in enumerate(boundaries):
                     tokens = self._choices.at_boundary(value, roles)
                     held = self._local_bytes(value, tokens, self.space.data_axis.ends[value.id])
                     metrics[IN][at, [BOUNDARY, BESIDE]] += held, held * beside
         calls = np.zeros(4)
+        prices = []
         for node, chosen, data in zip(self.space.ops, strategies, self.space.data_axis.options, strict=True):
-            metrics.append(self._op_metrics(node, chosen, data))
+            prices.append(self._op_metrics.of(node, chosen, data))
+            self._hiding.add(node.node, chosen, prices[-1].products_s)
             is_core = node.op.id in self.core
             forward, backward = host_calls(node.op, self.profile.ops[node.op.id], self.execution, is_core)
             again, selective = (node.op.id in found.ops for found in (self._again, self._selective))
@@ -182,6 +165,7 @@ class TableBuilder:
         calls[[0, 2, 3]] += self.execution.software.fixed_calls
         if self._kept is not None:
             calls[1] += self.execution.software.fixed_calls
+        metrics += [price.metrics for price in prices]
         metrics += [np.zeros((len(states), NUM_METRICS)) for states in hub_states]
         boundary_tokens = {
             value: tuple(self._choices.at_boundary(self.graph.values[value], roles) for roles in boundaries)
@@ -205,12 +189,12 @@ class TableBuilder:
             regathers=self._regathers.of_flow,
             saved_bytes=self._regathers.saved_bytes,
             boundary_tokens=boundary_tokens,
-            kept=tuple(self.kept),
-            inside_s=tuple(self.inside),
+            kept=tuple(price.kept_bytes for price in prices),
+            inside_s=tuple(price.inside_s for price in prices),
             copies=CopyCounter(
                 self.space,
                 self.profile,
-                self._first_keeper(),
+                self._first_keeper,
                 self.core,
                 strategies,
                 boundary_tokens,
@@ -264,127 +248,9 @@ class TableBuilder:
         option = given.options[node - 2]
         return (option.outputs if outgoing else option.inputs)[position]
 
-    def _first_keeper(self) -> dict[int, int]:
-        """Value whose memory is kept -> the first op of the graph that keeps it."""
-        return {
-            self.profile.owners[(*(op := self.graph.ops[number]).inputs, *op.outputs)[positions[0]]]: number
-            for number, memories in self.savers.items()
-            for positions, _ in memories
-        }
-
     def _local_bytes(self, value: Value, tokens: Sequence[Token], data: Token) -> float:
         """Bytes of a value on the fullest rank."""
         return self.local.num_bytes(value.id, forward_placement(tokens), data)
-
-    def _op_metrics(self, node: OpNode, chosen: tuple[tuple[Option, ...], ...], data: Option) -> Floats:
-        op, profile = node.op, self.profile.ops[node.op.id]
-        metrics = np.zeros((len(chosen), NUM_METRICS))
-        degrees = degrees_of(node, chosen, self.sizes, data, self.data)
-        device = self.links.cluster.device
-        forward, backward = op_seconds(
-            self.graph,
-            op,
-            node.rule,
-            profile,
-            self.micro_batch,
-            degrees,
-            device,
-            self.execution,
-            self.fused.get(op.id, NOTHING),
-        )
-        if self.sizes:
-            products = gradient_products_s(
-                self.graph, op, node.rule, profile, self.micro_batch, degrees, device, len(chosen)
-            )
-            self._hiding.add(node.node, chosen, products)
-        is_core = op.id in self.core
-        redone = op.id in self._selective.ops
-        metrics[:, CORE_FORWARD if redone else FORWARD] += forward
-        metrics[:, BACKWARD] += backward
-        ways = [CORE_FORWARD if redone else FORWARD, BACKWARD]
-        computed = metrics[:, ways]
-        self._add_inside(node, chosen, data, metrics, ways[0])
-        self.inside.append(metrics[:, ways] - computed)
-        if op.id in self._again.ops:
-            metrics[:, AGAIN] = metrics[:, FORWARD] + metrics[:, CORE_FORWARD]
-        values = [self.graph.values[value] for value in (*op.inputs, *op.outputs)]
-        cuts = (*data.inputs, *data.outputs)
-        tensors = np.zeros((len(chosen), 2))
-        ranks = (self.data, *self.sizes)
-        for at, options in enumerate(chosen):
-            tokens = [tuple(option.inputs[i] for option in options) for i in range(len(op.inputs))] + [
-                tuple(option.outputs[i] for option in options) for i in range(len(op.outputs))
-            ]
-            for positions, core in self.savers.get(op.id, ()):
-                # Views of one memory keep all of it, or their own part where they were moved: never less than this.
-                owner, first = self.profile.owners[values[positions[0]].id], positions[0]
-                parts = sum(self._local_bytes(values[i], tokens[i], cuts[i]) for i in positions)
-                shared = self.local.share(owner, values[first].id, forward_placement(tokens[first]), cuts[first])
-                tensors[at, int(core)] += min(shared, parts)
-            internal = float(sum(math.prod(shape) * item for shape, item in profile.saved_internal))
-            if is_core and self.execution.attn == "math":  # its log-sum-exp's place is taken by the scores
-                internal = math.prod(self._scores(op)) * self.execution.software.math_attention_bytes_per_score
-            grows = any(self.graph.batch.grows(size) for shape, _ in profile.saved_internal for size in shape)
-            kept_shapes = [self._scores(op)] if is_core and self.execution.attn == "math" else []
-            kept_shapes = kept_shapes or [shape for shape, _ in profile.saved_internal]
-            scale = self.graph.batch.growth(kept_shapes, self.micro_batch)
-            share = math.prod(  # statistics over the batch are whole where the batch is cut
-                size
-                for option, size in zip((data, *options), ranks, strict=True)
-                if option.sharded and (grows or not self.graph.batch.grows(option.size))
-            )
-            freed = is_core if self._kept is None else op.id not in self._kept.ops
-            metrics[at, CORE_SAVED if freed else SAVED] += internal * scale / share
-            if self._kept is not None and op.id in self._kept.ops:
-                metrics[at, BESIDE] += sum(
-                    self._local_bytes(self.graph.values[value], tokens[len(op.inputs) + i], data.outputs[i])
-                    for i, value in enumerate(op.outputs)
-                    if self.profile.owners[value] not in self._keepers
-                )
-            work = math.prod(size for option, size in zip((data, *options), ranks, strict=True) if option.sharded)
-            metrics[at, WORKSPACE] = passing_bytes(
-                self.graph,
-                self.profile,
-                op,
-                self._keepers,
-                self._overwritten,
-                [self._local_bytes(*placed) for placed in zip(values, tokens, cuts, strict=True)],
-                [position for position in node.parameters if values[position].requires_grad],
-                scratch_bytes(self.graph, self.profile, op, self.execution, is_core, self.micro_batch, work),
-            )
-        metrics[:, [SAVED, CORE_SAVED]] += tensors
-        self.kept.append(tensors)
-        return metrics
-
-    def _scores(self, op: Op) -> tuple[int, ...]:
-        """Shape of the scores of a materialised attention, (b, h, q, k)."""
-        query, key = (self.graph.values[value].shape for value in op.inputs[:2])
-        return (*query[:-1], key[-2])
-
-    def _add_inside(
-        self, node: OpNode, chosen: tuple[tuple[Option, ...], ...], data: Option, metrics: Floats, forward: int
-    ) -> None:
-        """What the op exchanges by itself, over the axes that cut its label; ``forward`` is the metric of its forward."""
-        inside = node.rule.inside
-        if inside is None:
-            return
-        sizes = (self.data, *self.sizes)
-        for at, options in enumerate(chosen):
-            every = (data, *options)
-            axes = tuple(axis for axis, option in enumerate(every) if option.inside and sizes[axis] > 1)
-            if axes:
-                share = math.prod(
-                    size
-                    for option, size in zip(every, sizes, strict=True)
-                    if option.sharded and not option.inside and set(option.labels) & set(inside.labels)
-                )
-                for metric, size in (
-                    *((forward, size) for size in inside.forward_bytes),
-                    *((BACKWARD, size) for size in inside.backward_bytes),
-                ):
-                    scale = self.micro_batch / self.graph.batch.traced if self.graph.batch.grows(size) else 1.0
-                    held = size * scale / share
-                    metrics[at, metric] += float(self.whole.collective_s("all_reduce", held, axes))
 
     def _repeated(self) -> list[tuple[int, int, int, int]]:
         """(op, number) of the first use of a parameter and (op, number) of each later one in the block."""

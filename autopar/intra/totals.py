@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.cost import parameters as pm
-from autopar.intra import tables as tb
+from autopar.intra import op_metrics as om
 from autopar.intra.price_rows import PriceRow
 from autopar.intra.tables import BlockTables
 
@@ -38,25 +38,25 @@ def totals_of(
     regathered: dict[int, NDArray[np.bool_]],
 ) -> Floats:
     shape = choices.shape[1:]
-    sums = np.zeros((*shape, tb.NUM_METRICS))
+    sums = np.zeros((*shape, om.NUM_METRICS))
     workspace = np.zeros(shape)
     for node, metrics in enumerate(tables.node_metrics):
         picked = metrics[choices[node]]
-        np.maximum(workspace, picked[..., tb.WORKSPACE], out=workspace)
+        np.maximum(workspace, picked[..., om.WORKSPACE], out=workspace)
         sums += picked
     # Costs charge a tensor to the first op that keeps it; solutions may keep it in two placements (`copies`).
     for at, tensors in enumerate(tables.kept):
-        sums[..., [tb.SAVED, tb.CORE_SAVED]] -= tensors[choices[2 + at]]
+        sums[..., [om.SAVED, om.CORE_SAVED]] -= tensors[choices[2 + at]]
     for at, flags in regathered.items():
         one, (source, target) = tables.regathers[at], tables.edges[at][:2]
         chosen_s = np.where(one.always, 0.0, one.choice_s)[choices[source], choices[target]]  # always: in the edge
-        sums[..., tb.BACKWARD] += np.where(flags, chosen_s, 0.0)
+        sums[..., om.BACKWARD] += np.where(flags, chosen_s, 0.0)
         for reader in one.readers:
-            passing = tables.node_metrics[reader][choices[reader], tb.WORKSPACE] + one.whole_bytes[choices[target]]
+            passing = tables.node_metrics[reader][choices[reader], om.WORKSPACE] + one.whole_bytes[choices[target]]
             np.maximum(workspace, np.where(flags, passing, 0.0), out=workspace)
     again = {at: flags.reshape(-1) for at, flags in regathered.items()}
     kept = tables.copies.kept(choices.reshape(len(choices), -1), again)
-    sums[..., [tb.SAVED, tb.CORE_SAVED]] += kept.reshape(*shape, 2)
+    sums[..., [om.SAVED, om.CORE_SAVED]] += kept.reshape(*shape, 2)
     # a cell without a solution is arbitrary here, infinite at most, and set to inf by the caller
     # seconds that ranks wait for each other, forward and backward, and forward again in full and selective recomputation
     waits = np.zeros((*shape, 4))
@@ -64,12 +64,12 @@ def totals_of(
     edges = zip(tables.edges, tables.sync_s, tables.moved_again, tables.moved_selectively, strict=True)
     for (source, target, forward, backward), sync_s, moved_again, moved_selectively in edges:
         pair = (choices[source], choices[target])
-        for way, metric, table in ((0, tb.FORWARD, forward), (1, tb.BACKWARD, backward)):
+        for way, metric, table in ((0, om.FORWARD, forward), (1, om.BACKWARD, backward)):
             time_s = table[pair]
             sums[..., metric] += time_s
             waits[..., way] += sync_s[way] * (time_s > 0)
             if moved_again and way == 0:
-                sums[..., tb.AGAIN] += time_s
+                sums[..., om.AGAIN] += time_s
                 waits[..., 2] += sync_s[0] * (time_s > 0)
             if moved_selectively and way == 0:
                 moved_selectively_s += time_s
@@ -81,9 +81,9 @@ def totals_of(
         for use in range(len(metrics)):
             held += metrics[use][strategy, chosen[use][row_at, strategy]]
     full, selective = (np.array([[row.mode == mode] for row in rows]) for mode in ("full", "selective"))
-    f, c, b = (sums[..., m] for m in (tb.FORWARD, tb.CORE_FORWARD, tb.BACKWARD))
-    saved, core, boundary = (sums[..., m] for m in (tb.SAVED, tb.CORE_SAVED, tb.BOUNDARY))
-    again_s = np.where(full, sums[..., tb.AGAIN], np.where(selective, c + moved_selectively_s, 0.0))
+    f, c, b = (sums[..., m] for m in (om.FORWARD, om.CORE_FORWARD, om.BACKWARD))
+    saved, core, boundary = (sums[..., m] for m in (om.SAVED, om.CORE_SAVED, om.BOUNDARY))
+    again_s = np.where(full, sums[..., om.AGAIN], np.where(selective, c + moved_selectively_s, 0.0))
     forward_host_s, core_host_s, backward_host_s, again_host_s = tables.host_s
     forward_host = forward_host_s + waits[..., 0]
     backward_host = backward_host_s + waits[..., 1]
@@ -100,7 +100,7 @@ def totals_of(
     totals[..., STEP_EXPOSED] = held[..., pm.STEP_EXPOSED]
     totals[..., STATE] = held[..., pm.STATE]
     totals[..., LATE] = held[..., pm.LATE]
-    totals[..., SAVED] = np.where(full, boundary, np.where(selective, saved + sums[..., tb.BESIDE], saved + core))
+    totals[..., SAVED] = np.where(full, boundary, np.where(selective, saved + sums[..., om.BESIDE], saved + core))
     passing = workspace + 2 * held[..., pm.GATHERED]
     totals[..., WORKSPACE] = passing + np.where(full, saved + core, np.where(selective, core, 0.0))
     return totals

@@ -14,8 +14,8 @@ import msgspec
 from autopar.graph.ir import Block, Op
 from autopar.graph.random_ops import is_random
 from autopar.plan.plan import BlockProgram, Recompute, ValuePlan
-from autopar.runtime.kernels import at_micro_batch
 from autopar.runtime.layout import Placement, is_legal, parse
+from autopar.runtime.local_op import at_micro_batch
 from autopar.runtime.move import Conversion
 from autopar.runtime.planned import PlannedBlocks
 from autopar.runtime.program import ProgramMove, ProgramOp, StageParameter, StageProgram

@@ -276,9 +276,9 @@ def _collective(name: str, local: Tensor, *args: object, mesh: Mesh, axes: Seque
     real = tuple(axis for axis in axes if mesh.sizes[axis] > 1)
     if not real:
         return local
-    functional = torch.ops._c10d_functional
-    started = getattr(functional, name)(local.contiguous(), *args, mesh.groups[real])
-    return functional.wait_tensor(started)
+    functional, given = torch.ops._c10d_functional, local.contiguous()
+    started = getattr(functional, name)(given, *args, mesh.groups[real])
+    return functional.wait_tensor(started)  # ``given`` lives until here: see ``order.still_held``
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,8 +15,9 @@ from torch.fx import traceback
 
 from autopar.graph.convert import tensors_of
 from autopar.graph.ir import Graph
-from autopar.runtime.kernels import Around, LocalOp, Written, run_op
+from autopar.runtime.kernels import run_op
 from autopar.runtime.layout import chunk_bounds, local_shape
+from autopar.runtime.local_op import Around, LocalOp, Written
 from autopar.runtime.mesh import Mesh
 from autopar.runtime.move import Conversion, convert, gather_pieces, move, moving, scatter_pieces
 from autopar.runtime.order import GATHER, SENDS
