@@ -1,7 +1,7 @@
-"""How sure an estimate is: 90 % intervals around a step time and a peak of memory, from the residuals of the runs that
-the tables were fitted on.
+"""How sure an estimate is: 90 % intervals around a step time and a peak of memory, from published runs that were left out
+of every fit.
 
-    interval = (low * estimate, high * estimate)    quantiles 5 % and 95 % of measured / predicted over published runs
+    interval = (low * estimate, high * estimate)    the shortest that holds 90 % of measured / predicted
 
 The first class that matches (device name begins with ``device``, number of nodes, attention) counts.
 """
@@ -16,7 +16,7 @@ from autopar.cluster.source import Source, require_positive, require_sources
 
 
 class IntervalClass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``device`` "" is any; ``num_runs`` says how many measured runs the quantiles stand on."""
+    """``device`` "" is any; ``num_runs`` says how many measured runs the interval stands on."""
 
     device: str
     nodes: Literal["one", "several"]

@@ -9,5 +9,6 @@ program, stage    a stage's ops with placements for every edge, and the function
 joint             that function traced with its backward and split in two graphs, as the plan recomputes
 transfer          tensors between unequal meshes
 parameters        ZeRO, gradients, optimizer, tied weights
+agreement         what ranks must agree on before they start
 trainer, apply    the loop over the schedule's actions, and the way in
 """

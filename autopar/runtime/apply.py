@@ -1,11 +1,9 @@
 """From a plan and a model to a trainer: the way in."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -13,10 +11,10 @@ from torch import Tensor, nn
 from autopar.graph.blocks import cut_blocks, order_for_blocks
 from autopar.graph.retype import retyped
 from autopar.graph.trace import trace
-from autopar.plan.errors import AutoparError, PlanFileError, UsageError
+from autopar.plan.errors import PlanFileError, UsageError
 from autopar.plan.plan import Plan
+from autopar.runtime.agreement import PATIENCE_S, check_collectives, check_world
 from autopar.runtime.build import build_programs
-from autopar.runtime.collectives import order_of, sequences_of
 from autopar.runtime.initialise import DeferredInitialisation
 from autopar.runtime.mesh import make_meshes
 from autopar.runtime.parameters import MakeOptimizer, StageParameters, tie
@@ -41,6 +39,7 @@ def apply(
     device: torch.device | str | None = None,
     dtype: str | None = None,
     twin: bool = False,
+    patience_s: float = PATIENCE_S,
 ) -> Trainer:
     """This rank's trainer of ``plan``; collective over the world, which must have as many ranks as the plan GPUs.
 
@@ -49,9 +48,9 @@ def apply(
     torch optimizer that works element by element (AdamW, SGD) on a list of fp32 parameters. ``seed`` is that of
     dropout and initial weights; ``workload`` is only needed for
     a model built in Python. ``dtype`` ("float64") computes in another dtype than the plan's; ``twin`` takes a
-    model of the plan's structure in other sizes. Raises UsageError (world size, differing plans), PlanFileError (the
-    model is another)."""
-    check_world(plan)
+    model of the plan's structure in other sizes; ``patience_s`` is how far apart ranks may come here. Raises UsageError
+    (world size, differing plans), PlanFileError (the model is another), AutoparError (a rank does not come)."""
+    check_world(plan, patience_s)
     workload = workload or workload_of(plan)
     where = torch.device(device) if device is not None else _own_device()
     traced = trace(workload, dtype=DTYPES[plan.execution.dtype])  # type: ignore[arg-type]
@@ -117,48 +116,6 @@ def workload_of(plan: Plan) -> Workload:
         raise PlanFileError(f"{path} changed since the plan was made; plan again")
     settings: dict[str, Any] = dict(plan.model.settings)
     return load_workload(path, **settings)
-
-
-def check_world(plan: Plan) -> None:
-    """UsageError on every rank where the world has another size than the plan, or ranks hold different plans."""
-    if not dist.is_initialized():
-        raise UsageError("torch.distributed is not initialised: call init_process_group, or start with torchrun")
-    world = dist.get_world_size()
-    if world != plan.gpus:
-        raise UsageError(f"the plan is for {plan.gpus} ranks, the world has {world}; start {plan.gpus}, or plan again")
-    digest = hashlib.sha256(msgspec.json.encode(plan)).hexdigest()[:12]
-    found: list[Any] = [None] * world
-    dist.all_gather_object(found, digest)
-    if len(set(found)) > 1:
-        others = [f"rank {rank} has {other}" for rank, other in enumerate(found) if other != found[0]]
-        raise UsageError(f"the ranks hold different plans: rank 0 has {found[0]}, {', '.join(others[:8])}")
-
-
-def check_collectives(stages: Mapping[int, StageRunner]) -> None:
-    """AutoparError on every rank where the members of a group would run different collectives: they would hang."""
-    mine: dict[tuple[int, str], str] = {}
-    for index, stage in stages.items():
-        if stage.lowered is not None:
-            mesh = stage.function.mesh
-            mine[index, "stage"] = _digest(order_of(stage.lowered, mesh))
-            mine |= {(index, group): _digest(run) for group, run in sequences_of(stage.lowered, mesh).items()}
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    for index, group in sorted({key for theirs in found for key in theirs}):
-        ranks: dict[str, list[int]] = {}
-        for rank, theirs in enumerate(found):
-            if (index, group) in theirs:
-                ranks.setdefault(theirs[index, group], []).append(rank)
-        if len(ranks) > 1:
-            sides = " and ".join(str(alike) for alike in ranks.values())
-            raise AutoparError(
-                f"ranks {sides} of stage {index} lowered it to different collectives; "
-                "run with mode='reference' and report the plan"
-            )
-
-
-def _digest(lines: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _own_device() -> torch.device:

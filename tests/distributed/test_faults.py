@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from autopar.plan.errors import AutoparError, UsageError
 from autopar.plan.plan import Plan
-from autopar.runtime.apply import check_world
+from autopar.runtime.agreement import check_world
 from tests.distributed import parity
 from tests.distributed.plans import layout_plan
 from tests.distributed.pool import Pool
@@ -47,6 +47,27 @@ def test_differing_plans(pool: Pool) -> None:
     for message in pool.run(2, check, [msgspec.json.encode(plan), msgspec.json.encode(other)]):
         assert message.startswith("the ranks hold different plans: rank 0 has ")
         assert "rank 1 has " in message
+
+
+def come(plan_json: bytes) -> str:
+    """Rank 1 does not."""
+    started = time.monotonic()
+    try:
+        if dist.get_rank() == 1:
+            time.sleep(6)
+        else:
+            check_world(msgspec.json.decode(plan_json, type=Plan), patience_s=2)
+    except AutoparError as error:
+        return f"{time.monotonic() - started < 6} {error}"
+    return ""
+
+
+def test_a_rank_that_does_not_come(pool: Pool) -> None:
+    plan = layout_plan(random_workload(SEED), "dp=4,mbs=1")
+    messages = pool.run(4, come, msgspec.json.encode(plan))
+    assert "Ranks 1 failed" in messages[0]
+    for rank in (0, 2, 3):
+        assert messages[rank].startswith(f"True rank {rank} waited 2 s for the others")
 
 
 def run_until_alone(plan_json: bytes) -> str:
