@@ -12,7 +12,7 @@ from autopar.cost.execution import ExecutionModel
 from autopar.graph.flops import num_parameters
 from autopar.inter.blocks import Mesh
 from autopar.inter.finish import Finished
-from autopar.inter.judge import Ground
+from autopar.inter.judge_ground import Ground
 from autopar.inter.judged import judged
 from autopar.inter.lying import Lying
 from autopar.inter.provenance import with_provenance

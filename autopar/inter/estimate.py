@@ -26,7 +26,7 @@ from autopar.graph.trace import trace
 from autopar.inter.blocks import Blocks, Restriction
 from autopar.inter.emit import Found, build_plan, execution_of
 from autopar.inter.finish import Finished
-from autopar.inter.judge import Ground
+from autopar.inter.judge_ground import Ground
 from autopar.inter.layouts import StageCut, cuts, restriction, stage_ends
 from autopar.inter.pins import BlockPins
 from autopar.inter.planner import DTYPES, GIB

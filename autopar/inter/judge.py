@@ -13,30 +13,36 @@ by itself:
 ``judge`` returns what it found, ``differences`` names where a plan says otherwise.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import msgspec
 
 from autopar.cluster.cluster import Cluster
 from autopar.cluster.software import load_software
-from autopar.cost.fusion import Saving, savings, with_fused_loss
 from autopar.graph.ir import Block, Graph
 from autopar.graph.profile import GraphProfile, profile_graph
 from autopar.inter.judge_block import BlockPrice, Issue, price_block
 from autopar.inter.judge_collectives import listed
-from autopar.inter.judge_flow import at_hand
+from autopar.inter.judge_ground import Case, Ground
 from autopar.inter.judge_items import step_items
 from autopar.inter.judge_parameters import disagreements
 from autopar.inter.judge_peak import Moment, Passage, fullest_moment
 from autopar.inter.judge_routes import Mesh, Step
-from autopar.inter.judge_selected import Selected, selected_of
 from autopar.inter.judge_tied import Use, exchanges, tied_moves
 from autopar.inter.judge_transfers import Send, sends
-from autopar.inter.judge_workspace import kept_anywhere
 from autopar.inter.simulate import StageTimes, simulate
 from autopar.plan.errors import CheckError
-from autopar.plan.plan import Collective, Execution, MemoryParts, Plan, StagePlan, TimeItem, device_memory
+from autopar.plan.plan import (
+    BlockProgram,
+    BlockRef,
+    Collective,
+    MemoryParts,
+    Plan,
+    StagePlan,
+    TimeItem,
+    device_memory,
+)
 from autopar.plan.schedule import actions
 
 RELATIVE_TOLERANCE = 1e-5
@@ -79,43 +85,6 @@ class Judgement:
     items: tuple[TimeItem, ...]
 
 
-def _with(price: BlockPrice, steps: tuple[Step, ...]) -> BlockPrice:
-    issues = tuple(Issue(step=step, count=1, per="microbatch", of="parameters") for step in steps)
-    return replace(price, issues=(*price.issues, *issues))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Ground:
-    """What judging takes from the model alone, under one ``Execution``: its profile with what the program fuses, what of it
-    is at hand anywhere (``free``) or kept by some op (``stays``), and one block of each kind."""
-
-    profile: GraphProfile
-    free: frozenset[int]
-    stays: tuple[frozenset[int], frozenset[int]]
-    fused: dict[int, Saving]
-    selected: Selected | None
-    kinds: dict[int, Block]
-
-    @staticmethod
-    def of(execution: Execution, graph: Graph, blocks: tuple[Block, ...], profile: GraphProfile) -> "Ground":
-        """``profile`` is that of ``graph``."""
-        fuses = load_software(execution.fusion).fuses
-        if execution.loss != "torch":
-            profile = with_fused_loss(graph, profile, fuses)
-        by_op = execution.selective == "products"
-        kinds: dict[int, Block] = {}
-        for block in blocks:
-            kinds.setdefault(block.kind, block)
-        return Ground(
-            profile=profile,
-            free=at_hand(graph),
-            stays=kept_anywhere(graph, profile),
-            fused=savings(graph, profile, fuses),
-            selected=selected_of(graph, profile, blocks, execution.attn == "flash") if by_op else None,
-            kinds=kinds,
-        )
-
-
 def judge(
     plan: Plan,
     graph: Graph,
@@ -133,70 +102,90 @@ def judge(
     at (8, 3, 4) and, before it, an all_gather of 8 * 4 * 2 = 64 bytes when its input lies as ``S(0)``.
     """
     ground = ground or Ground.of(plan.execution, graph, blocks, profile or profile_graph(graph))
-    kinds = ground.kinds
-    prices: dict[tuple[object, ...], BlockPrice] = {}
     meshes = [
         Mesh(cluster, tuple(axis.size for axis in stage.axes), stage.first_device, exchanges=twin)
         for stage in plan.stages
     ]
-    per_stage: list[list[BlockPrice]] = []
-    fullest: list[Moment] = []
-    for stage, mesh in zip(plan.stages, meshes, strict=True):
-        found = []
+    prices = _Prices(plan, ground, blocks)
+    per_stage = [prices.of(stage, mesh) for stage, mesh in zip(plan.stages, meshes, strict=True)]
+    sent = sends(plan, graph, blocks, meshes, ground.free)
+    if _is_manual(plan):  # its transfers are Megatron's: a part from each rank, then a gather
+        sent = [
+            (replace(on, time_s=stage.send_forward_s), replace(back, time_s=stage.send_backward_s))
+            for (on, back), stage in zip(sent, plan.stages, strict=True)
+        ]
+    held = held_microbatches(plan)
+    stages = tuple(
+        _stage(plan, priced, cluster, in_flight, sent_by)
+        for priced, in_flight, sent_by in zip(per_stage, held, sent, strict=True)
+    )
+    times = [StageTimes(**{name: getattr(stage, name) for name in SECONDS}) for stage in stages]
+    runs: dict[int, list[StagePlan]] = {}
+    for planned, judged in zip(plan.stages, stages, strict=True):
+        runs.setdefault(planned.first_device, []).append(msgspec.structs.replace(planned, memory=judged.memory))
+    step_time_s = simulate(plan.schedule, times, plan.microbatches, plan.num_chunks).step_time_s
+    of_blocks = [priced.blocks for priced in per_stage]
+    return Judgement(
+        stages=stages,
+        step_time_s=step_time_s,
+        peak_memory_bytes=max(device_memory(tuple(run)).total for run in runs.values()),
+        collectives=listed(plan, of_blocks, sent, exchanges(plan, graph, blocks, meshes)),
+        items=step_items(plan, of_blocks, times, cluster, step_time_s),
+    )
+
+
+def _is_manual(plan: Plan) -> bool:
+    """Whether the plan is a layout written by hand: Megatron's program."""
+    return plan.search.status == "fixed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PricedStage:
+    """The blocks of a stage, and the fullest moment of its backward."""
+
+    blocks: list[BlockPrice]
+    fullest: Moment
+
+
+class _Prices:
+    """Prices of a plan's stages; equal blocks in equal places are priced once."""
+
+    def __init__(self, plan: Plan, ground: Ground, blocks: tuple[Block, ...]) -> None:
+        self._plan, self._ground, self._blocks = plan, ground, blocks
+        self._known: dict[tuple[object, ...], BlockPrice] = {}
+
+    def of(self, stage: StagePlan, mesh: Mesh) -> _PricedStage:
+        """All blocks of one stage."""
+        plan, graph = self._plan, self._ground.graph
+        run = [self._placed(ref) for ref in stage.blocks]
+        tied = disagreements(graph, run)
         seen: set[int] = set()
         once: dict[int, Step] = {}  # gathered in the forward alone so far
-        run = [(blocks[ref.index], plan.program(ref.program), kinds[blocks[ref.index].kind]) for ref in stage.blocks]
-        tied = disagreements(graph, run)
-        for position, ref in enumerate(stage.blocks):
-            block = blocks[ref.index]
-            program = plan.program(ref.program)
-            if program.kind != block.kind:
-                raise CheckError(
-                    f"block {block.name} is of kind {block.kind}, its program {ref.program!r} of {program.kind}"
-                )
-            first = kinds[block.kind]
-            stored = frozenset(first.parameters[at] for at, value in enumerate(block.parameters) if value in seen)
-            seen.update(block.parameters)
+        found = []
+        for position, (block, program, first) in enumerate(run):
             alike = dict(zip(block.parameters, first.parameters, strict=True))
-            here = frozenset((alike[value], axis) for value, axis in tied if value in alike)
-            later = {value for other in stage.blocks[position + 1 :] for value in blocks[other.index].inputs}
-            read_on = frozenset(own for own, value in zip(first.outputs, block.outputs, strict=True) if value in later)
-            if program.recompute == "none" or (program.recompute == "selective" and ground.selected is None):
-                read_on = frozenset()  # no op but attention runs again, which needs no result of the block's end
-            # links depend on where in a node the stage begins, not on which node
-            key = (ref.program, mesh.sizes, mesh.first_device % cluster.devices_per_node, stored, here, read_on)
-            if key not in prices:
-                prices[key] = price_block(
-                    graph,
-                    ground.profile,
-                    first,
-                    program,
-                    mesh,
-                    plan.micro_batch_size,
-                    plan.execution,
-                    ground.free,
-                    stored,
-                    ground.fused,
-                    plan.microbatches > 1,
-                    len(stage.axes) > 1 and stage.axes[0].name == "dp",
-                    plan.search.status == "fixed",  # a manual layout is Megatron's program
-                    ground.stays,
-                    here,
-                    read_on,
-                    ground.selected,
-                )
-            price = prices[key]
-            again = [once.pop(value) for value, own in alike.items() if own in price.read_again and value in once]
-            issues = tuple(Issue(step=step, count=1, per="microbatch", of="parameters") for step in again)
-            found.append(replace(price, issues=(*price.issues, *issues)))
+            later = {value for other, _, _ in run[position + 1 :] for value in other.inputs}
+            price = self._price(
+                stage=stage,
+                mesh=mesh,
+                block=first,
+                program=program,
+                stored=frozenset(alike[value] for value in block.parameters if value in seen),
+                disagreed=frozenset((alike[value], axis) for value, axis in tied if value in alike),
+                read_on=frozenset(
+                    own for own, value in zip(first.outputs, block.outputs, strict=True) if value in later
+                ),
+            )
+            seen.update(block.parameters)
+            late = [once.pop(value) for value, own in alike.items() if own in price.read_again and value in once]
             gathers = dict(price.gathered_once)
             once.update((value, gathers[own]) for value, own in alike.items() if own in gathers)
+            found.append(_with(price, late))
         uses = [
             Use(block=block, program=program, first=first, read_again=price.read_again)
             for (block, program, first), price in zip(run, found, strict=True)
         ]
         moved = tied_moves(graph, uses, tied, mesh) if tied else ((),) * len(found)
-        per_stage.append([_with(price, steps) for price, steps in zip(found, moved, strict=True)])
         passages = [
             Passage(
                 block=use.block,
@@ -207,32 +196,59 @@ def judge(
             )
             for use, price in zip(uses, found, strict=True)
         ]
-        fullest.append(fullest_moment(graph, passages, mesh, plan.execution, accumulates=plan.microbatches > 1))
-    sent = sends(plan, graph, blocks, meshes, ground.free)
-    if (
-        plan.search.status == "fixed"
-    ):  # a manual layout's transfers are Megatron's: a part from each rank, then a gather
-        sent = [
-            (replace(on, time_s=stage.send_forward_s), replace(back, time_s=stage.send_backward_s))
-            for (on, back), stage in zip(sent, plan.stages, strict=True)
-        ]
-    held = held_microbatches(plan)
-    stages = tuple(
-        _stage(plan, found, moment, cluster, in_flight, sent_by)
-        for found, moment, in_flight, sent_by in zip(per_stage, fullest, held, sent, strict=True)
-    )
-    times = [StageTimes(**{name: getattr(stage, name) for name in SECONDS}) for stage in stages]
-    runs: dict[int, list[StagePlan]] = {}
-    for planned, judged in zip(plan.stages, stages, strict=True):
-        runs.setdefault(planned.first_device, []).append(msgspec.structs.replace(planned, memory=judged.memory))
-    step_time_s = simulate(plan.schedule, times, plan.microbatches, plan.num_chunks).step_time_s
-    return Judgement(
-        stages=stages,
-        step_time_s=step_time_s,
-        peak_memory_bytes=max(device_memory(tuple(run)).total for run in runs.values()),
-        collectives=listed(plan, per_stage, sent, exchanges(plan, graph, blocks, meshes)),
-        items=step_items(plan, per_stage, times, cluster, step_time_s),
-    )
+        return _PricedStage(
+            blocks=[_with(price, steps) for price, steps in zip(found, moved, strict=True)],
+            fullest=fullest_moment(graph, passages, mesh, plan.execution, accumulates=plan.microbatches > 1),
+        )
+
+    def _placed(self, ref: BlockRef) -> tuple[Block, BlockProgram, Block]:
+        """A block, its program, and the first block of its kind."""
+        block, program = self._blocks[ref.index], self._plan.program(ref.program)
+        if program.kind != block.kind:
+            raise CheckError(
+                f"block {block.name} is of kind {block.kind}, its program {ref.program!r} of {program.kind}"
+            )
+        return block, program, self._ground.kinds[block.kind]
+
+    def _price(
+        self,
+        *,
+        stage: StagePlan,
+        mesh: Mesh,
+        block: Block,
+        program: BlockProgram,
+        stored: frozenset[int],
+        disagreed: frozenset[tuple[int, int]],
+        read_on: frozenset[int],
+    ) -> BlockPrice:
+        """``block`` is the first of its kind; the rest as in `Case`."""
+        plan, ground = self._plan, self._ground
+        if program.recompute == "none" or (program.recompute == "selective" and ground.selected is None):
+            read_on = frozenset()  # no op but attention runs again, which needs no result of the block's end
+        # links depend on where in a node the stage begins, not on which node
+        place = mesh.first_device % mesh.cluster.devices_per_node
+        key = (program.id, mesh.sizes, place, stored, disagreed, read_on)
+        if key not in self._known:
+            case = Case(
+                ground=ground,
+                block=block,
+                program=program,
+                mesh=mesh,
+                micro_batch=plan.micro_batch_size,
+                accumulates=plan.microbatches > 1,
+                has_data_axis=len(stage.axes) > 1 and stage.axes[0].name == "dp",
+                as_megatron=_is_manual(plan),
+                stored=stored,
+                disagreed=disagreed,
+                read_on=read_on,
+            )
+            self._known[key] = price_block(case)
+        return self._known[key]
+
+
+def _with(price: BlockPrice, steps: Iterable[Step]) -> BlockPrice:
+    issues = tuple(Issue(step=step, count=1, per="microbatch", of="parameters") for step in steps)
+    return replace(price, issues=(*price.issues, *issues))
 
 
 def held_microbatches(plan: Plan) -> tuple[int, ...]:
@@ -252,8 +268,9 @@ def held_microbatches(plan: Plan) -> tuple[int, ...]:
 
 
 def _stage(
-    plan: Plan, found: list[BlockPrice], moment: Moment, cluster: Cluster, in_flight: int, sent: tuple[Send, Send]
+    plan: Plan, priced: _PricedStage, cluster: Cluster, in_flight: int, sent: tuple[Send, Send]
 ) -> StageJudgement:
+    found, moment = priced.blocks, priced.fullest
     backward_s = sum(price.backward_s for price in found)
     reduction_s = sum(price.reduction_s for price in found)
     contention = cluster.overlap_contention if plan.execution.overlap else 1.0

@@ -11,11 +11,10 @@ transformer block, whose sum goes into the residual stream, does not run again: 
 from dataclasses import dataclass
 
 from autopar.graph.ir import Block, Graph
-from autopar.graph.profile import GraphProfile
 from autopar.graph.random_ops import drop_probability
 from autopar.inter.judge_flow import Moves
+from autopar.inter.judge_ground import Case
 from autopar.inter.judge_routes import Route
-from autopar.inter.judge_selected import Selected
 from autopar.plan.plan import BlockProgram
 
 
@@ -28,27 +27,16 @@ class Again:
     parameters: frozenset[int]
 
 
-def again(
-    graph: Graph,
-    profile: GraphProfile,
-    block: Block,
-    program: BlockProgram,
-    moved: Moves,
-    free: frozenset[int],
-    exchanging: frozenset[int],
-    read_on: frozenset[int],
-    selected: Selected | None,
-) -> Again:
-    """``selected``: what selective recomputation keeps (None: all that attention did not make, and it moves nothing).
-    ``read_on``: outputs that later blocks of the stage read, and keep. Values in ``free`` are at hand and cost
-    nothing to have again. Ops that are ``exchanging`` inside are kernels written out, and a dropout's mask follows from
-    indices: for their insides alone they read no more than their backward does."""
+def again(case: Case, moved: Moves, exchanging: frozenset[int]) -> Again:
+    """Ops that are ``exchanging`` inside are kernels written out, and a dropout's mask follows from indices: for their
+    insides alone they read no more than their backward does. Without selective recomputation by operation all that
+    attention did not make stays, and it moves nothing."""
+    graph, profile, block = case.ground.graph, case.ground.profile, case.block
     ops = {op.id: op for op in graph.ops[block.first_op : block.end_op]}
     maker = {value: op.id for op in ops.values() for value in op.outputs}
-    handed_on = _handed_on(graph, block, program) & read_on
-    by_op = selected is not None and program.recompute == "selective"
-    full = program.recompute == "full" or by_op
-    kept = selected.ops if selected is not None and by_op else frozenset()
+    handed_on = _handed_on(graph, block, case.program) & case.read_on
+    full = case.program.recompute == "full" or case.selected is not None
+    kept = case.selected.ops if case.selected is not None else frozenset()
     found: dict[int, bool] = {}  # whether the op's results are read, or its insides alone
     routes: set[int] = set()
     parameters: set[int] = set()
@@ -56,7 +44,7 @@ def again(
 
     def run(op: int, *, results: bool) -> None:
         known = op in kept or (op in found and (found[op] or not results))
-        if full and not known and not free.issuperset(ops[op].outputs):
+        if full and not known and not case.ground.free.issuperset(ops[op].outputs):
             found[op] = results
             stack.append(op)
 

@@ -1,33 +1,31 @@
 """What one block costs under its program: times, memory and collectives, summed here and nowhere else.
 
 F, C, B      kernels outside and inside attention, and backward, with the moves of activations      (judge_ops, _flow)
-launches     calls of the host * launch time, + a wait per collective for the slowest host
+launches     calls of the host * launch time, + a wait per collective for the slowest host          (_launch_s)
 forward      both(max(F + C, launches), gathers)                both(a, b) = max(a, b) + contention * min(a, b)
 backward     both(max(B + again, launches), gathers, scatters)  again = 0 | C | A for none | selective | full
              (selective by operation: as full, of what it has not kept)
-             A = F + C, or of it what the backward needs (`judge_again`)
+             A = F + C, or of it what the backward needs (`judge_again`)                           (_rerun)
 exchanges    of a linear op's input gradient run beside the product for its weight's, where the program overlaps or is
              sequence parallel, and what is gathered again beside the one for its input's: both(a, b) - a  (_visible_s)
 passing      in one op, at most, + what the recompute mode brings back; gathered parameters beside it: `judge_peak`
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from math import prod
 from typing import Literal
 
-from autopar.cluster.software import Software, load_software
-from autopar.cost.fusion import NOTHING, Saving
-from autopar.graph.ir import Block, Graph, OpProfile
-from autopar.graph.profile import GraphProfile
-from autopar.inter.judge_again import again
-from autopar.inter.judge_flow import Moves, kept, moves
+from autopar.graph.ir import Op
+from autopar.inter.judge_again import Again, again
+from autopar.inter.judge_flow import Moves, moves
+from autopar.inter.judge_ground import Case, is_attention
+from autopar.inter.judge_kept import kept
 from autopar.inter.judge_ops import price_op
 from autopar.inter.judge_parameters import ParameterPrice, price_parameters
-from autopar.inter.judge_routes import Mesh, Route, Step
-from autopar.inter.judge_selected import Selected
+from autopar.inter.judge_routes import Route, Step
 from autopar.inter.judge_workspace import passing
 from autopar.plan.errors import CheckError
-from autopar.plan.plan import BlockProgram, Execution
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,131 +73,98 @@ class BlockPrice:
     seconds: BlockSeconds
 
 
-def price_block(
-    graph: Graph,
-    profile: GraphProfile,
-    block: Block,
-    program: BlockProgram,
-    mesh: Mesh,
-    micro_batch: int,
-    execution: Execution,
-    free: frozenset[int],
-    stored: frozenset[int],
-    fused: dict[int, Saving],
-    accumulates: bool,
-    data_axis: bool,
-    balanced: bool,
-    stays: tuple[frozenset[int], frozenset[int]],
-    disagreed: frozenset[tuple[int, int]],
-    read_on: frozenset[int],
-    selected: Selected | None = None,
-) -> BlockPrice:
-    """``free`` values are at hand anywhere, ``stored`` parameters are held by an earlier block of the stage; ``fused``
-    is what fusion saves of the ops' traffic, ``data_axis`` whether the first of several axes is the data axis;
-    ``balanced``: those that share a sequence share its attention evenly under a causal mask, and the rest is Megatron's
-    program, too; ``stays``: see ``judge_workspace.kept_anywhere``; ``disagreed`` as in `judge_parameters`, ``read_on``
-    and ``selected`` in `judge_again`."""
-    software, device = load_software(execution.fusion), mesh.cluster.device
-    ops = graph.ops[block.first_op : block.end_op]
+@dataclass(slots=True)
+class _Kernels:
+    """What the ops of a block do, by op: seconds of their kernels, calls of the host, collectives inside, and by how many
+    ranks their work is divided. ``linears``: the two backward products of each linear op; ``passing_bytes``: at most."""
+
+    forward_s: dict[int, float] = field(default_factory=dict)
+    backward_s: dict[int, float] = field(default_factory=dict)
+    forward_calls: dict[int, float] = field(default_factory=dict)
+    backward_calls: dict[int, float] = field(default_factory=dict)
+    forward_steps: dict[int, tuple[Step, ...]] = field(default_factory=dict)
+    backward_steps: dict[int, tuple[Step, ...]] = field(default_factory=dict)
+    shards: dict[int, tuple[int, int]] = field(default_factory=dict)
+    attentions: set[int] = field(default_factory=set)
+    products: set[int] = field(default_factory=set)
+    linears: dict[int, tuple[float, float]] = field(default_factory=dict)
+    passing_bytes: float = 0.0
+
+    @staticmethod
+    def of(case: Case, moved: Moves) -> "_Kernels":
+        """Of all ops that some rank computes and others do not."""
+        found = _Kernels()
+        whole: dict[int, float] = {}  # what ops that keep their input cut take whole
+        for op_id, size in moved.keep_cut:
+            whole[op_id] = max(size, whole.get(op_id, 0.0))
+        for op, planned in case.ops():
+            price, profile = price_op(case, op, planned), case.ground.profile.ops[op.id]
+            found.forward_s[op.id], found.backward_s[op.id] = price.forward_s, price.backward_s
+            found.forward_calls[op.id], found.backward_calls[op.id] = _calls(case, op)
+            found.forward_steps[op.id], found.backward_steps[op.id] = price.forward_steps, price.backward_steps
+            found.shards[op.id] = (price.shards, price.fixed_shards)
+            if is_attention(op):
+                found.attentions.add(op.id)
+            elif profile.forward_flops:
+                found.products.add(op.id)
+                if price.products_s is not None:
+                    found.linears[op.id] = price.products_s
+            passed = passing(case, op, planned, price.shards) + whole.get(op.id, 0.0)
+            found.passing_bytes = max(found.passing_bytes, passed)
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rerun:
+    """What the backward is charged for computing again: ops, collectives, and the launches of both."""
+
+    ops: frozenset[int]
+    steps: tuple[Step, ...]
+    launch_s: float
+
+
+def price_block(case: Case) -> BlockPrice:
+    """CheckError where the program contradicts itself or is of another graph."""
+    ground, block, program, mode = case.ground, case.block, case.program, case.program.recompute
+    ops = ground.graph.ops[block.first_op : block.end_op]
     aligned = ((program.ops, ops), (program.inputs, block.inputs), (program.outputs, block.outputs))
     if any(len(planned) != len(real) for planned, real in aligned):
         raise CheckError(f"program {program.id!r} does not fit block {block.name}: it is of another graph")
-    moved = moves(graph, block, program, mesh, micro_batch, free)
-    times = [0.0, 0.0, 0.0]
-    products = [0.0, 0.0]  # matmuls forward and backward
-    core_backward = 0.0
-    linears: dict[int, tuple[float, float]] = {}
-    alone: dict[int, float] = {}  # seconds of each op's forward kernels
-    attending: set[int] = set()
-    multiplying: set[int] = set()
-    called: dict[int, float] = {}
-    forward = [step for route in moved.forward for step in route.steps]
-    backward = [step for route in moved.backward for step in route.steps]
-    calls = [software.fixed_calls, 0.0, software.fixed_calls]
-    exchanged: dict[int, tuple[Step, ...]] = {}
-    shards: dict[int, tuple[int, int]] = {}
-    largest = 0.0
-    for op, planned in zip(ops, program.ops, strict=True):
-        if free.issuperset((*op.inputs, *op.outputs)):
-            continue
-        price = price_op(
-            graph, op, profile.ops[op.id], planned, micro_batch, mesh, execution, fused.get(op.id, NOTHING), balanced
-        )
-        core = "scaled_dot_product" in op.target
-        alone[op.id] = price.forward_s
-        times[1 if core else 0] += price.forward_s
-        times[2] += price.backward_s
-        if core:
-            attending.add(op.id)
-            core_backward += price.backward_s
-        elif profile.ops[op.id].forward_flops:
-            multiplying.add(op.id)
-            if price.products_s is not None:
-                linears[op.id] = price.products_s
-            products[0] += price.forward_s
-            products[1] += price.backward_s
-        forward += price.forward_steps
-        if price.forward_steps:
-            exchanged[op.id] = price.forward_steps
-        backward += price.backward_steps
-        shards[op.id] = (price.shards, price.fixed_shards)
-        before = calls[0]
-        _count(calls, profile.ops[op.id], core and execution.attn == "math", core, software)
-        called[op.id] = calls[0] - before
-        scores = core and execution.attn == "math"
-        alone_bytes = passing(graph, profile, op, planned, mesh, micro_batch, *stays, price.shards, materialised=scores)
-        largest = max(largest, alone_bytes + max((size for at, size in moved.keep_cut if at == op.id), default=0.0))
-    per_score = software.math_attention_bytes_per_score if execution.attn == "math" else 0.0
-    held = kept(
-        graph, profile, block, program, mesh, micro_batch, moved, free, shards, per_score, balanced, selected, stays[0]
+    moved = moves(ground.graph, block, program, case.mesh, case.micro_batch, ground.free)
+    kernels = _Kernels.of(case, moved)
+    forward = [*_steps(moved.forward), *_inside(kernels.forward_steps)]
+    backward = [*_steps(moved.backward), *_inside(kernels.backward_steps)]
+    repeated = again(case, moved, frozenset(op for op, steps in kernels.forward_steps.items() if steps))
+    repeated_steps = [*_steps(repeated.routes)]
+    repeated_steps += _inside({op: kernels.forward_steps[op] for op in sorted(repeated.ops)})
+    listed = [*forward, *repeated_steps]
+    if mode != "full" and case.selected is None:  # else all ways run again that the backward reads from
+        listed += _steps(moved.again)
+    parameters = price_parameters(case, repeated.parameters)
+    held = kept(case, moved, kernels.shards)
+
+    launch_f, launch_b = _launch_s(case, kernels, moved)
+    rerun = _rerun(case, kernels, repeated, repeated_steps, forward, launch_f)
+    exchanged_s = _total_s(_inside(kernels.backward_steps)) + _visible_s(case, moved, kernels.linears)
+    moved_s = _total_s(forward)
+    moved_again_s = _total_s(rerun.steps)
+    forward_kernels_s = sum(kernels.forward_s.values()) + moved_s
+    again_s = sum(kernels.forward_s[op] for op in rerun.ops) + moved_again_s
+    backward_kernels_s = sum(kernels.backward_s.values()) + exchanged_s + parameters.accumulate_s + again_s
+    together = sum if ground.execution.launch == "blocking" else max  # blocking: the host waits for each kernel
+    busy_f = float(together((forward_kernels_s, launch_f)))
+    busy_b = float(together((backward_kernels_s, launch_b + rerun.launch_s)))
+    contention = case.mesh.cluster.overlap_contention if ground.execution.overlap else 1.0
+    forward_s = _both(busy_f, parameters.forward_s, contention)
+    backward_s = _both(busy_b, parameters.backward_s, contention)
+
+    matmul_s, attention_s = (
+        sum(kernels.forward_s[op] + kernels.backward_s[op] for op in some)
+        + sum(kernels.forward_s[op] for op in some & rerun.ops)
+        for some in (kernels.products, kernels.attentions)
     )
-    repeated = again(graph, profile, block, program, moved, free, frozenset(exchanged), read_on, selected)
-    rerun = [step for route in repeated.routes for step in route.steps]
-    rerun += [step for op in sorted(repeated.ops) for step in exchanged.get(op, ())]
-    by_op = program.recompute == "selective" and selected is not None
-    listed_again = list(rerun)
-    if program.recompute != "full" and not by_op:  # else all ways run again that the backward reads from
-        listed_again += [step for route in moved.again for step in route.steps]
-    parameters = price_parameters(
-        graph, block, program, mesh, execution, stored, accumulates, repeated.parameters, disagreed
-    )
-    f = times[0] + sum(step.time_s for step in forward)
-    steps_s = sum(step.time_s for step in backward) - sum(route.time_s for route in moved.backward)  # inside ops
-    exchanged_s = steps_s + _visible_s(moved, linears, mesh.cluster.overlap_contention, execution, balanced)
-    b = times[2] + exchanged_s
-    full, mode = program.recompute == "full", program.recompute
-    needed = by_op or (mode == "full" and execution.checkpoint == "needed")
-    rerun_s = sum(alone[op] for op in repeated.ops) + sum(step.time_s for step in rerun) if needed else f + times[1]
-    again_s = {"none": 0.0, "selective": rerun_s if by_op else times[1], "full": rerun_s}[mode]
-    wait_s = software.collective_calls * device.launch_s
-    waiting = [sum(_waiting(route, mesh, data_axis) for route in routes) for routes in (moved.forward, moved.backward)]
-    launch_f = calls[0] * device.launch_s + wait_s * waiting[0]
-    launch_b = calls[2] * device.launch_s + wait_s * waiting[1]
-    launched_s = launch_f
-    if needed:
-        calls_again = software.fixed_calls + sum(called[op] for op in repeated.ops)
-        waiting_again = sum(_waiting(route, mesh, data_axis) for route in repeated.routes)
-        launched_s = calls_again * device.launch_s + wait_s * waiting_again
-    attention_launched_s = calls[1] * device.launch_s
-    launch_b += {"none": 0.0, "selective": launched_s if by_op else attention_launched_s, "full": launched_s}[mode]
-    contention = mesh.cluster.overlap_contention if execution.overlap else 1.0
-    kernels, launches = (f + times[1], b + parameters.accumulate_s + again_s), (launch_f, launch_b)
-    together = sum if execution.launch == "blocking" else max  # blocking: the host waits for each kernel
-    busy = [float(together(pair)) for pair in zip(kernels, launches, strict=True)]
-    forward_s, backward_s = (
-        _both(one, held, contention)
-        for one, held in zip(busy, (parameters.forward_s, parameters.backward_s), strict=True)
-    )
-    whole = set(alone) if full and not needed else repeated.ops if needed else set()
-    matmul_s = products[0] + products[1] + sum(alone[op] for op in whole if op in multiplying)
-    attended_again_s = (
-        times[1] if mode == "selective" and not by_op else sum(alone[op] for op in whole if op in attending)
-    )
-    attention_s = times[1] + attended_again_s + core_backward
-    moved_s = sum(step.time_s for step in forward)
-    moved_again_s = sum(step.time_s for step in (rerun if needed else forward)) if full or by_op else 0.0
     activations_s = moved_s + moved_again_s + exchanged_s
-    kernels_s = f + times[1] + b + parameters.accumulate_s + again_s
+    kernels_s = forward_kernels_s + backward_kernels_s
     return BlockPrice(
         forward_s=forward_s,
         backward_s=backward_s,
@@ -208,44 +173,81 @@ def price_block(
             attention_s=attention_s,
             memory_bound_s=max(kernels_s - matmul_s - attention_s - activations_s, 0.0),
             activations_s=activations_s,
-            launch_s=sum(busy) - kernels_s,
-            storage_s=forward_s + backward_s - sum(busy),
+            launch_s=(busy_f - forward_kernels_s) + (busy_b - backward_kernels_s),
+            storage_s=(forward_s - busy_f) + (backward_s - busy_b),
         ),
         reduction_s=parameters.reduction_s,
         optimizer_s=parameters.optimizer_s,
         parameters_bytes=parameters.parameters_bytes,
         gradients_bytes=parameters.gradients_bytes,
         optimizer_bytes=parameters.optimizer_bytes,
-        saved_bytes={
-            "none": held.saved + held.core,
-            "selective": held.saved + held.beside,
-            "full": held.inputs,
-        }[mode],
-        passing_bytes=largest + {"none": 0.0, "selective": held.core, "full": held.saved + held.core}[mode],
+        saved_bytes={"none": held.saved + held.core, "selective": held.saved + held.beside, "full": held.inputs}[mode],
+        passing_bytes=kernels.passing_bytes
+        + {"none": 0.0, "selective": held.core, "full": held.saved + held.core}[mode],
         read_again=repeated.parameters,
         gathered_once=parameters.gathered_once,
-        issues=_issues([*forward, *listed_again], backward, parameters),
+        issues=_issues(listed, backward, parameters),
     )
 
 
-def _waiting(route: Route, mesh: Mesh, data_axis: bool) -> int:
+def _rerun(
+    case: Case, kernels: _Kernels, repeated: Again, repeated_steps: list[Step], forward: list[Step], launch_f: float
+) -> _Rerun:
+    """By the recompute mode: nothing; attention; the whole block, as torch's checkpoint does; or of it what the backward
+    needs."""
+    mode, launch_s = case.program.recompute, case.mesh.cluster.device.launch_s
+    if mode == "none":
+        return _Rerun(ops=frozenset(), steps=(), launch_s=0.0)
+    if mode == "selective" and case.selected is None:
+        calls = sum(kernels.forward_calls[op] for op in kernels.attentions)
+        return _Rerun(ops=frozenset(kernels.attentions), steps=(), launch_s=calls * launch_s)
+    if mode == "full" and case.ground.execution.checkpoint != "needed":
+        return _Rerun(ops=frozenset(kernels.forward_s), steps=tuple(forward), launch_s=launch_f)
+    calls = case.software.fixed_calls + sum(kernels.forward_calls[op] for op in repeated.ops)
+    calls += case.software.collective_calls * sum(_waiting(case, route) for route in repeated.routes)
+    return _Rerun(ops=repeated.ops, steps=tuple(repeated_steps), launch_s=calls * launch_s)
+
+
+def _launch_s(case: Case, kernels: _Kernels, moved: Moves) -> tuple[float, float]:
+    """Seconds of the host, forward and backward: its calls, and its waits for other ranks' hosts."""
+    software, launch_s = case.software, case.mesh.cluster.device.launch_s
+    pairs = ((kernels.forward_calls, moved.forward), (kernels.backward_calls, moved.backward))
+    forward, backward = (
+        software.fixed_calls
+        + sum(calls.values())
+        + software.collective_calls * sum(_waiting(case, route) for route in routes)
+        for calls, routes in pairs
+    )
+    return forward * launch_s, backward * launch_s
+
+
+def _steps(routes: Iterable[Route]) -> list[Step]:
+    return [step for route in routes for step in route.steps]
+
+
+def _inside(steps: dict[int, tuple[Step, ...]]) -> list[Step]:
+    """Of all ops, in their order."""
+    return [step for of_op in steps.values() for step in of_op]
+
+
+def _total_s(steps: Iterable[Step]) -> float:
+    return sum(step.time_s for step in steps)
+
+
+def _waiting(case: Case, route: Route) -> int:
     """Ranks whose host a rank waits for in a move: all where the data axis moves, else those that share its samples."""
     if not route.steps:
         return 0
-    inner = mesh.sizes[1:] if data_axis and not any(0 in step.axes for step in route.steps) else mesh.sizes
+    sizes = case.mesh.sizes
+    inner = sizes[1:] if case.has_data_axis and not any(0 in step.axes for step in route.steps) else sizes
     return prod(inner) - 1
 
 
-def _visible_s(
-    moved: Moves,
-    linears: dict[int, tuple[float, float]],
-    contention: float,
-    execution: Execution,
-    as_megatron: bool,
-) -> float:
+def _visible_s(case: Case, moved: Moves, linears: dict[int, tuple[float, float]]) -> float:
     """Seconds of the backward's moves that linear ops' products do not hide; ``linears``: the two of each op."""
+    execution, contention = case.ground.execution, case.mesh.cluster.overlap_contention
     free = execution.launch != "blocking"
-    hides_all, hides_gathered = free and execution.overlap, free and as_megatron
+    hides_all, hides_gathered = free and execution.overlap, free and case.as_megatron
     found = 0.0
     for routes, behind, which in ((moved.backward, moved.backward_behind, 1), (moved.again, moved.again_behind, 0)):
         for route, readers in zip(routes, behind, strict=True):
@@ -260,16 +262,12 @@ def _both(compute_s: float, communication_s: float, contention: float) -> float:
     return max(compute_s, communication_s) + contention * min(compute_s, communication_s)
 
 
-def _count(calls: list[float], profile: OpProfile, materialised: bool, core: bool, software: Software) -> None:
-    """Add an op's calls: forward, those of attention among them, backward."""
-    forward, backward = float(profile.forward_kernels), float(profile.backward_kernels)
-    if materialised:
-        forward, backward = software.math_attention_forward_calls, software.math_attention_backward_calls
-    elif not profile.forward_kernels:
-        forward = software.view_calls
-    calls[0] += forward
-    calls[1] += forward if core else 0.0
-    calls[2] += backward
+def _calls(case: Case, op: Op) -> tuple[float, float]:
+    """An op's calls of the host, forward and backward."""
+    profile, software = case.ground.profile.ops[op.id], case.software
+    if case.materialises(op):
+        return software.math_attention_forward_calls, software.math_attention_backward_calls
+    return float(profile.forward_kernels or software.view_calls), float(profile.backward_kernels)
 
 
 def _issues(forward: list[Step], backward: list[Step], parameters: ParameterPrice) -> tuple[Issue, ...]:

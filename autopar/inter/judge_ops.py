@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from math import prod
 
 from autopar.cluster.device import ITEMSIZE, Device
-from autopar.cluster.software import load_software
-from autopar.cost.fusion import NOTHING, Saving, memory_kernels
+from autopar.cost.fusion import NOTHING, memory_kernels
 from autopar.graph.ir import Graph, Op, OpProfile
+from autopar.inter.judge_ground import Case
 from autopar.inter.judge_routes import Mesh, Step, local_shape
 from autopar.plan.errors import CheckError
 from autopar.plan.mesh import parse_placements, shard_dim
-from autopar.plan.plan import Execution, OpPlan
+from autopar.plan.plan import OpPlan
 from autopar.rules.registry import rule_of
 from autopar.rules.rule import NO_LABEL, OpRule
 
@@ -50,19 +50,10 @@ def sizes_at(graph: Graph, shape: Sequence[int], micro_batch: int) -> tuple[int,
     return tuple(graph.batch.scale(size, micro_batch) for size in shape)
 
 
-def price_op(
-    graph: Graph,
-    op: Op,
-    profile: OpProfile,
-    planned: OpPlan,
-    micro_batch: int,
-    mesh: Mesh,
-    execution: Execution,
-    fused: Saving = NOTHING,
-    balanced: bool = False,
-) -> OpPrice:
-    """``fused`` is the traffic, forward and backward, that fusion saves; ``balanced`` as in `judge_block`. CheckError
-    where the placements contradict each other."""
+def price_op(case: Case, op: Op, planned: OpPlan) -> OpPrice:
+    """CheckError where the placements contradict each other."""
+    graph, mesh, micro_batch = case.ground.graph, case.mesh, case.micro_batch
+    profile, fused = case.ground.profile.ops[op.id], case.ground.fused.get(op.id, NOTHING)
     rule = rule_of(op, graph.values)
     values = [graph.values[value] for value in (*op.inputs, *op.outputs)]
     placed = [parse_placements(text) for text in (*planned.inputs, *planned.outputs)]
@@ -86,13 +77,13 @@ def price_op(
     ]
     scale = graph.batch.growth((value.shape for value in values), micro_batch)
     device = mesh.cluster.device
-    traffic = _traffic(graph, op, rule, profile, placed, labelled, execution, fused)
+    traffic = _traffic(case, op, rule, placed, labelled)
     forward, backward = (float(device.memory_bound_s(num_bytes * scale / shards)) for num_bytes in traffic)
     products: tuple[float, ...] = ()
     counted = (profile.forward_kernels, profile.backward_kernels) if rule.compute == "attention" else (0, 0)
     if profile.forward_flops:
         if rule.compute == "attention":
-            times = _attention(graph, op, rule, profile, local, device, execution, balanced)
+            times = _attention(case, op, rule, local)
         else:
             forward_s, products = _matmul(graph, op, rule, profile, local, shards, micro_batch, device)
             times = (forward_s, sum(products))
@@ -115,14 +106,7 @@ def price_op(
 
 
 def _traffic(
-    graph: Graph,
-    op: Op,
-    rule: OpRule,
-    profile: OpProfile,
-    placed: Sequence[tuple[str, ...]],
-    labelled: Sequence[tuple[int, ...]],
-    execution: Execution,
-    fused: Saving,
+    case: Case, op: Op, rule: OpRule, placed: Sequence[tuple[str, ...]], labelled: Sequence[tuple[int, ...]]
 ) -> tuple[float, float]:
     """Whole traced bytes, forward and backward; a cross entropy over a cut vocabulary, Megatron's always, is a chain of fp32
     kernels."""
@@ -132,9 +116,10 @@ def _traffic(
         for token in tokens
         if (dim := shard_dim(token)) is not None
     } - {NO_LABEL}
-    chain = execution.loss == "chain" or any(_kind(rule, label) == "inside" for label in cut)
+    profile, fused = case.ground.profile.ops[op.id], case.ground.fused.get(op.id, NOTHING)
+    chain = case.ground.execution.loss == "chain" or any(_kind(rule, label) == "inside" for label in cut)
     if "cross_entropy_loss" in op.target and chain:
-        logits, software = prod(graph.values[op.inputs[0]].shape), load_software(execution.fusion)
+        logits, software = prod(case.ground.graph.values[op.inputs[0]].shape), case.software
         return logits * software.loss_forward_bytes_per_logit, logits * software.loss_backward_bytes_per_logit
     return max(profile.forward_bytes - fused[0], 0.0), max(profile.backward_bytes - fused[1], 0.0)
 
@@ -236,26 +221,18 @@ def _operands(op: Op) -> tuple[int, ...]:
     return op.inputs[1:3] if op.target.split(".")[1] in ("addmm", "baddbmm") else op.inputs[:2]
 
 
-def _attention(
-    graph: Graph,
-    op: Op,
-    rule: OpRule,
-    profile: OpProfile,
-    local: dict[int, int],
-    device: Device,
-    execution: Execution,
-    balanced: bool,
-) -> tuple[float, float]:
+def _attention(case: Case, op: Op, rule: OpRule, local: dict[int, int]) -> tuple[float, float]:
+    graph = case.ground.graph
     sizes = dict.fromkeys("bhqkd", 1)
     for label, role in rule.roles:
         sizes[role] *= local.get(label, 1)
     heads, kv_heads = (graph.values[op.inputs[at]].shape[-3] for at in (0, 1))
     causal = any(argument is True for argument in op.args[3:]) or dict(op.kwargs).get("is_causal") is True
     # a rank with some of the queries runs them against all keys under a mask, unless ranks take parts of equal work
-    causal = causal and (balanced or sizes["q"] == graph.values[op.inputs[0]].shape[-2])
+    causal = causal and (case.as_megatron or sizes["q"] == graph.values[op.inputs[0]].shape[-2])
     times = [
         float(
-            device.attention_s(
+            case.mesh.cluster.device.attention_s(
                 sizes["b"],
                 sizes["h"],
                 max(sizes["h"] * kv_heads / heads, 1),
@@ -265,12 +242,12 @@ def _attention(
                 causal=causal,
                 dtype=_dtype(graph, op),
                 backward=backward,
-                flash=execution.attn == "flash",
+                flash=case.ground.execution.attn == "flash",
             )
         )
         for backward in (False, True)
     ]
-    return times[0], times[1] if profile.backward_flops else 0.0
+    return times[0], times[1] if case.ground.profile.ops[op.id].backward_flops else 0.0
 
 
 def _inside(

@@ -16,13 +16,13 @@ Collectives are parts of those of a bucket; fp16 programs reduce gradients in fp
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from autopar.cluster.software import load_software
 from autopar.cost.parameters import BUCKET_BYTES
 from autopar.graph.ir import Block, Graph
+from autopar.inter.judge_ground import Case
 from autopar.inter.judge_routes import Mesh, Step, local_shape
 from autopar.plan.errors import CheckError
 from autopar.plan.mesh import parse_placements
-from autopar.plan.plan import BlockProgram, CollectiveKind, Execution, ParameterPlan
+from autopar.plan.plan import BlockProgram, CollectiveKind, ParameterPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,29 +43,19 @@ class ParameterPrice:
     gathered_once: tuple[tuple[int, Step], ...]
 
 
-def price_parameters(
-    graph: Graph,
-    block: Block,
-    program: BlockProgram,
-    mesh: Mesh,
-    execution: Execution,
-    stored: frozenset[int],
-    accumulates: bool = False,
-    read_again: frozenset[int] | None = None,
-    disagreed: frozenset[tuple[int, int]] = frozenset(),
-) -> ParameterPrice:
-    """``stored`` parameters are kept and reduced by an earlier block of the stage; ``microbatch_steps`` gathers again
-    only those that the backward reads (``read_again``; None: all), while its seconds charge for the whole bucket.
-    ``disagreed`` are (parameter, axis) on which blocks of the stage use a tied one differently: its gradient is a sum
-    of terms there."""
+def price_parameters(case: Case, read_again: frozenset[int]) -> ParameterPrice:
+    """``microbatch_steps`` gathers again only those that the backward reads (``read_again``), while its seconds charge for
+    the whole bucket. Where blocks of the stage disagree on a tied parameter, its gradient is a sum of terms."""
+    graph, block, program, mesh = case.ground.graph, case.block, case.program, case.mesh
+    execution = case.ground.execution
     plans = _by_value(graph, block, program)
     sums = dict.fromkeys(("forward", "backward", "reduction", "optimizer", "p", "g", "o", "sum"), 0.0)
-    software, device = load_software(execution.fusion), mesh.cluster.device
+    software, device = case.software, mesh.cluster.device
     per_microbatch: list[Step] = []
     once: list[Step] = []
     gathers: list[tuple[int, Step]] = []
     for value, planned in plans.items():
-        if value in stored:
+        if value in case.stored:
             continue
         tensor = graph.values[value]
         compute, optimizer = parse_placements(planned.compute), parse_placements(planned.optimizer)
@@ -91,7 +81,7 @@ def price_parameters(
         if stage3:
             sums["forward"] += _time(gather)
             sums["backward"] += _time(gather) + _time(scatter)
-            twice = read_again is None or value in read_again
+            twice = value in read_again
             per_microbatch += [step for step in (gather, gather if twice else None, scatter) if step]
             gathers += [(value, gather)] if gather and not twice else []
         else:
@@ -103,14 +93,14 @@ def price_parameters(
         terms = tuple(
             axis
             for axis in range(len(compute))
-            if axis not in cut and (axis in partial or (compute[axis] == "R" and (value, axis) in disagreed))
+            if axis not in cut and (axis in partial or (compute[axis] == "R" and (value, axis) in case.disagreed))
         )
         rest = _part(mesh, "all_reduce", sent / shards, terms, padding)
         once += [rest] if rest else []
         moved = software.optimizer_bytes_half if tensor.itemsize < 4 else software.optimizer_bytes_full
         moved -= 16 if execution.optimizer == "sgd" else 0
         sums["optimizer"] += float(device.memory_bound_s(elements * moved / shards))
-        if accumulates:
+        if case.accumulates:
             added = (elements * tensor.itemsize + 2 * gradient) / (shards if stage2 or stage3 else 1)
             sums["sum"] += float(device.memory_bound_s(added))
         sums["p"] += size / (shards if stage3 else 1)

@@ -8,11 +8,13 @@ import torch
 
 from autopar.cluster.load import load_cluster
 from autopar.graph.blocks import cut_blocks, order_for_blocks
-from autopar.graph.ir import Batch, Block, Graph, Op, OpProfile, Ref, Value
+from autopar.graph.ir import Batch, Block, Graph, Op, Ref, Value
+from autopar.graph.profile import profile_graph
 from autopar.graph.trace import trace
 from autopar.inter.estimate import estimate
 from autopar.inter.judge import differences, judge
 from autopar.inter.judge_flow import moves
+from autopar.inter.judge_ground import Case, Ground
 from autopar.inter.judge_ops import price_op
 from autopar.inter.judge_routes import Mesh, local_shape
 from autopar.inter.planner import plan
@@ -165,25 +167,30 @@ def test_a_column_and_row_pair_moves_64_bytes_per_collective(boundary, forward, 
         assert {step.num_bytes for step in steps} == {64}
 
 
-def test_an_op_whose_tensors_disagree_is_refused():
-    graph, _ = linear_pair()
-    mesh = Mesh(load_cluster("dgx-a100"), (2,), 0)
-    good = pair_program(("R", "R")).ops[0]
-    profile = OpProfile(
-        forward_flops=2 * 808 * 4 * 6,
-        backward_flops=4 * 808 * 4 * 6,
-        forward_bytes=0,
-        backward_bytes=0,
-        forward_kernels=1,
-        backward_kernels=2,
-        saved_inputs=(0, 1),
-        saved_outputs=(),
-        saved_internal=(),
+def pair_case() -> Case:
+    """The pair on 2 ranks at 8 samples."""
+    graph, block = linear_pair()
+    return Case(
+        ground=Ground.of(Execution(dtype="fp16", optimizer="adamw"), graph, (block,), profile_graph(graph)),
+        block=block,
+        program=pair_program(("R", "R")),
+        mesh=Mesh(load_cluster("dgx-a100"), (2,), 0),
+        micro_batch=8,
+        accumulates=False,
+        has_data_axis=False,
+        as_megatron=False,
+        stored=frozenset(),
+        disagreed=frozenset(),
+        read_on=frozenset(),
     )
-    execution = Execution(dtype="fp16", optimizer="adamw")
-    price = price_op(graph, graph.ops[0], profile, good, 8, mesh, execution)
+
+
+def test_an_op_whose_tensors_disagree_is_refused():
+    case = pair_case()
+    op, good = case.ground.graph.ops[0], case.program.ops[0]
+    price, device = price_op(case, op, good), case.mesh.cluster.device
     # (8, 3, 4) by the device's curve, and nothing else
-    assert price.forward_s == pytest.approx(float(mesh.cluster.device.matmul_s(8, 3, 4, 1, dtype="float16")))
+    assert price.forward_s == pytest.approx(float(device.matmul_s(8, 3, 4, 1, dtype="float16")))
     assert price.shards == 2
     for wrong in (
         {"outputs": ("R",)},  # the weight's rows are cut, the result's columns are not
@@ -191,7 +198,7 @@ def test_an_op_whose_tensors_disagree_is_refused():
         {"input_gradients": ("R", "S(0)")},  # x is whole, so its gradient is a sum of terms
     ):
         with pytest.raises(CheckError):
-            price_op(graph, graph.ops[0], profile, msgspec.structs.replace(good, **wrong), 8, mesh, execution)
+            price_op(case, op, msgspec.structs.replace(good, **wrong))
 
 
 # --- agreement with the planner ---------------------------------------------------------------------------------------
