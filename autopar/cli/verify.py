@@ -74,7 +74,7 @@ def _relisted(twin: "Plan", plan_file: Path, model: str, settings: dict[str, Any
     from autopar.cli.inputs import cluster_of
     from autopar.graph.blocks import cut_blocks, order_for_blocks
     from autopar.graph.trace import trace
-    from autopar.inter.judge import judge
+    from autopar.judge.judge import judge
     from autopar.runtime.apply import DTYPES
     from autopar.workload.load import load_workload
 

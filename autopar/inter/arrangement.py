@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from autopar.inter.finish import Finished, PointRef, StageChoice
-from autopar.inter.simulate import StageTimes, simulate
 from autopar.inter.stage_memory import stage_memory
 from autopar.inter.stages import StageBook
 from autopar.inter.transfers import first_devices
 from autopar.plan.plan import chunks_memory
 from autopar.plan.schedule import Schedule, held_by_chunk
+from autopar.plan.simulate import StageTimes, simulate
 
 MAX_TRIES = 4
 """How often a run of devices whose chunks do not fit is tried, each time with so much less room."""

@@ -23,8 +23,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.inter.simulate import StageTimes
 from autopar.plan.schedule import Schedule, num_warmup
+from autopar.plan.simulate import StageTimes
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

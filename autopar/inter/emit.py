@@ -12,16 +12,15 @@ from autopar.cost.execution import ExecutionModel
 from autopar.graph.flops import num_parameters
 from autopar.inter.blocks import Mesh
 from autopar.inter.finish import Finished
-from autopar.inter.judge_ground import Ground
 from autopar.inter.judged import judged
 from autopar.inter.lying import Lying
 from autopar.inter.provenance import with_provenance
-from autopar.inter.simulate import StageTimes, simulate
 from autopar.inter.stage_memory import memory_of
 from autopar.inter.stages import StageBook
 from autopar.inter.summary import Parts, alike_on_all_ranks, summarise, time_parts
 from autopar.inter.transfers import first_devices
 from autopar.inter.uses import Use, uses_of
+from autopar.judge.ground import Ground
 from autopar.plan.mesh import Axis
 from autopar.plan.plan import (
     FORMAT_VERSION,
@@ -38,6 +37,7 @@ from autopar.plan.plan import (
     StagePlan,
     recompute_summary,
 )
+from autopar.plan.simulate import StageTimes, simulate
 from autopar.rules.atoms import Atom
 from autopar.rules.options import Token
 from autopar.workload.workload import Workload

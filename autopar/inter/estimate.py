@@ -26,20 +26,20 @@ from autopar.graph.trace import trace
 from autopar.inter.blocks import Blocks, Restriction
 from autopar.inter.emit import Found, build_plan, execution_of
 from autopar.inter.finish import Finished
-from autopar.inter.judge_ground import Ground
 from autopar.inter.layouts import StageCut, cuts, restriction, stage_ends
 from autopar.inter.pins import BlockPins
 from autopar.inter.planner import DTYPES, GIB
 from autopar.inter.scatter_gather import cut_bytes_of, send_seconds
-from autopar.inter.simulate import StageTimes, simulate
 from autopar.inter.stage_memory import stage_memory
 from autopar.inter.stages import FREE, StageBook
 from autopar.intra import totals as tt
+from autopar.judge.ground import Ground
 from autopar.plan.errors import LayoutError
 from autopar.plan.layout import Layout, parse_layout
 from autopar.plan.pin import unmet
 from autopar.plan.plan import MemoryParts, Plan, chunks_memory
 from autopar.plan.schedule import held_by_chunk
+from autopar.plan.simulate import StageTimes, simulate
 from autopar.workload.workload import Workload
 
 Floats = NDArray[np.float64]

@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 
 from autopar.inter.arrangement import Arrangement
 from autopar.inter.layouts import even_ends
-from autopar.inter.simulate import StageTimes, simulate
 from autopar.inter.stage_tables import StageTables
 from autopar.inter.stages import StageBook
 from autopar.plan.errors import LayoutError
+from autopar.plan.simulate import StageTimes, simulate
 
 Floats = NDArray[np.float64]
 NUM_CHUNKS = (2, 3, 4, 5, 6, 8, 10, 12, 16)

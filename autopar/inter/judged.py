@@ -4,9 +4,9 @@ import msgspec
 
 from autopar.cluster.cluster import Cluster
 from autopar.inter.blocks import Blocks
-from autopar.inter.judge import differences, judge
-from autopar.inter.judge_ground import Ground
-from autopar.inter.judge_items import parts_of
+from autopar.judge.ground import Ground
+from autopar.judge.items import parts_of
+from autopar.judge.judge import differences, judge
 from autopar.plan.errors import CheckError
 from autopar.plan.plan import Plan
 

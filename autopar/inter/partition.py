@@ -23,9 +23,9 @@ from autopar.inter.bounds import lower_bound_s, own_s
 from autopar.inter.candidates import Stage, candidates, neighbours
 from autopar.inter.completion import Levels, head_tables, level_free, make_band, tail_tables
 from autopar.inter.pipelines import Pipeline, PipelineProblem, PipelineResult, levels_of
-from autopar.inter.simulate import StageTimes
 from autopar.inter.tails import Branches, Tail, Tree
 from autopar.intra.problem import Status
+from autopar.plan.simulate import StageTimes
 
 Floats = NDArray[np.float64]
 SMALL_PROBLEM = 2_000

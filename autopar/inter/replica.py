@@ -22,11 +22,11 @@ from autopar.graph.attention import AttentionCall
 from autopar.graph.flops import flops_at
 from autopar.graph.ir import ITEMSIZE, Graph, Value
 from autopar.inter.estimate import LayoutPricer, ModelGraph, Priced
-from autopar.inter.judge_flow import moves
-from autopar.inter.judge_ground import at_hand
-from autopar.inter.judge_routes import Mesh
 from autopar.inter.uses import Use, uses_of
 from autopar.intra import op_metrics as om
+from autopar.judge.flow import moves
+from autopar.judge.ground import at_hand
+from autopar.judge.routes import Mesh
 from autopar.plan.layout import Layout
 from autopar.plan.plan import Plan
 

@@ -13,8 +13,8 @@ import numpy as np
 from autopar.inter.candidates import Stage
 from autopar.inter.partition import search
 from autopar.inter.pipelines import PipelineProblem, StageTable
-from autopar.inter.simulate import StageTimes, simulate
 from autopar.plan.schedule import Schedule
+from autopar.plan.simulate import StageTimes, simulate
 
 
 def run(

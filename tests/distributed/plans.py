@@ -7,7 +7,7 @@ import msgspec
 
 from autopar.cluster.load import load_cluster
 from autopar.inter.estimate import estimate
-from autopar.inter.judge import judge
+from autopar.judge.judge import judge
 from autopar.plan.plan import Plan, StagePlan
 from autopar.runtime.apply import DTYPES
 from autopar.workload.workload import Workload

@@ -19,9 +19,9 @@ from autopar.graph.ir import Graph
 from autopar.graph.profile import profile_graph
 from autopar.graph.trace import trace
 from autopar.inter.estimate import LayoutPricer, ModelGraph, model_graph
-from autopar.inter.simulate import StageTimes, simulate
 from autopar.plan.layout import parse_layout
 from autopar.plan.plan import StagePlan
+from autopar.plan.simulate import StageTimes, simulate
 from autopar.report.training import Training
 from autopar.workload import load_workload
 

@@ -13,10 +13,10 @@ from autopar.graph.trace import trace
 from autopar.inter.blocks import Blocks
 from autopar.inter.interleaving import Interleaving, shortest_longest
 from autopar.inter.planner import plan
-from autopar.inter.simulate import StageTimes, simulate
 from autopar.inter.stage_tables import StageTables
 from autopar.inter.stages import StageBook
 from autopar.plan.invariants import check
+from autopar.plan.simulate import StageTimes, simulate
 from autopar.workload import load_workload
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

@@ -12,12 +12,12 @@ from autopar.graph.ir import Batch, Block, Graph, Op, Ref, Value
 from autopar.graph.profile import profile_graph
 from autopar.graph.trace import trace
 from autopar.inter.estimate import estimate
-from autopar.inter.judge import differences, judge
-from autopar.inter.judge_flow import moves
-from autopar.inter.judge_ground import Case, Ground
-from autopar.inter.judge_ops import price_op
-from autopar.inter.judge_routes import Mesh, local_shape
 from autopar.inter.planner import plan
+from autopar.judge.flow import moves
+from autopar.judge.ground import Case, Ground
+from autopar.judge.judge import differences, judge
+from autopar.judge.ops import price_op
+from autopar.judge.routes import Mesh, local_shape
 from autopar.plan.errors import CheckError
 from autopar.plan.plan import BlockProgram, Execution, OpPlan, Plan, ValuePlan
 from autopar.workload import load_workload

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from autopar.cluster.load import load_cluster
 from autopar.graph.blocks import cut_blocks, order_for_blocks
 from autopar.graph.trace import trace
-from autopar.inter.judge import differences, judge
 from autopar.inter.planner import plan
+from autopar.judge.judge import differences, judge
 from autopar.plan.plan import Plan
 from autopar.workload import Workload, load_workload
 

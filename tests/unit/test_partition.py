@@ -11,8 +11,8 @@ import pytest
 from autopar.inter.candidates import Stage
 from autopar.inter.partition import search
 from autopar.inter.pipelines import PipelineProblem, StageTable
-from autopar.inter.simulate import StageTimes, simulate
 from autopar.plan.errors import UsageError
+from autopar.plan.simulate import StageTimes, simulate
 
 
 class Case:

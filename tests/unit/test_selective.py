@@ -17,9 +17,9 @@ from autopar.cost.execution import ExecutionModel
 from autopar.graph.blocks import cut_blocks
 from autopar.graph.profile import profile_graph
 from autopar.inter.estimate import LayoutPricer, model_graph
-from autopar.inter.judge import differences, judge
 from autopar.intra.again import Again, Kept
 from autopar.intra.space import block_space, data_values
+from autopar.judge.judge import differences, judge
 from autopar.plan.layout import parse_layout
 from autopar.workload.load import load_workload
 

@@ -8,9 +8,9 @@ from torch.distributed.pipelining import schedules as torch_schedules
 from torch.distributed.pipelining.schedules import get_schedule_class
 
 from autopar.inter.bounds import lower_bound_s, max_in_flight
-from autopar.inter.simulate import StageTimes, simulate
 from autopar.plan.errors import UsageError
 from autopar.plan.schedule import Action, actions, in_flight
+from autopar.plan.simulate import StageTimes, simulate
 
 TORCH_NAMES = {"1f1b": "1F1B", "gpipe": "GPipe", "interleaved": "Interleaved1F1B"}
 

@@ -4,10 +4,10 @@ It reads what the plan says (placements of every op's tensors and their gradient
 recompute, micro-batches) and what is given (graph, profiles, sharding rules, device and link curves). It composes these
 by itself:
 
-    block     `judge_block`: kernels at local shapes, moves between placements, kept copies, parameters
+    block     `block`: kernels at local shapes, moves between placements, kept copies, parameters
     stage     sums over blocks + the loop's calls; step = reduction that the last backward does not hide + optimizer
     memory    state + micro-batches in flight * saved + what passes + what the allocator does not count, at the fullest
-              moment of a backward (`judge_peak`)
+              moment of a backward (`peak`)
     step      the event simulation of the schedule
 
 ``judge`` returns what it found, ``differences`` names where a plan says otherwise.
@@ -22,16 +22,15 @@ from autopar.cluster.cluster import Cluster
 from autopar.cluster.software import load_software
 from autopar.graph.ir import Block, Graph
 from autopar.graph.profile import GraphProfile, profile_graph
-from autopar.inter.judge_block import BlockPrice, Issue, price_block
-from autopar.inter.judge_collectives import listed
-from autopar.inter.judge_ground import Case, Ground
-from autopar.inter.judge_items import step_items
-from autopar.inter.judge_parameters import disagreements
-from autopar.inter.judge_peak import Moment, Passage, fullest_moment
-from autopar.inter.judge_routes import Mesh, Step
-from autopar.inter.judge_tied import Use, exchanges, tied_moves
-from autopar.inter.judge_transfers import Send, sends
-from autopar.inter.simulate import StageTimes, simulate
+from autopar.judge.block import BlockPrice, Issue, price_block
+from autopar.judge.collectives import listed
+from autopar.judge.ground import Case, Ground
+from autopar.judge.items import step_items
+from autopar.judge.parameters import disagreements
+from autopar.judge.peak import Moment, Passage, fullest_moment
+from autopar.judge.routes import Mesh, Step
+from autopar.judge.tied import Use, exchanges, tied_moves
+from autopar.judge.transfers import Send, sends
 from autopar.plan.errors import CheckError
 from autopar.plan.plan import (
     BlockProgram,
@@ -44,6 +43,7 @@ from autopar.plan.plan import (
     device_memory,
 )
 from autopar.plan.schedule import actions
+from autopar.plan.simulate import StageTimes, simulate
 
 RELATIVE_TOLERANCE = 1e-5
 SCALARS_BYTES = 16.0

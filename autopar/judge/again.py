@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from autopar.graph.ir import Block, Graph
 from autopar.graph.random_ops import drop_probability
-from autopar.inter.judge_flow import Moves
-from autopar.inter.judge_ground import Case
-from autopar.inter.judge_routes import Route
+from autopar.judge.flow import Moves
+from autopar.judge.ground import Case
+from autopar.judge.routes import Route
 from autopar.plan.plan import BlockProgram
 
 

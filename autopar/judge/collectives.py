@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Literal
 
-from autopar.inter.judge_block import BlockPrice
-from autopar.inter.judge_tied import Exchange
-from autopar.inter.judge_transfers import Send
+from autopar.judge.block import BlockPrice
+from autopar.judge.tied import Exchange
+from autopar.judge.transfers import Send
 from autopar.plan.plan import Collective, CollectiveKind, Plan
 
 Key = tuple[int, Literal["microbatch", "step"], CollectiveKind, tuple[str, ...], int]

@@ -16,9 +16,9 @@ from dataclasses import replace
 
 from autopar.cluster.cluster import Cluster
 from autopar.cluster.software import load_software
-from autopar.inter.judge_block import BlockPrice, BlockSeconds
-from autopar.inter.simulate import StageTimes, simulate
+from autopar.judge.block import BlockPrice, BlockSeconds
 from autopar.plan.plan import ItemKind, Plan, TimeItem, TimeParts
+from autopar.plan.simulate import StageTimes, simulate
 
 COMPUTE: tuple[ItemKind, ...] = ("matmul", "attention", "memory_bound")
 

@@ -1,14 +1,14 @@
 """What one block costs under its program: times, memory and collectives, summed here and nowhere else.
 
-F, C, B      kernels outside and inside attention, and backward, with the moves of activations      (judge_ops, _flow)
+F, C, B      kernels outside and inside attention, and backward, with the moves of activations      (ops, flow)
 launches     calls of the host * launch time, + a wait per collective for the slowest host          (_launch_s)
 forward      both(max(F + C, launches), gathers)                both(a, b) = max(a, b) + contention * min(a, b)
 backward     both(max(B + again, launches), gathers, scatters)  again = 0 | C | A for none | selective | full
              (selective by operation: as full, of what it has not kept)
-             A = F + C, or of it what the backward needs (`judge_again`)                           (_rerun)
+             A = F + C, or of it what the backward needs (`again`)                           (_rerun)
 exchanges    of a linear op's input gradient run beside the product for its weight's, where the program overlaps or is
              sequence parallel, and what is gathered again beside the one for its input's: both(a, b) - a  (_visible_s)
-passing      in one op, at most, + what the recompute mode brings back; gathered parameters beside it: `judge_peak`
+passing      in one op, at most, + what the recompute mode brings back; gathered parameters beside it: `peak`
 """
 
 from collections.abc import Iterable
@@ -17,14 +17,14 @@ from math import prod
 from typing import Literal
 
 from autopar.graph.ir import Op
-from autopar.inter.judge_again import Again, again
-from autopar.inter.judge_flow import Moves, moves
-from autopar.inter.judge_ground import Case, is_attention
-from autopar.inter.judge_kept import kept
-from autopar.inter.judge_ops import price_op
-from autopar.inter.judge_parameters import ParameterPrice, price_parameters
-from autopar.inter.judge_routes import Route, Step
-from autopar.inter.judge_workspace import passing
+from autopar.judge.again import Again, again
+from autopar.judge.flow import Moves, moves
+from autopar.judge.ground import Case, is_attention
+from autopar.judge.kept import kept
+from autopar.judge.ops import price_op
+from autopar.judge.parameters import ParameterPrice, price_parameters
+from autopar.judge.routes import Route, Step
+from autopar.judge.workspace import passing
 from autopar.plan.errors import CheckError
 
 

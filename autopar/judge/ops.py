@@ -18,8 +18,8 @@ from math import prod
 from autopar.cluster.device import ITEMSIZE, Device
 from autopar.cost.fusion import NOTHING, memory_kernels
 from autopar.graph.ir import Graph, Op, OpProfile
-from autopar.inter.judge_ground import Case
-from autopar.inter.judge_routes import Mesh, Step, local_shape
+from autopar.judge.ground import Case
+from autopar.judge.routes import Mesh, Step, local_shape
 from autopar.plan.errors import CheckError
 from autopar.plan.mesh import parse_placements, shard_dim
 from autopar.plan.plan import OpPlan

@@ -10,8 +10,8 @@ sending (each sender its share of all parts) and receiving (each receiver its pa
 from dataclasses import dataclass
 
 from autopar.graph.ir import Block, Graph
-from autopar.inter.judge_ops import sizes_at
-from autopar.inter.judge_routes import Mesh
+from autopar.judge.ops import sizes_at
+from autopar.judge.routes import Mesh
 from autopar.plan.mesh import parse_placements
 from autopar.plan.plan import Plan, ValuePlan
 

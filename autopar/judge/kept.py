@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from math import prod
 
 from autopar.graph.ir import Op
-from autopar.inter.judge_flow import Copy, Moves
-from autopar.inter.judge_ground import Case, is_attention
-from autopar.inter.judge_workspace import whole_scores
+from autopar.judge.flow import Copy, Moves
+from autopar.judge.ground import Case, is_attention
+from autopar.judge.workspace import whole_scores
 from autopar.plan.mesh import parse_placements
 from autopar.plan.plan import OpPlan
 

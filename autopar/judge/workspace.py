@@ -9,8 +9,8 @@ allocates its scores forward, and the gradients of scores and of probabilities b
 from math import prod
 
 from autopar.graph.ir import Graph, Op
-from autopar.inter.judge_ground import Case
-from autopar.inter.judge_ops import sizes_at
+from autopar.judge.ground import Case
+from autopar.judge.ops import sizes_at
 from autopar.plan.plan import OpPlan
 
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 
 from autopar.cost.parameters import BUCKET_BYTES
 from autopar.graph.ir import Block, Graph
-from autopar.inter.judge_ground import Case
-from autopar.inter.judge_routes import Mesh, Step, local_shape
+from autopar.judge.ground import Case
+from autopar.judge.routes import Mesh, Step, local_shape
 from autopar.plan.errors import CheckError
 from autopar.plan.mesh import parse_placements
 from autopar.plan.plan import BlockProgram, CollectiveKind, ParameterPlan

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 
 from autopar.graph.ir import Block, Graph, Value
-from autopar.inter.judge_routes import Mesh, Step, local_shape
+from autopar.judge.routes import Mesh, Step, local_shape
 from autopar.plan.mesh import parse_placements
 from autopar.plan.plan import BlockProgram, ParameterPlan, Plan
 
@@ -76,7 +76,7 @@ def _part_bytes(tensor: Value, planned: ParameterPlan, mesh: Mesh) -> int:
 def tied_moves(
     graph: Graph, uses: Sequence[Use], disagreed: frozenset[tuple[int, int]], mesh: Mesh
 ) -> tuple[tuple[Step, ...], ...]:
-    """Per block, its moves of tied parameters in a micro-batch; ``disagreed`` as in `judge_parameters`."""
+    """Per block, its moves of tied parameters in a micro-batch; ``disagreed`` as in `parameters`."""
     held: dict[int, ParameterPlan] = {}
     found = []
     for use in uses:

@@ -4,15 +4,15 @@ An activation is made in one placement (by an op, or as the block's input) and r
 straight to it; with several it is first brought to the program's ``shared`` placement, and from there once to every
 other (placement, gradient) that readers want. Each move is made forward by the value and backward by its gradient.
 
-A *copy* is memory: an op's result, or what a move left (`judge_kept` says which stay for the backward).
+A *copy* is memory: an op's result, or what a move left (`kept` says which stay for the backward).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from autopar.graph.ir import Block, Graph
-from autopar.inter.judge_ops import sizes_at
-from autopar.inter.judge_routes import Mesh, Route
+from autopar.judge.ops import sizes_at
+from autopar.judge.routes import Mesh, Route
 from autopar.plan.errors import CheckError
 from autopar.plan.mesh import parse_placements
 from autopar.plan.plan import BlockProgram

@@ -7,8 +7,8 @@ from autopar.cluster.software import Software, load_software
 from autopar.cost.fusion import Saving, savings, with_fused_loss
 from autopar.graph.ir import Block, Graph, Op
 from autopar.graph.profile import GraphProfile
-from autopar.inter.judge_routes import Mesh
-from autopar.inter.judge_selected import Selected, selected_of
+from autopar.judge.routes import Mesh
+from autopar.judge.selected import Selected, selected_of
 from autopar.plan.mesh import parse_placements
 from autopar.plan.plan import BlockProgram, Execution, OpPlan
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 from autopar.graph.ir import Block, Graph
-from autopar.inter.judge_routes import Mesh
+from autopar.judge.routes import Mesh
 from autopar.plan.mesh import parse_placements
 from autopar.plan.plan import BlockProgram, Execution, ParameterPlan
 
