@@ -17,7 +17,7 @@ from autopar.inter.lying import Lying
 from autopar.inter.provenance import with_provenance
 from autopar.inter.stage_memory import memory_of
 from autopar.inter.stages import StageBook
-from autopar.inter.summary import Parts, alike_on_all_ranks, summarise, time_parts
+from autopar.inter.summary import alike_on_all_ranks, summarise, time_parts
 from autopar.inter.transfers import first_devices
 from autopar.inter.uses import Use, uses_of
 from autopar.judge.ground import Ground
@@ -75,48 +75,8 @@ class Found:
 def build_plan(found: Found) -> Plan:
     """The plan, with an estimate from the same totals the search compared."""
     book, graph = found.book, found.book.blocks.graph
-    programs: dict[tuple[object, ...], BlockProgram] = {}
-    stages = []
-    firsts = found.first_devices or first_devices(
-        [devices for _, _, devices in found.stages], found.cluster.devices_per_node
-    )
-    alike: list[str] = []
-    slowest: tuple[float, int, list[Use], Parts] = (-1.0, 0, [], Parts())
-    for at, (first, end, devices) in enumerate(found.stages):
-        if found.books:
-            book = found.books[at]
-        held, choice = found.held[at], found.runs[at].choice
-        uses = uses_of(book, choice, first, end)
-        axes = _axes(book, choice.mesh, uses)
-        refs = []
-        for block, use in zip(book.blocks.blocks[first:end], uses, strict=True):
-            key = (use.column, use.ref, choice.boundary, choice.mesh)
-            if key not in programs:
-                programs[key] = _program(book, use, f"p{len(programs)}")
-            refs.append(BlockRef(index=block.index, name=block.name, program=programs[key].id))
-        names = [axis.name for axis in axes][-len(choice.mesh.inner) :] if choice.mesh.inner else []
-        for name, (share, attention) in alike_on_all_ranks(uses, book.blocks.profile, names).items():
-            what = "attention among them, " if attention else ""
-            alike.append(f"stage {at}: {share:.1%} of the FLOPs, {what}are computed alike on all ranks of {name}")
-        busy = found.times[at].forward_s + found.times[at].backward_s
-        if busy > slowest[0]:
-            slowest = (busy, at, uses, time_parts(uses))
-        stages.append(
-            StagePlan(
-                blocks=tuple(refs),
-                first_device=firsts[at],
-                num_devices=devices,
-                axes=axes,
-                chunk=at * found.num_chunks // len(found.stages),
-                forward_s=found.times[at].forward_s,
-                backward_s=found.times[at].backward_s,
-                step_s=found.times[at].step_s,
-                send_forward_s=found.times[at].send_forward_s,
-                send_backward_s=found.times[at].send_backward_s,
-                in_flight=held,
-                memory=memory_of(book, uses, first, held),
-            )
-        )
+    writer = _Writer(found)
+    stages = tuple(writer.stage(at) for at in range(len(found.stages)))
     simulation = simulate(
         found.schedule,
         found.times,
@@ -124,6 +84,7 @@ def build_plan(found: Found) -> Plan:
         found.num_chunks,
         num_devices=[devices for _, _, devices in found.stages[: len(found.stages) // found.num_chunks]],
     )
+    slowest = max(range(len(stages)), key=lambda at: stages[at].forward_s + stages[at].backward_s)
     estimate = summarise(
         book=book,
         cluster=found.cluster,
@@ -133,16 +94,11 @@ def build_plan(found: Found) -> Plan:
         stages=stages,
         step_time_s=simulation.step_time_s,
         bubble_fraction=simulation.bubble_fraction,
-        parts=slowest[3],
+        parts=time_parts(writer.uses[slowest]),
     )
     bound_s = min(found.lower_bound_s, simulation.step_time_s)
     gap = 1 - bound_s / simulation.step_time_s
-    unknown: dict[str, str] = {}  # op -> where the model first calls it
-    for column in range(len(book.columns)):
-        for node in book.blocks.space(book.columns[column][0]).ops:
-            if not node.rule.known:
-                unknown.setdefault(node.op.target, f" at {node.op.source}" if node.op.source else "")
-    listed = tuple(programs.values())
+    programs = tuple(writer.programs.values())
     plan = Plan(
         format_version=FORMAT_VERSION,
         model=ModelRef(
@@ -160,9 +116,9 @@ def build_plan(found: Found) -> Plan:
         micro_batch_size=book.micro_batch,
         schedule=found.schedule,
         num_chunks=found.num_chunks,
-        recompute=recompute_summary(listed),
-        programs=listed,
-        stages=tuple(stages),
+        recompute=recompute_summary(programs),
+        programs=programs,
+        stages=stages,
         estimate=estimate,
         search=SearchOutcome(
             seconds=found.seconds,
@@ -171,13 +127,7 @@ def build_plan(found: Found) -> Plan:
             gap=gap,
             runner_up=found.runner_up,
         ),
-        notes=(
-            *(
-                f"{target}{place} has no sharding rule: every rank runs it whole, and what it reads is gathered first"
-                for target, place in sorted(unknown.items())
-            ),
-            *alike,
-        ),
+        notes=(*_unknown_ops(book), *writer.alike),
         command="",
         versions={
             "autopar": _version("autopar"),
@@ -186,7 +136,68 @@ def build_plan(found: Found) -> Plan:
         },
     )
     plan = judged(plan, book.blocks, found.cluster, found.ground)
-    return with_provenance(plan, slowest[1], slowest[2], book.blocks, found.cluster)
+    return with_provenance(plan, slowest, writer.uses[slowest], book.blocks, found.cluster)
+
+
+class _Writer:
+    """Stages one after the other: the ``programs`` of their blocks, each once, how blocks were decided (``uses``, of
+    each stage), and what is computed ``alike`` on several ranks."""
+
+    def __init__(self, found: Found) -> None:
+        self.found = found
+        self.firsts = found.first_devices or first_devices(
+            [devices for _, _, devices in found.stages], found.cluster.devices_per_node
+        )
+        self.programs: dict[tuple[object, ...], BlockProgram] = {}
+        self.uses: list[list[Use]] = []
+        self.alike: list[str] = []
+
+    def stage(self, at: int) -> StagePlan:
+        """The next stage, number ``at``."""
+        found = self.found
+        first, end, devices = found.stages[at]
+        book = found.books[at] if found.books else found.book
+        held, choice, times = found.held[at], found.runs[at].choice, found.times[at]
+        uses = uses_of(book, choice, first, end)
+        self.uses.append(uses)
+        axes = _axes(book, choice.mesh, uses)
+        refs = []
+        for block, use in zip(book.blocks.blocks[first:end], uses, strict=True):
+            key = (use.column, use.ref, choice.boundary, choice.mesh)
+            if key not in self.programs:
+                self.programs[key] = _program(book, use, f"p{len(self.programs)}")
+            refs.append(BlockRef(index=block.index, name=block.name, program=self.programs[key].id))
+        names = [axis.name for axis in axes][-len(choice.mesh.inner) :] if choice.mesh.inner else []
+        for name, (share, attention) in alike_on_all_ranks(uses, book.blocks.profile, names).items():
+            what = "attention among them, " if attention else ""
+            self.alike.append(f"stage {at}: {share:.1%} of the FLOPs, {what}are computed alike on all ranks of {name}")
+        return StagePlan(
+            blocks=tuple(refs),
+            first_device=self.firsts[at],
+            num_devices=devices,
+            axes=axes,
+            chunk=at * found.num_chunks // len(found.stages),
+            forward_s=times.forward_s,
+            backward_s=times.backward_s,
+            step_s=times.step_s,
+            send_forward_s=times.send_forward_s,
+            send_backward_s=times.send_backward_s,
+            in_flight=held,
+            memory=memory_of(book, uses, first, held),
+        )
+
+
+def _unknown_ops(book: StageBook) -> list[str]:
+    """A note for every kind of op without a sharding rule, with where the model first calls it."""
+    places: dict[str, str] = {}
+    for kind, _ in book.columns:
+        for node in book.blocks.space(kind).ops:
+            if not node.rule.known:
+                places.setdefault(node.op.target, f" at {node.op.source}" if node.op.source else "")
+    return [
+        f"{target}{place} has no sharding rule: every rank runs it whole, and what it reads is gathered first"
+        for target, place in sorted(places.items())
+    ]
 
 
 def execution_of(execution: ExecutionModel) -> Execution:
