@@ -14,7 +14,7 @@ Collectives are parts of those of a bucket; fp16 programs reduce gradients in fp
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from autopar.cost.parameters import BUCKET_BYTES
 from autopar.graph.ir import Block, Graph
@@ -30,94 +30,79 @@ class ParameterPrice:
     """Seconds and bytes of all parameters of a block; ``gathered_once`` (parameter, gather) that the block's own
     backward does not repeat."""
 
-    forward_s: float
-    backward_s: float
-    reduction_s: float
-    optimizer_s: float
-    accumulate_s: float
-    parameters_bytes: float
-    gradients_bytes: float
-    optimizer_bytes: float
-    microbatch_steps: tuple[Step, ...]
-    once_steps: tuple[Step, ...]
-    gathered_once: tuple[tuple[int, Step], ...]
+    forward_s: float = 0.0
+    backward_s: float = 0.0
+    reduction_s: float = 0.0
+    optimizer_s: float = 0.0
+    accumulate_s: float = 0.0
+    parameters_bytes: float = 0.0
+    gradients_bytes: float = 0.0
+    optimizer_bytes: float = 0.0
+    microbatch_steps: tuple[Step, ...] = ()
+    once_steps: tuple[Step, ...] = ()
+    gathered_once: tuple[tuple[int, Step], ...] = ()
+
+    def __add__(self, other: "ParameterPrice") -> "ParameterPrice":
+        names = [field.name for field in fields(self)]
+        return ParameterPrice(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
 
 def price_parameters(case: Case, read_again: frozenset[int]) -> ParameterPrice:
     """``microbatch_steps`` gathers again only those that the backward reads (``read_again``), while its seconds charge for
     the whole bucket. Where blocks of the stage disagree on a tied parameter, its gradient is a sum of terms."""
-    graph, block, program, mesh = case.ground.graph, case.block, case.program, case.mesh
-    execution = case.ground.execution
-    plans = _by_value(graph, block, program)
-    sums = dict.fromkeys(("forward", "backward", "reduction", "optimizer", "p", "g", "o", "sum"), 0.0)
-    software, device = case.software, mesh.cluster.device
-    per_microbatch: list[Step] = []
-    once: list[Step] = []
-    gathers: list[tuple[int, Step]] = []
-    for value, planned in plans.items():
-        if value in case.stored:
-            continue
-        tensor = graph.values[value]
-        compute, optimizer = parse_placements(planned.compute), parse_placements(planned.optimizer)
-        size = mesh.local_bytes(tensor.shape, tensor.itemsize, compute)
-        if tensor.kind == "buffer" or not tensor.requires_grad:
-            sums["p"] += size
-            continue
-        partial = _partial_axes(graph, block, program, value, planned, mesh)
-        cut = tuple(axis for axis, (a, b) in enumerate(zip(compute, optimizer, strict=True)) if a != b)
-        _check_storage(program, planned, cut, partial, mesh)
-        elements = size / tensor.itemsize
-        gradient = elements * (4 if execution.grads == "fp32" else tensor.itemsize)
-        master = 4 if tensor.itemsize < 4 else 0
-        state = elements * (master + (8 if execution.optimizer == "adamw" else 0))
-        shards = mesh.degree(cut)
-        stage3, stage2 = planned.parameter == planned.optimizer and bool(cut), _cut_gradient(planned, cut)
-        sent = elements * tensor.itemsize if execution.dtype == "fp16" else gradient
-        rows = local_shape(tensor.shape, compute, mesh.sizes)[0] if cut and tensor.shape else shards
-        padding = -(-rows // shards) * shards / rows  # every rank's part of the rows is as large as the first's
-        gather = _part(mesh, "all_gather", size, cut, padding)
-        scatter = _part(mesh, "reduce_scatter", sent, cut, padding)
-        rest = _part(mesh, "all_reduce", sent / shards, tuple(axis for axis in partial if axis not in cut))
-        if stage3:
-            sums["forward"] += _time(gather)
-            sums["backward"] += _time(gather) + _time(scatter)
-            twice = value in read_again
-            per_microbatch += [step for step in (gather, gather if twice else None, scatter) if step]
-            gathers += [(value, gather)] if gather and not twice else []
-        else:
-            sums["optimizer"] += _time(gather)
-            sums["backward" if stage2 else "reduction"] += _time(scatter)
-            once += [gather] if gather else []
-            (per_microbatch if stage2 else once).extend([scatter] if scatter else [])
-        sums["reduction"] += _time(rest)
-        terms = tuple(
-            axis
-            for axis in range(len(compute))
-            if axis not in cut and (axis in partial or (compute[axis] == "R" and (value, axis) in case.disagreed))
-        )
-        rest = _part(mesh, "all_reduce", sent / shards, terms, padding)
-        once += [rest] if rest else []
-        moved = software.optimizer_bytes_half if tensor.itemsize < 4 else software.optimizer_bytes_full
-        moved -= 16 if execution.optimizer == "sgd" else 0
-        sums["optimizer"] += float(device.memory_bound_s(elements * moved / shards))
-        if case.accumulates:
-            added = (elements * tensor.itemsize + 2 * gradient) / (shards if stage2 or stage3 else 1)
-            sums["sum"] += float(device.memory_bound_s(added))
-        sums["p"] += size / (shards if stage3 else 1)
-        sums["g"] += gradient / (shards if stage2 else 1)
-        sums["o"] += state / shards
+    planned = _by_value(case.ground.graph, case.block, case.program)
+    found = [_price(case, value, at, read_again) for value, at in planned.items() if value not in case.stored]
+    return sum(found, start=ParameterPrice())
+
+
+def _price(case: Case, value: int, planned: ParameterPlan, read_again: frozenset[int]) -> ParameterPrice:
+    """The price of one parameter or buffer."""
+    mesh, execution, tensor = case.mesh, case.ground.execution, case.ground.graph.values[value]
+    compute, optimizer = parse_placements(planned.compute), parse_placements(planned.optimizer)
+    size = mesh.local_bytes(tensor.shape, tensor.itemsize, compute)
+    if tensor.kind == "buffer" or not tensor.requires_grad:
+        return ParameterPrice(parameters_bytes=size)
+    partial = _partial_axes(case, value, planned)
+    cut = tuple(axis for axis, (a, b) in enumerate(zip(compute, optimizer, strict=True)) if a != b)
+    _check_storage(case.program, planned, cut, partial, mesh)
+    stage3, stage2 = planned.parameter == planned.optimizer and bool(cut), _cut_gradient(planned, cut)
+
+    elements, shards = size / tensor.itemsize, mesh.degree(cut)
+    gradient = elements * (4 if execution.grads == "fp32" else tensor.itemsize)
+    master = 4 if tensor.itemsize < 4 else 0
+    state = elements * (master + (8 if execution.optimizer == "adamw" else 0))
+    stepped = case.software.optimizer_bytes_half if tensor.itemsize < 4 else case.software.optimizer_bytes_full
+    stepped -= 16 if execution.optimizer == "sgd" else 0
+    added = (elements * tensor.itemsize + 2 * gradient) / (shards if stage2 or stage3 else 1)
+
+    sent = elements * tensor.itemsize if execution.dtype == "fp16" else gradient
+    rows = local_shape(tensor.shape, compute, mesh.sizes)[0] if cut and tensor.shape else shards
+    padding = -(-rows // shards) * shards / rows  # every rank's part of the rows is as large as the first's
+    gather = _part(mesh, "all_gather", size, cut, padding)
+    scatter = _part(mesh, "reduce_scatter", sent, cut, padding)
+    rest = _part(mesh, "all_reduce", sent / shards, tuple(axis for axis in partial if axis not in cut))
+    terms = tuple(
+        axis
+        for axis in range(len(compute))
+        if axis not in cut and (axis in partial or (compute[axis] == "R" and (value, axis) in case.disagreed))
+    )
+    summed = _part(mesh, "all_reduce", sent / shards, terms, padding)
+    twice = stage3 and value in read_again
+    each = (gather if stage3 else None, gather if twice else None, scatter if stage2 or stage3 else None)
+    once = (None if stage3 else gather, None if stage2 or stage3 else scatter, summed)
+    device = mesh.cluster.device
     return ParameterPrice(
-        forward_s=sums["forward"],
-        backward_s=sums["backward"],
-        reduction_s=sums["reduction"],
-        optimizer_s=sums["optimizer"],
-        accumulate_s=sums["sum"],
-        parameters_bytes=sums["p"],
-        gradients_bytes=sums["g"],
-        optimizer_bytes=sums["o"],
-        microbatch_steps=tuple(per_microbatch),
-        once_steps=tuple(once),
-        gathered_once=tuple(gathers),
+        forward_s=_time(gather) if stage3 else 0.0,
+        backward_s=(_time(gather) if stage3 else 0.0) + (_time(scatter) if stage2 or stage3 else 0.0),
+        reduction_s=_time(rest) + (0.0 if stage2 or stage3 else _time(scatter)),
+        optimizer_s=float(device.memory_bound_s(elements * stepped / shards)) + (0.0 if stage3 else _time(gather)),
+        accumulate_s=float(device.memory_bound_s(added)) if case.accumulates else 0.0,
+        parameters_bytes=size / (shards if stage3 else 1),
+        gradients_bytes=gradient / (shards if stage2 else 1),
+        optimizer_bytes=state / shards,
+        microbatch_steps=tuple(step for step in each if step),
+        once_steps=tuple(step for step in once if step),
+        gathered_once=((value, gather),) if stage3 and gather and not twice else (),
     )
 
 
@@ -173,13 +158,12 @@ def _names(graph: Graph, value: int) -> tuple[str, ...]:
     return graph.values[value].names or (graph.values[value].name,)
 
 
-def _partial_axes(
-    graph: Graph, block: Block, program: BlockProgram, value: int, planned: ParameterPlan, mesh: Mesh
-) -> tuple[int, ...]:
+def _partial_axes(case: Case, value: int, planned: ParameterPlan) -> tuple[int, ...]:
     """D: where some use of a parameter leaves a term of its gradient (one that leaves all of it counts on the first
     rank); all uses must take the parameter as it is planned."""
     found: set[int] = set()
-    for op, at_op in zip(graph.ops[block.first_op : block.end_op], program.ops, strict=True):
+    ops = case.ground.graph.ops[case.block.first_op : case.block.end_op]
+    for op, at_op in zip(ops, case.program.ops, strict=True):
         for at, read in enumerate(op.inputs):
             if read == value:
                 if at_op.inputs[at] != planned.compute:
@@ -187,7 +171,7 @@ def _partial_axes(
                         f"op {op.name} reads {planned.name} as {at_op.inputs[at]}, the plan keeps {planned.compute}"
                     )
                 tokens = parse_placements(at_op.input_gradients[at])
-                found.update(axis for axis, token in enumerate(tokens) if token == "P" and mesh.sizes[axis] > 1)
+                found.update(axis for axis, token in enumerate(tokens) if token == "P" and case.mesh.sizes[axis] > 1)
     return tuple(sorted(found))
 
 
