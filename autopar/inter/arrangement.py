@@ -12,6 +12,7 @@ import numpy as np
 from autopar.inter.finish import Finished, PointRef, StageChoice
 from autopar.inter.stage_memory import stage_memory
 from autopar.inter.stages import StageBook
+from autopar.inter.tied import tied_seconds
 from autopar.inter.transfers import first_devices
 from autopar.plan.plan import chunks_memory
 from autopar.plan.schedule import Schedule, held_by_chunk
@@ -69,14 +70,15 @@ class Arrangement:
         return runs
 
     def times(self, runs: Sequence[Finished]) -> list[StageTimes]:
-        """Times of all stages, transfers included: a rank of the next stage receives its own part of what crosses."""
-        choices = [run.choice for run in runs]
-        forward, backward = self.book.transfers.seconds(self.stages, self.first_devices(), choices)
+        """Times of all stages, transfers and exchanges of tied parameters included."""
+        choices, firsts = [run.choice for run in runs], self.first_devices()
+        forward, backward = self.book.transfers.seconds(self.stages, firsts, choices)
+        tied = tied_seconds([self.book] * len(runs), self.stages, firsts, choices)
         return [
             StageTimes(
                 forward_s=run.forward_s,
                 backward_s=run.backward_s,
-                step_s=run.step_s,
+                step_s=run.step_s + tied[at],
                 send_forward_s=forward[at],
                 send_backward_s=backward[at],
             )

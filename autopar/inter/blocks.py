@@ -91,10 +91,15 @@ class Blocks:
         self.core = frozenset(op.id for op in graph.ops if "scaled_dot_product" in op.target)
         self.kept = Kept.of(graph, self.profile, blocks, execution) if execution.selective == "products" else None
         self.savers = _savers(graph, self.profile, self.core, self.kept)
-        self.first_user: dict[int, int] = {}
+        users: dict[int, list[int]] = {}
         for block in blocks:
             for value in block.parameters:
-                self.first_user.setdefault(value, block.index)
+                users.setdefault(value, []).append(block.index)
+        self.first_user = {value: found[0] for value, found in users.items()}
+        trained = (
+            value for value in users if graph.values[value].kind == "parameter" and graph.values[value].requires_grad
+        )
+        self.tied = {value: tuple(users[value]) for value in sorted(trained) if len(users[value]) > 1}
         self._tables: dict[tuple[object, ...], BlockTables] = {}
         self._points: dict[tuple[object, ...], BlockPoints] = {}
         self._prices: dict[Mesh, ParameterPrices] = {}

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from autopar.cluster.cluster import Cluster
-from autopar.cost import parameters as pm
 from autopar.cost.execution import ExecutionModel
 from autopar.graph.flops import num_parameters
 from autopar.inter.blocks import Mesh
@@ -30,7 +29,6 @@ from autopar.plan.plan import (
     Execution,
     ModelRef,
     OpPlan,
-    ParameterPlan,
     Plan,
     Schedule,
     SearchOutcome,
@@ -221,24 +219,16 @@ def _program(book: StageBook, use: Use, name: str) -> BlockProgram:
     tables, graph = points.tables, book.blocks.graph
     lie = Lying(graph, book.micro_batch, use.mesh.has_data_axis)
     placements: dict[int, OpPlan] = {}
-    parameters: dict[int, ParameterPlan] = {}
     choices = points.choices[:, use.row, use.boundary]
     again = tables.copies.kept_as_cut(choices.tolist(), points.regathers(use.row, use.boundary))
     for at, node in enumerate(tables.space.ops):
-        strategy = use.strategy(at)
-        options = tables.strategies[at][strategy]
+        options = tables.strategies[at][use.strategy(at)]
         data = tables.space.data_axis.options[at]
         placements[node.op.id] = lie.op_plan(node.op, options, data, again.get(node.op.id, ()))
-        names, chosen = points.storages[at]
-        for number, position in enumerate(node.parameters):
-            value = graph.values[node.op.inputs[position]]
-            storage = names[number * len(tables.strategies[at]) + strategy][int(chosen[number][use.row, strategy])]
-            cut = "G" if value.id in tables.space.data_axis.summed else "R"
-            tokens = [cut, *(option.inputs[position] for option in options)]
-            parameters.setdefault(value.id, _parameter(value.names or (value.name,), tokens, storage, use.mesh))
     for op in tables.space.data_ops:
         placements[op.id] = lie.data_op_plan(op, len(use.mesh.inner))
     kind, _ = book.columns[use.column]
+    parameters = use.parameters(graph)
     return BlockProgram(
         id=name,
         kind=kind,
@@ -248,30 +238,6 @@ def _program(book: StageBook, use: Use, name: str) -> BlockProgram:
         shared=lie.shared(tables, choices),
         ops=tuple(placements[op] for op in sorted(placements)),
         parameters=tuple(parameters[v] for v in book.blocks.kinds[kind].parameters if v in parameters),
-    )
-
-
-def _parameter(names: Sequence[str], tokens: Sequence[Token], storage: pm.Storage, mesh: Mesh) -> ParameterPlan:
-    """ZeRO cuts dim 0 of what the op's own cuts leave to a rank, so its pieces are those that they make. ``tokens`` are
-    those of all axes, the data axis first."""
-    compute = [token.text if isinstance(token, Atom) else "R" for token in tokens]
-    pieces = 1
-    for token, size in zip(tokens, mesh.sizes, strict=True):
-        if isinstance(token, Atom) and token.dim == 0:
-            pieces = max(pieces, token.repeats * size)
-    shard = "S(0)" if pieces == 1 else f"_S(0,{pieces})"
-    cut = [shard if axis in storage.axes else token for axis, token in enumerate(compute)]
-    gradient = [
-        "P" if token == "R" and tokens[axis] == "G" else token
-        for axis, token in enumerate(cut if storage.stage >= 2 else compute)
-    ]
-    first = 0 if mesh.has_data_axis else 1
-    return ParameterPlan(
-        name=names[0],
-        compute="".join(compute[first:]),
-        parameter="".join((cut if storage.stage == 3 else compute)[first:]),
-        gradient="".join(gradient[first:]),
-        optimizer="".join((cut if storage.stage >= 1 else compute)[first:]),
     )
 
 

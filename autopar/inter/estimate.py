@@ -32,6 +32,7 @@ from autopar.inter.planner import DTYPES, GIB
 from autopar.inter.scatter_gather import cut_bytes_of, send_seconds
 from autopar.inter.stage_memory import stage_memory
 from autopar.inter.stages import FREE, StageBook
+from autopar.inter.tied import tied_seconds
 from autopar.intra import totals as tt
 from autopar.judge.ground import Ground
 from autopar.plan.errors import LayoutError
@@ -229,7 +230,9 @@ class LayoutPricer:
     def _times(
         self, layout: Layout, stages: tuple[StageCut, ...], books: tuple[StageBook, ...], runs: list[Finished]
     ) -> list[StageTimes]:
-        """Times of all stages, transfers included."""
+        """Times of all stages, transfers and exchanges of tied parameters included."""
+        placed = [(cut.first, cut.end, cut.spec.num_gpus) for cut in stages]
+        tied = tied_seconds(books, placed, [cut.first_device for cut in stages], [run.choice for run in runs])
         per_node = self.cluster.devices_per_node
         sends = []
         for at, (cut, following) in enumerate(itertools.pairwise(stages)):
@@ -249,7 +252,7 @@ class LayoutPricer:
             StageTimes(
                 forward_s=run.forward_s,
                 backward_s=run.backward_s,
-                step_s=run.step_s,
+                step_s=run.step_s + tied[at],
                 send_forward_s=sends[at] if at < len(sends) else 0.0,
                 send_backward_s=sends[at - 1] if at else 0.0,
             )

@@ -4,9 +4,9 @@
 Stages are cut as even as possible (``cuts``); the mesh of a stage is (data, ep, cp, tp) with axes of one rank left out.
 On each axis ops are restricted (``restriction``), and what is still free (column or row) is the fastest:
 
-    tp   matmuls and look-ups shard their weights, attention its heads; without sp nothing is sharded by sequence and what
-         crosses blocks is replicated; with sp that is sharded by sequence, and so is all that norms, dropout and sums
-         make of it (tensors of its shape)
+    tp   matmuls shard their weights, vocabularies their rows, attention its heads; without sp nothing is sharded by
+         sequence and what crosses blocks is replicated; with sp that is sharded by sequence, and so is all that norms,
+         dropout and sums make of it (tensors of its shape)
     cp   everything is sharded by sequence; attention gathers keys and values
     ep   dp inside dp: everything is sharded by batch but the experts, which are sharded by expert (all-to-all between)
 """
@@ -21,6 +21,10 @@ from autopar.plan.errors import LayoutError
 from autopar.plan.layout import Layout, StageSpec
 from autopar.rules.atoms import Atom
 from autopar.rules.options import Option
+
+VOCABULARY = 128
+"""Rows of the smallest table that is a vocabulary: Megatron-LM pads those to a multiple of 128 and leaves the tables of
+positions and of token types whole (megatron/training/arguments.py, ``make-vocab-size-divisible-by``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,9 +150,14 @@ def _allowed(graph: Graph, streams: frozenset[tuple[int, ...]], names: tuple[str
         shapes = [(i, len(graph.values[node.op.inputs[i]].shape)) for i in node.parameters]
         return [(atom, rank) for i, rank in shapes if rank > 1 and isinstance(atom := option.inputs[i], Atom)]
 
+    def looks_up(node: OpNode) -> bool:
+        """Whether it looks samples' tokens up in a table of parameters."""
+        is_table = node.op.target.startswith("aten.embedding") and node.parameters
+        return bool(is_table) and any(graph.batch.grows(size) for size in graph.values[node.op.inputs[1]].shape)
+
     def shards_weights(node: OpNode, option: Option) -> bool:
         atoms = weight_atoms(node, option)
-        if node.op.target.startswith("aten.embedding"):
+        if looks_up(node):
             return any(atom.dim == 0 for atom, _ in atoms)
         return any(rank == 2 or atom.dim > 0 for atom, rank in atoms)
 
@@ -161,7 +170,9 @@ def _allowed(graph: Graph, streams: frozenset[tuple[int, ...]], names: tuple[str
     def tp(node: OpNode, option: Option) -> bool:
         if shards_batch(option):
             return False
-        if node.rule.compute == "matmul" and node.parameters and any(shards_weights(node, o) for o in node.options):
+        vocabulary = looks_up(node) and graph.values[node.op.inputs[0]].shape[0] >= VOCABULARY
+        shards = vocabulary or (node.rule.compute == "matmul" and node.parameters)
+        if shards and any(shards_weights(node, o) for o in node.options):
             return shards_weights(node, option)
         if node.rule.compute == "attention":
             return "h" in {dict(node.rule.roles).get(label) for label in option.labels}

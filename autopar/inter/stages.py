@@ -92,13 +92,14 @@ class StageBook:
         self._meshes: dict[int, list[Mesh]] = {}
         self._finished: dict[tuple[tuple[int, ...], int, float, float], Finished | None] = {}
         self.peaks: dict[tuple[StageChoice, int, int, int], MemoryParts] = {}  # kept here by `arrangement`
+        self.tied_bytes: dict[tuple[int, int, StageChoice], float] = {}  # kept here by `tied`
         self._rows: dict[tuple[tuple[int, ...], bool], tuple[PriceRow, ...]] = {}
         self._points: dict[tuple[int, tuple[int, ...], int], BlockPoints] = {}
         self._sums: dict[tuple[Mesh, int], MeshSums] = {}
 
     def release(self) -> None:
         """Give back the memory of what was priced; asking again prices it again."""
-        for kept in (self._finished, self._points, self._sums, self.peaks):
+        for kept in (self._finished, self._points, self._sums, self.peaks, self.tied_bytes):
             kept.clear()
         self.blocks.forget(self.micro_batch)
 

@@ -87,7 +87,7 @@ class Transfers:
         forward, backward = [0.0] * len(stages), [0.0] * len(stages)
         for at in range(len(stages) - 1):
             cut = stages[at][1]
-            one_node = _one_node(cluster, firsts, stages, at)
+            one_node = in_one_node(cluster, firsts, stages, (at, at + 1))
             for sender, receiver, times in ((at, at + 1, forward), (at + 1, at, backward)):
                 num_bytes = self._part_bytes(cut, stages[receiver], choices[receiver], times is forward)
                 times[sender] = self._slower_s(num_bytes, stages[sender][2], stages[receiver][2], one_node)
@@ -96,11 +96,7 @@ class Transfers:
     def _slower_s(self, part_bytes: float, senders: int, receivers: int, one_node: bool) -> float:
         key = (part_bytes, senders, receivers, one_node)
         if key not in self._known:
-            cluster = self.book.blocks.cluster
-            most = cluster.devices_per_node
-            out_s = cluster.transfer_s(part_bytes * receivers / senders, same_node=one_node, sharers=min(senders, most))
-            in_s = cluster.transfer_s(part_bytes, same_node=one_node, sharers=min(receivers, most))
-            self._known[key] = float(max(out_s, in_s))
+            self._known[key] = slower_s(self.book.blocks.cluster, part_bytes, senders, receivers, one_node=one_node)
         return self._known[key]
 
     def received_s(self, blocks: tuple[int, int], devices: int, choice: "StageChoice") -> float:
@@ -163,10 +159,18 @@ class Transfers:
         return ("R",) * len(choice.mesh.inner)
 
 
-def _one_node(cluster: Cluster, firsts: Sequence[int], stages: Sequence[Stage], at: int) -> bool:
-    """Whether all devices of stages ``at`` and ``at + 1`` are of one node."""
+def slower_s(cluster: Cluster, part_bytes: float, senders: int, receivers: int, *, one_node: bool) -> float:
+    """Seconds until each of ``receivers`` devices has its part from ``senders``: the slower side's."""
+    most = cluster.devices_per_node
+    out_s = cluster.transfer_s(part_bytes * receivers / senders, same_node=one_node, sharers=min(senders, most))
+    in_s = cluster.transfer_s(part_bytes, same_node=one_node, sharers=min(receivers, most))
+    return float(max(out_s, in_s))
+
+
+def in_one_node(cluster: Cluster, firsts: Sequence[int], stages: Sequence[Stage], pair: tuple[int, int]) -> bool:
+    """Whether all devices of both stages are of one node; ``firsts``: the first device of each stage."""
     nodes = set()
-    for stage in (at, at + 1):
+    for stage in pair:
         nodes |= {
             device // cluster.devices_per_node for device in (firsts[stage], firsts[stage] + stages[stage][2] - 1)
         }

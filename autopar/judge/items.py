@@ -7,7 +7,8 @@ B micro-batches; sums are over the blocks (and chunks) of the run:
     gradients, once a step            max(r - b, 0) + contention * min(r, b) of reductions r behind the last backward b
     parameters, once a step           all of it
     optimizer                         the rest of the work once a step
-    transfers                         T(with them) - T(without them), T the simulated step; at most the run's own
+    transfers                         T(with them) - T(without them), T the simulated step; at most the run's own; and all
+                                  of the exchanges of tied parameters' gradients, once a step
     bubble                            step - all of the above
 """
 
@@ -24,9 +25,15 @@ COMPUTE: tuple[ItemKind, ...] = ("matmul", "attention", "memory_bound")
 
 
 def step_items(
-    plan: Plan, prices: list[list[BlockPrice]], times: list[StageTimes], cluster: Cluster, step_time_s: float
+    plan: Plan,
+    prices: list[list[BlockPrice]],
+    times: list[StageTimes],
+    tied_s: list[float],
+    cluster: Cluster,
+    step_time_s: float,
 ) -> tuple[TimeItem, ...]:
-    """The lines of the busiest run; ``prices`` are of each stage's blocks, ``times`` of each stage."""
+    """The lines of the busiest run; ``prices`` are of each stage's blocks, ``times`` of each stage, ``tied_s`` of it
+    those in which it gets the gradients of tied parameters."""
     B = plan.microbatches
     runs: dict[int, list[int]] = defaultdict(list)
     for position, stage in enumerate(plan.stages):
@@ -46,6 +53,8 @@ def step_items(
     idle_s = max(step_time_s - busy_s(run), 0.0)
     sent_s = B * sum(times[at].send_forward_s + times[at].send_backward_s for at in run)
     waited_s = min(_waiting_s(plan, times, step_time_s), idle_s, sent_s)
+    if once := sum(tied_s[at] for at in run):
+        found.append(TimeItem(kind="transfers", total_s=once, exposed_s=once))
     if sent_s:
         found.append(TimeItem(kind="transfers", total_s=sent_s, exposed_s=waited_s))
     found.append(TimeItem(kind="bubble", total_s=idle_s - waited_s, exposed_s=idle_s - waited_s))

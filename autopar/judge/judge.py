@@ -5,7 +5,8 @@ recompute, micro-batches) and what is given (graph, profiles, sharding rules, de
 by itself:
 
     block     `block`: kernels at local shapes, moves between placements, kept copies, parameters
-    stage     sums over blocks + the loop's calls; step = reduction that the last backward does not hide + optimizer
+    stage     sums over blocks + the loop's calls; step = reduction that the last backward does not hide + tied gradients +
+              optimizer
     memory    state + micro-batches in flight * saved + what passes + what the allocator does not count, at the fullest
               moment of a backward (`peak`)
     step      the event simulation of the schedule
@@ -114,10 +115,12 @@ def judge(
             (replace(on, time_s=stage.send_forward_s), replace(back, time_s=stage.send_backward_s))
             for (on, back), stage in zip(sent, plan.stages, strict=True)
         ]
+    exchanged = exchanges(plan, graph, blocks, meshes)
+    tied_s = [sum(each.time_s for each in exchanged if each.target == at) for at in range(len(meshes))]
     held = held_microbatches(plan)
     stages = tuple(
-        _stage(plan, priced, cluster, in_flight, sent_by)
-        for priced, in_flight, sent_by in zip(per_stage, held, sent, strict=True)
+        _stage(plan, priced, cluster, in_flight, sent_by, once_s)
+        for priced, in_flight, sent_by, once_s in zip(per_stage, held, sent, tied_s, strict=True)
     )
     times = [StageTimes(**{name: getattr(stage, name) for name in SECONDS}) for stage in stages]
     runs: dict[int, list[StagePlan]] = {}
@@ -129,8 +132,8 @@ def judge(
         stages=stages,
         step_time_s=step_time_s,
         peak_memory_bytes=max(device_memory(tuple(run)).total for run in runs.values()),
-        collectives=listed(plan, of_blocks, sent, exchanges(plan, graph, blocks, meshes)),
-        items=step_items(plan, of_blocks, times, cluster, step_time_s),
+        collectives=listed(plan, of_blocks, sent, exchanged),
+        items=step_items(plan, of_blocks, times, tied_s, cluster, step_time_s),
     )
 
 
@@ -268,7 +271,7 @@ def held_microbatches(plan: Plan) -> tuple[int, ...]:
 
 
 def _stage(
-    plan: Plan, priced: _PricedStage, cluster: Cluster, in_flight: int, sent: tuple[Send, Send]
+    plan: Plan, priced: _PricedStage, cluster: Cluster, in_flight: int, sent: tuple[Send, Send], tied_s: float
 ) -> StageJudgement:
     found, moment = priced.blocks, priced.fullest
     backward_s = sum(price.backward_s for price in found)
@@ -284,7 +287,7 @@ def _stage(
     return StageJudgement(
         forward_s=sum(price.forward_s for price in found) + loop_s,
         backward_s=backward_s + loop_s,
-        step_s=exposed_s + sum(price.optimizer_s for price in found) + software.step_calls * launch_s,
+        step_s=exposed_s + tied_s + sum(price.optimizer_s for price in found) + software.step_calls * launch_s,
         send_forward_s=sent[0].time_s,
         send_backward_s=sent[1].time_s,
         in_flight=in_flight,

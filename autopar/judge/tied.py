@@ -32,11 +32,12 @@ class Use:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exchange:
-    """What the fullest rank of stage ``target`` gets of a gradient of stage ``source``."""
+    """What the fullest rank of stage ``target`` gets of a gradient of stage ``source``, and how long that takes."""
 
     source: int
     target: int
     num_bytes: int
+    time_s: float
 
 
 def exchanges(plan: Plan, graph: Graph, blocks: Sequence[Block], meshes: Sequence[Mesh]) -> tuple[Exchange, ...]:
@@ -55,11 +56,28 @@ def exchanges(plan: Plan, graph: Graph, blocks: Sequence[Block], meshes: Sequenc
                 if graph.values[own].requires_grad:
                     parts.setdefault(alike[own], {}).setdefault(at, _part_bytes(graph.values[own], planned, mesh))
     return tuple(
-        Exchange(source=source, target=target, num_bytes=held[target])
+        Exchange(
+            source=source,
+            target=target,
+            num_bytes=held[target],
+            time_s=_crossing_s(meshes[source], meshes[target], held[target]),
+        )
         for _, held in sorted(parts.items())
         for source in held
         for target in held
         if source != target
+    )
+
+
+def _crossing_s(source: Mesh, target: Mesh, num_bytes: int) -> float:
+    """Seconds until every rank of ``target`` has its ``num_bytes``: links inside a node, or its NICs, which devices share."""
+    per_node = source.cluster.devices_per_node
+    last = [mesh.first_device + mesh.num_devices - 1 for mesh in (source, target)]
+    same_node = max(last) // per_node == min(source.first_device, target.first_device) // per_node
+    sides = ((num_bytes * target.num_devices / source.num_devices, source), (num_bytes, target))
+    return max(
+        float(mesh.cluster.transfer_s(size, same_node=same_node, sharers=min(mesh.num_devices, per_node)))
+        for size, mesh in sides
     )
 
 

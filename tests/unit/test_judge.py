@@ -282,6 +282,23 @@ def test_zero_3_gathers_what_each_pass_reads_and_scatters_once(graphs):
     assert not any(kind in counts for kind, _, _ in listed(made, "step"))
 
 
+def test_stages_that_hold_a_tied_table_pay_for_its_gradient(graphs):
+    """Two stages of 8 V100s, a node each: 512 x 256 in fp32, cut by tp=2 and, under ZeRO-1, by dp=4, over a node's NICs."""
+    cluster = load_cluster("p3.16xlarge")
+    own = {}
+    for tied in (True, False):
+        made = load_workload(str(EXAMPLES / "gpt.py"), **MODELS["gpt"], tied_embeddings=tied)
+        for zero in (0, 1):
+            layout = f"tp=2,pp=2,mbs=1,zero={zero}"
+            priced = estimate(made, cluster=cluster, gpus=16, global_batch=32, layout=layout)
+            own[tied, zero] = [stage.step_s for stage in priced.stages]
+            sent = [c.num_bytes for c in priced.estimate.collectives if (c.kind, c.per) == ("send", "step")]
+            assert sent == ([512 * 256 * 4 // (8 if zero else 2)] * 2 if tied else [])
+    for zero in (0, 1):
+        part_s = float(cluster.transfer_s(512 * 256 * 4 / (8 if zero else 2), same_node=False, sharers=8))
+        assert own[True, zero][1] == pytest.approx(own[False, zero][1] + part_s, rel=1e-6)
+
+
 # --- tampering --------------------------------------------------------------------------------------------------------
 
 
