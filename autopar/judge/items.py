@@ -7,8 +7,8 @@ B micro-batches; sums are over the blocks (and chunks) of the run:
     gradients, once a step            max(r - b, 0) + contention * min(r, b) of reductions r behind the last backward b
     parameters, once a step           all of it
     optimizer                         the rest of the work once a step
-    transfers                         T(with them) - T(without them), T the simulated step; at most the run's own; and all
-                                  of the exchanges of tied parameters' gradients, once a step
+    sends of tied gradients           once a step, all of it
+    transfers                         T(with them) - T(without them), T the simulated step; at most the run's own
     bubble                            step - all of the above
 """
 
@@ -54,7 +54,7 @@ def step_items(
     sent_s = B * sum(times[at].send_forward_s + times[at].send_backward_s for at in run)
     waited_s = min(_waiting_s(plan, times, step_time_s), idle_s, sent_s)
     if once := sum(tied_s[at] for at in run):
-        found.append(TimeItem(kind="transfers", total_s=once, exposed_s=once))
+        found.append(TimeItem(kind="send", of="gradients", total_s=once, exposed_s=once))
     if sent_s:
         found.append(TimeItem(kind="transfers", total_s=sent_s, exposed_s=waited_s))
     found.append(TimeItem(kind="bubble", total_s=idle_s - waited_s, exposed_s=idle_s - waited_s))

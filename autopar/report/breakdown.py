@@ -32,7 +32,7 @@ def item_text(item: TimeItem) -> str:
     'all_gather over dp, parameters'
     """
     if item.of:
-        return f"{item.kind} over {'*'.join(item.axes)}, {item.of}"
+        return f"{item.kind} over {'*'.join(item.axes) or 'stages'}, {item.of}"
     return WORDS.get(item.kind, item.kind)
 
 
