@@ -49,11 +49,12 @@ class StageTables:
         self.cutoff_s = np.inf
         self._bounds: dict[tuple[int, int], StageBounds] = {}
         self._fitting: dict[tuple[Mesh, int], NDArray[np.bool_]] = {}
-        self._by_mesh: dict[tuple[Mesh, int], StageBounds] = {}
+        self._by_mesh: dict[Mesh, StageBounds] = {}
+        self._priced: dict[tuple[Mesh, int], tuple[NDArray[np.bool_], StageBounds]] = {}
 
     def release(self) -> None:
         """Give back the memory of what was priced; asking again prices it again."""
-        for kept in (self._bounds, self._fitting, self._by_mesh):
+        for kept in (self._bounds, self._fitting, self._by_mesh, self._priced):
             kept.clear()
         self.book.release()
 
@@ -67,7 +68,7 @@ class StageTables:
         """Bounds over (first block, end block, submesh size) with memory left out of account."""
         by_size = []
         for size in self.sizes:
-            found = [self._mesh_bounds(mesh, FREE) for mesh in self.book.meshes(size)]
+            found = [self._mesh_bounds(mesh) for mesh in self.book.meshes(size)]
             by_size.append({name: np.min([getattr(one, name) for one in found], axis=0) for name in BOUNDS})
         return StageTable(
             forward_s=self._planes(FREE, [bound["forward_s"] for bound in by_size]),
@@ -86,7 +87,7 @@ class StageTables:
         return self._least(size, "step_s")
 
     def _least(self, size: int, name: str) -> Floats:
-        least = np.min([getattr(self._mesh_bounds(mesh, FREE), name) for mesh in self.book.meshes(size)], axis=0)
+        least = np.min([getattr(self._mesh_bounds(mesh), name) for mesh in self.book.meshes(size)], axis=0)
         return np.where(self.book.type_of >= 0, least[self.book.type_of], np.inf)
 
     def can_fit(self, in_flight_of: tuple[int, ...]) -> bool:
@@ -152,7 +153,7 @@ class StageTables:
     def _make_bounds(self, num_devices: int, in_flight: int) -> StageBounds:
         book = self.book
         B, meshes, room = book.num_microbatches, book.meshes(num_devices), book.room_bytes
-        found = [self._mesh_bounds(mesh, FREE) for mesh in meshes]
+        found = [self._mesh_bounds(mesh) for mesh in meshes]
         best = np.full(len(book.counts), np.inf)
         even = np.full((3, len(book.counts)), np.inf)
         needed = np.zeros(len(book.counts), bool)
@@ -172,7 +173,7 @@ class StageTables:
             if wanted.any():
                 for weight, _ in between(WEIGHTS, in_flight):
                     self._improve(best, even, meshes[at], book.sums(meshes[at], weight), in_flight)
-                found[at] = _larger(found[at], self._mesh_bounds(meshes[at], in_flight))
+                found[at] = self._priced_bounds(meshes[at], in_flight, wanted)
         least = {
             name: np.min(
                 [np.where(fit, getattr(one, name), np.inf) for one, fit in zip(found, fits, strict=True)], axis=0
@@ -216,7 +217,10 @@ class StageTables:
             busy_s = float(self._bounds_of(mesh, counts, free, book.sums(mesh, FREE).rows).busy_s[0])
             if busy_s < min(found, self.cutoff_s) and self._fits_together(mesh, counts, kinds, held):
                 if not self._free_fits(mesh, kinds, held):
-                    parts = [self._row_bounds(mesh, count)[kind] for kind, count in zip(kinds, held, strict=True)]
+                    parts = [
+                        self._row_bounds(mesh, count, np.array([kind]))[0]
+                        for kind, count in zip(kinds, held, strict=True)
+                    ]
                     rows = book.sums(mesh, between(WEIGHTS, held[0])[0][0]).rows
                     priced = self._bounds_of(mesh, counts, np.sum(parts, axis=0)[None], rows)
                     busy_s = max(busy_s, float(priced.busy_s[0]))
@@ -257,18 +261,34 @@ class StageTables:
         least = np.array([self.book.points(column, mesh, FREE).least[1] for column in range(len(self.book.columns))])
         return np.asarray(np.where(counts > 0, least, 0.0).max(axis=1))
 
-    def _mesh_bounds(self, mesh: Mesh, in_flight: int) -> StageBounds:
-        """With memory for ``in_flight`` micro-batches; ``FREE``: with memory left out of account."""
-        if (mesh, in_flight) not in self._by_mesh:
-            rows = self.book.sums(mesh, FREE if in_flight == FREE else between(WEIGHTS, in_flight)[0][0]).rows
-            bound = self._row_bounds(mesh, in_flight)
-            self._by_mesh[mesh, in_flight] = self._bounds_of(mesh, self.book.counts, bound, rows)
-        return self._by_mesh[mesh, in_flight]
+    def _mesh_bounds(self, mesh: Mesh) -> StageBounds:
+        """With memory left out of account."""
+        if mesh not in self._by_mesh:
+            sums = self.book.sums(mesh, FREE)
+            self._by_mesh[mesh] = self._bounds_of(mesh, self.book.counts, sums.bound_s, sums.rows)
+        return self._by_mesh[mesh]
 
-    def _row_bounds(self, mesh: Mesh, in_flight: int) -> Floats:
+    def _priced_bounds(self, mesh: Mesh, in_flight: int, wanted: NDArray[np.bool_]) -> StageBounds:
+        """With memory for ``in_flight`` micro-batches for the types ``wanted``, and for others that were once."""
+        if (mesh, in_flight) not in self._priced:
+            free = self._mesh_bounds(mesh)
+            copied = {name: getattr(free, name).copy() for name in BOUNDS}
+            self._priced[mesh, in_flight] = (np.zeros(len(wanted), bool), StageBounds(even_s=free.even_s, **copied))
+        done, found = self._priced[mesh, in_flight]
+        types = np.flatnonzero(wanted & ~done)
+        if len(types):
+            rows = self.book.sums(mesh, between(WEIGHTS, in_flight)[0][0]).rows
+            priced = self._bounds_of(mesh, self.book.counts[types], self._row_bounds(mesh, in_flight, types), rows)
+            for name in BOUNDS:
+                known = getattr(found, name)
+                known[types] = np.maximum(known[types], getattr(priced, name))
+            done[types] = True
+        return found
+
+    def _row_bounds(self, mesh: Mesh, in_flight: int, types: Ints) -> Floats:
         """(types, rows, boundaries): the rows' optima, between two weights of saved bytes the same combination."""
-        weights = ((FREE, 1.0),) if in_flight == FREE else between(WEIGHTS, in_flight)
-        return sum((share * self.book.sums(mesh, weight).bound_s for weight, share in weights), np.zeros(()))
+        weights = between(WEIGHTS, in_flight)
+        return sum((share * self.book.sums(mesh, weight).bound_s[types] for weight, share in weights), np.zeros(()))
 
     def _bounds_of(self, mesh: Mesh, counts: Floats, bound: Floats, rows: tuple[PriceRow, ...]) -> StageBounds:
         """Bounds of stages with (stages, columns) ``counts`` of blocks from (stages, rows, boundaries) optima."""
@@ -313,8 +333,3 @@ class StageTables:
         if in_flight == FREE or in_flight >= B:
             return type_of >= 0
         return np.asarray((type_of >= 0) & ((end == count) if in_flight == 1 else end <= count + 1 - in_flight))
-
-
-def _larger(one: StageBounds, other: StageBounds) -> StageBounds:
-    larger = {name: np.maximum(getattr(one, name), getattr(other, name)) for name in BOUNDS}
-    return StageBounds(even_s=one.even_s, **larger)
