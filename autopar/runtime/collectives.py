@@ -16,7 +16,7 @@ from autopar.runtime.order import hand_over
 
 _KINDS: dict[str, CollectiveKind] = {
     "all_reduce": "all_reduce",
-    "all_gather_into_tensor": "all_gather",
+    "all_gather_into_tensor_out": "all_gather",
     "reduce_scatter_tensor": "reduce_scatter",
     "all_to_all_single": "all_to_all",
 }

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import traceback
 
+from autopar.graph.fake import is_fake
 from autopar.runtime.layout import Cut, Placement, Shape, Token, chunk_bounds, is_legal, local_pieces, local_shape
 from autopar.runtime.mesh import Mesh
 
@@ -276,9 +277,11 @@ def _collective(name: str, local: Tensor, *args: object, mesh: Mesh, axes: Seque
     real = tuple(axis for axis in axes if mesh.sizes[axis] > 1)
     if not real:
         return local
-    functional, given = torch.ops._c10d_functional, local.contiguous()
-    started = getattr(functional, name)(given, *args, mesh.groups[real])
-    return functional.wait_tensor(started)  # ``given`` lives until here: see ``order.still_held``
+    functional, given, group = torch.ops._c10d_functional, local.contiguous(), mesh.groups[real]
+    if name == "all_gather_into_tensor" and not is_fake(given):  # given its memory: see ``order.arranged``
+        whole = given.new_empty(mesh.degree(axes) * given.shape[0])
+        return functional.wait_tensor(functional.all_gather_into_tensor_out(given, *args, group, out=whole))
+    return functional.wait_tensor(getattr(functional, name)(given, *args, group))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

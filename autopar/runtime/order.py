@@ -30,6 +30,8 @@ Take = Callable[[int, Tensor, bool, bool], None]
 """Takes (which gradient, a term of it, whether nobody else holds the term's memory, whether it is the last term)."""
 
 _WAIT = torch.ops._c10d_functional.wait_tensor.default
+_GATHER = torch.ops._c10d_functional.all_gather_into_tensor.default
+_GATHER_OUT = torch.ops._c10d_functional.all_gather_into_tensor_out.default
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,26 +71,23 @@ def arranged(graph: fx.Graph, one: Pass) -> fx.Graph:
         if isinstance(item, HandOver):
             made.call_function(hand_over, (take, item.at, copies[item.term], item.owned, last[item.at] is item))
         else:
-            copies[item] = made.node_copy(item, lambda old: copies[old])
+            copies[item] = _copied(made, item, copies)
             if item in in_place:
                 copies[item].target = IN_PLACE[item.target]
-            for source in _lent(item):
-                made.call_function(still_held, (copies[source], copies[item]))
     made.output([copies[node] if isinstance(node, fx.Node) else node for node in one.results])
     return made
 
 
-def still_held(lent: Tensor, result: Tensor) -> None:
-    """What a graph calls to hold a gather's input until its result is there: gloo's ``all_gather_into_tensor`` works on
-    it without holding it, and corrupts the heap when it is freed before (torch 2.13.0)."""
-
-
-def _lent(node: fx.Node) -> list[fx.Node]:
-    """What the gather works on that a node waits for."""
-    start = node.args[0] if node.target is _WAIT else None
-    if not isinstance(start, fx.Node) or "all_gather" not in str(start.target):
-        return []
-    return start.all_input_nodes
+def _copied(made: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """A node in the graph that is made; a gather is given its result's memory. Without, it works on lists of tensors, and
+    gloo then corrupts the heap (torch 2.13.0: ``allgather_into_tensor_coalesced``)."""
+    if node.target is not _GATHER:
+        return made.node_copy(node, lambda old: copies[old])
+    local = copies[node.all_input_nodes[0]]
+    memory = made.call_function(torch.ops.aten.new_empty.default, (local, list(_shape(node))))
+    gather = made.call_function(_GATHER_OUT, (local, *node.args[1:]), {"out": memory})
+    memory.meta, gather.meta = {"val": node.meta["val"]}, dict(node.meta)
+    return gather
 
 
 def hand_over(take: Take, at: int, term: Tensor, owned: bool, last: bool) -> None:
@@ -268,10 +267,12 @@ def _ahead(order: list[fx.Node | HandOver], one: Pass) -> list[fx.Node | HandOve
     blocks_in_turn = sorted(groups, key=lambda block: first[block])
     for before, block in zip([blocks_in_turn[:1], *([b] for b in blocks_in_turn)], blocks_in_turn, strict=False):
         for start in groups[block]:
+            there = first[before[0]]
             preparation = _closure([start], [*one.inputs, *moved], lambda node: marked(node)[0] == GATHER)
-            if any(place[node] > first[before[0]] for node in _sources(preparation) if node in place):
+            preparation = {node for node in preparation if place[node] >= there}  # others may read what comes before
+            if any(place[node] >= there for node in _sources(preparation) - moved if node in place):
                 continue
-            inserted.setdefault(first[before[0]], []).extend(sorted(preparation, key=place.__getitem__))
+            inserted.setdefault(there, []).extend(sorted(preparation, key=place.__getitem__))
             moved |= preparation
     found: list[fx.Node | HandOver] = []
     for at, item in enumerate(order):

@@ -164,7 +164,8 @@ def _gather_bucket(pairs: Sequence[tuple[Tensor, Tensor]], degree: int, group: s
         for weight, column in zip(weights, result.view(degree, -1).split(widths, dim=1), strict=True):
             weight.copy_(column.reshape(-1, *weight.shape[1:])[: weight.shape[0]])
 
-    result = torch.ops._c10d_functional.all_gather_into_tensor(flat, degree, group)
+    whole = flat.new_empty(degree * flat.shape[0])  # given its memory: see ``order.arranged``
+    result = torch.ops._c10d_functional.all_gather_into_tensor_out(flat, degree, group, out=whole)
     return Started(result=result, use=use, held=(flat,))
 
 

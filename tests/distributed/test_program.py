@@ -4,7 +4,7 @@ from collections import Counter
 
 import msgspec
 import pytest
-from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopar.graph.blocks import cut_blocks, order_for_blocks
 from autopar.graph.trace import trace
@@ -40,63 +40,69 @@ def test_every_op_runs_as_planned(name: str, shape: str) -> None:
             assert list(map(text_of, runs)) == list(map(text_of, said)), op.op.name
 
 
+class Counting(TorchDispatchMode):
+    """Counts the collectives that start; torch's own ``CommDebugMode`` does not know gathers into given memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        namespace, name, _ = str(func).split(".")
+        if namespace == "_c10d_functional" and name != "wait_tensor":
+            self.started[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
 def count_collectives(plan_json: bytes, name: str) -> tuple[dict[str, int], dict[str, int]]:
-    """Per kind: what torch counts while the micro-batches of a step run, and what the graphs hold."""
+    """Per kind: what starts while the micro-batches of a step run, and what the graphs hold."""
     plan = msgspec.json.decode(plan_json, type=Plan)
     one = MODELS[name]
     workload = one.workload()
     trainer = apply(plan, parity.real_model(workload, 0), workload=workload)
     stage = trainer.stages[0]
     data = trainer._slices(parity.random_batch(workload, plan.global_batch, 0, one.classes))
-    with CommDebugMode() as counter:
+    with Counting() as counting:
         for microbatch, inputs in enumerate(data):
             made = stage.forward(microbatch, inputs, {})
             assert made.loss is not None
             stage.backward(microbatch, [made.loss / plan.microbatches], last=False)
-    ran = Counter({str(op).split(".")[1]: count for op, count in counter.get_comm_counts().items()})
     assert stage.lowered is not None
     held: Counter[str] = Counter()
     for found, count in collectives_of(stage.lowered, stage.function.mesh).items():
         held[found.kind] += count * plan.microbatches
-    return dict(ran), dict(held)
+    return dict(counting.started), dict(held)
 
 
 @pytest.mark.parametrize("name", ["gpt-untied"])
 def test_collectives_of_the_graph_are_those_that_run(pool: Pool, name: str) -> None:
     one = MODELS[name]
     plan = make_plan(one.workload(), "dp2", 3, "none", one.batch)
-    names = {"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter"}
+    names = {"all_gather_into_tensor_out": "all_gather", "reduce_scatter_tensor": "reduce_scatter"}
     for ran, held in pool.run(plan.gpus, count_collectives, msgspec.json.encode(plan), name):
         assert {names.get(kind, kind): count for kind, count in ran.items()} == held
         assert held["all_gather"] > 0
         assert held["reduce_scatter"] > 0
 
 
-def held_gathers(plan_json: bytes, name: str) -> list[bool]:
-    """For each gather of a stage's graphs, whether its input is read once more behind the wait for it."""
+def gathers(plan_json: bytes, name: str) -> set[str]:
+    """The operators by which the graphs of a stage gather."""
     plan = msgspec.json.decode(plan_json, type=Plan)
     workload = MODELS[name].workload()
     trainer = apply(plan, parity.real_model(workload, 0), workload=workload)
     trainer.gradients(parity.random_batch(workload, plan.global_batch, 0, MODELS[name].classes))
     lowered = trainer.stages[0].lowered
     assert lowered is not None
-    found = []
-    for module in (lowered.forward, lowered.backward):
-        place = {node: at for at, node in enumerate(module.graph.nodes)}
-        for node in module.graph.nodes:
-            if "all_gather" in str(node.target):
-                waited = min(place[user] for user in node.users)
-                found.append(all(max(place[user] for user in read.users) > waited for read in node.all_input_nodes))
-    return found
+    nodes = [*lowered.forward.graph.nodes, *lowered.backward.graph.nodes]
+    return {str(node.target) for node in nodes if "all_gather" in str(node.target)}
 
 
-def test_a_gather_s_input_lives_until_its_result_is_there(pool: Pool) -> None:
-    """gloo does not hold it: freed before, it is memory of others that the gather works on."""
+def test_a_gather_is_given_its_memory(pool: Pool) -> None:
+    """gloo's other way, on lists of tensors, corrupts the heap: four ranks with fifteen under way crash in a minute."""
     one = MODELS["gpt-untied"]
     plan = make_plan(one.workload(), "dp2", 3, "none", one.batch)
-    for held in pool.run(plan.gpus, held_gathers, msgspec.json.encode(plan), "gpt-untied"):
-        assert held
-        assert all(held)
+    for found in pool.run(plan.gpus, gathers, msgspec.json.encode(plan), "gpt-untied"):
+        assert found == {"_c10d_functional.all_gather_into_tensor_out.default"}
 
 
 def saved_bytes(plan_json: bytes, name: str) -> int:
