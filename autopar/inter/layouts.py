@@ -4,9 +4,9 @@
 Stages are cut as even as possible (``cuts``); the mesh of a stage is (data, ep, cp, tp) with axes of one rank left out.
 On each axis ops are restricted (``restriction``), and what is still free (column or row) is the fastest:
 
-    tp   matmuls shard their weights, vocabularies their rows, attention its heads; without sp nothing is sharded by
-         sequence and what crosses blocks is replicated; with sp that is sharded by sequence, and so is all that norms,
-         dropout and sums make of it (tensors of its shape)
+    tp   matmuls shard their weights, vocabularies their rows (other tables stay whole), attention its heads; without sp
+         nothing is sharded by sequence and what crosses blocks is replicated; with sp that is sharded by sequence, and
+         so is all that norms, dropout and sums make of it (tensors of its shape)
     cp   everything is sharded by sequence; attention gathers keys and values
     ep   dp inside dp: everything is sharded by batch but the experts, which are sharded by expert (all-to-all between)
 """
@@ -150,14 +150,17 @@ def _allowed(graph: Graph, streams: frozenset[tuple[int, ...]], names: tuple[str
         shapes = [(i, len(graph.values[node.op.inputs[i]].shape)) for i in node.parameters]
         return [(atom, rank) for i, rank in shapes if rank > 1 and isinstance(atom := option.inputs[i], Atom)]
 
-    def looks_up(node: OpNode) -> bool:
-        """Whether it looks samples' tokens up in a table of parameters."""
-        is_table = node.op.target.startswith("aten.embedding") and node.parameters
-        return bool(is_table) and any(graph.batch.grows(size) for size in graph.values[node.op.inputs[1]].shape)
+    def is_table(node: OpNode) -> bool:
+        return node.op.target.startswith("aten.embedding") and bool(node.parameters)
+
+    def is_vocabulary(node: OpNode) -> bool:
+        """Whether it looks samples' tokens up, of which there are many."""
+        table, index = (graph.values[value].shape for value in node.op.inputs[:2])
+        return is_table(node) and table[0] >= VOCABULARY and any(graph.batch.grows(size) for size in index)
 
     def shards_weights(node: OpNode, option: Option) -> bool:
         atoms = weight_atoms(node, option)
-        if looks_up(node):
+        if is_table(node):
             return any(atom.dim == 0 for atom, _ in atoms)
         return any(rank == 2 or atom.dim > 0 for atom, rank in atoms)
 
@@ -170,10 +173,11 @@ def _allowed(graph: Graph, streams: frozenset[tuple[int, ...]], names: tuple[str
     def tp(node: OpNode, option: Option) -> bool:
         if shards_batch(option):
             return False
-        vocabulary = looks_up(node) and graph.values[node.op.inputs[0]].shape[0] >= VOCABULARY
-        shards = vocabulary or (node.rule.compute == "matmul" and node.parameters)
-        if shards and any(shards_weights(node, o) for o in node.options):
+        cut = is_vocabulary(node) if is_table(node) else node.rule.compute == "matmul" and bool(node.parameters)
+        if cut and any(shards_weights(node, o) for o in node.options):
             return shards_weights(node, option)
+        if is_table(node) and weight_atoms(node, option):
+            return False
         if node.rule.compute == "attention":
             return "h" in {dict(node.rule.roles).get(label) for label in option.labels}
         if sp and node.rule.compute == "memory" and graph.values[node.op.outputs[0]].shape in streams:

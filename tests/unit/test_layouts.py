@@ -54,6 +54,15 @@ def test_what_runs_is_priced_and_the_judge_agrees(pricer, text) -> None:
     assert not plan.notes
 
 
+@pytest.mark.parametrize("text", ["tp=8,pp=2,mbs=2", "tp=2,mbs=1,sp=1", "tp=4,pp=4,mbs=1,zero=1,sp=1"])
+def test_the_vocabulary_is_cut_by_rows_and_positions_are_whole(pricer, text) -> None:
+    """Shoeybi et al., 2019, section 3: the embedding is parallel along the vocabulary, with or without a head beside it."""
+    plan = pricer.plan(pricer.price(parse_layout(text)), 0.0)
+    placed = {one.name: one.compute for one in plan.program(plan.stages[0].blocks[0].program).parameters}
+    assert placed["tokens.weight"].endswith("S(0)")
+    assert placed["positions.weight"].endswith("R")
+
+
 def _model_of(pricer):
     from autopar.inter.estimate import ModelGraph
 
