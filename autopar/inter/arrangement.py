@@ -45,12 +45,13 @@ class Arrangement:
         per_node = self.book.blocks.cluster.devices_per_node
         return first_devices([devices for _, _, devices in self.stages[: self.num_runs]], per_node) * self.num_chunks
 
-    def finished(self) -> tuple[Finished, ...] | None:
-        """How each stage runs, the fastest way that fits; None when one does not fit."""
+    def finished(self, below_s: float = np.inf) -> tuple[Finished, ...] | None:
+        """How each stage runs, the fastest way that fits; None when one does not fit, or alone is busy for
+        ``below_s`` seconds of a step."""
         found: dict[int, Finished] = {}
         for run in range(self.num_runs):
             finished = self._finish_run(run, proven=False)
-            if finished is None:
+            if finished is None or self.book.num_microbatches * sum(one.time_s for one in finished) >= below_s:
                 return None
             found |= zip(self._chunks(run), finished, strict=True)
         return tuple(found[at] for at in range(len(self.stages)))

@@ -112,18 +112,26 @@ def add(parts: Sequence[tuple[Floats, Floats | float]]) -> Floats:
 
 
 def fastest(
-    points: StagePoints, prices: Prices, in_flight: float, room_bytes: float, boundary: int | None = None
+    points: StagePoints,
+    prices: Prices,
+    in_flight: float,
+    room_bytes: float,
+    boundary: int | None = None,
+    below_s: float = np.inf,
 ) -> Finished | None:
-    """The fastest choice whose memory without the fixed share is at most ``room_bytes``; None when none fits."""
+    """The fastest choice whose memory without the fixed share is at most ``room_bytes``; None when none fits, or when
+    no point is below ``below_s``."""
     best: Finished | None = None
     for at in range(points.totals.shape[2]) if boundary is None else (boundary,):
-        found = _at_boundary(points, prices, in_flight, room_bytes, at)
+        found = _at_boundary(points, prices, in_flight, room_bytes, at, below_s)
         if found is not None and (best is None or found.time_s < best.time_s):
             best = found
     return best
 
 
-def _at_boundary(points: StagePoints, prices: Prices, in_flight: float, room_bytes: float, at: int) -> Finished | None:
+def _at_boundary(
+    points: StagePoints, prices: Prices, in_flight: float, room_bytes: float, at: int, below_s: float
+) -> Finished | None:
     usable = np.flatnonzero(np.isfinite(points.totals[:, :, at]).all(axis=(0, 2)))
     if not len(usable):
         return None
@@ -131,7 +139,7 @@ def _at_boundary(points: StagePoints, prices: Prices, in_flight: float, room_byt
     whole = add([(column, float(number)) for column, number in zip(totals, points.numbers, strict=True)])
     time, memory = prices.time_s(whole), memory_bytes(whole, in_flight)
     fitting = np.where(memory <= room_bytes, time, np.inf)
-    if not np.isfinite(fitting).any():
+    if not np.isfinite(fitting).any() or time.min() >= below_s:
         return None
     pick = int(fitting.argmin())
 
@@ -189,15 +197,14 @@ def _hull(memory: Floats, time: Floats) -> NDArray[np.integer]:
     >>> _hull(np.array([4.0, 2.0, 1.0, 3.0]), np.array([1.0, 2.0, 8.0, 9.0])).tolist()
     [0, 1, 2]
     """
-    order = np.lexsort((time, memory))[::-1]
+    order = np.lexsort((time, memory))
+    least = np.minimum.accumulate(time[order])
+    useful = order[np.append(True, least[1:] < least[:-1])]  # no other needs less memory and no more time
     hull: list[int] = []
-    for point in order:  # from much memory to little: time must rise, and ever more steeply
-        while hull and time[point] <= time[hull[-1]]:
-            hull.pop()
+    for point in useful[::-1]:  # from much memory to little: time must rise ever more steeply
         while len(hull) > 1 and _slope(memory, time, hull[-2], hull[-1]) >= _slope(memory, time, hull[-1], point):
             hull.pop()
-        if not hull or memory[point] < memory[hull[-1]]:
-            hull.append(int(point))
+        hull.append(int(point))
     return np.array(hull[:MAX_MIXED], int)
 
 

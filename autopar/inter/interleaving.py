@@ -16,7 +16,7 @@ pipelines are simulated until no bound left is below the best step.
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -74,10 +74,10 @@ class Interleaving:
                 open_s = min(open_s, bound_s)
                 break
             arrangement = candidate.of(self.book)
-            bound_s = max(bound_s, self._way_s(candidate.stages, self._busy_s(arrangement)))
+            bound_s = max(bound_s, self._way_s(candidate.stages, self._busy_s(arrangement), best_s))
             open_s = min(open_s, bound_s)
             if bound_s < best_s * (1 - TOLERANCE):
-                runs = arrangement.finished()
+                runs = arrangement.finished(best_s)
                 if runs is not None and (step_time_s := arrangement.step_time_s(runs)) < best_s:
                     best, best_s = arrangement, step_time_s
         least_s = min(
@@ -110,19 +110,22 @@ class Interleaving:
             found.add(tuple(even_ends(blocks, num_stages)))
         return found
 
-    def _busy_s(self, arrangement: Arrangement) -> list[float]:
+    def _busy_s(self, arrangement: Arrangement) -> Iterator[float]:
         """What each run of devices does in a step at least, in the memory that its chunks share."""
         held, S, book = arrangement.held(), arrangement.num_runs, self.book
         kinds = [int(book.type_of[first, end]) for first, end, _ in arrangement.stages]
-        return [
-            self.tables.run_busy_s(arrangement.stages[run][2], tuple(kinds[run::S]), held[run::S]) for run in range(S)
-        ]
+        for run in range(S):
+            yield self.tables.run_busy_s(arrangement.stages[run][2], tuple(kinds[run::S]), held[run::S])
 
-    def _way_s(self, stages: tuple[tuple[int, int, int], ...], busy_s: Sequence[float]) -> float:
-        """The first bound of the module's docstring."""
+    def _way_s(
+        self, stages: tuple[tuple[int, int, int], ...], busy_s: Iterable[float], enough_s: float = np.inf
+    ) -> float:
+        """The first bound of the module's docstring, of as many runs as it takes to reach ``enough_s``."""
         way_s, bound_s = 0.0, 0.0
         for (first, end, size), busy in zip(stages, busy_s, strict=False):
             bound_s = max(bound_s, way_s + busy)
+            if bound_s >= enough_s:
+                break
             way_s += float(self._through_s[size][first, end] + self._cuts_s[size][end])
         return bound_s
 

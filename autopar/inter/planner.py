@@ -150,14 +150,14 @@ class _Outcome:
             else:
                 one.tables.release()
             self.say("tables", f"micro-batch {book.micro_batch}, {at + 1} of {len(books)}", None, None)
+        pending.sort(key=lambda one: (one.guess_s, one.free_bound_s))
         count, kept = len(pending), None
         while pending:
             best = self.best
             if best is not None and time.perf_counter() > deadline_s:
                 self.bound_s = min(self.bound_s, *(one.free_bound_s for one in pending))
                 return
-            one = _next(pending, best.arrangement.book.micro_batch if best is not None else None)
-            pending.remove(one)
+            one = pending.pop(0)
             better, bound_s = one.run(best.step_time_s if best is not None else math.inf)
             self.bound_s = min(self.bound_s, bound_s)
             if better is not None:
@@ -224,13 +224,6 @@ def submesh_sizes(gpus: int, per_node: int) -> tuple[int, ...]:
 def micro_batches(global_batch: int) -> list[int]:
     """Divisors of the global batch, all powers of two times one of its small odd divisors."""
     return [size for size in range(1, global_batch + 1) if global_batch % size == 0]
-
-
-def _next(pending: list[SizeSearch], best: int | None) -> SizeSearch:
-    """The search of the micro-batch size next to the best so far (step times fall and rise again along the sizes), else
-    of the middle one."""
-    middle = best or _middle([one.book for one in pending])
-    return min(pending, key=lambda one: (_apart(one.book, middle), one.free_bound_s))
 
 
 def _middle(books: Sequence[StageBook]) -> float:

@@ -16,7 +16,9 @@ from autopar.inter.stages import StageBook
 from autopar.plan.schedule import Schedule
 
 REACHES = (1.25, 1.6, 2.5, 6.0, math.inf)
-"""Steps are sought below these multiples of the bound without memory, one after the other."""
+"""Where nothing is known, steps are sought below these multiples of the bound without memory, one after the other, from
+the first on that is above ``GUESS_REACH`` times the guess."""
+GUESS_REACH = 1.1
 EVEN_EVALUATIONS = 200
 """Pipelines simulated at most in the first of the two searches of a micro-batch size."""
 
@@ -31,7 +33,7 @@ class Best:
 
 class SizeSearch:
     """The search of one book; ``schedules`` that it may use. ``free_bound_s``: no pipeline is faster, memory aside;
-    inf where none fits."""
+    inf where none fits. ``guess_s``: about what its best may take, inf where nothing says."""
 
     def __init__(
         self,
@@ -45,10 +47,12 @@ class SizeSearch:
         self.tables = StageTables(book, self.sizes)
         self.cuts_s = book.transfers.cut_bounds_s(self.sizes)
         free = self.tables.free()
+        self._best_s = np.inf  # of the pipelines that the search at hand has evaluated
         self._straight_bound_s = np.inf  # of pipelines that are not interleaved
         if self._straight and self.tables.can_fit(book.held_at_most()):
             bound_s = least_s(self._problem(lambda in_flight: free, np.inf))
             self._straight_bound_s = max(self.tables.work_bound_s(), bound_s)
+        self.guess_s = self.tables.guess_s() if math.isfinite(self._straight_bound_s) else np.inf
         self._interleaving = Interleaving(self.tables, self.cuts_s) if "interleaved" in schedules else None
         self.free_bound_s = min(
             self._straight_bound_s, self._interleaving.free_bound_s if self._interleaving is not None else np.inf
@@ -89,18 +93,30 @@ class SizeSearch:
         return Arrangement(book=self.book, stages=named, schedule=self.book.schedule)
 
     def _evaluate(self, stages: tuple[tuple[int, int, int], ...]) -> float:
+        """The step of a pipeline; inf where none fits, or where it is plain that others were faster."""
         arrangement = self._arranged(stages)
-        runs = arrangement.finished()
-        return np.inf if runs is None else arrangement.step_time_s(runs)
+        runs = arrangement.finished(self._best_s)
+        step_time_s = np.inf if runs is None else arrangement.step_time_s(runs)
+        self._best_s = min(self._best_s, step_time_s)
+        return step_time_s
 
     def _search(self, table: Callable[[int], StageTable], below_s: float, evaluations: int | None) -> PipelineResult:
         remaining = max(self.deadline_s - time.perf_counter(), 0.1)
-        problem = self._problem(table, below_s)
+        problem, self._best_s = self._problem(table, below_s), below_s
         return search(problem, evaluate=self._evaluate, deadline_s=remaining, max_evaluations=evaluations)
 
+    def _reaches_s(self, known_s: float) -> list[float]:
+        """Below what steps are sought, one after the other."""
+        if math.isfinite(known_s):
+            return [known_s]
+        reaches_s = [reach * self._straight_bound_s for reach in REACHES]
+        start_s = GUESS_REACH * self.guess_s
+        if not self._straight_bound_s < start_s < math.inf:
+            return reaches_s
+        return [start_s, *(reach_s for reach_s in reaches_s if reach_s > start_s)]
+
     def _run_straight(self, known_s: float) -> tuple[Best | None, float]:
-        for reach in REACHES if math.isinf(known_s) else (math.inf,):
-            below_s = min(known_s, reach * self._straight_bound_s)
+        for below_s in self._reaches_s(known_s):
             if self._straight_bound_s >= below_s:
                 return None, known_s
             self.tables.ignore_from(below_s)

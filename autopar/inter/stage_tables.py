@@ -9,6 +9,7 @@ micro-batches held; for an s between two weights the same combination of the two
 concave in its prices.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from autopar.inter.blocks import Mesh
 from autopar.inter.bounds import max_in_flight
+from autopar.inter.layouts import even_ends, layers
 from autopar.inter.pipelines import StageTable
 from autopar.inter.stages import FREE, LEAN_WEIGHTS, WEIGHTS, MeshSums, StageBook, between
 from autopar.intra import price_rows as pr
@@ -126,6 +128,31 @@ class StageTables:
         found = [self.bounds(size, in_flight).even_s for size in self.sizes]
         forward, backward, step = (self._planes(in_flight, [one[at] for one in found]) for at in range(3))
         return StageTable(forward_s=forward, backward_s=backward, step_s=step)
+
+    def guess_s(self) -> float:
+        """About what the best pipeline of equal stages takes whose blocks all take one point of the free phase,
+        transfers aside; inf where none fits."""
+        book, found = self.book, np.inf
+        for size in self.sizes:
+            num_stages, rest = divmod(book.gpus, size)
+            if rest or num_stages > book.max_stages or num_stages > len(layers(book.blocks.blocks)):
+                continue
+            ends = even_ends(book.blocks.blocks, num_stages) if num_stages > 1 else [len(book.blocks.blocks)]
+            kinds = [int(book.type_of[first, end]) for first, end in itertools.pairwise((0, *ends))]
+            held = [max_in_flight(book.schedule, book.num_microbatches, place) for place in range(num_stages, 0, -1)]
+            seconds = {pair: self._free_fitting_s(size, *pair) for pair in zip(kinds, held, strict=True)}
+            times = [seconds[pair] for pair in zip(kinds, held, strict=True)]
+            found = min(found, sum(times) + (book.num_microbatches - 1) * max(times))
+        return found
+
+    def _free_fitting_s(self, size: int, kind: int, in_flight: int) -> float:
+        """Seconds per micro-batch of a stage's fastest point of the free phase that fits."""
+        found = np.inf
+        for mesh in self.book.meshes(size):
+            sums = self.book.sums(mesh, FREE)
+            memory = sums.held[0][kind] + in_flight * sums.held[1][kind]
+            found = min(found, float(np.where(memory <= self.book.room_bytes, sums.time_s[kind], np.inf).min()))
+        return found
 
     def work_bound_s(self) -> float:
         """No plan of this micro-batch is faster, whatever its memory: the least device-seconds of every block, spread

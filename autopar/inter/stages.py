@@ -258,7 +258,7 @@ class StageBook:
                 at = self.points(0, mesh, FREE).tables.boundaries.index(self.restriction.boundary)
                 boundaries = range(at, at + 1)
             for boundary in boundaries:
-                found = fastest(points, self, in_flight, room_bytes, boundary)
+                found = fastest(points, self, in_flight, room_bytes, boundary, best_s)
                 if found is None:
                     continue
                 value_s = found.time_s + sum(self._received_s(kind, found, num_devices) for kind in kinds)
