@@ -66,6 +66,7 @@ CASES = (
     Case(name="one rank, hidden 1024", batch=4, settings=LARGE),
     Case(name="dp4, DistributedDataParallel", batch=16, dp=4, settings=SMALL),
     Case(name="dp4, fully_shard", batch=16, dp=4, zero=3, settings=SMALL),
+    Case(name="dp4, fully_shard, hidden 1024", batch=8, dp=4, zero=3, settings=LARGE),
     Case(name="dp2 x tp2, parallelize_module + fully_shard", batch=16, dp=2, tp=2, zero=3, settings=SMALL),
     Case(name="tp4, parallelize_module", batch=8, tp=4, settings=SMALL),
 )

@@ -84,6 +84,8 @@ def test_bounds_are_not_above_any_pipeline_and_the_search_finds_the_best(blocks,
             continue
         step_time_s = arrangement.step_time_s(runs)
         steps.append(step_time_s)
+        assert arrangement.finished(step_time_s) in (None, runs)
+        assert arrangement.finished(step_time_s * (1 + 1e-9)) == runs
         busy_s = search._busy_s(arrangement)
         for bound_s in (candidate.bound_s, search._simulated_s(candidate), search._way_s(candidate.stages, busy_s)):
             assert bound_s <= step_time_s * (1 + 1e-9)

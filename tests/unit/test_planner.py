@@ -11,6 +11,7 @@ import pytest
 
 from autopar.inter import planner
 from autopar.inter.planner import micro_batches, plan, submesh_sizes
+from autopar.inter.stage_tables import StageTables
 from autopar.plan.errors import AutoparError, InfeasibleError
 from autopar.plan.invariants import check
 from autopar.workload import load_workload
@@ -102,3 +103,13 @@ def test_device_counts_of_stages_and_micro_batches():
     assert submesh_sizes(10, 8) == (1, 2, 4, 8, 10)
     assert submesh_sizes(64, 8) == (1, 2, 4, 8, 16, 32, 64)
     assert micro_batches(12) == [1, 2, 3, 4, 6, 12]
+
+
+@pytest.mark.parametrize("guess_s", [0.0, 1e3, float("inf")])
+def test_the_guess_of_a_micro_batch_sets_the_order_not_the_plan(monkeypatch, guess_s):
+    def found():
+        return plan(load_workload(str(EXAMPLES / "gpt.py"), **TINY), cluster="p3.16xlarge", gpus=4, global_batch=32)
+
+    own_s = found().estimate.step_time_s
+    monkeypatch.setattr(StageTables, "guess_s", lambda tables: guess_s)
+    assert found().estimate.step_time_s == pytest.approx(own_s, rel=1e-3)

@@ -84,6 +84,12 @@ def test_what_cannot_fit_is_known_before_any_price(blocks):
     assert lean == sorted(lean)
 
 
+def test_a_guess_is_above_the_bound_of_work_and_none_where_nothing_fits(blocks):
+    roomy = StageTables(StageBook(blocks, 8, 16, 16000 * 2**20, MODES, 8), SIZES)
+    assert roomy.work_bound_s() <= roomy.guess_s() < 10 * roomy.work_bound_s()
+    assert StageTables(StageBook(blocks, 8, 16, 200 * 2**20, MODES, 8), SIZES).guess_s() == np.inf
+
+
 def test_a_block_with_an_auxiliary_loss_runs_between_any_boundaries():
     """The scalar loss of a GShard layer is whole on every rank; where a boundary wants terms of a sum, that is free."""
     sizes = {"hidden": 256, "heads": 4, "vocab": 512, "seq": 128, "experts": 4, "group_size": 128}
