@@ -92,7 +92,7 @@ def search(
     in ``lower_bound_s``.
     """
     begin = time.monotonic()
-    small = problem.num_blocks * problem.num_devices * len(problem.submesh_sizes) <= SMALL_PROBLEM
+    small = is_small(problem)
     progress = _Progress(
         evaluate=evaluate,
         upper_bound_s=problem.upper_bound_s,
@@ -117,6 +117,11 @@ def search(
         num_evaluated=len(progress.known),
         seconds=time.monotonic() - begin,
     )
+
+
+def is_small(problem: PipelineProblem) -> bool:
+    """Whether a search is exact by default."""
+    return problem.num_blocks * problem.num_devices * len(problem.submesh_sizes) <= SMALL_PROBLEM
 
 
 def least_s(problem: PipelineProblem) -> float:

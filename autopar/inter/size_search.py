@@ -9,7 +9,7 @@ import numpy as np
 
 from autopar.inter.arrangement import Arrangement
 from autopar.inter.interleaving import Interleaving
-from autopar.inter.partition import least_s, search
+from autopar.inter.partition import is_small, least_s, search
 from autopar.inter.pipelines import PipelineProblem, PipelineResult, StageTable
 from autopar.inter.stage_tables import StageTables
 from autopar.inter.stages import StageBook
@@ -21,6 +21,8 @@ the first on that is above ``GUESS_REACH`` times the guess."""
 GUESS_REACH = 1.1
 EVEN_EVALUATIONS = 200
 """Pipelines simulated at most in the first of the two searches of a micro-batch size."""
+SMALL_EVALUATIONS = 1_000
+"""The same of the second where the problem is small: many stages that the host's launches bind are near each other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +105,8 @@ class SizeSearch:
     def _search(self, table: Callable[[int], StageTable], below_s: float, evaluations: int | None) -> PipelineResult:
         remaining = max(self.deadline_s - time.perf_counter(), 0.1)
         problem, self._best_s = self._problem(table, below_s), below_s
+        if evaluations is None and is_small(problem):
+            evaluations = SMALL_EVALUATIONS
         return search(problem, evaluate=self._evaluate, deadline_s=remaining, max_evaluations=evaluations)
 
     def _reaches_s(self, known_s: float) -> list[float]:
