@@ -1,0 +1,92 @@
+"""Redistribution on 32 ranks in one process, by torch's ``LocalTensorMode``, against slices of the whole tensor."""
+
+import itertools
+import random
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._local_tensor import LocalIntNode, LocalTensor, LocalTensorMode  # private; tried on torch 2.13.0
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from autopar.runtime.layout import Cut, Placement, is_legal, local_part
+from autopar.runtime.mesh import Mesh
+from autopar.runtime.move import move
+
+torch.set_num_threads(1)
+SIZES = (2, 4, 4)
+NAMES = ("a", "b", "c")
+SHAPE = (32, 64, 3)
+COORDINATES = dict(enumerate(itertools.product(*map(range, SIZES))))
+TOKENS = ("R", "P", Cut(0), Cut(1), Cut(0, 2), Cut(1, 4))
+
+
+@pytest.fixture(scope="module")
+def groups():
+    """The name of the group over each set of axes; the mode finds those of the other ranks."""
+    dist.init_process_group("fake", rank=0, world_size=len(COORDINATES), store=FakeStore())
+    mesh = init_device_mesh("cpu", SIZES, mesh_dim_names=NAMES)
+    found = {}
+    for count in (1, 2, 3):
+        for axes in itertools.combinations(range(3), count):
+            part = mesh[tuple(NAMES[axis] for axis in axes)]
+            found[axes] = (part._flatten() if count > 1 else part).get_group().group_name
+    yield found
+    dist.destroy_process_group()
+
+
+def parts(whole: Tensor, placement: Placement, rng: torch.Generator) -> dict[int, Tensor]:
+    """What every rank holds; of a sum, terms that are whole numbers."""
+    summed = [axis for axis, token in enumerate(placement) if token == "P"]
+    terms: dict[tuple[int, ...], Tensor] = {}
+    ways = list(itertools.product(*(range(SIZES[axis]) for axis in summed)))
+    for way in ways[1:]:
+        terms[way] = torch.randint(-9, 9, whole.shape, generator=rng).to(whole.dtype)
+    terms[ways[0]] = whole - sum(terms.values(), torch.zeros(()))
+    return {
+        rank: local_part(terms[tuple(place[axis] for axis in summed)], placement, SIZES, place).contiguous()
+        for rank, place in COORDINATES.items()
+    }
+
+
+def placements(seed: int) -> tuple[Placement, Placement]:
+    """A legal pair; what becomes a sum on an axis was one there (else ranks run different programs)."""
+    rng = random.Random(seed)
+    while True:
+        source, target = (tuple(rng.choice(TOKENS) for _ in SIZES) for _ in range(2))
+        sums = all(new != "P" or old == "P" for old, new in zip(source, target, strict=True))
+        if sums and source != target and all(is_legal(SHAPE, one, SIZES) for one in (source, target)):
+            return source, target
+
+
+def check(groups: dict[tuple[int, ...], str], seed: int) -> None:
+    source, target = placements(seed)
+    rng = torch.Generator().manual_seed(seed)
+    whole = torch.randint(-99, 99, SHAPE, generator=rng).float()
+    with LocalTensorMode(len(COORDINATES)):
+        place = tuple(
+            torch.SymInt(LocalIntNode({rank: one[axis] for rank, one in COORDINATES.items()})) for axis in range(3)
+        )
+        mesh = Mesh(names=NAMES, sizes=SIZES, first_rank=0, coordinate=place, groups=groups)
+        moved = move(LocalTensor(parts(whole, source, rng)), SHAPE, source, target, mesh)
+    for one in COORDINATES.values():
+        mates = [
+            other
+            for other, their in COORDINATES.items()
+            if all(token == "P" or mine == at for token, mine, at in zip(target, one, their, strict=True))
+        ]
+        held = sum((moved._local_tensors[mate] for mate in mates), torch.zeros(()))
+        assert torch.equal(held, local_part(whole, target, SIZES, one))
+
+
+@pytest.mark.parametrize("seed", range(1))
+def test_every_rank_of_32_gets_its_part(groups, seed):
+    check(groups, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 40))
+def test_every_rank_of_32_gets_its_part_whatever_the_placements(groups, seed):
+    check(groups, seed)
