@@ -265,15 +265,19 @@ def _axes(book: StageBook, mesh: Mesh, uses: list[Use]) -> tuple[Axis, ...]:
 
 
 def _axis_name(book: StageBook, inputs: Sequence[int], tokens: Sequence[Token]) -> str:
+    """What an op that reads ``inputs`` so uses the axis for."""
     graph = book.blocks.graph
-    weight = next((t for v, t in zip(inputs, tokens, strict=True) if graph.values[v].kind == "parameter"), None)
-    if isinstance(weight, Atom):
-        value = next(v for v in inputs if graph.values[v].kind == "parameter")
-        return "ep" if len(graph.values[value].shape) == 3 and weight.dim == 0 else "tp"
-    first = tokens[0] if tokens else "R"
-    if isinstance(first, Atom):
-        return "dp" if graph.batch.grows(first.size) else "tp" if weight is None and first.dim == 1 else "cp"
-    return "tp"
+    tensors = [(graph.values[value], token) for value, token in zip(inputs, tokens, strict=True)]
+    for value, token in tensors:
+        if value.kind == "parameter" and isinstance(token, Atom):
+            return "ep" if len(value.shape) == 3 and token.dim == 0 else "tp"
+    first = next((token for value, token in tensors if value.kind != "parameter"), "R")
+    if not isinstance(first, Atom):
+        return "tp"
+    if graph.batch.grows(first.size):
+        return "dp"
+    has_weight = any(value.kind == "parameter" for value, _ in tensors)
+    return "tp" if first.dim == 1 and not has_weight else "cp"
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 import math
 
 from autopar.inter.smallest import Smallest, smallest_budget
-from autopar.inter.stage_memory import stage_memory
 from autopar.inter.stages import StageBook
 
 GIB = 2**30
@@ -13,9 +12,7 @@ def why_none_fits(
     books: list[StageBook], sizes: tuple[int, ...], budget_bytes: float, gpus: int, *, pinned: bool
 ) -> str:
     """The message, from the leanest pipeline of all micro-batch sizes with stages of ``sizes`` devices."""
-    found = (
-        smallest_budget(book, tuple(size for size in sizes if book.meshes(size)), book.held_at_most()) for book in books
-    )
+    found = (smallest_budget(book, tuple(size for size in sizes if book.meshes(size))) for book in books)
     leanest = min((one for one in found if one is not None), key=lambda one: one.num_bytes, default=None)
     if leanest is None:
         pins = " with these pins; a mesh has one or two axes" if pinned else ""
@@ -31,8 +28,7 @@ def why_none_fits(
 
 
 def _fills(leanest: Smallest) -> str:
-    first, end, _ = leanest.stage
-    parts = stage_memory(leanest.book, leanest.choice, first, end, leanest.in_flight)
+    parts = leanest.parts
     named = {
         "parameters": parts.parameters_bytes,
         "gradients": parts.gradients_bytes,

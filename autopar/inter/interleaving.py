@@ -16,7 +16,7 @@ pipelines are simulated until no bound left is below the best step.
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -62,10 +62,15 @@ class Interleaving:
         self._candidates = self._all()
         self.free_bound_s = min((one.bound_s for one in self._candidates), default=np.inf)
 
-    def run(self, known_s: float, deadline_s: float) -> tuple[tuple[Arrangement, float] | None, float]:
-        """The best below ``known_s`` with its simulated seconds, and a bound on all of them (at most ``known_s``).
-        ``deadline_s`` on the clock of ``time.perf_counter``."""
-        best, best_s, open_s = None, known_s, known_s
+    def bounded(self) -> list[tuple[float, Arrangement]]:
+        """All pipelines with what each takes at least, memory aside."""
+        return [(one.bound_s, one.of(self.book)) for one in self._candidates]
+
+    def run(self, known_s: float, deadline_s: float, step_s: Callable[[Arrangement, float], float]) -> float:
+        """Simulate what may be below ``known_s`` seconds; returns a bound on all (at most ``known_s``). ``deadline_s``
+        on the clock of ``time.perf_counter``; ``step_s`` simulates the step of a pipeline, inf where it is plain that it is
+        not below a number of seconds."""
+        best_s = open_s = known_s
         near = (one for one in self._candidates if one.bound_s < known_s * (1 - TOLERANCE))
         bounded = sorted(((max(one.bound_s, self._simulated_s(one)), one) for one in near), key=lambda pair: pair[0])
         for bound_s, candidate in bounded:
@@ -77,13 +82,11 @@ class Interleaving:
             bound_s = max(bound_s, self._way_s(candidate.stages, self._busy_s(arrangement), best_s))
             open_s = min(open_s, bound_s)
             if bound_s < best_s * (1 - TOLERANCE):
-                runs = arrangement.finished(best_s)
-                if runs is not None and (step_time_s := arrangement.step_time_s(runs)) < best_s:
-                    best, best_s = arrangement, step_time_s
+                best_s = min(best_s, step_s(arrangement, best_s))
         least_s = min(
             (one.bound_s for one in self._candidates if one.bound_s >= known_s * (1 - TOLERANCE)), default=np.inf
         )
-        return None if best is None else (best, best_s), min(open_s, best_s, least_s)
+        return min(open_s, best_s, least_s)
 
     def _all(self) -> list[_Candidate]:
         book, work_s = self.book, self.tables.work_bound_s()

@@ -12,6 +12,7 @@ from autopar.cluster.load import load_cluster
 from autopar.cost.execution import ExecutionModel
 from autopar.graph.blocks import cut_blocks, order_for_blocks
 from autopar.graph.trace import trace
+from autopar.inter.arrangement import Arrangement
 from autopar.inter.blocks import Blocks
 from autopar.inter.emit import Found, build_plan
 from autopar.inter.infeasible import why_none_fits
@@ -27,6 +28,8 @@ from autopar.workload.workload import Workload
 Progress = Callable[[str, str, float | None, float | None], None]
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 GIB = 2**30
+NUM_GUESSES = 4
+"""Pipelines, of all micro-batch sizes together, that are simulated before anything is searched."""
 SCHEDULES: dict[str, tuple[Schedule, ...]] = {
     "auto": ("1f1b", "interleaved"),  # gpipe is 1f1b with more held
     "1f1b": ("1f1b",),
@@ -105,7 +108,7 @@ def plan(
     deadline_s = started + time_limit_s if time_limit_s is not None else math.inf
     outcome = _Outcome(say=say)
     outcome.search(books, sizes, SCHEDULES[schedule], deadline_s)
-    if not outcome.found:
+    if outcome.best is None:
         if time.perf_counter() > deadline_s:
             raise TimeLimitError(f"no plan within {time_limit_s} s; raise --time-limit")
         if schedule == "interleaved":
@@ -126,18 +129,23 @@ class _Outcome:
     """What the searches of all micro-batch sizes found, and a bound on what they left open."""
 
     say: Progress
-    found: list[Best] = field(default_factory=list)
+    searches: list[SizeSearch] = field(default_factory=list)
     bound_s: float = math.inf
 
     @property
+    def ranked(self) -> list[Best]:
+        """All that was found, the fastest first."""
+        return sorted((best for one in self.searches for best in one.found), key=lambda best: best.step_time_s)
+
+    @property
     def best(self) -> Best | None:
-        return min(self.found, key=lambda one: one.step_time_s, default=None)
+        return next(iter(self.ranked), None)
 
     def search(
         self, books: list[StageBook], sizes: tuple[int, ...], schedules: tuple[Schedule, ...], deadline_s: float
     ) -> None:
-        """Search all micro-batch sizes, from the middle one outward; past the deadline none is begun if there is a
-        plan, and of sizes without a table nothing is known."""
+        """Search all micro-batch sizes, the ones first whose even pipelines take least; past the deadline none is begun
+        if there is a plan, and of sizes without a table nothing is known."""
         pending: list[SizeSearch] = []
         middle = _middle(books)
         for at, book in enumerate(sorted(books, key=lambda book: _apart(book, middle))):
@@ -150,25 +158,26 @@ class _Outcome:
             else:
                 one.tables.release()
             self.say("tables", f"micro-batch {book.micro_batch}, {at + 1} of {len(books)}", None, None)
-        pending.sort(key=lambda one: (one.guess_s, one.free_bound_s))
-        count, kept = len(pending), None
+        pending.sort(key=lambda one: (min((seconds for seconds, _ in one.guesses), default=math.inf), one.free_bound_s))
+        self.searches = list(pending)
+        guesses = [(*guess, one) for one in pending for guess in one.guesses]
+        for _, pipeline, one in sorted(guesses, key=lambda guess: guess[0])[:NUM_GUESSES]:
+            one.try_pipeline(pipeline)
         while pending:
             best = self.best
             if best is not None and time.perf_counter() > deadline_s:
                 self.bound_s = min(self.bound_s, *(one.free_bound_s for one in pending))
                 return
             one = pending.pop(0)
-            better, bound_s = one.run(best.step_time_s if best is not None else math.inf)
-            self.bound_s = min(self.bound_s, bound_s)
-            if better is not None:
-                self.found.append(better)
-            loser, kept = (one, kept) if better is None else (kept, one)
-            if loser is not None:
-                loser.tables.release()
-            self._report(one, pending, count)
+            self.bound_s = min(self.bound_s, one.run(best.step_time_s if best is not None else math.inf))
+            best = self.best
+            for done in self.searches[: len(self.searches) - len(pending)]:
+                if best is None or done.book is not best.arrangement.book:
+                    done.tables.release()
+            self._report(one, pending)
 
-    def _report(self, one: SizeSearch, pending: list[SizeSearch], count: int) -> None:
-        best = self.best
+    def _report(self, one: SizeSearch, pending: list[SizeSearch]) -> None:
+        best, count = self.best, len(self.searches)
         step_time_s = best.step_time_s if best is not None else None
         open_s = min([self.bound_s, *(other.free_bound_s for other in pending)])
         gap = None if step_time_s is None else max(0.0, 1 - open_s / step_time_s)
@@ -180,7 +189,7 @@ def _emitted(
     outcome: _Outcome, workload: Workload, cluster: Cluster, batch: int, budget_bytes: int, started: float
 ) -> Plan:
     """The plan of the best pipeline, its stages mixed anew."""
-    ranked = sorted(outcome.found, key=lambda one: one.step_time_s)
+    ranked = outcome.ranked
     best = ranked[0].arrangement
     runs = best.finished()
     assert runs is not None, "the best pipeline was simulated"
@@ -237,12 +246,20 @@ def _apart(book: StageBook, micro_batch: float) -> float:
 
 
 def _runner_up(ranked: list[Best]) -> str | None:
-    if len(ranked) < 2:
+    """The fastest pipeline found of another micro-batch size, or of other numbers of stages or chunks, than the
+    first."""
+    best = ranked[0]
+    second = next((one for one in ranked if _kind(one.arrangement) != _kind(best.arrangement)), None)
+    if second is None:
         return None
-    second = ranked[1]
-    arrangement = second.arrangement
-    chunks = f", {arrangement.num_chunks} chunks each" if arrangement.num_chunks > 1 else ""
+    micro_batch, stages, chunks = _kind(second.arrangement)
     return (
-        f"micro-batch {arrangement.book.micro_batch} on {arrangement.num_runs} stages{chunks}: "
-        f"{second.step_time_s:.4g} s, {second.step_time_s / ranked[0].step_time_s - 1:+.1%}"
+        f"micro-batch {micro_batch} on {stages} stage{'s' if stages > 1 else ''}"
+        f"{f', {chunks} chunks each' if chunks > 1 else ''}: "
+        f"{second.step_time_s:.4g} s, {second.step_time_s / best.step_time_s - 1:+.1%}"
     )
+
+
+def _kind(arrangement: Arrangement) -> tuple[int, int, int]:
+    """Micro-batch size, runs of devices, chunks of each."""
+    return arrangement.book.micro_batch, arrangement.num_runs, arrangement.num_chunks

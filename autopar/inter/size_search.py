@@ -16,9 +16,7 @@ from autopar.inter.stages import StageBook
 from autopar.plan.schedule import Schedule
 
 REACHES = (1.25, 1.6, 2.5, 6.0, math.inf)
-"""Where nothing is known, steps are sought below these multiples of the bound without memory, one after the other, from
-the first on that is above ``GUESS_REACH`` times the guess."""
-GUESS_REACH = 1.1
+"""Where no step is known, steps are sought below these multiples of the bound without memory, one after the other."""
 EVEN_EVALUATIONS = 200
 """Pipelines simulated at most in the first of the two searches of a micro-batch size."""
 SMALL_EVALUATIONS = 1_000
@@ -35,7 +33,8 @@ class Best:
 
 class SizeSearch:
     """The search of one book; ``schedules`` that it may use. ``free_bound_s``: no pipeline is faster, memory aside;
-    inf where none fits. ``guess_s``: about what its best may take, inf where nothing says."""
+    inf where none fits. ``guesses``: about what even pipelines take, or, where all are interleaved, bounds on them.
+    ``found``: what was simulated and was the best of its search until then."""
 
     def __init__(
         self,
@@ -48,29 +47,33 @@ class SizeSearch:
         self.sizes = tuple(size for size in sizes if book.meshes(size))
         self.tables = StageTables(book, self.sizes)
         self.cuts_s = book.transfers.cut_bounds_s(self.sizes)
+        self.found: list[Best] = []
+        self.guesses: list[tuple[float, Arrangement]] = []
         free = self.tables.free()
-        self._best_s = np.inf  # of the pipelines that the search at hand has evaluated
         self._straight_bound_s = np.inf  # of pipelines that are not interleaved
         if self._straight and self.tables.can_fit(book.held_at_most()):
             bound_s = least_s(self._problem(lambda in_flight: free, np.inf))
             self._straight_bound_s = max(self.tables.work_bound_s(), bound_s)
-        self.guess_s = self.tables.guess_s() if math.isfinite(self._straight_bound_s) else np.inf
+            self.guesses = [(seconds, self._arranged(stages)) for seconds, stages in self.tables.guesses()]
         self._interleaving = Interleaving(self.tables, self.cuts_s) if "interleaved" in schedules else None
+        if self._interleaving is not None and self._straight is None:
+            self.guesses = self._interleaving.bounded()
         self.free_bound_s = min(
             self._straight_bound_s, self._interleaving.free_bound_s if self._interleaving is not None else np.inf
         )
 
-    def run(self, known_s: float) -> tuple[Best | None, float]:
-        """The best pipeline below ``known_s`` seconds, and a bound on all of this size (at most ``known_s``)."""
-        best, bound_s = self._run_straight(known_s)
+    def try_pipeline(self, arrangement: Arrangement) -> None:
+        """Simulate one pipeline."""
+        self._simulate(arrangement, np.inf)
+
+    def run(self, known_s: float) -> float:
+        """Find the best pipeline below ``known_s`` seconds; returns a bound on all of this size (at most
+        ``known_s``)."""
+        bound_s, below_s = self._run_straight(known_s)
         if self._interleaving is not None:
-            below_s = best.step_time_s if best is not None else known_s
             self.tables.ignore_from(below_s)
-            found, least_open_s = self._interleaving.run(below_s, self.deadline_s)
-            bound_s = min(bound_s, least_open_s)
-            if found is not None:
-                best = Best(arrangement=found[0], step_time_s=found[1])
-        return best, bound_s
+            bound_s = min(bound_s, self._interleaving.run(below_s, self.deadline_s, self._simulate))
+        return bound_s
 
     @property
     def _straight(self) -> Schedule | None:
@@ -91,42 +94,41 @@ class SizeSearch:
         )
 
     def _arranged(self, stages: tuple[tuple[int, int, int], ...]) -> Arrangement:
-        named = tuple((first, end, self.sizes[k]) for first, end, k in stages)
-        return Arrangement(book=self.book, stages=named, schedule=self.book.schedule)
+        """Stages (first block, last block + 1, devices), not interleaved."""
+        return Arrangement(book=self.book, stages=stages, schedule=self.book.schedule)
 
-    def _evaluate(self, stages: tuple[tuple[int, int, int], ...]) -> float:
-        """The step of a pipeline; inf where none fits, or where it is plain that others were faster."""
-        arrangement = self._arranged(stages)
-        runs = arrangement.finished(self._best_s)
+    def _simulate(self, arrangement: Arrangement, below_s: float) -> float:
+        """The step of a pipeline; inf where it does not fit, or where it is plain that it takes ``below_s`` or more."""
+        runs = arrangement.finished(below_s)
         step_time_s = np.inf if runs is None else arrangement.step_time_s(runs)
-        self._best_s = min(self._best_s, step_time_s)
+        if step_time_s < below_s:
+            self.found.append(Best(arrangement=arrangement, step_time_s=step_time_s))
         return step_time_s
 
     def _search(self, table: Callable[[int], StageTable], below_s: float, evaluations: int | None) -> PipelineResult:
+        best_s = below_s
+
+        def evaluate(stages: tuple[tuple[int, int, int], ...]) -> float:
+            nonlocal best_s
+            named = tuple((first, end, self.sizes[k]) for first, end, k in stages)
+            step_time_s = self._simulate(self._arranged(named), best_s)
+            best_s = min(best_s, step_time_s)
+            return step_time_s
+
         remaining = max(self.deadline_s - time.perf_counter(), 0.1)
-        problem, self._best_s = self._problem(table, below_s), below_s
+        problem = self._problem(table, below_s)
         if evaluations is None and is_small(problem):
             evaluations = SMALL_EVALUATIONS
-        return search(problem, evaluate=self._evaluate, deadline_s=remaining, max_evaluations=evaluations)
+        return search(problem, evaluate=evaluate, deadline_s=remaining, max_evaluations=evaluations)
 
-    def _reaches_s(self, known_s: float) -> list[float]:
-        """Below what steps are sought, one after the other."""
-        if math.isfinite(known_s):
-            return [known_s]
-        reaches_s = [reach * self._straight_bound_s for reach in REACHES]
-        start_s = GUESS_REACH * self.guess_s
-        if not self._straight_bound_s < start_s < math.inf:
-            return reaches_s
-        return [start_s, *(reach_s for reach_s in reaches_s if reach_s > start_s)]
-
-    def _run_straight(self, known_s: float) -> tuple[Best | None, float]:
-        for below_s in self._reaches_s(known_s):
+    def _run_straight(self, known_s: float) -> tuple[float, float]:
+        """A bound on pipelines that are not interleaved, and the best step: of one of them, or ``known_s``."""
+        known = math.isfinite(known_s)
+        for below_s in [known_s] if known else [reach * self._straight_bound_s for reach in REACHES]:
             if self._straight_bound_s >= below_s:
-                return None, known_s
+                return known_s, known_s
             self.tables.ignore_from(below_s)
             if least_s(self._problem(self.tables.bounding, below_s)) >= below_s:
-                if below_s == known_s:
-                    return None, known_s
                 continue
             # First by times that are reached, which finds good pipelines; then by bounds, to prove or find better ones.
             even = self._search(self.tables.even, below_s, EVEN_EVALUATIONS).best
@@ -134,8 +136,7 @@ class SizeSearch:
             result = self._search(self.tables.bounding, target_s, None)
             best = result.best or even
             if best is not None:
-                bound_s = min(result.lower_bound_s, best.step_time_s)
-                return Best(arrangement=self._arranged(best.stages), step_time_s=best.step_time_s), bound_s
+                return min(result.lower_bound_s, best.step_time_s), best.step_time_s
             if below_s == known_s:
-                break
-        return None, min(result.lower_bound_s, known_s)
+                return min(result.lower_bound_s, known_s), known_s
+        return known_s, known_s

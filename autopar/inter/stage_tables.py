@@ -20,7 +20,7 @@ from autopar.inter.blocks import Mesh
 from autopar.inter.bounds import max_in_flight
 from autopar.inter.layouts import even_ends, layers
 from autopar.inter.pipelines import StageTable
-from autopar.inter.stages import FREE, LEAN_WEIGHTS, WEIGHTS, MeshSums, StageBook, between
+from autopar.inter.stages import FREE, LEAN_WEIGHTS, WEIGHTS, MeshSums, StageBook, between, with_host
 from autopar.intra import price_rows as pr
 from autopar.intra.price_rows import PriceRow
 
@@ -129,20 +129,25 @@ class StageTables:
         forward, backward, step = (self._planes(in_flight, [one[at] for one in found]) for at in range(3))
         return StageTable(forward_s=forward, backward_s=backward, step_s=step)
 
-    def guess_s(self) -> float:
-        """About what the best pipeline of equal stages takes whose blocks all take one point of the free phase,
-        transfers aside; inf where none fits."""
-        book, found = self.book, np.inf
+    def guesses(self) -> list[tuple[float, tuple[tuple[int, int, int], ...]]]:
+        """Pipelines of equal stages (first block, end block, devices), one for each number of stages, and about what a
+        step of each takes, all blocks of a stage at one point of the free phase, transfers aside; none that does not
+        fit."""
+        book, found = self.book, []
         for size in self.sizes:
             num_stages, rest = divmod(book.gpus, size)
             if rest or num_stages > book.max_stages or num_stages > len(layers(book.blocks.blocks)):
                 continue
             ends = even_ends(book.blocks.blocks, num_stages) if num_stages > 1 else [len(book.blocks.blocks)]
-            kinds = [int(book.type_of[first, end]) for first, end in itertools.pairwise((0, *ends))]
+            stages = tuple((first, end, size) for first, end in itertools.pairwise((0, *ends)))
+            kinds = [int(book.type_of[first, end]) for first, end, _ in stages]
             held = [max_in_flight(book.schedule, book.num_microbatches, place) for place in range(num_stages, 0, -1)]
-            seconds = {pair: self._free_fitting_s(size, *pair) for pair in zip(kinds, held, strict=True)}
-            times = [seconds[pair] for pair in zip(kinds, held, strict=True)]
-            found = min(found, sum(times) + (book.num_microbatches - 1) * max(times))
+            pairs = list(zip(kinds, held, strict=True))
+            seconds = {pair: self._free_fitting_s(size, *pair) for pair in pairs}
+            times = [seconds[pair] for pair in pairs]
+            step_time_s = sum(times) + (book.num_microbatches - 1) * max(times)
+            if math.isfinite(step_time_s):
+                found.append((step_time_s, stages))
         return found
 
     def _free_fitting_s(self, size: int, kind: int, in_flight: int) -> float:
@@ -165,10 +170,12 @@ class StageTables:
                     points = book.points(column, mesh, FREE)
                     path = [at for at, row in enumerate(points.rows) if row.family == "path"]
                     room_s = max(row.price_s_per_byte for row in points.rows) * book.budget_bytes
-                    seconds = max(float(points.bound_s[path].min()) - room_s, self._launch_floor_s(column, mesh))
+                    seconds = max(float(with_host(points)[path].min()) - room_s, self._launch_floor_s(column, mesh))
                     least[column] = min(least[column], size * seconds)
         whole = book.counts[int(book.type_of[0, len(book.blocks.blocks)])]
-        return float(book.num_microbatches * np.where(whole > 0, whole * least, 0.0).sum() / book.gpus)
+        loop_s, once_s = book.loop_s
+        blocks_s = np.where(whole > 0, whole * least, 0.0).sum() / book.gpus
+        return float(book.num_microbatches * (blocks_s + loop_s) + once_s)
 
     def bounds(self, num_devices: int, in_flight: int) -> StageBounds:
         """Bounds of every stage type on ``num_devices`` devices with ``in_flight`` micro-batches held."""
@@ -331,11 +338,16 @@ class StageTables:
         for at, family in enumerate(row.family for row in rows):
             if family != "lean":
                 best[family] = np.maximum(best[family], value[:, at])
+        loop_s, once_s = book.loop_s
         path = np.maximum(np.maximum(best["path"], best["linked"]), np.maximum(launches, forward)[:, None])
         busy = B * np.maximum(np.maximum(best["hidden"], best["reduced"]), path)
-        busy = np.maximum(busy, B * path + step[:, None])
+        busy = np.maximum(busy, B * path + step[:, None]) + B * loop_s + once_s
         return StageBounds(
-            forward_s=forward, through_s=path.min(axis=1), step_s=step, busy_s=busy.min(axis=1), even_s=np.zeros(0)
+            forward_s=forward + loop_s / 2,
+            through_s=path.min(axis=1) + loop_s,
+            step_s=step + once_s,
+            busy_s=busy.min(axis=1),
+            even_s=np.zeros(0),
         )
 
     def _launch_floor_s(self, column: int, mesh: Mesh) -> float:

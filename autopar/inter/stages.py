@@ -178,7 +178,7 @@ class StageBook:
             kept = self.kept(mesh, weight)
             rows = self.rows(mesh, phase)[kept]
             totals = np.stack([np.where(np.isfinite(one.totals[kept]), one.totals[kept], HUGE) for one in points])
-            bounds = np.stack([np.where(np.isfinite(one.bound_s[kept]), one.bound_s[kept], HUGE) for one in points])
+            bounds = np.stack([with_host(one)[kept] for one in points])
             sums = np.einsum("tc,crbm->trbm", self.counts, totals)
             sums[..., tt.WORKSPACE] = 0.0  # the most of the blocks, not their sum
             workspace = np.zeros(sums.shape[:-1])
@@ -218,13 +218,18 @@ class StageBook:
 
     def times_s(self, totals: Floats) -> tuple[Floats, Floats, Floats]:
         """Forward, backward, and exposed step seconds of stage totals."""
-        execution, cluster = self.blocks.execution, self.blocks.cluster
         contention = self.contention
         backward, reduction = totals[..., tt.BACKWARD], totals[..., tt.STEP]
         reduction = np.maximum(reduction - backward, 0.0) + contention * np.minimum(reduction, backward)
-        loop_s = execution.software.microbatch_calls * cluster.device.launch_s / 2
-        step = reduction + totals[..., tt.STEP_EXPOSED] + execution.software.step_calls * cluster.device.launch_s
-        return totals[..., tt.FORWARD] + loop_s, backward + loop_s, step
+        loop_s, once_s = self.loop_s
+        step = reduction + totals[..., tt.STEP_EXPOSED] + once_s
+        return totals[..., tt.FORWARD] + loop_s / 2, backward + loop_s / 2, step
+
+    @property
+    def loop_s(self) -> tuple[float, float]:
+        """What the training loop takes of every stage beside its ops: per micro-batch, and once per step."""
+        software, launch_s = self.blocks.execution.software, self.blocks.cluster.device.launch_s
+        return software.microbatch_calls * launch_s, software.step_calls * launch_s
 
     def roles(self, boundary: int, mesh: Mesh) -> tuple[str, ...]:
         """How the inner axes place what crosses blocks under a boundary placement."""
@@ -340,6 +345,18 @@ class StageBook:
         return float(
             self.blocks.cluster.device.context_bytes + self.blocks.cluster.communication_buffer_bytes(communicators)
         )
+
+
+def with_host(points: BlockPoints) -> Floats:
+    """(rows, boundaries) the rows' optima, which count the device alone, with what the host takes to launch a block:
+    beside it, or before it where launches block; ``HUGE`` where there is no solution."""
+    forward, selective, backward, full = points.tables.host_s
+    repeated = {"selective": selective, "full": full}
+    host = np.array(
+        [0.0 if row.family == "lean" else forward + backward + repeated.get(row.mode, 0.0) for row in points.rows]
+    )
+    both = np.add if points.tables.blocking else np.maximum
+    return np.asarray(both(np.where(np.isfinite(points.bound_s), points.bound_s, HUGE), host[:, None]))
 
 
 def _least_over_modes(rows: tuple[PriceRow, ...], bounds: Floats) -> Floats:

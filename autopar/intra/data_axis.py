@@ -21,7 +21,7 @@ from math import prod
 import numpy as np
 
 from autopar.graph.ir import Block, Graph, Value
-from autopar.intra.elimination import Eliminator
+from autopar.intra.mini_buckets import eliminator
 from autopar.rules.atoms import Atom
 from autopar.rules.options import Option, Token
 from autopar.rules.rule import OpRule
@@ -104,8 +104,8 @@ def data_axis(
         np.array([[[_move(graph.values[link[0]], a, b) for b in taken] for a in made]])
         for link, (made, taken) in zip(links, sides, strict=True)
     ]
-    table = Eliminator(counts, tuple((link[1], link[2]) for link in links)).solve(node_costs, edge_costs)
-    choices = table.backtrack(0)
+    edges = tuple((link[1], link[2]) for link in links)
+    choices = eliminator(counts, edges).solve(node_costs, edge_costs).backtrack_all()[:, 0]
     picked = tuple(chosen[choices[2 + at]] for at, chosen in enumerate(options))
     still = all(
         text_of(made[choices[link[1]]]) == text_of(taken[choices[link[2]]])

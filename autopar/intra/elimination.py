@@ -11,7 +11,8 @@ Artificial Intelligence 113 (1999); Kask et al., "Unifying tree decompositions f
 
 A leading axis of every table is the price p: with ``cost_v + price_p * usage_v`` as node costs, P Lagrangian prices are
 eliminated at once. Work and memory are exponential in the width of the elimination order, which is 2 on transformer
-blocks; an order that would need a table above ``max_cells`` raises ``WidthError`` and the caller falls back to the ILP.
+blocks; an order that would need a table above ``max_cells`` raises ``WidthError`` and the caller falls back to the ILP, or to
+bounds (`mini_buckets`).
 
 Exact reductions: nodes with one choice leave the graph (their edges become node costs), parallel edges are added, edges
 that are zero everywhere can be left out (``Eliminator.of``).
@@ -35,15 +36,16 @@ SLAB_CELLS = 1 << 17  # tables are joined in slabs of about 2 MB, which stay in 
 
 
 class WidthError(Exception):
-    """The elimination order needs a table of ``cells`` cells, above the limit: solve this problem with the ILP."""
+    """The elimination needs a table of ``cells`` cells, above the limit, in the best ``order`` of nodes found: solve this
+    problem with the ILP, or bound it (`mini_buckets`)."""
 
-    def __init__(self, cells: int, max_cells: int) -> None:
+    def __init__(self, cells: int, max_cells: int, order: Scope) -> None:
         super().__init__(f"elimination needs a table of {cells} cells, more than {max_cells}: use the ILP")
-        self.cells = cells
+        self.cells, self.order = cells, order
 
 
 @dataclass(frozen=True, slots=True)
-class _Factor:
+class Factor:
     """A table over ``scope``; ``values`` is (1 or P, choices of scope...)."""
 
     scope: Scope
@@ -129,7 +131,7 @@ class Eliminator:
         order = min(orders, key=lambda candidate: candidate.work)
         self.max_table_cells = order.max_cells
         if order.max_cells > max_cells:
-            raise WidthError(order.max_cells, max_cells)
+            raise WidthError(order.max_cells, max_cells, tuple(bucket.node for bucket in order.buckets))
         folded = tuple(node for node in range(len(num_choices)) if node not in neighbours)
         self._buckets = (*order.buckets, *(_Bucket(node, ()) for node in folded))
         self._position = {bucket.node: at for at, bucket in enumerate(self._buckets)}
@@ -151,7 +153,7 @@ class Eliminator:
         ``node_costs[v]`` is (P, choices of v) and ``edge_costs[e]`` (P, choices of first, choices of second), all in
         one unit; a leading 1 instead of P says that the term does not depend on the price, which saves work.
         """
-        num_prices = _num_prices(node_costs, edge_costs)
+        num_prices = count_prices(node_costs, edge_costs)
         waiting = self._sorted_factors(node_costs, edge_costs)
         argmins: list[Ints] = []
         for at, bucket in enumerate(self._buckets):
@@ -162,7 +164,7 @@ class Eliminator:
         kept = [factor for factors in waiting for factor in factors]
         values = np.zeros((num_prices, *(self.num_choices[node] for node in self.keep)))
         for factor in kept:
-            values += _aligned(factor, self.keep)
+            values += over_scope(factor, self.keep)
         return Table(
             values=values,
             keep=self.keep,
@@ -178,7 +180,7 @@ class Eliminator:
         ``marginal_v[x_v] = min_(x_N) (tables of v + down_v)``. Needs ``keep`` to be empty.
         """
         assert not self.keep, "min-marginals are those of the whole problem"
-        num_prices = _num_prices(node_costs, edge_costs)
+        num_prices = count_prices(node_costs, edge_costs)
         buckets = self._buckets
         inbox = self._sorted_factors(node_costs, edge_costs)
         senders: list[list[int]] = [[-1] * len(factors) for factors in inbox]
@@ -187,9 +189,9 @@ class Eliminator:
             inbox[self._destination(bucket)].append(message)
             senders[self._destination(bucket)].append(at)
         roots = inbox[len(buckets)]
-        downs: dict[int, _Factor] = {}
+        downs: dict[int, Factor] = {}
         for sender, others in zip(senders[len(buckets)], _all_but_one(roots), strict=True):
-            downs[sender] = _Factor((), sum((factor.values for factor in others), np.zeros(num_prices)))
+            downs[sender] = Factor((), sum((factor.values for factor in others), np.zeros(num_prices)))
         marginals: list[Floats] = [np.zeros((num_prices, count)) for count in self.num_choices]
         for at in reversed(range(len(buckets))):
             bucket = buckets[at]
@@ -199,7 +201,7 @@ class Eliminator:
             for number, (sender, others) in enumerate(zip(senders[at], _all_but_one(factors), strict=False)):
                 if sender >= 0:
                     target = inbox[at][number].scope
-                    downs[sender] = _Factor(target, self._project(scope, others, target, num_prices))
+                    downs[sender] = Factor(target, self._project(scope, others, target, num_prices))
         return tuple(marginals)
 
     def _destination(self, bucket: _Bucket) -> int:
@@ -207,7 +209,7 @@ class Eliminator:
         positions = [self._position[node] for node in bucket.rest]
         return min([len(self._buckets), *positions])
 
-    def _sorted_factors(self, node_costs: Sequence[Floats], edge_costs: Sequence[Floats]) -> list[list[_Factor]]:
+    def _sorted_factors(self, node_costs: Sequence[Floats], edge_costs: Sequence[Floats]) -> list[list[Factor]]:
         """Every cost as a factor, in the list of the bucket that eliminates it first; the last list is the kept one.
         Parallel edges are added, and an edge to a folded node becomes a factor over its other end."""
         assert len(node_costs) == len(self.num_choices), "one cost vector a node"
@@ -225,37 +227,37 @@ class Eliminator:
             values = values.reshape([size for axis, size in enumerate(values.shape) if axis not in single])
             scope = tuple(node for node in scope if self.num_choices[node] > 1)
             pairs[scope] = pairs[scope] + values if scope in pairs else values
-        waiting: list[list[_Factor]] = [[] for _ in range(len(self._buckets) + 1)]
+        waiting: list[list[Factor]] = [[] for _ in range(len(self._buckets) + 1)]
         for scope, values in pairs.items():
             at = min([len(self._buckets), *(self._position[node] for node in scope)])
-            waiting[at].append(_Factor(scope, values))
+            waiting[at].append(Factor(scope, values))
         return waiting
 
-    def _eliminate(self, bucket: _Bucket, factors: list[_Factor], *, with_argmin: bool = True) -> tuple[_Factor, Ints]:
+    def _eliminate(self, bucket: _Bucket, factors: list[Factor], *, with_argmin: bool = True) -> tuple[Factor, Ints]:
         """``message[x_rest] = min_(x_node) sum of factors``, and the argmin, slab by slab."""
         scope = (*bucket.rest, bucket.node)
         sizes = tuple(self.num_choices[node] for node in scope)
         num_prices = max(factor.values.shape[0] for factor in factors)
         message = np.empty((num_prices, *sizes[:-1]))
         argmin: Ints = np.empty(message.shape if with_argmin else (0,), self._small)
-        aligned = [_aligned(factor, scope) for factor in factors]
-        for slab, joined in _sums(aligned, (num_prices, *sizes)):
+        aligned = [over_scope(factor, scope) for factor in factors]
+        for slab, joined in slab_sums(aligned, (num_prices, *sizes)):
             if with_argmin:
                 best = joined.argmin(axis=-1)
                 argmin[slab] = best
                 message[slab] = np.take_along_axis(joined, best[..., None], axis=-1)[..., 0]
             else:
                 message[slab] = joined.min(axis=-1)
-        return _Factor(bucket.rest, message), argmin
+        return Factor(bucket.rest, message), argmin
 
-    def _project(self, scope: Scope, factors: list[_Factor], target: Scope, num_prices: int) -> Floats:
+    def _project(self, scope: Scope, factors: list[Factor], target: Scope, num_prices: int) -> Floats:
         """``min`` of the sum of factors over every node of ``scope`` outside ``target``: (P, choices of target...)."""
         sizes = (num_prices, *(self.num_choices[node] for node in scope))
         left = tuple(node for node in scope if node in target)
         gone = tuple(axis for axis, node in enumerate(scope, 1) if node not in target)
         out = np.full((num_prices, *(self.num_choices[node] for node in left)), np.inf)
-        aligned = [_aligned(factor, scope) for factor in factors]
-        for slab, joined in _sums(aligned, sizes):
+        aligned = [over_scope(factor, scope) for factor in factors]
+        for slab, joined in slab_sums(aligned, sizes):
             part = joined.min(axis=gone)
             view = out[slab] if len(slab) == 2 and scope[0] in target else out[slab[0]]
             np.minimum(view, part, out=view)
@@ -306,13 +308,13 @@ def _order(
     return _Order(buckets, max_cells, work)
 
 
-def _num_prices(node_costs: Sequence[Floats], edge_costs: Sequence[Floats]) -> int:
+def count_prices(node_costs: Sequence[Floats], edge_costs: Sequence[Floats]) -> int:
     counts = {costs.shape[0] for costs in itertools.chain(node_costs, edge_costs)} - {1}
     assert len(counts) <= 1, f"terms disagree about the number of prices: {sorted(counts)}"
     return counts.pop() if counts else 1
 
 
-def _aligned(factor: _Factor, scope: Scope) -> Floats:
+def over_scope(factor: Factor, scope: Scope) -> Floats:
     """The factor's values as a view that broadcasts over (P, choices of scope...)."""
     axes = sorted(range(len(factor.scope)), key=lambda axis: scope.index(factor.scope[axis]))
     values = factor.values.transpose(0, *(axis + 1 for axis in axes))
@@ -346,7 +348,7 @@ def _merged(tables: list[Floats], shape: tuple[int, ...]) -> list[Floats]:
     return merged
 
 
-def _sums(tables: list[Floats], shape: tuple[int, ...]) -> Iterator[tuple[tuple[slice, ...], Floats]]:
+def slab_sums(tables: list[Floats], shape: tuple[int, ...]) -> Iterator[tuple[tuple[slice, ...], Floats]]:
     """Every slab of ``shape`` with the sum of the broadcastable tables over it; the buffer is reused by the next."""
     tables = _merged(tables, shape)
     buffer: Floats | None = None
@@ -365,6 +367,6 @@ def _sums(tables: list[Floats], shape: tuple[int, ...]) -> Iterator[tuple[tuple[
         yield slab, buffer
 
 
-def _all_but_one(factors: list[_Factor]) -> Iterator[list[_Factor]]:
+def _all_but_one(factors: list[Factor]) -> Iterator[list[Factor]]:
     """For each factor, the list of the others. Summing again rather than subtracting keeps inf and huge costs exact."""
     return (factors[:at] + factors[at + 1 :] for at in range(len(factors)))

@@ -24,6 +24,7 @@ from autopar.intra.copies import CopyCounter, LocalSizes
 from autopar.intra.data_axis import text_of
 from autopar.intra.elimination import Eliminator
 from autopar.intra.hiding import Hiding
+from autopar.intra.mini_buckets import MiniBuckets, eliminator
 from autopar.intra.moves import Moves
 from autopar.intra.op_metrics import BESIDE, BOUNDARY, NUM_METRICS, OpMetrics, first_keeper
 from autopar.intra.regather import Policy, Regather, Regathers, Side
@@ -74,7 +75,7 @@ class BlockTables:
     sync_s: tuple[tuple[float, float], ...]
     contention: float
     blocking: bool
-    eliminator: Eliminator
+    eliminator: Eliminator | MiniBuckets
 
 
 class TableBuilder:
@@ -209,7 +210,7 @@ class TableBuilder:
             sync_s=(*self._sync_s(), *((0.0, 0.0) for _ in edges[len(self.space.flows) :])),
             contention=self.links.cluster.overlap_contention if self.execution.overlap else 1.0,
             blocking=self.execution.blocking,
-            eliminator=Eliminator(
+            eliminator=eliminator(
                 tuple(len(choices) for choices in metrics),
                 tuple((source, target) for source, target, _, _ in edges),
                 keep=(IN, OUT),

@@ -3,11 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
+from torch import Tensor
 
 from autopar.inter.planner import plan
 from autopar.plan.mesh import parse_placements, shard_dim
 from autopar.plan.plan import Plan
-from autopar.workload import load_workload
+from autopar.workload import Workload, load_workload
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -65,3 +68,19 @@ def test_attention_that_every_rank_computes_alike_is_in_the_report():
     assert replicated, "three heads, 33 positions and one sample cannot be shared out among 2, 4 or 8 ranks"
     for at in replicated:
         assert any(note.startswith(f"stage {at}:") and "attention among them" in note for note in found.notes)
+
+
+def test_an_axis_is_named_after_what_most_of_the_work_does_on_it():
+    """GPT-2 of transformers: its linear layers are ``addmm``, whose first input is the bias."""
+    config = transformers.GPT2Config(n_embd=768, n_layer=12, n_head=12)
+
+    def inputs(batch_size: int) -> dict[str, Tensor]:
+        ids = torch.empty(batch_size, 1024, dtype=torch.long, device="meta")
+        return {"input_ids": ids, "labels": ids.clone()}
+
+    workload = Workload(build_model=lambda: transformers.GPT2LMHeadModel(config), example_inputs=inputs)
+    found = plan(workload, cluster="dgx-h100", gpus=16, global_batch=128, micro_batch=128)
+    linear = [p for program in found.programs for p in program.parameters if "mlp.c_fc.weight" in p.name]
+    assert linear
+    whole = not any(cut(parameter.compute) for parameter in linear)
+    assert whole == all(axis.name != "tp" for stage in found.stages for axis in stage.axes)

@@ -90,14 +90,21 @@ def test_bounds_are_not_above_any_pipeline_and_the_search_finds_the_best(blocks,
         for bound_s in (candidate.bound_s, search._simulated_s(candidate), search._way_s(candidate.stages, busy_s)):
             assert bound_s <= step_time_s * (1 + 1e-9)
         assert arrangement.step_time_s(arrangement.mixed(runs)) <= step_time_s
-    found, bound_s = search.run(float("inf"), float("inf"))
-    if not steps:
-        assert found is None
-        return
-    assert found is not None
-    assert min(steps) <= found[1] <= min(steps) * (1 + 1e-3)
-    assert bound_s <= min(steps)
-    assert search.run(min(steps) * 0.5, float("inf"))[0] is None
+    simulated = []
+
+    def step_s(arrangement, below_s):
+        runs = arrangement.finished(below_s)
+        simulated.append(float("inf") if runs is None else arrangement.step_time_s(runs))
+        return simulated[-1]
+
+    bound_s = search.run(float("inf"), float("inf"), step_s)
+    assert min(steps, default=float("inf")) <= min(simulated, default=float("inf"))
+    if steps:
+        assert min(simulated) <= min(steps) * (1 + 1e-3)
+        assert bound_s <= min(steps)
+        simulated.clear()
+        assert search.run(min(steps) * 0.5, float("inf"), step_s) <= min(steps) * 0.5
+        assert min(simulated, default=float("inf")) >= min(steps)
 
 
 @pytest.mark.parametrize("memory_gib", [None, 1.12, 1.09])

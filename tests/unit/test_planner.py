@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from autopar.inter import planner
+from autopar.inter import planner, size_search
 from autopar.inter.planner import micro_batches, plan, submesh_sizes
 from autopar.inter.stage_tables import StageTables
 from autopar.plan.errors import AutoparError, InfeasibleError
@@ -52,6 +52,27 @@ def test_less_memory_never_makes_the_step_faster_and_ends_in_an_error_that_names
     assert re.search(r"needs \d+\.\d\d GiB", message)
     assert steps == sorted(steps)
     assert len(steps) > 2
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        ("gpt.py", TINY),
+        ("gpt.py", {**TINY, "vocab": 51200}),
+        ("moe.py", {**TINY, "layers": 2, "experts": 8, "group_size": 128}),
+    ],
+)
+def test_the_budget_that_the_error_names_does_and_less_does_not(model, settings):
+    search = {"cluster": "p3.16xlarge", "gpus": 8, "global_batch": 32}
+    workload = load_workload(str(EXAMPLES / model), **settings)
+    with pytest.raises(InfeasibleError) as error:
+        plan(workload, memory_gib=0.9, **search)
+    needed = float(re.search(r"needs (\d+\.\d\d) GiB", str(error.value)).group(1))
+    found = plan(workload, memory_gib=needed, **search)
+    check(found)
+    assert found.estimate.peak_memory_bytes <= needed * 2**30
+    with pytest.raises(InfeasibleError):
+        plan(workload, memory_gib=needed - 0.02, **search)
 
 
 def test_past_the_time_limit_the_best_plan_so_far_is_kept_and_nothing_is_claimed_of_the_rest(monkeypatch):
@@ -105,11 +126,42 @@ def test_device_counts_of_stages_and_micro_batches():
     assert micro_batches(12) == [1, 2, 3, 4, 6, 12]
 
 
-@pytest.mark.parametrize("guess_s", [0.0, 1e3, float("inf")])
-def test_the_guess_of_a_micro_batch_sets_the_order_not_the_plan(monkeypatch, guess_s):
+@pytest.mark.parametrize("factor", [1e-3, 1e3, None])
+def test_the_guess_of_a_micro_batch_sets_the_order_not_the_plan(monkeypatch, factor):
     def found():
         return plan(load_workload(str(EXAMPLES / "gpt.py"), **TINY), cluster="p3.16xlarge", gpus=4, global_batch=32)
 
-    own_s = found().estimate.step_time_s
-    monkeypatch.setattr(StageTables, "guess_s", lambda tables: guess_s)
+    own_s, own_guesses = found().estimate.step_time_s, StageTables.guesses
+
+    def guesses(tables):
+        scale = factor if factor is not None and tables.book.micro_batch > 4 else 1.0
+        return [(seconds * scale, stages) for seconds, stages in own_guesses(tables)] if factor is not None else []
+
+    monkeypatch.setattr(StageTables, "guesses", guesses)
     assert found().estimate.step_time_s == pytest.approx(own_s, rel=1e-3)
+
+
+@pytest.mark.parametrize("search", [{}, {"micro_batch": 4}, {"schedule": "interleaved"}])
+def test_the_runner_up_is_another_pipeline_and_no_faster(search):
+    found = tiny(cluster="p3.16xlarge", **search)
+    name = r"micro-batch \d+ on \d+ stages?(?:, \d+ chunks each)?: (\S+) s, \+(\S+)%"
+    step_s, behind = re.fullmatch(name, found.search.runner_up).groups()
+    assert float(behind) >= 0.0
+    assert float(step_s) >= found.estimate.step_time_s * 0.999  # four digits are printed
+
+
+def test_a_capped_search_says_less_but_nothing_wrong(monkeypatch):
+    search = {"cluster": "p3.16xlarge", "micro_batch": 8}
+    whole = tiny(**search)
+    monkeypatch.setattr(size_search, "SMALL_EVALUATIONS", 2)
+    monkeypatch.setattr(size_search, "EVEN_EVALUATIONS", 2)
+    monkeypatch.setattr(planner, "NUM_GUESSES", 0)
+    capped = tiny(**search)
+    check(capped)
+    assert capped.search.lower_bound_s <= whole.estimate.step_time_s <= capped.estimate.step_time_s * (1 + 1e-3)
+
+
+def test_a_model_that_the_host_binds_on_one_gpu_has_next_to_no_gap():
+    found = plan(load_workload(str(EXAMPLES / "gpt.py"), **TINY), cluster="dgx-h100", gpus=1, global_batch=8)
+    assert {item.kind: item.exposed_s for item in found.estimate.items}["launches"] > found.estimate.step_time_s / 2
+    assert found.search.gap < 1e-3

@@ -86,8 +86,13 @@ def test_what_cannot_fit_is_known_before_any_price(blocks):
 
 def test_a_guess_is_above_the_bound_of_work_and_none_where_nothing_fits(blocks):
     roomy = StageTables(StageBook(blocks, 8, 16, 16000 * 2**20, MODES, 8), SIZES)
-    assert roomy.work_bound_s() <= roomy.guess_s() < 10 * roomy.work_bound_s()
-    assert StageTables(StageBook(blocks, 8, 16, 200 * 2**20, MODES, 8), SIZES).guess_s() == np.inf
+    assert len(roomy.guesses()) > 1
+    for seconds, stages in roomy.guesses():
+        assert roomy.work_bound_s() <= seconds
+        assert sum(devices for _, _, devices in stages) == 8
+        assert [end for _, end, _ in stages[:-1]] == [first for first, _, _ in stages[1:]]
+    assert min(roomy.guesses())[0] < 10 * roomy.work_bound_s()
+    assert StageTables(StageBook(blocks, 8, 16, 200 * 2**20, MODES, 8), SIZES).guesses() == []
 
 
 def test_a_block_with_an_auxiliary_loss_runs_between_any_boundaries():
