@@ -40,10 +40,12 @@ class Pool:
 
     def run(self, world: int, task: Callable[..., Any], *args: Any, timeout_s: float = 240) -> list[Any]:
         """What every rank returned, by rank; RuntimeError with the first rank's traceback where one failed. A world
-        that gloo cannot connect on a busy machine is made once again."""
+        that gloo cannot connect on a busy machine is made once again, of new workers: torch counts a world that failed
+        on the ranks where it did, so that their next group has another name than the others'."""
         try:
             return self._run(world, task, args, timeout_s)
         except NoWorldError:
+            self._end_workers()
             return self._run(world, task, args, timeout_s)
 
     def _run(self, world: int, task: Callable[..., Any], args: tuple[Any, ...], timeout_s: float) -> list[Any]:
@@ -82,11 +84,15 @@ class Pool:
             found[rank] = error or result
         return found
 
-    def close(self) -> None:
+    def _end_workers(self) -> None:
         for worker in self.workers:
             worker.terminate()
         for worker in self.workers:
             worker.join()
+        self.workers, self.tasks, self.results = [], [], self.context.Queue()
+
+    def close(self) -> None:
+        self._end_workers()
         self.folder.cleanup()
 
 
@@ -102,6 +108,7 @@ def _work(rank: int, tasks: Any, results: Any) -> None:
             count, world, path, task, args = tasks.get()
             store = dist.FileStore(path, world)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+            dist.barrier()  # a rank that ends while another still connects would close that one's connection
             result, error = task(*args), None
         except BaseException:
             result, error = None, traceback.format_exc()
