@@ -56,7 +56,7 @@ class Interleaving:
 
     def __init__(self, tables: StageTables, cuts_s: Floats) -> None:
         self.tables, self.book = tables, tables.book
-        self._cuts_s = dict(zip(tables.sizes, cuts_s.min(axis=2), strict=True))  # wherever the cut lies
+        self._cuts_s = dict(zip(tables.sizes, cuts_s, strict=True))
         self._through_s = {size: tables.through_s(size) for size in tables.sizes}
         self._step_s = {size: tables.least_step_s(size) for size in tables.sizes}
         self._candidates = self._all()
@@ -125,19 +125,24 @@ class Interleaving:
     ) -> float:
         """The first bound of the module's docstring, of as many runs as it takes to reach ``enough_s``."""
         way_s, bound_s = 0.0, 0.0
-        for (first, end, size), busy in zip(stages, busy_s, strict=False):
+        for at, ((first, end, size), busy) in enumerate(zip(stages, busy_s, strict=False)):
             bound_s = max(bound_s, way_s + busy)
             if bound_s >= enough_s:
                 break
-            way_s += float(self._through_s[size][first, end] + self._cuts_s[size][end])
+            way_s += float(self._through_s[size][first, end]) + self._cut_s(end, size, at)
         return bound_s
+
+    def _cut_s(self, cut: int, size: int, chunk: int) -> float:
+        """What a micro-batch takes across the cut behind a chunk, number ``chunk`` in model order, and back."""
+        behind = self.book.gpus - (chunk * size) % self.book.gpus - size
+        return float(self._cuts_s[size][cut, behind])
 
     def _simulated_s(self, candidate: _Candidate) -> float:
         """The second bound of the module's docstring."""
         times = []
-        for first, end, size in candidate.stages:
+        for at, (first, end, size) in enumerate(candidate.stages):
             half_s = float(self._through_s[size][first, end]) / 2
-            on_s, back_s = (float(self._cuts_s[size][cut]) / 2 for cut in (end, first))
+            on_s, back_s = self._cut_s(end, size, at) / 2, self._cut_s(first, size, at - 1) / 2
             times.append(StageTimes(forward_s=half_s, backward_s=half_s, send_forward_s=on_s, send_backward_s=back_s))
         num_chunks, S = candidate.num_chunks, len(candidate.stages) // candidate.num_chunks
         end_s = simulate("interleaved", times, self.book.num_microbatches, num_chunks).finish_s[0]

@@ -113,8 +113,8 @@ class Transfers:
         cut before block i, with d devices behind it and a stage of so many devices next to it."""
         cluster, gpus, per_node = self.book.blocks.cluster, self.book.gpus, self.book.blocks.cluster.devices_per_node
         graph = self.book.blocks.graph
-        behind = np.arange(gpus + 1)
-        between_nodes = (behind % per_node == 0) & (gpus > per_node)
+        before = gpus - np.arange(gpus + 1)
+        between_nodes = (before % per_node == 0) & (gpus > per_node)  # devices fill nodes from the first stage on
         found = np.zeros((len(sizes), len(self.book.blocks.blocks) + 1, gpus + 1))
         for cut, values in enumerate(self._values, 1):
             whole = 0.0
