@@ -1,0 +1,56 @@
+"""Bounds on transfers against the transfers of random pipelines."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from autopar.cluster.load import load_cluster
+from autopar.cost.execution import ExecutionModel
+from autopar.graph.blocks import cut_blocks, order_for_blocks
+from autopar.graph.trace import trace
+from autopar.inter.blocks import Blocks
+from autopar.inter.finish import StageChoice
+from autopar.inter.planner import submesh_sizes
+from autopar.inter.stages import StageBook
+from autopar.inter.transfers import first_devices
+from autopar.workload import load_workload
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+SMALL = {"layers": 10, "hidden": 128, "heads": 8, "vocab": 512, "seq": 64}
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    graph = order_for_blocks(trace(load_workload(EXAMPLES / "gpt.py", **SMALL), dtype="float16").graph)
+    return Blocks(graph, cut_blocks(graph), load_cluster("p3.16xlarge"), ExecutionModel(dtype="float16", optimizer="adamw", fp32_grads=True, accumulate=True))
+
+
+@pytest.mark.parametrize("gpus", [6, 10, 12, 16, 20, 24])
+def test_no_transfer_is_below_its_bound(blocks, gpus):
+    book = StageBook(blocks, 24, 8, float("inf"), ("none",), gpus)
+    sizes = tuple(size for size in submesh_sizes(gpus, 8) if book.meshes(size))
+    bounds_s = book.transfers.cut_bounds_s(sizes)
+    rng = random.Random(gpus)
+    tight = 0
+    for _ in range(60):
+        devices = []
+        while sum(devices) < gpus:
+            devices.append(rng.choice([size for size in sizes if size <= gpus - sum(devices)]))
+        if not 1 < len(devices) <= len(blocks.blocks):
+            continue
+        ends = [*sorted(rng.sample(range(1, len(blocks.blocks)), len(devices) - 1)), len(blocks.blocks)]
+        stages = tuple(zip([0, *ends[:-1]], ends, devices, strict=True))
+        meshes = [rng.choice(book.meshes(size)) for size in devices]
+        choices = [
+            StageChoice(mesh=mesh, boundary=rng.randrange(len(book.points(0, mesh, 0).tables.boundaries)), points=())
+            for mesh in meshes
+        ]
+        forward, backward = book.transfers.seconds(stages, first_devices(devices, 8), choices)
+        for at in range(len(stages) - 1):
+            true_s = forward[at] + backward[at + 1]
+            for size in devices[at : at + 2]:
+                bound_s = bounds_s[sizes.index(size), stages[at][1], sum(devices[at + 1 :])]
+                assert bound_s <= true_s * (1 + 1e-9)
+                tight += bound_s > 0.99 * true_s
+    assert tight > 10
