@@ -21,8 +21,7 @@ from dataclasses import replace
 from math import prod
 from typing import NamedTuple
 
-from autopar.graph.ir import Graph, Op, OpProfile
-from autopar.graph.profile import GraphProfile
+from autopar.graph.ir import Graph, GraphProfile, Op, OpProfile
 
 POINTWISE = frozenset(
     (

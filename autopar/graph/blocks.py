@@ -9,7 +9,7 @@ A light op between two layers that depends on nothing that carries a gradient (a
 layer before it unlike its siblings: ``order_for_blocks`` moves such ops in front of the first layer.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import replace
 
 from autopar.graph.ir import Block, Graph, Op
@@ -59,26 +59,6 @@ def order_for_blocks(graph: Graph) -> Graph:
     rest = [op for op in graph.ops[first:] if op.id not in moved]
     order = [*graph.ops[:first], *(graph.ops[op] for op in sorted(moved)), *rest]
     return replace(graph, ops=tuple(replace(op, id=index) for index, op in enumerate(order)))
-
-
-def crossing(graph: Graph, blocks: tuple[Block, ...]) -> tuple[tuple[int, ...], ...]:
-    """For each boundary i | i + 1 the ids of the activations made in blocks <= i that blocks > i read, in order of id.
-
-    >>> crossing(gpt, cut_blocks(gpt))[0]  # the result of the embedding  # doctest: +SKIP
-    (585,)
-    """
-    made = {
-        value: block.index
-        for block in blocks
-        for op in graph.ops[block.first_op : block.end_op]
-        for value in op.outputs
-    }
-    last = {value: block.index for block in blocks for value in block.inputs}
-    cuts: dict[int, list[int]] = defaultdict(list)
-    for value, reader in sorted(last.items()):
-        for boundary in range(made.get(value, reader), reader):
-            cuts[boundary].append(value)
-    return tuple(tuple(cuts[boundary]) for boundary in range(len(blocks) - 1))
 
 
 def _may_move(graph: Graph, op: Op) -> bool:

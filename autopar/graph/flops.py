@@ -15,7 +15,6 @@ from math import prod
 from typing import Literal
 
 from autopar.graph.ir import Batch, Graph, Op, OpProfile
-from autopar.graph.profile import profile_graph
 
 Arithmetic = Literal["matmul", "attention", "convolution"]
 
@@ -33,11 +32,10 @@ class ModelFlops:
         return self.forward + self.backward
 
 
-def model_flops(graph: Graph, batch_size: int, profiles: Sequence[OpProfile] | None = None) -> ModelFlops:
-    """FLOPs of the forward and backward pass over ``batch_size`` samples; ``profiles`` saves profiling again.
+def model_flops(graph: Graph, batch_size: int, profiles: Sequence[OpProfile]) -> ModelFlops:
+    """FLOPs of the forward and backward pass over ``batch_size`` samples; ``profiles`` are those of all ops.
 
     Example: Llama-2-7B, one sample of 4,096 tokens: 62.92e12 forward, 188.76e12 in all."""
-    profiles = profile_graph(graph).ops if profiles is None else profiles
     forward = backward = 0
     parts: dict[Arithmetic, int] = defaultdict(int)
     for op, profile in zip(graph.ops, profiles, strict=True):

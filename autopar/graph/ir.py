@@ -110,6 +110,21 @@ class Graph:
     fingerprint: str  # independent of the batch the graph was traced at
 
 
+def frozen(literal: Any) -> Any:
+    """A hashable key, equal for equal literals only: 1, 1.0 and True differ, and so do nan's of one kind not.
+
+    >>> frozen((1, 2.0)) == frozen((1, 2)), frozen((Ref(0), "a")) == frozen((Ref(0), "a"))
+    (False, True)
+    """
+    if isinstance(literal, (tuple, list)):
+        return tuple(map(frozen, literal))
+    if isinstance(literal, float):
+        return ("float", repr(literal))
+    if isinstance(literal, bool):
+        return ("bool", literal)
+    return literal
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpProfile:
     """What running one op costs, forward and backward, whole (unsharded) at the traced batch.
@@ -132,6 +147,17 @@ class OpProfile:
     forward_scratch_bytes: int = 0
     backward_scratch_bytes: int = 0
     overwritten: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphProfile:
+    """``ops[i]`` is the profile of op i. ``owners[v]`` is the value whose memory value v shares: v itself unless op
+    results are views (q, k and v cut from one projection are owned by it), so bytes saved are those of distinct owners.
+    ``notes`` are (op, what could not be profiled)."""
+
+    ops: tuple[OpProfile, ...]
+    owners: tuple[int, ...]
+    notes: tuple[tuple[int, str], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

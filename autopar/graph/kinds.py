@@ -14,8 +14,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from autopar.graph.ir import Block, Graph, Op, Value
-from autopar.graph.literals import frozen
+from autopar.graph.ir import Block, Graph, Op, Value, frozen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""An op's literal arguments: as a key that can be compared, and back as what torch's call takes.
+"""An op's literal arguments as what torch's call takes.
 
 In the graph, dtypes, devices, layouts and memory formats are strings and lists are tuples (see ``convert``).
 """
@@ -9,21 +9,6 @@ import torch
 from torch import Tensor
 
 from autopar.graph.ir import Op, Ref
-
-
-def frozen(literal: Any) -> Any:
-    """A hashable key, equal for equal literals only: 1, 1.0 and True differ, and so do nan's of one kind not.
-
-    >>> frozen((1, 2.0)) == frozen((1, 2)), frozen((Ref(0), "a")) == frozen((Ref(0), "a"))
-    (False, True)
-    """
-    if isinstance(literal, (tuple, list)):
-        return tuple(map(frozen, literal))
-    if isinstance(literal, float):
-        return ("float", repr(literal))
-    if isinstance(literal, bool):
-        return ("bool", literal)
-    return literal
 
 
 def resolve(target: str) -> Any:

@@ -27,23 +27,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autopar.graph.fused import FUSED, SUBSTITUTES
-from autopar.graph.ir import Graph, Op, OpProfile, Value
+from autopar.graph.ir import Graph, GraphProfile, Op, OpProfile, Value, frozen
 from autopar.graph.kernels import FP32_STATISTICS, KernelRecorder, storage_key, tensors_of
-from autopar.graph.literals import frozen, resolve, restore
+from autopar.graph.literals import resolve, restore
 
 Strides: TypeAlias = tuple[int, ...]
 RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GraphProfile:
-    """``ops[i]`` is the profile of op i. ``owners[v]`` is the value whose memory value v shares: v itself unless op
-    results are views (q, k and v cut from one projection are owned by it), so bytes saved are those of distinct owners.
-    ``notes`` are (op, what could not be profiled)."""
-
-    ops: tuple[OpProfile, ...]
-    owners: tuple[int, ...]
-    notes: tuple[tuple[int, str], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

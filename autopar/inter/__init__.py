@@ -1,6 +1,7 @@
 """The outer level: a workload and a cluster come in, the best pipeline of stages on device meshes comes out as a plan.
 
-planner, size_search    the way in, over micro-batch sizes; the search at one of them
+planner, lanes, beside  the way in, over micro-batch sizes, two side by side, on a second core where that pays
+size_search             the search at one of them
 blocks, stages, stage_types, stage_tables
                         what all stages cost on all meshes, and what none is below
 partition, pipelines, tails, completion, candidates, bounds

@@ -11,8 +11,7 @@ from autopar.cluster.cluster import Cluster
 from autopar.cost.execution import ExecutionModel
 from autopar.cost.fusion import savings, with_fused_loss
 from autopar.cost.redistribute import MeshLinks
-from autopar.graph.ir import Block, Graph
-from autopar.graph.profile import GraphProfile, profile_graph
+from autopar.graph.ir import Block, Graph, GraphProfile
 from autopar.inter.pins import BlockPins
 from autopar.inter.stage_types import StageTypes, stage_types
 from autopar.intra.again import Kept
@@ -77,11 +76,13 @@ class Blocks:
         profile: GraphProfile | None = None,
         pins: BlockPins | None = None,
     ) -> None:
+        if profile is None:
+            from autopar.graph.profile import profile_graph  # with torch, which a second process can do without
+
+            profile = profile_graph(graph)
         self.pins = pins if pins is not None and pins.pins else None
         self.graph, self.blocks, self.cluster, self.execution = graph, blocks, cluster, execution
-        self.profile: GraphProfile = with_fused_loss(
-            graph, profile_graph(graph) if profile is None else profile, execution.fuses
-        )
+        self.profile: GraphProfile = with_fused_loss(graph, profile, execution.fuses)
         self.fused = savings(graph, self.profile, execution.fuses)
         self._data = data_values(graph)
         self.kinds: dict[int, Block] = {}
@@ -125,6 +126,11 @@ class Blocks:
         if kind not in self._spaces:
             self._spaces[kind] = block_space(self.graph, self.kinds[kind], self._data)
         return self._spaces[kind]
+
+    def make_spaces(self) -> None:
+        """Make the spaces of all kinds now."""
+        for kind in self.kinds:
+            self.space(kind)
 
     def points(
         self,

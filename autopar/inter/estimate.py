@@ -20,8 +20,8 @@ from autopar.cluster.load import load_cluster
 from autopar.cost.execution import ExecutionModel
 from autopar.graph.attention import attention_calls
 from autopar.graph.blocks import cut_blocks, order_for_blocks
-from autopar.graph.ir import Block, Graph
-from autopar.graph.profile import GraphProfile, profile_graph
+from autopar.graph.ir import Block, Graph, GraphProfile
+from autopar.graph.profile import profile_graph
 from autopar.graph.trace import trace
 from autopar.inter.blocks import Blocks, Restriction
 from autopar.inter.emit import Found, build_plan, execution_of

@@ -16,8 +16,9 @@ from autopar.inter.arrangement import Arrangement
 from autopar.inter.blocks import Blocks
 from autopar.inter.emit import Found, build_plan
 from autopar.inter.infeasible import why_none_fits
+from autopar.inter.lanes import NUM_LANES, Lanes, Size
 from autopar.inter.pins import BlockPins
-from autopar.inter.size_search import Best, SizeSearch
+from autopar.inter.size_search import Best
 from autopar.inter.stages import MAX_STAGES, StageBook
 from autopar.plan.errors import InfeasibleError, TimeLimitError, UsageError
 from autopar.plan.pin import unmet
@@ -67,11 +68,13 @@ def plan(
     schedule: str = "auto",
     time_limit_s: float | None = None,
     progress: Progress | None = None,
+    processes: int = 2,
 ) -> Plan:
     """The fastest plan that fits. Raises InfeasibleError (no plan fits), UsageError, ModelError, TimeLimitError.
 
     ``micro_batch`` counts samples over all ranks of a stage; times are seconds, ``memory_gib`` GiB per device.
-    ``pins`` (glob over parameters, placements over a mesh's axes) are kept to and the rest is searched.
+    ``pins`` (glob over parameters, placements over a mesh's axes) are kept to and the rest is searched. A long search
+    uses two ``processes``, where it may run on two cores; the plan is the same with one.
     """
     started = time.perf_counter()
     say = progress or (lambda stage, detail, best_s, gap: None)
@@ -107,8 +110,8 @@ def plan(
                     books.append(book)
     deadline_s = started + time_limit_s if time_limit_s is not None else math.inf
     outcome = _Outcome(say=say)
-    outcome.search(books, sizes, SCHEDULES[schedule], deadline_s)
-    if outcome.best is None:
+    outcome.search(books, sizes, SCHEDULES[schedule], deadline_s, processes)
+    if not outcome.found:
         if time.perf_counter() > deadline_s:
             raise TimeLimitError(f"no plan within {time_limit_s} s; raise --time-limit")
         if schedule == "interleaved":
@@ -129,60 +132,79 @@ class _Outcome:
     """What the searches of all micro-batch sizes found, and a bound on what they left open."""
 
     say: Progress
-    searches: list[SizeSearch] = field(default_factory=list)
+    found: list[Best] = field(default_factory=list)
     bound_s: float = math.inf
 
     @property
     def ranked(self) -> list[Best]:
         """All that was found, the fastest first."""
-        return sorted((best for one in self.searches for best in one.found), key=lambda best: best.step_time_s)
+        return sorted(self.found, key=lambda best: best.step_time_s)
 
     @property
-    def best(self) -> Best | None:
-        return next(iter(self.ranked), None)
+    def best_s(self) -> float:
+        """The fastest step; inf while there is none."""
+        return min((best.step_time_s for best in self.found), default=math.inf)
 
     def search(
-        self, books: list[StageBook], sizes: tuple[int, ...], schedules: tuple[Schedule, ...], deadline_s: float
+        self,
+        books: Sequence[StageBook],
+        sizes: tuple[int, ...],
+        schedules: tuple[Schedule, ...],
+        deadline_s: float,
+        processes: int,
     ) -> None:
         """Search all micro-batch sizes, the ones first whose even pipelines take least; past the deadline none is begun
         if there is a plan, and of sizes without a table nothing is known."""
-        pending: list[SizeSearch] = []
-        middle = _middle(books)
-        for at, book in enumerate(sorted(books, key=lambda book: _apart(book, middle))):
-            if pending and time.perf_counter() > deadline_s:
-                self.bound_s = 0.0
-                break
-            one = SizeSearch(book, sizes, schedules, deadline_s)
-            if math.isfinite(one.free_bound_s):
-                pending.append(one)
-            else:
-                one.tables.release()
-            self.say("tables", f"micro-batch {book.micro_batch}, {at + 1} of {len(books)}", None, None)
-        pending.sort(key=lambda one: (min((seconds for seconds, _ in one.guesses), default=math.inf), one.free_bound_s))
-        self.searches = list(pending)
-        guesses = [(*guess, one) for one in pending for guess in one.guesses]
-        for _, pipeline, one in sorted(guesses, key=lambda guess: guess[0])[:NUM_GUESSES]:
-            one.try_pipeline(pipeline)
-        while pending:
-            best = self.best
-            if best is not None and time.perf_counter() > deadline_s:
-                self.bound_s = min(self.bound_s, *(one.free_bound_s for one in pending))
-                return
-            one = pending.pop(0)
-            self.bound_s = min(self.bound_s, one.run(best.step_time_s if best is not None else math.inf))
-            best = self.best
-            for done in self.searches[: len(self.searches) - len(pending)]:
-                if best is None or done.book is not best.arrangement.book:
-                    done.tables.release()
-            self._report(one, pending)
+        count = 0
 
-    def _report(self, one: SizeSearch, pending: list[SizeSearch]) -> None:
-        best, count = self.best, len(self.searches)
-        step_time_s = best.step_time_s if best is not None else None
-        open_s = min([self.bound_s, *(other.free_bound_s for other in pending)])
-        gap = None if step_time_s is None else max(0.0, 1 - open_s / step_time_s)
-        detail = f"micro-batch {one.book.micro_batch}, {count - len(pending)} of {count}"
-        self.say("search", detail, step_time_s, gap)
+        def opened(book: StageBook) -> None:
+            nonlocal count
+            count += 1
+            self.say("tables", f"micro-batch {book.micro_batch}, {count} of {len(books)}", None, None)
+
+        def lost(code: int) -> None:
+            self.say("search", f"the second process ended (exit code {code}), doing its part again", None, None)
+
+        middle = _middle(books)
+        ordered = sorted(books, key=lambda book: _apart(book, middle))
+        lanes = Lanes(ordered, sizes, schedules, deadline_s, processes=processes, opened=opened, lost=lost)
+        try:
+            self._search(lanes, len(books), deadline_s)
+        finally:
+            lanes.close()
+
+    def _search(self, lanes: Lanes, num_books: int, deadline_s: float) -> None:
+        opened = lanes.open()
+        if len(opened) < num_books:
+            self.bound_s = 0.0
+        pending = [size for size in opened if math.isfinite(size.free_bound_s)]
+        pending.sort(key=lambda size: (min(size.guesses_s, default=math.inf), size.free_bound_s))
+        count = len(pending)
+        guesses = [(seconds, size, at) for size in pending for at, seconds in enumerate(size.guesses_s)]
+        guesses.sort(key=lambda guess: guess[0])
+        self.found += lanes.simulate([(size, at) for _, size, at in guesses[:NUM_GUESSES]])
+        while pending:
+            known_s = self.best_s
+            if math.isfinite(known_s) and time.perf_counter() > deadline_s:
+                self.bound_s = min(self.bound_s, *(size.free_bound_s for size in pending))
+                return
+            lost = [size for size in pending if size.free_bound_s >= known_s]
+            pending = [size for size in pending if size.free_bound_s < known_s]
+            chosen = [next((size for size in pending if size.lane == lane), None) for lane in range(NUM_LANES)]
+            searched = [size for size in chosen if size is not None]
+            if searched:
+                bound_s, found = lanes.run(searched, known_s)
+                self.bound_s = min(self.bound_s, bound_s)
+                self.found += found
+            pending = [size for size in pending if size not in searched]
+            self._report([*searched, *lost], pending, count)
+
+    def _report(self, done: list[Size], pending: list[Size], count: int) -> None:
+        best_s = self.best_s if self.found else None
+        open_s = min([self.bound_s, *(size.free_bound_s for size in pending)])
+        gap = None if best_s is None else max(0.0, 1 - open_s / best_s)
+        names = " and ".join(str(size.micro_batch) for size in done)
+        self.say("search", f"micro-batch {names}, {count - len(pending)} of {count}", best_s, gap)
 
 
 def _emitted(

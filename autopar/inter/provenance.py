@@ -10,7 +10,7 @@ import msgspec
 
 from autopar.cluster.cluster import Cluster
 from autopar.cost.provenance import TAGS, Tag, collective_tag, op_tags
-from autopar.graph.profile import GraphProfile
+from autopar.graph.ir import GraphProfile
 from autopar.inter.blocks import Blocks
 from autopar.inter.uses import Use
 from autopar.intra import op_metrics as om

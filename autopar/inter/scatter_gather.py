@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from autopar.cluster.cluster import Cluster
 from autopar.cost.redistribute import MeshLinks
-from autopar.graph.blocks import crossing
+from autopar.graph.crossing import crossing
 from autopar.graph.ir import Block, Graph
 
 

@@ -8,8 +8,7 @@ import numpy as np
 from autopar.cluster.cluster import Cluster
 from autopar.cluster.uncertainty import load_uncertainty
 from autopar.graph.flops import model_flops
-from autopar.graph.ir import Graph
-from autopar.graph.profile import GraphProfile
+from autopar.graph.ir import Graph, GraphProfile
 from autopar.inter.stages import StageBook
 from autopar.inter.uses import Use
 from autopar.intra import op_metrics as om

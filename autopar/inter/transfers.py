@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.cluster.cluster import Cluster
-from autopar.graph.blocks import crossing
+from autopar.graph.crossing import crossing
 from autopar.inter.lying import Lying
 from autopar.plan.mesh import Axis, local_size
 from autopar.rules.options import Token

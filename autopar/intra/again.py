@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autopar.cost.execution import ExecutionModel
-from autopar.graph.ir import Block, Graph
-from autopar.graph.profile import GraphProfile
+from autopar.graph.ir import Block, Graph, GraphProfile
 from autopar.intra.space import IN, OUT, BlockSpace, Flow
 
 

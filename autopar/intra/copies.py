@@ -12,7 +12,7 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.graph.profile import GraphProfile
+from autopar.graph.ir import GraphProfile
 from autopar.intra.space import IN, BlockSpace
 from autopar.plan.mesh import Axis, local_size
 from autopar.rules.atoms import Atom

@@ -20,8 +20,7 @@ from autopar.cost.compute import gradient_products_s, op_seconds
 from autopar.cost.execution import ExecutionModel
 from autopar.cost.fusion import NOTHING, Saving
 from autopar.cost.redistribute import MeshLinks
-from autopar.graph.ir import Graph, Op, Value
-from autopar.graph.profile import GraphProfile
+from autopar.graph.ir import Graph, GraphProfile, Op, Value
 from autopar.intra.again import Kept
 from autopar.intra.copies import LocalSizes
 from autopar.intra.space import OpNode

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.graph.profile import GraphProfile
+from autopar.graph.ir import GraphProfile
 from autopar.intra.copies import LocalSizes, gathered
 from autopar.intra.hiding import Hiding
 from autopar.intra.space import BlockSpace, Flow

@@ -17,8 +17,7 @@ from autopar.cost.compute import host_calls
 from autopar.cost.execution import ExecutionModel
 from autopar.cost.fusion import Saving
 from autopar.cost.redistribute import MeshLinks
-from autopar.graph.ir import Value
-from autopar.graph.profile import GraphProfile
+from autopar.graph.ir import GraphProfile, Value
 from autopar.intra.again import Again, Kept
 from autopar.intra.copies import CopyCounter, LocalSizes
 from autopar.intra.data_axis import text_of

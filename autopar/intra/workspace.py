@@ -11,8 +11,7 @@ probabilities.
 from collections.abc import Sequence
 
 from autopar.cost.execution import ExecutionModel
-from autopar.graph.ir import Graph, Op
-from autopar.graph.profile import GraphProfile
+from autopar.graph.ir import Graph, GraphProfile, Op
 
 
 def overwritten_values(graph: Graph, profile: GraphProfile) -> frozenset[int]:

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 from autopar.cluster.software import Software, load_software
 from autopar.cost.fusion import Saving, savings, with_fused_loss
-from autopar.graph.ir import Block, Graph, Op
-from autopar.graph.profile import GraphProfile
+from autopar.graph.ir import Block, Graph, GraphProfile, Op
 from autopar.judge.routes import Mesh
 from autopar.judge.selected import Selected, selected_of
 from autopar.plan.mesh import parse_placements

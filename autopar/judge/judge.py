@@ -21,8 +21,8 @@ import msgspec
 
 from autopar.cluster.cluster import Cluster
 from autopar.cluster.software import load_software
-from autopar.graph.ir import Block, Graph
-from autopar.graph.profile import GraphProfile, profile_graph
+from autopar.graph.ir import Block, Graph, GraphProfile
+from autopar.graph.profile import profile_graph
 from autopar.judge.block import BlockPrice, Issue, price_block
 from autopar.judge.collectives import listed
 from autopar.judge.ground import Case, Ground

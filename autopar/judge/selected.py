@@ -7,8 +7,7 @@ every second matrix product, beginning with the first (torchtitan/parallelisms/p
 
 from dataclasses import dataclass
 
-from autopar.graph.ir import Block, Graph
-from autopar.graph.profile import GraphProfile
+from autopar.graph.ir import Block, Graph, GraphProfile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,10 +5,7 @@ Total: an op without an entry is pointwise where torch tags it so, otherwise rep
 
 from collections.abc import Callable, Sequence
 
-import torch
-
 from autopar.graph.ir import Op, Value
-from autopar.graph.literals import resolve
 from autopar.rules import contractions, elementwise, lookups, recurrent, views, windows
 from autopar.rules.labels import replicated
 from autopar.rules.rule import OpRule
@@ -166,6 +163,10 @@ def rule_of(op: Op, values: Sequence[Value]) -> OpRule:
 
 
 def _tagged_pointwise(target: str) -> bool:
+    import torch
+
+    from autopar.graph.literals import resolve
+
     try:
         overload = resolve(target)
     except AttributeError:

@@ -46,7 +46,7 @@ def test_parameters_and_flops_of_a_gpt(tied: bool) -> None:
     graph = trace(workload, dtype="bfloat16").graph
     assert num_parameters(graph) == pytest.approx(12 * L * D**2 + D * V * (1 if tied else 2), rel=0.01)
     multiplied = 12 * L * D**2 + D * V  # the look-up multiplies nothing
-    flops, tokens = model_flops(graph, batch), batch * N
+    flops, tokens = model_flops(graph, batch, profile_graph(graph).ops), batch * N
     by_kind = dict(flops.by_arithmetic)
     assert by_kind["matmul"] == pytest.approx(6 * multiplied * tokens, rel=1e-3)
     assert by_kind["attention"] == 12 * L * N * D * tokens
@@ -58,8 +58,8 @@ def test_flops_of_llama_2_7b_by_part(llama: ModelGraph) -> None:
     0.007 % normalisation, 0.003 % residuals. The product counts 188.76: no look-up as a matmul (3.22), no softmax (3 an
     element of the 32 heads' N x N scores), no element-wise op (here 1 an element); forward counts once, backward twice."""
     L, D, V, N, H = 32, 4096, 32000, 4096, 32
-    assert round(model_flops(llama.graph, 1).forward / TERA, 2) == 62.92
-    assert round(model_flops(llama.graph, 1).total / TERA, 2) == 188.76
+    assert round(model_flops(llama.graph, 1, profile_graph(llama.graph).ops).forward / TERA, 2) == 62.92
+    assert round(model_flops(llama.graph, 1, profile_graph(llama.graph).ops).total / TERA, 2) == 188.76
     parts = flops_by_module(llama)
     parts["embed_tokens"] += 6 * N * D * V
     parts["self_attn"] += 3 * 3 * L * H * N**2

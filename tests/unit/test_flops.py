@@ -7,6 +7,7 @@ import torch
 
 from autopar.graph.flops import flops_at, model_flops, num_parameters
 from autopar.graph.ir import Batch, Graph
+from autopar.graph.profile import profile_graph
 from autopar.graph.trace import trace
 from autopar.workload import load_workload
 
@@ -23,7 +24,7 @@ def test_gpt_follows_narayanan(size: str, layers: int, hidden: int) -> None:
     graph = example("gpt", size=size)
     batch, seq, vocab = 1024, 1024, 51200
     published = 72 * batch * seq * layers * hidden**2 * (1 + seq / (6 * hidden) + vocab / (12 * layers * hidden))
-    flops = model_flops(graph, batch)
+    flops = model_flops(graph, batch, profile_graph(graph).ops)
     assert flops.total == pytest.approx(published, rel=0.01)
     assert flops.backward == 2 * flops.forward
     parameters = 12 * layers * hidden**2 + 13 * layers * hidden + (vocab + seq + 2) * hidden
@@ -34,7 +35,7 @@ def test_gpt_follows_narayanan(size: str, layers: int, hidden: int) -> None:
 
 def test_llama_2_7b_on_one_sample_of_4096_tokens() -> None:
     graph = example("llama", size="7B")
-    flops = model_flops(graph, 1)
+    flops = model_flops(graph, 1, profile_graph(graph).ops)
     assert round(flops.forward / 1e12, 2) == 62.92
     assert round(flops.total / 1e12, 2) == 188.76
     assert dict(flops.by_arithmetic)["attention"] == 12 * 32 * 4096**2 * 4096  # 12 L s^2 h

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from autopar.graph.blocks import cut_blocks
-from autopar.graph.literals import frozen
+from autopar.graph.ir import frozen
 from autopar.graph.trace import Traced, trace
 from autopar.intra.space import block_space, data_values
 from autopar.workload import Workload, load_workload

@@ -23,7 +23,12 @@ SMALL = {"layers": 10, "hidden": 128, "heads": 8, "vocab": 512, "seq": 64}
 @pytest.fixture(scope="module")
 def blocks():
     graph = order_for_blocks(trace(load_workload(EXAMPLES / "gpt.py", **SMALL), dtype="float16").graph)
-    return Blocks(graph, cut_blocks(graph), load_cluster("p3.16xlarge"), ExecutionModel(dtype="float16", optimizer="adamw", fp32_grads=True, accumulate=True))
+    return Blocks(
+        graph,
+        cut_blocks(graph),
+        load_cluster("p3.16xlarge"),
+        ExecutionModel(dtype="float16", optimizer="adamw", fp32_grads=True, accumulate=True),
+    )
 
 
 @pytest.mark.parametrize("gpus", [6, 10, 12, 16, 20, 24])

@@ -1,0 +1,107 @@
+"""Two lanes, in one process and in two: the same plan; what happens when the second process fails or is lost."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from autopar.inter import lanes
+from autopar.inter.beside import Beside
+from autopar.inter.planner import plan
+from autopar.plan.errors import InfeasibleError
+from autopar.plan.plan import Plan
+from autopar.workload import load_workload
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+SMALL = {"layers": 6, "hidden": 256, "heads": 8, "vocab": 1024, "seq": 128}
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, number: int) -> int:
+        self.count += number
+        return self.count
+
+    def add_once_then_die(self, number: int, here: int) -> int:
+        """Ends any process but ``here``."""
+        if os.getpid() != here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.add(number)
+
+    def speak_and_fail(self) -> None:
+        print("a word on stdout is no result")
+        raise ValueError("no such thing")
+
+
+@pytest.fixture
+def codes() -> list[int]:
+    return []
+
+
+@pytest.fixture
+def beside(codes):
+    runner = Beside(Counter(), codes.append)
+    yield runner
+    runner.close()
+
+
+def call(runner: Beside, method: str, *arguments: object) -> object:
+    runner.begin(method, *arguments)
+    return runner.end()
+
+
+def test_calls_reach_one_object(beside):
+    assert [call(beside, "add", number) for number in (3, 4)] == [3, 7]
+
+
+def test_an_error_comes_back_and_the_process_goes_on(beside, codes):
+    with pytest.raises(RuntimeError, match="no such thing"):
+        call(beside, "speak_and_fail")
+    assert call(beside, "add", 1) == 1
+    assert codes == []
+
+
+def test_what_a_lost_process_did_is_done_again(beside, codes):
+    assert call(beside, "add", 5) == 5
+    assert call(beside, "add_once_then_die", 2, os.getpid()) == 7
+    assert codes == [-signal.SIGKILL]
+    assert call(beside, "add", 1) == 8
+
+
+def found(**options: object) -> Plan:
+    workload = load_workload(str(EXAMPLES / "gpt.py"), **SMALL)
+    return plan(workload, cluster="p3.16xlarge", gpus=8, global_batch=64, **options)
+
+
+def without_seconds(one: Plan) -> Plan:
+    return replace(one, search=replace(one.search, seconds=0.0))
+
+
+@pytest.mark.parametrize("memory_gib", [None, 1.16])
+def test_one_process_and_two_find_the_same_plan(monkeypatch, memory_gib):
+    begun = []
+    monkeypatch.setattr(lanes, "WORTH", 0)
+    monkeypatch.setattr(lanes, "can_run_beside", lambda: True)
+    monkeypatch.setattr(lanes, "Beside", lambda *arguments: begun.append(Beside(*arguments)) or begun[-1])
+    one, two = (without_seconds(found(processes=count, memory_gib=memory_gib)) for count in (1, 2))
+    assert one == two
+    assert [runner._process.returncode for runner in begun] == [-signal.SIGKILL]  # it is ended when the search is
+
+
+def test_no_plan_fits_in_two_processes_either(monkeypatch):
+    monkeypatch.setattr(lanes, "WORTH", 0)
+    monkeypatch.setattr(lanes, "can_run_beside", lambda: True)
+    with pytest.raises(InfeasibleError, match="no plan fits"):
+        found(memory_gib=0.9)
+
+
+def test_the_time_limit_holds_in_two_processes(monkeypatch):
+    monkeypatch.setattr(lanes, "WORTH", 0)
+    monkeypatch.setattr(lanes, "can_run_beside", lambda: True)
+    late = found(time_limit_s=0.01)
+    assert late.search.status == "feasible"
+    assert late.search.lower_bound_s == 0.0
