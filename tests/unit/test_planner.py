@@ -77,8 +77,9 @@ def test_the_budget_that_the_error_names_does_and_less_does_not(model, settings)
 
 def test_past_the_time_limit_the_best_plan_so_far_is_kept_and_nothing_is_claimed_of_the_rest(monkeypatch):
     started = time.perf_counter()
-    clock = chain([started], repeat(started + 1e6))  # the planner's own; the search of one micro-batch has time
-    monkeypatch.setattr(planner, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    clock = chain([started], repeat(started + 1e6))  # of the planner and its lanes; the search of one size has time
+    for module in (planner, lanes):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     found = tiny(cluster="p3.16xlarge", time_limit_s=1e3)
     check(found)
     assert found.search.lower_bound_s == 0.0
