@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from autopar.inter import planner, size_search
+from autopar.inter import lanes, planner, size_search
 from autopar.inter.planner import micro_batches, plan, submesh_sizes
 from autopar.inter.stage_tables import StageTables
 from autopar.plan.errors import AutoparError, InfeasibleError
