@@ -188,7 +188,7 @@ class _Outcome:
             if math.isfinite(known_s) and time.perf_counter() > deadline_s:
                 self.bound_s = min(self.bound_s, *(size.free_bound_s for size in pending))
                 return
-            lost = [size for size in pending if size.free_bound_s >= known_s]
+            beaten = [size for size in pending if size.free_bound_s >= known_s]
             pending = [size for size in pending if size.free_bound_s < known_s]
             chosen = [next((size for size in pending if size.lane == lane), None) for lane in range(NUM_LANES)]
             searched = [size for size in chosen if size is not None]
@@ -197,7 +197,7 @@ class _Outcome:
                 self.bound_s = min(self.bound_s, bound_s)
                 self.found += found
             pending = [size for size in pending if size not in searched]
-            self._report([*searched, *lost], pending, count)
+            self._report([*searched, *beaten], pending, count)
 
     def _report(self, done: list[Size], pending: list[Size], count: int) -> None:
         best_s = self.best_s if self.found else None
