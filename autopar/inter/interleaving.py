@@ -6,16 +6,12 @@ together, x_c what a micro-batch takes across the cut behind it and back, busy_r
 step_0 what the first run does once per step,
 
     T >= max over r of [ sum over c < r of (t_c + x_c) + busy_r ]       (`_way_s`)
-    T >= E(t) + step_0, the simulated end with f = b = t / 2 and half of x each way     (`_simulated_s`)
-    T >= E(t') + sum over c of g_c (t_c - t'_c) + sum over r of (u_r - sum of its t_c) min of its g_c + step_0
-                                                                        (`_filled_s`)
+    T >= simulated end with f = b = t / 2 and half of x each way + step_0     (`_simulated_s`)
 
 The first as run r starts when a micro-batch reaches its first chunk, and what its last gradient still has to pass comes
 behind. The second as the schedule, read backwards in time, is itself with forwards and backwards exchanged: its end
-E(f, b) = E(b, f) is convex (a maximum of sums), so E(f, b) >= E((f + b) / 2, (f + b) / 2). The third as the chunks of run
-r together take at least u_r in the memory that they share, which is more than their t_c: g is a subgradient of E at any
-t', and the rest the least that the chunks' times can add. Best first by these bounds, pipelines are simulated until no
-bound left is below the best step.
+E(f, b) = E(b, f) is convex (a maximum of sums), so E(f, b) >= E((f + b) / 2, (f + b) / 2). Best first by these bounds,
+pipelines are simulated until no bound left is below the best step.
 """
 
 import itertools
@@ -32,7 +28,7 @@ from autopar.inter.layouts import even_ends
 from autopar.inter.stage_tables import StageTables
 from autopar.inter.stages import StageBook
 from autopar.plan.errors import LayoutError
-from autopar.plan.simulate import StageTimes, on_longest_path, simulate
+from autopar.plan.simulate import StageTimes, simulate
 
 Floats = NDArray[np.float64]
 NUM_CHUNKS = (2, 3, 4, 5, 6, 8, 10, 12, 16)
@@ -83,10 +79,7 @@ class Interleaving:
                 open_s = min(open_s, bound_s)
                 break
             arrangement = candidate.of(self.book)
-            busy_s = (busy_s for _, busy_s in self._run_bounds_s(arrangement))
-            bound_s = max(bound_s, self._way_s(candidate.stages, busy_s, best_s))
-            if bound_s < best_s * (1 - TOLERANCE):
-                bound_s = max(bound_s, self._filled_s(candidate))
+            bound_s = max(bound_s, self._way_s(candidate.stages, self._busy_s(arrangement), best_s))
             open_s = min(open_s, bound_s)
             if bound_s < best_s * (1 - TOLERANCE):
                 best_s = min(best_s, step_s(arrangement, best_s))
@@ -120,12 +113,12 @@ class Interleaving:
             found.add(tuple(even_ends(blocks, num_stages)))
         return found
 
-    def _run_bounds_s(self, arrangement: Arrangement) -> Iterator[tuple[float, float]]:
-        """What each run of devices takes at least for a micro-batch and for a step, in the memory its chunks share."""
+    def _busy_s(self, arrangement: Arrangement) -> Iterator[float]:
+        """What each run of devices does in a step at least, in the memory that its chunks share."""
         held, S, book = arrangement.held(), arrangement.num_runs, self.book
         kinds = [int(book.type_of[first, end]) for first, end, _ in arrangement.stages]
         for run in range(S):
-            yield self.tables.run_bounds_s(arrangement.stages[run][2], tuple(kinds[run::S]), held[run::S])
+            yield self.tables.run_busy_s(arrangement.stages[run][2], tuple(kinds[run::S]), held[run::S])
 
     def _way_s(
         self, stages: tuple[tuple[int, int, int], ...], busy_s: Iterable[float], enough_s: float = np.inf
@@ -146,42 +139,14 @@ class Interleaving:
 
     def _simulated_s(self, candidate: _Candidate) -> float:
         """The second bound of the module's docstring."""
-        times = self._times(candidate, self._free_s(candidate))
-        end_s = simulate("interleaved", times, self.book.num_microbatches, candidate.num_chunks).finish_s[0]
-        return end_s + self._first_step_s(candidate)
-
-    def _filled_s(self, candidate: _Candidate) -> float:
-        """The third, with t' in proportion to t; inf where a run does not fit."""
-        least_s = np.array([through_s for through_s, _ in self._run_bounds_s(candidate.of(self.book))])
-        if not np.isfinite(least_s).all():
-            return np.inf
-        free_s = self._free_s(candidate)
-        run_s = free_s.reshape(candidate.num_chunks, -1).sum(axis=0)
-        more_s = np.maximum(least_s - run_s, 0.0)
-        around_s = free_s * np.tile(1.0 + more_s / run_s, candidate.num_chunks)
-        end_s, on_path = on_longest_path(
-            self._times(candidate, around_s), self.book.num_microbatches, candidate.num_chunks
-        )
-        slope = on_path / 2  # a second more of a chunk is half a second more of its forward and of its backward
-        least_slope = slope.reshape(candidate.num_chunks, -1).min(axis=0)
-        return end_s + float(slope @ (free_s - around_s) + least_slope @ more_s) + self._first_step_s(candidate)
-
-    def _free_s(self, candidate: _Candidate) -> Floats:
-        """What each chunk takes at least, memory aside."""
-        return np.array([self._through_s[size][first, end] for first, end, size in candidate.stages])
-
-    def _times(self, candidate: _Candidate, through_s: Floats) -> list[StageTimes]:
-        """Chunks whose forward and backward take as long as each other, and ``through_s`` (S v,) together."""
         times = []
-        for at, ((first, end, size), half_s) in enumerate(zip(candidate.stages, through_s / 2, strict=True)):
+        for at, (first, end, size) in enumerate(candidate.stages):
+            half_s = float(self._through_s[size][first, end]) / 2
             on_s, back_s = self._cut_s(end, size, at) / 2, self._cut_s(first, size, at - 1) / 2
             times.append(StageTimes(forward_s=half_s, backward_s=half_s, send_forward_s=on_s, send_backward_s=back_s))
-        return times
-
-    def _first_step_s(self, candidate: _Candidate) -> float:
-        """What the first run does once per step."""
-        S = len(candidate.stages) // candidate.num_chunks
-        return sum(float(self._step_s[size][first, end]) for first, end, size in candidate.stages[::S])
+        num_chunks, S = candidate.num_chunks, len(candidate.stages) // candidate.num_chunks
+        end_s = simulate("interleaved", times, self.book.num_microbatches, num_chunks).finish_s[0]
+        return end_s + sum(float(self._step_s[size][first, end]) for first, end, size in candidate.stages[::S])
 
 
 def shortest_longest(time_s: Floats, num_stages: int) -> tuple[int, ...]:

@@ -241,27 +241,25 @@ class StageTables:
         present = counts[..., None] > 0
         return np.asarray(np.sum(np.where(present, totals, 0.0) * counts[..., None], axis=1))
 
-    def run_bounds_s(self, size: int, kinds: tuple[int, ...], held: tuple[int, ...]) -> tuple[float, float]:
-        """A run of ``size`` devices takes no less for a micro-batch, and for all of them and the step, if it runs a
-        chunk of each of ``kinds``, of which it holds ``held`` micro-batches; inf where nothing fits."""
-        book, through_s, busy_s = self.book, np.inf, np.inf
+    def run_busy_s(self, size: int, kinds: tuple[int, ...], held: tuple[int, ...]) -> float:
+        """B micro-batches and the step of a run of ``size`` devices take no less, if they run a chunk of each of
+        ``kinds``, of which they hold ``held`` micro-batches; inf where nothing fits."""
+        book, found = self.book, np.inf
         counts = book.counts[list(kinds)].sum(axis=0)[None]
         for mesh in book.meshes(size):
             free = sum((book.sums(mesh, FREE).bound_s[kind] for kind in kinds), np.zeros(()))[None]
-            bounds = [self._bounds_of(mesh, counts, free, book.sums(mesh, FREE).rows)]
-            least_s = float(bounds[0].through_s[0]), float(bounds[0].busy_s[0])
-            lower = least_s[0] < through_s or least_s[1] < busy_s
-            if lower and least_s[1] < self.cutoff_s and self._fits_together(mesh, counts, kinds, held):
+            busy_s = float(self._bounds_of(mesh, counts, free, book.sums(mesh, FREE).rows).busy_s[0])
+            if busy_s < min(found, self.cutoff_s) and self._fits_together(mesh, counts, kinds, held):
                 if not self._free_fits(mesh, kinds, held):
                     parts = [
                         self._row_bounds(mesh, count, np.array([kind]))[0]
                         for kind, count in zip(kinds, held, strict=True)
                     ]
                     rows = book.sums(mesh, between(WEIGHTS, held[0])[0][0]).rows
-                    bounds.append(self._bounds_of(mesh, counts, np.sum(parts, axis=0)[None], rows))
-                through_s = min(through_s, max(float(one.through_s[0]) for one in bounds))
-                busy_s = min(busy_s, max(float(one.busy_s[0]) for one in bounds))
-        return through_s, busy_s
+                    priced = self._bounds_of(mesh, counts, np.sum(parts, axis=0)[None], rows)
+                    busy_s = max(busy_s, float(priced.busy_s[0]))
+                found = min(found, busy_s)
+        return found
 
     def _free_fits(self, mesh: Mesh, kinds: tuple[int, ...], held: tuple[int, ...]) -> bool:
         """Whether the fastest choice, memory aside, fits all the same."""

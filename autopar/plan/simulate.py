@@ -18,9 +18,8 @@ All times of a chunk are the same for every micro-batch, which these exact forms
   a ring and need only the slot before.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -177,81 +176,30 @@ def _finish_interleaved(
     forward: Floats, backward: Floats, send_forward: Floats, send_backward: Floats, B: int, v: int
 ) -> Floats:
     """End of each rank's last backward, (S,) seconds; the arrays are (S v,), chunks in model order."""
-    slots = _Slots.of(forward, backward, send_forward, send_backward, B, v)
-    rank = np.arange(len(forward) // v)
-    before, after = np.roll(rank, 1), np.roll(rank, -1)
-    end_f, end_b = np.zeros(len(rank)), np.zeros(len(rank))
-    for runs_f, runs_b, busy_f, busy_b, wait_f, wait_b, _, _ in slots.rows():
-        arrived = np.maximum(end_f[before] + wait_f, end_f)
-        next_f = np.where(runs_f, np.maximum(arrived, end_b) + busy_f, end_f)
-        arrived = np.maximum(end_b[after] + wait_b, end_b)
-        end_b = np.where(runs_b, np.maximum(arrived, next_f) + busy_b, end_b)
-        end_f = next_f
-    return end_b
-
-
-def on_longest_path(stages: Sequence[StageTimes], num_microbatches: int, num_chunks: int) -> tuple[float, Floats]:
-    """Of an interleaved schedule the end of rank 0's last backward, and how many forwards and backwards of each chunk lie
-    on a longest path to it: (S v,), a subgradient of that end in the chunks' times."""
-    names = ("forward_s", "backward_s", "send_forward_s", "send_backward_s")
-    forward, backward, send_forward, send_backward = (
-        np.array([getattr(stage, name) for stage in stages]) for name in names
-    )
-    slots = _Slots.of(forward, backward, send_forward, send_backward, num_microbatches, num_chunks)
-    S = len(stages) // num_chunks
+    S = len(forward) // v
+    forward, backward = forward.reshape(v, S), backward.reshape(v, S)
+    num_steps, shift = v * B, (v + 1) * S - 2
     rank = np.arange(S)
+    slots = np.arange(num_steps + shift)[:, None]
+    # What arrives at local chunk l of rank r comes from chunk l S + r - 1 (forward) or l S + r + 1 (backward).
+    from_previous = np.concatenate([[-np.inf], send_forward[:-1]]).reshape(v, S)
+    from_next = np.append(send_backward[1:], -np.inf).reshape(v, S)
+    step_f, step_b = slots - rank, slots - shift + rank
+    runs_f, runs_b = (step_f >= 0) & (step_f < num_steps), (step_b >= 0) & (step_b < num_steps)
+    local_f, local_b = (step_f // S) % v, v - 1 - (step_b // S) % v
+    busy_f = np.where(runs_f, forward[local_f, rank], 0.0)
+    busy_b = np.where(runs_b, backward[local_b, rank], 0.0)
+    wait_f = np.where(runs_f, from_previous[local_f, rank], -np.inf)
+    wait_b = np.where(runs_b, from_next[local_b, rank], -np.inf)
     before, after = np.roll(rank, 1), np.roll(rank, -1)
     end_f, end_b = np.zeros(S), np.zeros(S)
-    path_f, path_b = np.zeros((S, len(stages))), np.zeros((S, len(stages)))
-    for runs_f, runs_b, busy_f, busy_b, wait_f, wait_b, chunk_f, chunk_b in slots.rows():
-        ends = np.stack([end_f[before] + wait_f, end_f, end_b])
-        latest = ends.argmax(axis=0)
-        longest = np.stack([path_f[before], path_f, path_b])[latest, rank]
-        longest[rank, chunk_f] += 1
-        next_f = np.where(runs_f, ends[latest, rank] + busy_f, end_f)
-        next_path_f = np.where(runs_f[:, None], longest, path_f)
-        ends = np.stack([end_b[after] + wait_b, end_b, next_f])
-        latest = ends.argmax(axis=0)
-        longest = np.stack([path_b[after], path_b, next_path_f])[latest, rank]
-        longest[rank, chunk_b] += 1
-        end_b = np.where(runs_b, ends[latest, rank] + busy_b, end_b)
-        path_b = np.where(runs_b[:, None], longest, path_b)
-        end_f, path_f = next_f, next_path_f
-    return float(end_b[0]), path_b[0]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Slots:
-    """What each rank does in each slot of an interleaved schedule, (slots, S): whether a forward and a backward run, how
-    long they take, after which time their input comes, and their chunks."""
-
-    runs: tuple[NDArray[np.bool_], NDArray[np.bool_]]
-    busy_s: tuple[Floats, Floats]
-    wait_s: tuple[Floats, Floats]
-    chunk: tuple[NDArray[np.int64], NDArray[np.int64]]
-
-    @staticmethod
-    def of(forward: Floats, backward: Floats, send_forward: Floats, send_backward: Floats, B: int, v: int) -> "_Slots":
-        S = len(forward) // v
-        num_steps, shift = v * B, (v + 1) * S - 2
-        rank = np.arange(S)
-        slots = np.arange(num_steps + shift)[:, None]
-        # What arrives at local chunk l of rank r comes from chunk l S + r - 1 (forward) or l S + r + 1 (backward).
-        from_previous = np.concatenate([[-np.inf], send_forward[:-1]])
-        from_next = np.append(send_backward[1:], -np.inf)
-        step_f, step_b = slots - rank, slots - shift + rank
-        runs_f, runs_b = (step_f >= 0) & (step_f < num_steps), (step_b >= 0) & (step_b < num_steps)
-        chunk_f, chunk_b = (step_f // S) % v * S + rank, (v - 1 - (step_b // S) % v) * S + rank
-        return _Slots(
-            runs=(runs_f, runs_b),
-            busy_s=(np.where(runs_f, forward[chunk_f], 0.0), np.where(runs_b, backward[chunk_b], 0.0)),
-            wait_s=(np.where(runs_f, from_previous[chunk_f], -np.inf), np.where(runs_b, from_next[chunk_b], -np.inf)),
-            chunk=(chunk_f, chunk_b),
-        )
-
-    def rows(self) -> Iterator[tuple[NDArray[Any], ...]]:
-        """Slot by slot: forward and backward of each field in turn."""
-        return zip(*self.runs, *self.busy_s, *self.wait_s, *self.chunk, strict=True)
+    for n in range(len(slots)):
+        arrived = np.maximum(end_f[before] + wait_f[n], end_f)
+        next_f = np.where(runs_f[n], np.maximum(arrived, end_b) + busy_f[n], end_f)
+        arrived = np.maximum(end_b[after] + wait_b[n], end_b)
+        end_b = np.where(runs_b[n], np.maximum(arrived, next_f) + busy_b[n], end_b)
+        end_f = next_f
+    return end_b
 
 
 def _event_loop(

@@ -16,7 +16,7 @@ from autopar.inter.planner import plan
 from autopar.inter.stage_tables import StageTables
 from autopar.inter.stages import StageBook
 from autopar.plan.invariants import check
-from autopar.plan.simulate import StageTimes, on_longest_path, simulate
+from autopar.plan.simulate import StageTimes, simulate
 from autopar.workload import load_workload
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -41,29 +41,6 @@ def test_backwards_in_time_the_schedule_is_itself(seed):
     assert end_s(one, other) == pytest.approx(end_s(other, one), rel=1e-12)
     half = [(a + b) / 2 for a, b in zip(one, other, strict=True)]
     assert end_s(half, half) <= end_s(one, other) * (1 + 1e-12)
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_a_longest_path_is_a_subgradient(seed):
-    rng = random.Random(seed)
-    S, v = rng.randint(2, 5), rng.randint(2, 4)
-    B = S * rng.randint(1, 4)
-
-    sends = [(rng.random(), rng.random()) for _ in range(S * v)]
-
-    def drawn():
-        half = np.array([rng.random() for _ in sends])
-        return half, [
-            StageTimes(forward_s=time, backward_s=time, send_forward_s=on, send_backward_s=back)
-            for time, (on, back) in zip(half, sends, strict=True)
-        ]
-
-    around, times = drawn()
-    end_s, on_path = on_longest_path(times, B, v)
-    assert end_s == pytest.approx(simulate("interleaved", times, B, v).finish_s[0], rel=1e-12)
-    for _ in range(10):
-        other, times = drawn()
-        assert end_s + on_path @ (other - around) <= simulate("interleaved", times, B, v).finish_s[0] * (1 + 1e-12)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -109,9 +86,8 @@ def test_bounds_are_not_above_any_pipeline_and_the_search_finds_the_best(blocks,
         steps.append(step_time_s)
         assert arrangement.finished(step_time_s) in (None, runs)
         assert arrangement.finished(step_time_s * (1 + 1e-9)) == runs
-        busy_s = (busy_s for _, busy_s in search._run_bounds_s(arrangement))
-        way_s, filled_s = search._way_s(candidate.stages, busy_s), search._filled_s(candidate)
-        for bound_s in (candidate.bound_s, search._simulated_s(candidate), way_s, filled_s):
+        busy_s = search._busy_s(arrangement)
+        for bound_s in (candidate.bound_s, search._simulated_s(candidate), search._way_s(candidate.stages, busy_s)):
             assert bound_s <= step_time_s * (1 + 1e-9)
         assert arrangement.step_time_s(arrangement.mixed(runs)) <= step_time_s
     simulated = []
