@@ -35,11 +35,13 @@ NUM_METRICS = 9
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class OpPrice:
     """(strategies, metrics); ``kept_bytes`` (strategies, 2) are the bytes of tensors in SAVED and CORE_SAVED,
-    ``inside_s`` (strategies, 2) the seconds of FORWARD and BACKWARD that the op exchanges by itself, ``products_s`` the
-    backward products of a linear op, its input's gradient and its weight's."""
+    ``whole[position]`` (strategies,) says whether they have all of the value at a position, which is then not kept
+    beside another, ``inside_s`` (strategies, 2) the seconds of FORWARD and BACKWARD that the op exchanges by itself,
+    ``products_s`` the backward products of a linear op, its input's gradient and its weight's."""
 
     metrics: Floats
     kept_bytes: Floats
+    whole: dict[int, NDArray[np.bool_]]
     inside_s: Floats
     products_s: tuple[Floats, Floats] | None
 
@@ -134,17 +136,21 @@ class OpMetrics:
         values = [self.graph.values[value] for value in (*op.inputs, *op.outputs)]
         cuts = (*data.inputs, *data.outputs)
         tensors = np.zeros((len(chosen), 2))
+        whole = {
+            position: np.zeros(len(chosen), np.bool_)
+            for positions, _ in self.savers.get(op.id, ())
+            for position in positions
+        }
         ranks = (self.local.data, *self.sizes)
         for at, options in enumerate(chosen):
             tokens = [tuple(option.inputs[i] for option in options) for i in range(len(op.inputs))] + [
                 tuple(option.outputs[i] for option in options) for i in range(len(op.outputs))
             ]
             for positions, core in self.savers.get(op.id, ()):
-                # Views of one memory keep all of it, or their own part where they were moved: never less than this.
-                owner, first = self.profile.owners[values[positions[0]].id], positions[0]
-                parts = sum(self._local_bytes(values[i], tokens[i], cuts[i]) for i in positions)
-                shared = self.local.share(owner, values[first].id, forward_placement(tokens[first]), cuts[first])
-                tensors[at, int(core)] += min(shared, parts)
+                charged, apart = self._charged([(values[i], tokens[i], cuts[i]) for i in positions])
+                tensors[at, int(core)] += charged
+                for position in positions:
+                    whole[position][at] = apart
             internal = float(sum(math.prod(shape) * item for shape, item in profile.saved_internal))
             if is_core and self.execution.attn == "math":  # its log-sum-exp's place is taken by the scores
                 internal = math.prod(self._scores(op)) * self.execution.software.math_attention_bytes_per_score
@@ -177,7 +183,20 @@ class OpMetrics:
                 scratch_bytes(self.graph, self.profile, op, self.execution, is_core, self.local.micro_batch, work),
             )
         metrics[:, [SAVED, CORE_SAVED]] += tensors
-        return OpPrice(metrics=metrics, kept_bytes=tensors, inside_s=inside, products_s=products)
+        return OpPrice(metrics=metrics, kept_bytes=tensors, whole=whole, inside_s=inside, products_s=products)
+
+    def _charged(self, views: Sequence[tuple[Value, Sequence[Token], Token]]) -> tuple[float, bool]:
+        """What views of one memory, as an op reads them, keep at least: views that lie in one way all of the memory, if
+        it was made so, and every other its own part, as it was moved. And whether that is the part of each."""
+        owner = self.profile.owners[views[0][0].id]
+        parts = [self._local_bytes(*view) for view in views]
+        lies = [(forward_placement(tokens), cut) for _, tokens, cut in views]
+        least = sum(parts)
+        for first, ((value, *_), lie) in enumerate(zip(views, lies, strict=True)):
+            moved = sum(part for part, other in zip(parts, lies, strict=True) if other != lie)
+            if lies.index(lie) == first:
+                least = min(least, self.local.share(owner, value.id, *lie) + moved)
+        return least, least >= sum(parts) * (1 - 1e-9)
 
     def _scores(self, op: Op) -> tuple[int, ...]:
         """Shape of the scores of a materialised attention, (b, h, q, k)."""

@@ -8,6 +8,9 @@ choice, priced pair by pair so that elimination stays exact:
     one reader         each pair of the edge takes the cheaper of the two
     several readers    the hub has states once more in which they keep it as cut: the way to such a state costs the
                        second gather and m, the way on to the op that is charged for the copy gives its r back
+
+It is a choice only where an op is charged for all of what it reads (`op_metrics`): views of one memory that lie alike
+are charged for that memory once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -83,8 +86,13 @@ class Regathers:
         for flow in space.flows:
             if flow.source >= self._first_hub:
                 self._readers.setdefault(flow.source, []).append(flow)
+        self._whole: dict[tuple[int, int], Bools] = {}
         self.of_flow: dict[int, Regather] = {}
         self.saved_bytes: dict[int, Floats] = {}
+
+    def charge(self, op: int, whole: Mapping[int, Bools]) -> None:
+        """What an op of the graph is charged for: under which of its strategies for all of the value at a position."""
+        self._whole |= {(op, position): strategies for position, strategies in whole.items()}
 
     def at_hub(self, hub: int) -> bool:
         """Whether keeping the hub's value as cut is a choice: an op that reads it from there is charged for it."""
@@ -100,6 +108,7 @@ class Regathers:
             same = np.array([[one == other for other in read] for one in made])
             same[: -source.num_again] = False
             self.saved_bytes[at] = np.where(same, -self._bytes(flow, target), 0.0)
+            forward = np.where(same & ~self._charged_whole(flow), np.inf, forward)
         keepers = self._keepers(flow)
         if self.policy == "never" or not keepers or source.num_again or not (apart.any() or target.num_again):
             return forward, backward
@@ -114,7 +123,7 @@ class Regathers:
             always = apart & again_states
             self.saved_bytes[at] = np.where(always, kept_cut, 0.0)
         elif flow.target < self._first_hub and self._is_charged(flow):
-            choice_s = np.where(apart & (whole > kept_cut), again_s, np.inf)
+            choice_s = np.where(apart & (whole > kept_cut) & self._charged_whole(flow), again_s, np.inf)
         if always.any() or np.isfinite(choice_s).any():
             self.of_flow[at] = Regather(
                 always=always,
@@ -127,6 +136,11 @@ class Regathers:
 
     def _is_charged(self, flow: Flow) -> bool:
         return self._position(flow) in self._charged
+
+    def _charged_whole(self, flow: Flow) -> Bools:
+        """(targets,) whether what is charged has all of the value, so that all of it can be given back."""
+        position = self._position(flow)
+        return self._whole.get(position, np.zeros(1, np.bool_)) if position is not None else np.zeros(1, np.bool_)
 
     def _position(self, flow: Flow) -> tuple[int, int] | None:
         if flow.input is None or not 2 <= flow.target < self._first_hub:

@@ -158,6 +158,7 @@ class TableBuilder:
         for node, chosen, data in zip(self.space.ops, strategies, self.space.data_axis.options, strict=True):
             prices.append(self._op_metrics.of(node, chosen, data))
             self._hiding.add(node.node, chosen, prices[-1].products_s)
+            self._regathers.charge(node.op.id, prices[-1].whole)
             is_core = node.op.id in self.core
             forward, backward = host_calls(node.op, self.profile.ops[node.op.id], self.execution, is_core)
             again, selective = (node.op.id in found.ops for found in (self._again, self._selective))

@@ -1,0 +1,75 @@
+"""Optima of price rows against the points of all rows: none is above any point's time and memory at its prices, and of a
+transformer's layer they are near."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from autopar.cluster.load import load_cluster
+from autopar.cost.execution import ExecutionModel
+from autopar.graph.blocks import cut_blocks, order_for_blocks
+from autopar.graph.trace import trace
+from autopar.inter.blocks import Blocks, Mesh
+from autopar.inter.stages import with_host
+from autopar.intra import totals as tt
+from autopar.intra.price_rows import priced_rows
+from autopar.workload import load_workload
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+MODELS = {
+    "gpt": {"layers": 3, "hidden": 1024, "heads": 8, "vocab": 2048, "seq": 512},
+    "llama": {"layers": 2, "hidden": 4096, "heads": 32, "kv_heads": 8, "ffn": 14336, "vocab": 2048, "seq": 2048},
+    "moe": {"layers": 2, "hidden": 512, "heads": 8, "experts": 8, "vocab": 2048, "seq": 256, "group_size": 256},
+    "wide_resnet": {"layers": 50, "base_channels": 64, "width_factor": 2},
+}
+MODES = ("none", "selective", "full")
+MICRO_BATCH, NUM_MICROBATCHES = 8, 16
+
+
+def blocks_of(name: str) -> Blocks:
+    workload = load_workload(str(EXAMPLES / f"{name}.py"), **MODELS[name])
+    graph = order_for_blocks(trace(workload, dtype="float16").graph)
+    execution = ExecutionModel(dtype="float16", optimizer="adamw", fp32_grads=True, accumulate=True)
+    return Blocks(graph, cut_blocks(graph), load_cluster("p3.16xlarge"), execution)
+
+
+def values_and_bounds(
+    blocks: Blocks, kind: int, mesh: Mesh, weight: float
+) -> list[tuple[str, str, np.ndarray, np.ndarray]]:
+    """Family and mode of each row, what the points of its mode come to at its prices (points, boundaries), its bound."""
+    rows = priced_rows(blocks.rate_s_per_byte, MODES, weight, links_bind=True)
+    points = blocks.points(kind, frozenset(), mesh, MICRO_BATCH, NUM_MICROBATCHES, rows, None)
+    found = []
+    for at, row in enumerate(rows):
+        same = points.totals[[other for other, one in enumerate(rows) if one.mode == row.mode]]
+        time_s = same[..., tt.FORWARD] + same[..., tt.BACKWARD]
+        if row.family == "hidden":
+            reduced_s = np.maximum(same[..., tt.STEP] - same[..., tt.BACKWARD], 0.0)
+            hidden_s = blocks.cluster.overlap_contention * np.minimum(same[..., tt.STEP], same[..., tt.BACKWARD])
+            time_s = time_s + (reduced_s + hidden_s + same[..., tt.STEP_EXPOSED]) / NUM_MICROBATCHES
+        memory = same[..., tt.STATE] + weight * same[..., tt.SAVED]
+        found.append((row.family, row.mode, time_s + row.price_s_per_byte * memory, with_host(points)[at]))
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("mesh", [Mesh(data=1, inner=(4,)), Mesh(data=4, inner=(2,)), Mesh(data=8, inner=())], ids=str)
+def test_no_point_is_below_a_rows_optimum(name, mesh):
+    blocks = blocks_of(name)
+    for kind in blocks.kinds:
+        for weight in (1.0, 16.0):
+            for family, mode, values, bounds in values_and_bounds(blocks, kind, mesh, weight):
+                for boundary, bound_s in enumerate(bounds):
+                    fits = values[:, boundary][np.isfinite(values[:, boundary])]
+                    assert not len(fits) or bound_s <= fits.min() * (1 + 1e-9), (kind, family, mode, boundary)
+
+
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_a_layers_optimum_is_near_its_best_point(name):
+    blocks = blocks_of(name)
+    layer = blocks.blocks[1].kind
+    for weight in (1.0, 16.0):
+        for family, _, values, bounds in values_and_bounds(blocks, layer, Mesh(data=1, inner=(4,)), weight):
+            if family == "hidden":
+                assert bounds.min() >= 0.9 * values.min()
