@@ -1,7 +1,7 @@
 """An object whose methods run in this process, or in a second one beside it.
 
-Between the processes pass pickles: there the object and its calls, back their results. The second process is
-a fresh interpreter (a fork would copy the locks of torch's threads), and ends with its input.
+Between the processes pass pickles: there the object and its calls, back their results. The second process is a fresh
+interpreter (a fork would copy the locks of torch's threads), and ends with its input.
 """
 
 import gc
@@ -10,7 +10,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -46,8 +45,8 @@ class Here:
 
 
 class Beside:
-    """In a second process, on a copy of ``target``. Where that process is lost (out of memory, killed), ``lost`` is told
-    its exit code and all is done again here."""
+    """In a second process, on a copy of ``target``. Where that process ends early (out of memory, killed, an error),
+    ``lost`` is told its exit code and all is done again here, where an error is raised as it is."""
 
     def __init__(self, target: object, lost: Callable[[int], None]) -> None:
         self._pickled, self._lost = pickle.dumps(target), lost
@@ -74,16 +73,12 @@ class Beside:
         if self._spare is None:
             assert self._process.stdout is not None
             try:
-                result, error = pickle.load(self._process.stdout)
+                return pickle.load(self._process.stdout)
             except (EOFError, pickle.UnpicklingError):
                 self._lost(self._process.wait())
                 self._spare = pickle.loads(self._pickled)
                 for method, arguments in self._calls[:-1]:
                     getattr(self._spare, method)(*arguments)
-            else:
-                if error:
-                    raise RuntimeError(f"in the second process: {error}")
-                return result
         method, arguments = self._calls[-1]
         return getattr(self._spare, method)(*arguments)
 
@@ -109,7 +104,7 @@ def can_run_beside() -> bool:
 
 
 def serve() -> None:
-    """The second process: an object comes in, then its calls; (result, error) goes out for each."""
+    """The second process: an object comes in, then its calls; the result of each goes out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the first process, and with it this one's input
     calls, results = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no result
@@ -118,9 +113,5 @@ def serve() -> None:
         target = pickle.load(calls)
         while True:
             method, arguments = pickle.load(calls)
-            try:
-                answer = (getattr(target, method)(*arguments), "")
-            except Exception:
-                answer = (None, traceback.format_exc())
-            pickle.dump(answer, results, protocol=pickle.HIGHEST_PROTOCOL)
+            pickle.dump(getattr(target, method)(*arguments), results, protocol=pickle.HIGHEST_PROTOCOL)
             results.flush()

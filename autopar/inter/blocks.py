@@ -16,6 +16,7 @@ from autopar.inter.pins import BlockPins
 from autopar.inter.stage_types import StageTypes, stage_types
 from autopar.intra.again import Kept
 from autopar.intra.frontier import BlockPoints, ParameterPrices, block_points
+from autopar.intra.op_metrics import Savers
 from autopar.intra.price_rows import PriceRow
 from autopar.intra.space import BlockSpace, block_space, data_values
 from autopar.intra.strategies import Allowed
@@ -222,14 +223,11 @@ def _without_recompute(rows: tuple[PriceRow, ...]) -> tuple[tuple[PriceRow, ...]
     return tuple(at), np.array(repeats)
 
 
-def _savers(
-    graph: Graph, profile: GraphProfile, core: frozenset[int], selected: Kept | None
-) -> dict[int, tuple[tuple[tuple[int, ...], bool], ...]]:
-    """Per op, for each memory that it is the first to keep: the positions (inputs, then outputs) of the values that
-    share it, and whether selective recomputation frees it: attention made it, or it is none of what is ``selected``."""
+def _savers(graph: Graph, profile: GraphProfile, core: frozenset[int], selected: Kept | None) -> Savers:
+    """Selective recomputation frees what attention made, or what is none of what is ``selected``."""
     made = {value: op.id for op in graph.ops for value in op.outputs}
     seen: set[int] = set()
-    found: dict[int, tuple[tuple[tuple[int, ...], bool], ...]] = {}
+    found: Savers = {}
     for op in graph.ops:
         kept = profile.ops[op.id]
         values = (*op.inputs, *op.outputs)

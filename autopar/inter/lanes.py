@@ -18,9 +18,9 @@ from autopar.inter.stages import StageBook
 from autopar.plan.schedule import Schedule
 
 NUM_LANES = 2
-WORTH = 6_000
-"""Ops of distinct blocks x meshes x micro-batch sizes from which on a second process begins: some four seconds' work to
-open, of which it spends one to begin."""
+WORTH = 2_500
+"""Ops of distinct blocks x meshes x micro-batch sizes from which on a second process begins. It takes half a second to
+begin; GPTs of 2,700 plan in 6.4 and 9.1 s with one process, in 5.8 and 7.5 s with two (2 cores, 2026-11-22)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

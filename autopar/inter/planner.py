@@ -4,7 +4,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
 from autopar.cluster.cluster import Cluster
@@ -109,8 +109,20 @@ def plan(
                 if any(book.meshes(submesh) for submesh in sizes):
                     books.append(book)
     deadline_s = started + time_limit_s if time_limit_s is not None else math.inf
-    outcome = _Outcome(say=say)
-    outcome.search(books, sizes, SCHEDULES[schedule], deadline_s, processes)
+    outcome = _Outcome(say=say, num_books=len(books))
+    middle = _middle(books)
+    with closing(
+        Lanes(
+            sorted(books, key=lambda book: _apart(book, middle)),
+            sizes,
+            SCHEDULES[schedule],
+            deadline_s,
+            processes=processes,
+            opened=outcome.opened,
+            lost=outcome.lost,
+        )
+    ) as lanes:
+        outcome.search(lanes, deadline_s)
     if not outcome.found:
         if time.perf_counter() > deadline_s:
             raise TimeLimitError(f"no plan within {time_limit_s} s; raise --time-limit")
@@ -132,6 +144,8 @@ class _Outcome:
     """What the searches of all micro-batch sizes found, and a bound on what they left open."""
 
     say: Progress
+    num_books: int
+    num_open: int = 0
     found: list[Best] = field(default_factory=list)
     bound_s: float = math.inf
 
@@ -145,37 +159,20 @@ class _Outcome:
         """The fastest step; inf while there is none."""
         return min((best.step_time_s for best in self.found), default=math.inf)
 
-    def search(
-        self,
-        books: Sequence[StageBook],
-        sizes: tuple[int, ...],
-        schedules: tuple[Schedule, ...],
-        deadline_s: float,
-        processes: int,
-    ) -> None:
+    def opened(self, book: StageBook) -> None:
+        """A size is open."""
+        self.num_open += 1
+        self.say("tables", f"micro-batch {book.micro_batch}, {self.num_open} of {self.num_books}", None, None)
+
+    def lost(self, code: int) -> None:
+        """The second process ended early."""
+        self.say("search", f"the second process ended (exit code {code}), doing its part again", None, None)
+
+    def search(self, lanes: Lanes, deadline_s: float) -> None:
         """Search all micro-batch sizes, the ones first whose even pipelines take least; past the deadline none is begun
         if there is a plan, and of sizes without a table nothing is known."""
-        count = 0
-
-        def opened(book: StageBook) -> None:
-            nonlocal count
-            count += 1
-            self.say("tables", f"micro-batch {book.micro_batch}, {count} of {len(books)}", None, None)
-
-        def lost(code: int) -> None:
-            self.say("search", f"the second process ended (exit code {code}), doing its part again", None, None)
-
-        middle = _middle(books)
-        ordered = sorted(books, key=lambda book: _apart(book, middle))
-        lanes = Lanes(ordered, sizes, schedules, deadline_s, processes=processes, opened=opened, lost=lost)
-        try:
-            self._search(lanes, len(books), deadline_s)
-        finally:
-            lanes.close()
-
-    def _search(self, lanes: Lanes, num_books: int, deadline_s: float) -> None:
         opened = lanes.open()
-        if len(opened) < num_books:
+        if len(opened) < self.num_books:
             self.bound_s = 0.0
         pending = [size for size in opened if math.isfinite(size.free_bound_s)]
         pending.sort(key=lambda size: (min(size.guesses_s, default=math.inf), size.free_bound_s))

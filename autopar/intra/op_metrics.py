@@ -12,6 +12,7 @@ WORKSPACE                bytes an op holds while it runs (a maximum over ops, ne
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,13 +31,16 @@ from autopar.rules.options import Option, Token, forward_placement
 Floats = NDArray[np.float64]
 FORWARD, CORE_FORWARD, BACKWARD, SAVED, CORE_SAVED, BOUNDARY, WORKSPACE, AGAIN, BESIDE = range(9)
 NUM_METRICS = 9
+Savers: TypeAlias = dict[int, tuple[tuple[tuple[int, ...], bool], ...]]
+"""Op of the graph -> the memories that it is the first to keep: the positions (inputs, then outputs) of the values that
+share each, and whether selective recomputation frees it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class OpPrice:
     """(strategies, metrics); ``kept_bytes`` (strategies, 2) are the bytes of tensors in SAVED and CORE_SAVED,
-    ``whole[position]`` (strategies,) says whether they have all of the value at a position, which is then not kept
-    beside another, ``inside_s`` (strategies, 2) the seconds of FORWARD and BACKWARD that the op exchanges by itself,
+    ``whole[position]`` (strategies,) whether they count all that the op reads at a position, for the positions that are
+    counted, ``inside_s`` (strategies, 2) the seconds of FORWARD and BACKWARD that the op exchanges by itself,
     ``products_s`` the backward products of a linear op, its input's gradient and its weight's."""
 
     metrics: Floats
@@ -64,9 +68,7 @@ def degrees_of(
     return degrees
 
 
-def first_keeper(
-    graph: Graph, profile: GraphProfile, savers: dict[int, tuple[tuple[tuple[int, ...], bool], ...]]
-) -> dict[int, int]:
+def first_keeper(graph: Graph, profile: GraphProfile, savers: Savers) -> dict[int, int]:
     """Value whose memory is kept -> the first op of the graph that keeps it."""
     return {
         profile.owners[(*(op := graph.ops[number]).inputs, *op.outputs)[positions[0]]]: number
@@ -88,7 +90,7 @@ class OpMetrics:
         whole: MeshLinks,
         execution: ExecutionModel,
         fused: dict[int, Saving],
-        savers: dict[int, tuple[tuple[tuple[int, ...], bool], ...]],
+        savers: Savers,
         *,
         core: frozenset[int],
         again: frozenset[int],

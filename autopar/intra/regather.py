@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from autopar.graph.ir import GraphProfile
 from autopar.intra.copies import LocalSizes, gathered
 from autopar.intra.hiding import Hiding
+from autopar.intra.op_metrics import Savers
 from autopar.intra.space import BlockSpace, Flow
 from autopar.rules.options import Token, forward_placement
 
@@ -62,13 +63,13 @@ class Side:
 
 
 class Regathers:
-    """Of one block. ``first_keeper``: value whose memory is kept -> the op of the graph that is charged for it."""
+    """Of one block. What the ``savers`` keep is charged to them."""
 
     def __init__(
         self,
         space: BlockSpace,
         profile: GraphProfile,
-        first_keeper: Mapping[int, int],
+        savers: Savers,
         local: LocalSizes,
         hiding: Hiding,
         policy: Policy,
@@ -79,8 +80,9 @@ class Regathers:
         self._charged = {
             (node.op.id, at)
             for node in space.ops
-            for at, value in enumerate(node.op.inputs)
-            if (node.op.id, at) in self._keeps and first_keeper.get(profile.owners[value]) == node.op.id
+            for positions, _ in savers.get(node.op.id, ())
+            for at in positions
+            if at < len(node.op.inputs)
         }
         self._readers: dict[int, list[Flow]] = {}
         for flow in space.flows:
@@ -138,9 +140,10 @@ class Regathers:
         return self._position(flow) in self._charged
 
     def _charged_whole(self, flow: Flow) -> Bools:
-        """(targets,) whether what is charged has all of the value, so that all of it can be given back."""
+        """(targets,) whether a charged op is charged for all of what the flow brings, so that all can be given back."""
         position = self._position(flow)
-        return self._whole.get(position, np.zeros(1, np.bool_)) if position is not None else np.zeros(1, np.bool_)
+        assert position is not None
+        return self._whole[position]
 
     def _position(self, flow: Flow) -> tuple[int, int] | None:
         if flow.input is None or not 2 <= flow.target < self._first_hub:

@@ -25,7 +25,7 @@ from autopar.intra.elimination import Eliminator
 from autopar.intra.hiding import Hiding
 from autopar.intra.mini_buckets import MiniBuckets, eliminator
 from autopar.intra.moves import Moves
-from autopar.intra.op_metrics import BESIDE, BOUNDARY, NUM_METRICS, OpMetrics, first_keeper
+from autopar.intra.op_metrics import BESIDE, BOUNDARY, NUM_METRICS, OpMetrics, Savers, first_keeper
 from autopar.intra.regather import Policy, Regather, Regathers, Side
 from autopar.intra.space import IN, OUT, BlockSpace, OpNode
 from autopar.intra.strategies import ROLES, Allowed, Strategies
@@ -86,7 +86,7 @@ class TableBuilder:
         self,
         space: BlockSpace,
         profile: GraphProfile,
-        savers: dict[int, tuple[tuple[tuple[int, ...], bool], ...]],
+        savers: Savers,
         core: frozenset[int],
         local_batch: int,
         links: MeshLinks,
@@ -137,7 +137,7 @@ class TableBuilder:
         self._choices = Strategies(space, self.sizes, local_batch, data, allowed)
         self._moves = Moves(links, whole, data, self.local)
         policy: Policy = "choice" if not as_megatron else "always" if kept is None else "never"
-        self._regathers = Regathers(space, profile, self._first_keeper, self.local, hiding, policy)
+        self._regathers = Regathers(space, profile, savers, self.local, hiding, policy)
 
     def build(self) -> BlockTables:
         strategies = tuple(self._choices.of_op(node) for node in self.space.ops)

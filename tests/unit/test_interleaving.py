@@ -21,7 +21,6 @@ from autopar.workload import load_workload
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SMALL = {"layers": 8, "hidden": 512, "heads": 8, "vocab": 2048, "seq": 256}
-SIZES = (1, 2, 4)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -72,10 +71,13 @@ def blocks(request):
 
 @pytest.mark.parametrize("budget_mib", [1060, 1120, 1300, 16000])
 @pytest.mark.parametrize("num_microbatches", [4, 16])
-def test_bounds_are_not_above_any_pipeline_and_the_search_finds_the_best(blocks, budget_mib, num_microbatches):
-    book = StageBook(blocks, 4, num_microbatches, budget_mib * 2**20, ("none", "selective", "full"), 4)
-    tables = StageTables(book, SIZES)
-    search = Interleaving(tables, book.transfers.cut_bounds_s(SIZES))
+@pytest.mark.parametrize(("gpus", "sizes"), [(4, (1, 2, 4)), (16, (2, 4, 8, 16))])
+def test_bounds_are_not_above_any_pipeline_and_the_search_finds_the_best(
+    blocks, budget_mib, num_microbatches, gpus, sizes
+):
+    book = StageBook(blocks, gpus, num_microbatches, budget_mib * 2**20, ("none", "selective", "full"), gpus)
+    tables = StageTables(book, sizes)
+    search = Interleaving(tables, book.transfers.cut_bounds_s(sizes))
     steps = []
     for candidate in search._candidates:
         arrangement = candidate.of(book)
@@ -105,6 +107,15 @@ def test_bounds_are_not_above_any_pipeline_and_the_search_finds_the_best(blocks,
         simulated.clear()
         assert search.run(min(steps) * 0.5, float("inf"), step_s) <= min(steps) * 0.5
         assert min(simulated, default=float("inf")) >= min(steps)
+
+
+def test_what_runs_on_other_nodes_is_known_to_be_farther(blocks):
+    """Four runs of four devices on nodes of eight: cuts 1 | 2 and 3 | 0 lie between nodes."""
+    book = StageBook(blocks, 16, 16, float("inf"), ("none",), 16)
+    search = Interleaving(StageTables(book, (4,)), book.transfers.cut_bounds_s((4,)))
+    inside, between, inside_again, around = (search._cut_s(3, 4, chunk) for chunk in range(4))
+    assert inside == inside_again < between == around
+    assert search._cut_s(3, 4, 5) == between
 
 
 @pytest.mark.parametrize("memory_gib", [None, 1.12, 1.09])

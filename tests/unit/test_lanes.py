@@ -32,8 +32,12 @@ class Counter:
             os.kill(os.getpid(), signal.SIGKILL)
         return self.add(number)
 
+    def speak(self, number: int) -> int:
+        print("a word", flush=True)
+        return number
+
     def speak_and_fail(self) -> None:
-        print("a word on stdout is no result")
+        self.speak(0)
         raise ValueError("no such thing")
 
 
@@ -58,10 +62,16 @@ def test_calls_reach_one_object(beside):
     assert [call(beside, "add", number) for number in (3, 4)] == [3, 7]
 
 
-def test_an_error_comes_back_and_the_process_goes_on(beside, codes):
-    with pytest.raises(RuntimeError, match="no such thing"):
+def test_an_error_is_raised_as_it_is(beside, codes):
+    assert call(beside, "add", 5) == 5
+    with pytest.raises(ValueError, match="no such thing"):
         call(beside, "speak_and_fail")
-    assert call(beside, "add", 1) == 1
+    assert codes == [1]
+    assert call(beside, "add", 1) == 6
+
+
+def test_what_is_printed_is_no_result(beside, codes):
+    assert call(beside, "speak", 3) == 3
     assert codes == []
 
 
