@@ -37,7 +37,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+LONG = ("wide-resnet, statistics of all samples", "llama, masters among the weights")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in CASES])
 def test_peak_is_the_plans(pool: Pool, name: str) -> None:
     plan = CASES[name].plan()
     rank, planned = fullest(plan)

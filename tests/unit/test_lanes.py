@@ -15,7 +15,7 @@ from autopar.plan.plan import Plan
 from autopar.workload import load_workload
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-SMALL = {"layers": 6, "hidden": 256, "heads": 8, "vocab": 1024, "seq": 128}
+SMALL = {"layers": 3, "hidden": 256, "heads": 8, "vocab": 1024, "seq": 128}
 
 
 class Counter:
@@ -84,7 +84,7 @@ def test_what_a_lost_process_did_is_done_again(beside, codes):
 
 def found(**options: object) -> Plan:
     workload = load_workload(str(EXAMPLES / "gpt.py"), **SMALL)
-    return plan(workload, cluster="p3.16xlarge", gpus=8, global_batch=64, **options)
+    return plan(workload, cluster="p3.16xlarge", gpus=8, global_batch=16, **options)
 
 
 def without_seconds(one: Plan) -> Plan:

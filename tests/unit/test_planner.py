@@ -59,7 +59,7 @@ def test_less_memory_never_makes_the_step_faster_and_ends_in_an_error_that_names
     [
         ("gpt.py", TINY),
         ("gpt.py", {**TINY, "vocab": 51200}),
-        ("moe.py", {**TINY, "layers": 2, "experts": 8, "group_size": 128}),
+        pytest.param("moe.py", {**TINY, "layers": 2, "experts": 8, "group_size": 128}, marks=pytest.mark.slow),
     ],
 )
 def test_the_budget_that_the_error_names_does_and_less_does_not(model, settings):
