@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from autopar.cli.options import Assignment, distinct
+from autopar.cli.results import ResultCommand, print_result
 
 LONGEST_LIST = 8
 EXAMPLES = """\b
@@ -20,7 +21,7 @@ def cluster_group() -> None:
     """List the clusters that ship with autopar, or show one."""
 
 
-@cluster_group.command("list")
+@cluster_group.command("list", cls=ResultCommand)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def list_command(*, as_json: bool) -> None:
     """Print the names that --cluster takes."""
@@ -33,10 +34,10 @@ def list_command(*, as_json: bool) -> None:
         print_document({"clusters": names})
         return
     for name in names:
-        print(name)
+        print_result(name)
 
 
-@cluster_group.command("show")
+@cluster_group.command("show", cls=ResultCommand)
 @click.argument("name", metavar="NAME|FILE")
 @click.option(
     "--cluster-set", multiple=True, type=Assignment(), metavar="K=V", help="Override a key of the cluster's table."
@@ -56,7 +57,7 @@ def show_cluster_command(*, name: str, cluster_set: tuple[tuple[str, Any], ...],
         print_document(document)
         return
     for line in table_lines(document, ""):
-        print(line)
+        print_result(line)
 
 
 def table_lines(part: Any, indent: str) -> Iterator[str]:

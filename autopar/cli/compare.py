@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from autopar.cli.options import output_options
+from autopar.cli.results import ResultCommand, print_result
 from autopar.plan.errors import UsageError
 
 EXAMPLES = """\b
@@ -13,7 +14,7 @@ Examples:
   autopar compare gpt.plan.json --against megatron:tp=8,pp=2,zero=1"""
 
 
-@click.command("compare", short_help="A plan beside the best Megatron layout.", epilog=EXAMPLES)
+@click.command("compare", cls=ResultCommand, short_help="A plan beside the best Megatron layout.", epilog=EXAMPLES)
 @click.argument("plan_file", metavar="PLAN", type=click.Path())
 @click.option("--against", required=True, metavar="megatron[:LAYOUT]", help="megatron, or megatron:tp=8,pp=2 for one.")
 @click.option("--model", type=click.Path(), metavar="MODEL.py", help="The model file, instead of the plan's own.")
@@ -50,7 +51,7 @@ def compare_command(
     from autopar.cli.output import text_width
     from autopar.report.compare import comparison_text
 
-    print(comparison_text(comparison, width=text_width()), end="")
+    print_result(comparison_text(comparison, width=text_width()), end="")
 
 
 def _layout_text(against: str) -> str | None:

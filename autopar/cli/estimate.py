@@ -16,6 +16,7 @@ from autopar.cli.options import (
     stacked,
     workload_options,
 )
+from autopar.cli.results import ResultCommand, print_result
 from autopar.plan.errors import UsageError
 
 EXAMPLES = """\b
@@ -48,7 +49,9 @@ serving_options = stacked(
 )
 
 
-@click.command("estimate", short_help="Price one manual layout, in training or in inference.", epilog=EXAMPLES)
+@click.command(
+    "estimate", cls=ResultCommand, short_help="Price one manual layout, in training or in inference.", epilog=EXAMPLES
+)
 @workload_options
 @click.option("--layout", required=True, metavar="TEXT", help="The layout, such as tp=8,pp=4,zero=1.")
 @click.option("--tokens", type=Positive(), metavar="N", help="Tokens of the whole training: adds GPU hours and days.")
@@ -143,7 +146,7 @@ def _train(
     extra = {} if training is None else {"training": training.document()}
     print_plan(priced, path, as_json=as_json, verbose=verbose, extra=extra)
     if training is not None and not as_json:
-        print(training.text)
+        print_result(training.text)
 
 
 def _serve(
@@ -203,4 +206,4 @@ def _serve(
         print_document(serving_document(priced, model=model, settings=model_settings))
         return
     told = " ".join([model, *(f"{key}={value}" for key, value in model_settings.items())])
-    print(serving_text(priced, model=told, width=text_width()), end="")
+    print_result(serving_text(priced, model=told, width=text_width()), end="")

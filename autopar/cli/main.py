@@ -1,9 +1,9 @@
 """`autopar`: the group of commands, and how every ending becomes a message and an exit code."""
 
 import json
-import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import click
@@ -13,6 +13,7 @@ from autopar.cli.compare import compare_command
 from autopar.cli.estimate import estimate_command
 from autopar.cli.plan import plan_command
 from autopar.cli.profile import profile_command
+from autopar.cli.results import ClaimedStdout, Invocation
 from autopar.cli.run import run_command
 from autopar.cli.show import show_command
 from autopar.cli.verify import verify_command
@@ -51,17 +52,50 @@ for _command in (
     autopar.add_command(_command)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ending:
+    """An error as it is told: a few lines on stderr, or the one JSON document on stdout, where ``extra`` keys join."""
+
+    code: int
+    kind: str
+    message: str
+    hint: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
 def entry() -> None:
     """The program: run the command line's arguments, end with its exit code."""
-    sys.exit(run(sys.argv[1:]))
+    stdout = ClaimedStdout()
+    code = _run(Invocation(arguments=tuple(sys.argv[1:]), stdout=stdout))
+    stdout.close()
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line and return its exit code; no exception but a bug of ours leaves."""
-    as_json = "--json" in _before_separator(arguments)
+    """Run one command line in a process that goes on, and return its exit code."""
+    stdout = ClaimedStdout()
     try:
-        code = autopar.main(args=list(arguments), prog_name="autopar", standalone_mode=False, obj=list(arguments))
-        sys.stdout.flush()
+        return _run(Invocation(arguments=tuple(arguments), stdout=stdout))
+    finally:
+        stdout.restore()
+
+
+def _run(call: Invocation) -> int:
+    """The exit code of one call; no exception but a bug of ours leaves."""
+    as_json = "--json" in _before_separator(call.arguments)
+    try:
+        return _ended(call, as_json)
+    except BrokenPipeError:  # the reader went away (`autopar show P | head`): nothing to tell it
+        call.stdout.abandon()
+        return 0
+
+
+def _ended(call: Invocation, as_json: bool) -> int:
+    """Run a call and tell how it ended: its results, or its error."""
+    results = call.stdout.results
+    try:
+        code = autopar.main(args=list(call.arguments), prog_name="autopar", standalone_mode=False, obj=call)
+        results.flush()
         return code if isinstance(code, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
@@ -70,26 +104,19 @@ def run(arguments: Sequence[str]) -> int:
         hint = ""
         if isinstance(error, click.UsageError) and error.ctx is not None:
             hint = f"\ntry: {error.ctx.command_path} --help"
-        return _report(error.exit_code, type(error).__name__, error.format_message(), hint, as_json, {})
+        told = _Ending(code=error.exit_code, kind=type(error).__name__, message=error.format_message(), hint=hint)
     except AutoparError as error:
         faults = getattr(error, "faults", None)
         extra = {} if faults is None else {"faults": list(faults)}
-        return _report(error.exit_code, type(error).__name__, str(error), "", as_json, extra)
+        told = _Ending(code=error.exit_code, kind=type(error).__name__, message=str(error), extra=extra)
     except (click.Abort, KeyboardInterrupt):
-        return _report(INTERRUPTED, "Interrupted", "interrupted", "", as_json, {})
-    except BrokenPipeError:
-        # The reader went away (`autopar show P | head`): nothing to tell it, and Python must not flush into the pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-
-
-def _report(code: int, kind: str, message: str, hint: str, as_json: bool, extra: dict[str, Any]) -> int:
-    """Tell one error: a few lines on stderr, or the one JSON document on stdout."""
-    if as_json:
-        print(json.dumps({"error": {"code": code, "kind": kind, "message": message, **extra}}, indent=2))
-    else:
-        print(f"autopar: {message}{hint}", file=sys.stderr)
-    return code
+        told = _Ending(code=INTERRUPTED, kind="Interrupted", message="interrupted")
+    if not as_json:
+        print(f"autopar: {told.message}{told.hint}", file=sys.stderr)
+        return told.code
+    document = {"error": {"code": told.code, "kind": told.kind, "message": told.message, **told.extra}}
+    print(json.dumps(document, indent=2), file=results, flush=True)
+    return told.code
 
 
 def _before_separator(arguments: Sequence[str]) -> list[str]:

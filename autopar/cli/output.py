@@ -2,9 +2,10 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from autopar.cli.results import invocation, print_result
 
 if TYPE_CHECKING:
     from autopar.plan.plan import Plan
@@ -15,13 +16,13 @@ NARROWEST = 72
 
 def text_width() -> int:
     """Columns of the terminal, or a fixed width in a pipe so that the same plan prints the same text."""
-    if not sys.stdout.isatty():
+    if not invocation().stdout.results.isatty():
         return PIPED_WIDTH
     return max(NARROWEST, shutil.get_terminal_size((PIPED_WIDTH, 24)).columns)
 
 
 def print_document(document: dict[str, Any]) -> None:
-    print(json.dumps(document, indent=2, allow_nan=False))
+    print_result(json.dumps(document, indent=2, allow_nan=False))
 
 
 def print_plan(
@@ -35,7 +36,7 @@ def print_plan(
         return
     from autopar.report.text import plan_text
 
-    print(plan_text(plan, width=text_width(), verbose=verbose), end="")
+    print_result(plan_text(plan, width=text_width(), verbose=verbose), end="")
 
 
 def signed(plan: "Plan", cluster: str, overrides: tuple[tuple[str, Any], ...]) -> "Plan":
@@ -43,9 +44,7 @@ def signed(plan: "Plan", cluster: str, overrides: tuple[tuple[str, Any], ...]) -
     that take only the plan find the same tables."""
     import shlex
 
-    import click
     import msgspec
 
-    arguments = click.get_current_context().find_root().obj
     named = msgspec.structs.replace(plan.cluster, name=cluster, overrides=dict(overrides))
-    return msgspec.structs.replace(plan, cluster=named, command=shlex.join(["autopar", *(arguments or sys.argv[1:])]))
+    return msgspec.structs.replace(plan, cluster=named, command=shlex.join(["autopar", *invocation().arguments]))

@@ -8,6 +8,7 @@ import click
 
 from autopar.cli.inputs import check_writable, global_batch_of, layout_flags, priced_layout
 from autopar.cli.options import distinct, out_option, output_options, search_options, workload_options
+from autopar.cli.results import ResultCommand
 
 EXAMPLES = """\b
 Examples:
@@ -17,7 +18,7 @@ Examples:
   autopar plan gpt.py --gpus 8 --cluster table.json --json -q | jq .estimate.step_time_s"""
 
 
-@click.command("plan", short_help="Search the fastest plan and write it to a file.", epilog=EXAMPLES)
+@click.command("plan", cls=ResultCommand, short_help="Search the fastest plan and write it to a file.", epilog=EXAMPLES)
 @workload_options
 @click.option("--layout", metavar="TEXT", help="Search nothing: price this layout, such as tp=8,pp=4,zero=1.")
 @search_options

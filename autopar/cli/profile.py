@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from autopar.cli.inputs import check_writable
+from autopar.cli.results import ResultCommand, print_result
 
 if TYPE_CHECKING:
     from autopar.cluster.cluster import Cluster
@@ -18,7 +19,9 @@ Examples:
   autopar plan gpt.py --gpus 8 --cluster table.json"""
 
 
-@click.command("profile", short_help="Measure this machine into a table for --cluster.", epilog=EXAMPLES)
+@click.command(
+    "profile", cls=ResultCommand, short_help="Measure this machine into a table for --cluster.", epilog=EXAMPLES
+)
 @click.option(
     "-o", "--output", required=True, type=click.Path(dir_okay=False), metavar="FILE", help="The table's file."
 )
@@ -56,8 +59,8 @@ def profile_command(
 
         print_document(msgspec.json.decode(msgspec.json.encode(cluster)))
         return
-    print("\n".join(summary(cluster)))
-    print(f"written     {path}")
+    print_result("\n".join(summary(cluster)))
+    print_result(f"written     {path}")
 
 
 def summary(cluster: "Cluster") -> list[str]:

@@ -10,15 +10,7 @@ Progress = Callable[[str, str, float | None, float | None], None]
 
 @contextlib.contextmanager
 def progress_on_stderr(quiet: bool) -> Iterator[Progress]:
-    """Yields ``progress(stage, detail, best_s, gap)``; both numbers may be None while there is no plan yet.
-
-    What the user's model prints meanwhile goes to stderr too: stdout is for results."""
-    with contextlib.redirect_stdout(sys.stderr), _progress(quiet) as progress:
-        yield progress
-
-
-@contextlib.contextmanager
-def _progress(quiet: bool) -> Iterator[Progress]:
+    """Yields ``progress(stage, detail, best_s, gap)``; both numbers may be None while there is no plan yet."""
     if quiet:
         yield lambda stage, detail, best_s, gap: None
     elif sys.stderr.isatty():

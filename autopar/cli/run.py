@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from autopar.cli.options import AtLeastOne
+from autopar.cli.results import ResultCommand, invocation, print_result
 from autopar.plan.errors import UsageError
 
 EXAMPLES = """\b
@@ -18,6 +19,7 @@ Examples:
 
 @click.command(
     "run",
+    cls=ResultCommand,
     context_settings={"ignore_unknown_options": True},
     short_help="Print or run a plan's launch command.",
     epilog=EXAMPLES,
@@ -60,10 +62,11 @@ def run_command(
         arguments += ["--plan", str(Path(plan_file))]
     line = command_line(launcher, nodes, per_node, arguments, rendezvous, max_restarts)
     if not execute:
-        print(shlex.join(line))
+        print_result(shlex.join(line))
         return
     if launcher == "torchrun" and nodes > 1 and rendezvous is None:
         raise UsageError(f"the plan needs {nodes} nodes; give --rendezvous HOST:PORT and run this on each of them")
+    invocation().stdout.restore()  # it is the training script's now
     try:
         os.execvp(line[0], line)
     except FileNotFoundError:

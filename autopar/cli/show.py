@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from autopar.cli.options import output_options
+from autopar.cli.results import ResultCommand
 
 EXAMPLES = """\b
 Examples:
@@ -13,7 +14,7 @@ Examples:
   autopar show gpt.plan.json --json | jq .estimate.items"""
 
 
-@click.command("show", short_help="Print a plan.", epilog=EXAMPLES)
+@click.command("show", cls=ResultCommand, short_help="Print a plan.", epilog=EXAMPLES)
 @click.argument("plan_file", metavar="PLAN", type=click.Path())
 @output_options
 def show_command(*, plan_file: str, as_json: bool, quiet: bool, verbose: bool) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from autopar.cli.options import Assignment, AtLeastOne, distinct, output_options
+from autopar.cli.results import ResultCommand, print_result
 from autopar.plan.errors import CheckError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ Examples:
   autopar verify gpt.plan.json --model examples/gpt.py --set hidden=64 --set layers=4"""
 
 
-@click.command("verify", short_help="Check a plan's numbers against one process.", epilog=EXAMPLES)
+@click.command("verify", cls=ResultCommand, short_help="Check a plan's numbers against one process.", epilog=EXAMPLES)
 @click.argument("plan_file", metavar="PLAN", type=click.Path())
 @click.option("--model", type=click.Path(), metavar="MODEL.py", help="The model file; else the one the plan names.")
 @click.option("--ranks", type=AtLeastOne(), default=8, show_default=True, metavar="N", help="CPU processes to use.")
@@ -63,7 +64,7 @@ def verify_command(
 
         print_document(_document(report))
     else:
-        print("\n".join(_lines(report, verbose)))
+        print_result("\n".join(_lines(report, verbose)))
     if not report.passed:
         numbers = "the plan's numbers differ from those of one process"
         raise CheckError("the collectives that ran are not those that the plan lists" if report.unlisted else numbers)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from autopar.inter.finish import Finished, PointRef, Prices, StageChoice, StagePoints, add
 from autopar.intra import totals as tt
+from autopar.intra.highs import solve_highs
 from autopar.intra.totals import memory_bytes
 
 Floats = NDArray[np.float64]
@@ -71,7 +72,7 @@ def best_mix(
     program += step >= pulp.lpSum(exposed), "exposed"
     program += step >= pulp.lpSum(rest), "rest"
     program.setObjective(pulp.lpSum(time))
-    program.solve(pulp.HiGHS(msg=False, timeLimit=TIME_LIMIT_S, threads=1))
+    solve_highs(program, timeLimit=TIME_LIMIT_S, threads=1)
     if program.status != pulp.LpStatusOptimal or program.sol_status != pulp.LpSolutionOptimal:
         return None
     mixes: list[tuple[tuple[PointRef, int], ...]] = []

@@ -31,6 +31,7 @@ import highspy
 import numpy as np
 import pulp
 
+from autopar.intra.highs import solve_highs
 from autopar.intra.judge import LIMIT_TOLERANCE, evaluate
 from autopar.intra.problem import Edge, Floats, Problem, Row, Solution, Status
 from autopar.intra.reductions import (
@@ -308,47 +309,11 @@ def _build_rows(
 # --- running it
 
 
-class _Highs(pulp.HiGHS):  # type: ignore[misc]
-    """PuLP's HiGHS with a start solution and an answer to Ctrl-C within a second (plain ``run`` ignores it)."""
-
-    def __init__(self, start: dict[str, float] | None, **options: Any) -> None:
-        super().__init__(**options)
-        self.start = start
-
-    def callSolver(self, lp: pulp.LpProblem) -> None:  # noqa: N802 - the name is PuLP's
-        highs = lp.solverModel
-        assert highs.getNumRow() == len(lp.constraints()), "HiGHS refused a row, which PuLP does not notice"
-        if self.start is not None:
-            solution = highspy.HighsSolution()
-            solution.col_value = [self.start[variable.name] for variable in lp.variables()]
-            highs.setSolution(solution)
-        highs.HandleKeyboardInterrupt = True
-        highs.startSolve()
-        try:
-            while not highs.wait(0.2)[0]:
-                pass
-        except KeyboardInterrupt:
-            highs.cancelSolve()
-            highs.wait(10.0)
-            raise
-
-    def findSolutionValues(self, lp: pulp.LpProblem) -> tuple[int, int]:  # noqa: N802 - the name is PuLP's
-        """PuLP indexes the solution without asking whether there is one; HiGHS leaves it empty on some early exits."""
-        if lp.solverModel.getSolution().value_valid:
-            return super().findSolutionValues(lp)
-        if lp.solverModel.getModelStatus() in (
-            highspy.HighsModelStatus.kInfeasible,
-            highspy.HighsModelStatus.kUnboundedOrInfeasible,  # every variable is bounded by its marginal, so infeasible
-        ):
-            return pulp.LpStatusInfeasible, pulp.LpSolutionInfeasible
-        return pulp.LpStatusNotSolved, pulp.LpSolutionNoSolutionFound
-
-
 def _run_highs(model: _Model, time_limit_s: float | None, warm_start: Sequence[int] | None) -> _Outcome:
     start = None if warm_start is None else _start_values(model, warm_start)
     program = model.program
     options = {"mip_feasibility_tolerance": 1e-7, "primal_feasibility_tolerance": 1e-8}
-    program.solve(_Highs(start, msg=False, timeLimit=time_limit_s, gapRel=0.0, gapAbs=model.gap, **options))
+    solve_highs(program, start, timeLimit=time_limit_s, gapRel=0.0, gapAbs=model.gap, **options)
     info = program.solverModel.getInfo()
     bound = model.shift + info.mip_dual_bound / model.scale
     said = program.solverModel.getModelStatus()
