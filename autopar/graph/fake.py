@@ -1,8 +1,8 @@
 """Lends a model fake cpu tensors: sizes, strides and dtypes, no memory.
 
 Tracing on the meta device loses kernels and sees `.item()` fail; fake *cpu* tensors behave like a real machine's.
-Tensors are swapped by identity, so tied weights stay tied, and put back afterwards, so the user's model object is
-left as it was.
+Parameters and buffers are swapped by identity, so tied weights stay tied, and put back afterwards, so the user's model
+object is left as it was. Inputs are not: ``dict(input_ids=ids, labels=ids)`` is two inputs.
 """
 
 from collections.abc import Iterator
@@ -30,8 +30,8 @@ class Faker:
         return self._made[id(tensor)][1]
 
     def fake_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The same nested structure with fake tensors in it; other leaves stay."""
-        return pytree.tree_map(lambda leaf: self.fake(leaf) if isinstance(leaf, Tensor) else leaf, inputs)
+        """The same nested structure with a fake tensor of its own for every tensor in it; other leaves stay."""
+        return pytree.tree_map(lambda leaf: self._make(leaf) if isinstance(leaf, Tensor) else leaf, inputs)
 
     def _make(self, tensor: Tensor) -> Tensor:
         dtype = self._dtype if tensor.is_floating_point() else tensor.dtype

@@ -255,6 +255,29 @@ def test_tied_weights_are_one_value() -> None:
     assert not [value for value in untied.values if len(value.names) > 1]
 
 
+def test_one_tensor_under_two_names_is_two_inputs() -> None:
+    """Hugging Face code passes ``labels=ids``; the training batch has a tensor for each."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(50, 8)
+
+        def forward(self, ids: Tensor, labels: Tensor, pair: dict[str, Tensor]) -> Tensor:
+            logits = (self.embedding(ids) * pair["left"] + pair["right"]) @ self.embedding.weight.T
+            return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    def example_inputs(batch_size: int) -> dict[str, Any]:
+        ids, scale = torch.empty(batch_size, 6, dtype=torch.long), torch.empty(batch_size, 1, 1)
+        return {"ids": ids, "labels": ids, "pair": {"left": scale, "right": scale}}
+
+    traced = trace(Workload(build_model=Net, example_inputs=example_inputs), dtype="float32")
+    names = [traced.graph.values[value].name for value in traced.graph.inputs]
+    assert names == ["ids", "labels", "pair_left", "pair_right"]
+    read = {value for op in traced.graph.ops for value in op.inputs}
+    assert read.issuperset(traced.graph.inputs)
+
+
 def test_frozen_and_unused_parameters_and_no_grad_regions() -> None:
     graph = trace(TINY["conv"][0](), dtype="float32").graph
     grad = {value.name: value.requires_grad for value in graph.values if value.kind in ("parameter", "buffer")}
