@@ -1,21 +1,22 @@
 """`autopar estimate`: the price of one manual layout, in training or in inference."""
 
-from pathlib import Path
+import contextlib
 from typing import Any
 
 import click
 
-from autopar.cli.inputs import check_writable, global_batch_of, layout_flags, priced_layout
+from autopar.cli.inputs import global_batch_of, layout_flags, priced_layout
 from autopar.cli.options import (
     AtLeastOne,
     Positive,
     distinct,
-    out_option,
+    out_options,
     output_options,
     search_options,
     stacked,
     workload_options,
 )
+from autopar.cli.output_file import OutputFile
 from autopar.cli.results import ResultCommand, print_result
 from autopar.plan.errors import UsageError
 
@@ -26,7 +27,7 @@ Examples:
   autopar estimate llama.py --gpus 8 --layout tp=8 --mode decode --weights int4 --context 2048"""
 
 TRAINING_ONLY = (
-    "tokens", "output", "micro_batch", "optimizer", "recompute", "schedule", "time_limit", "pins",
+    "tokens", "output", "force", "micro_batch", "optimizer", "recompute", "schedule", "time_limit", "pins",
 )  # fmt: skip
 SERVING_ONLY = ("context", "weights", "kv_cache")
 STORED = click.Choice(["same", "int8", "int4"])
@@ -57,7 +58,7 @@ serving_options = stacked(
 @click.option("--tokens", type=Positive(), metavar="N", help="Tokens of the whole training: adds GPU hours and days.")
 @serving_options
 @search_options
-@out_option
+@out_options("plan")
 @output_options
 @click.pass_context
 def estimate_command(context_: click.Context, /, **arguments: Any) -> None:
@@ -101,15 +102,19 @@ def _train(
     recompute: str,
     schedule: str,
     output: str | None,
+    force: bool,
     as_json: bool,
     quiet: bool,
     verbose: bool,
     **_: Any,
 ) -> None:
+    from autopar.plan.file import PLAN_FILE, plan_content
+
+    file = None if output is None else OutputFile.checked(output, PLAN_FILE, force=force, as_json=as_json)
+
     from autopar.cluster.load import load_cluster
     from autopar.plan.layout import parse_layout
 
-    path = None if output is None else check_writable(Path(output))
     fixed = parse_layout(layout, layout_flags(recompute=recompute, schedule=schedule))
     target = load_cluster(cluster, **distinct("--cluster-set", cluster_set))
     model_settings = distinct("--set", settings)
@@ -136,17 +141,16 @@ def _train(
         )
 
     from autopar.cli.output import print_plan, signed
-    from autopar.plan.file import save_plan
     from autopar.report.training import Training
 
     priced = signed(priced, cluster, cluster_set)
-    if path is not None:
-        save_plan(priced, path)
+    path = None if file is None else file.write(plan_content(priced))
     training = None if tokens is None else Training.of(tokens, priced.estimate.tokens_per_s, gpus)
     extra = {} if training is None else {"training": training.document()}
-    print_plan(priced, path, as_json=as_json, verbose=verbose, extra=extra)
-    if training is not None and not as_json:
-        print_result(training.text)
+    with contextlib.nullcontext() if file is None else file.text_stream():
+        print_plan(priced, path, as_json=as_json, verbose=verbose, extra=extra)
+        if training is not None and not as_json:
+            print_result(training.text)
 
 
 def _serve(

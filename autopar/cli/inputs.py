@@ -13,17 +13,6 @@ if TYPE_CHECKING:
     from autopar.workload.workload import Workload
 
 
-def check_writable(path: Path) -> Path:
-    """The path, or a UsageError before any work is done for a file that cannot be written."""
-    import os
-
-    if not path.parent.is_dir():
-        raise UsageError(f"cannot write {path}: there is no folder {path.parent}")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UsageError(f"cannot write {path}: choose another file with -o")
-    return path
-
-
 def global_batch_of(given: int | None, layout_batch: int | None, workload: "Workload", model: str) -> int:
     """``--global-batch``, else the layout's gbs, else the model file's GLOBAL_BATCH."""
     for batch in (given, layout_batch, workload.global_batch):

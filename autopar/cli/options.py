@@ -168,4 +168,22 @@ search_options = stacked(
     click.option("--time-limit", type=Positive(), metavar="S", help="Seconds to search; the best plan so far is kept."),
 )
 
-out_option = click.option("-o", "--output", type=click.Path(dir_okay=False), metavar="FILE", help="The plan's file.")
+
+def out_options(result: str, *, required: bool = False) -> Callable[[Function], Function]:
+    """``-o`` and ``--force``, for a file that holds a ``result`` ("plan")."""
+    return stacked(
+        click.option(
+            "-o",
+            "--output",
+            required=required,
+            type=click.Path(dir_okay=False, readable=False, allow_dash=True),
+            metavar="FILE",
+            help=f"The {result}'s file, which replaces nothing but an earlier {result}; - is stdout, the text then goes "
+            "to stderr.",
+        ),
+        click.option(
+            "--force",
+            is_flag=True,
+            help="Let -o replace any file, or the file that a link leads to, and write into a device or pipe.",
+        ),
+    )

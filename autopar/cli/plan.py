@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
-from autopar.cli.inputs import check_writable, global_batch_of, layout_flags, priced_layout
-from autopar.cli.options import distinct, out_option, output_options, search_options, workload_options
+from autopar.cli.inputs import global_batch_of, layout_flags, priced_layout
+from autopar.cli.options import distinct, out_options, output_options, search_options, workload_options
+from autopar.cli.output_file import OutputFile
 from autopar.cli.results import ResultCommand
 
 EXAMPLES = """\b
@@ -22,7 +23,7 @@ Examples:
 @workload_options
 @click.option("--layout", metavar="TEXT", help="Search nothing: price this layout, such as tp=8,pp=4,zero=1.")
 @search_options
-@out_option
+@out_options("plan")
 @output_options
 def plan_command(
     *,
@@ -42,15 +43,20 @@ def plan_command(
     schedule: str,
     time_limit: float | None,
     output: str | None,
+    force: bool,
     as_json: bool,
     quiet: bool,
     verbose: bool,
 ) -> None:
     """Find the fastest plan for MODEL.py on N GPUs and write it to FILE (default: MODEL.plan.json)."""
+    from autopar.plan.file import PLAN_FILE, plan_content
+
+    name = output if output is not None else f"{Path(model).stem}.plan.json"
+    file = OutputFile.checked(name, PLAN_FILE, force=force, as_json=as_json)
+
     from autopar.cluster.load import load_cluster
     from autopar.plan.layout import parse_layout
 
-    path = check_writable(Path(output) if output is not None else Path(f"{Path(model).stem}.plan.json"))
     fixed = None
     if layout is not None:
         fixed = parse_layout(layout, layout_flags(recompute=recompute, schedule=schedule))
@@ -90,10 +96,10 @@ def plan_command(
             )
 
     from autopar.cli.output import print_plan, signed
-    from autopar.plan.file import save_plan
 
     found = signed(found, cluster, cluster_set)
-    save_plan(found, path)
-    print_plan(found, path, as_json=as_json, verbose=verbose)
-    if not as_json and not quiet:
+    path = file.write(plan_content(found))
+    with file.text_stream():
+        print_plan(found, path, as_json=as_json, verbose=verbose)
+    if path is not None and not as_json and not quiet:
         print(f"wrote {path}", file=sys.stderr)

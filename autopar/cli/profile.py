@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from autopar.cli.inputs import check_writable
+from autopar.cli.options import out_options
+from autopar.cli.output_file import OutputFile
 from autopar.cli.results import ResultCommand, print_result
 
 if TYPE_CHECKING:
@@ -22,23 +23,23 @@ Examples:
 @click.command(
     "profile", cls=ResultCommand, short_help="Measure this machine into a table for --cluster.", epilog=EXAMPLES
 )
-@click.option(
-    "-o", "--output", required=True, type=click.Path(dir_okay=False), metavar="FILE", help="The table's file."
-)
+@out_options("table", required=True)
 @click.option("--quick", is_flag=True, help="A coarse table in seconds rather than minutes.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="What to measure; else a GPU where there is one.")
 @click.option("--base", metavar="NAME", help="The cluster that gives what is not measured; else the one most alike.")
 @click.option("--json", "as_json", is_flag=True, help="Print the table as one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def profile_command(
-    *, output: str, quick: bool, device: str | None, base: str | None, as_json: bool, quiet: bool
+    *, output: str, force: bool, quick: bool, device: str | None, base: str | None, as_json: bool, quiet: bool
 ) -> None:
     """Measure matmul, attention, bandwidth and launches of this machine; under torchrun, also collectives among its
     ranks.
 
     Each number of the table says whether it was measured here or comes from a cluster that ships. On CPUs a rank is a
     thread."""
-    path = check_writable(Path(output))
+    from autopar.cluster.load import PROFILE_FILE, check_content, cluster_content
+
+    file = OutputFile.checked(output, PROFILE_FILE, force=force, as_json=as_json)
 
     from autopar.cli.progress import progress_on_stderr
     from autopar.runtime.profile import profile
@@ -48,10 +49,11 @@ def profile_command(
     if cluster is None:  # another rank of the group writes and tells
         return
 
-    from autopar.cluster.load import load_cluster, save_cluster
-
-    save_cluster(cluster, path)
-    load_cluster(path)  # a table that its own rules refuse is an error here, not at its first use
+    content = cluster_content(cluster)
+    path = file.write(content)
+    check_content(
+        content, path or Path(output)
+    )  # a table that its own rules refuse is an error now, not at its first use
     if as_json:
         import msgspec
 
@@ -59,8 +61,10 @@ def profile_command(
 
         print_document(msgspec.json.decode(msgspec.json.encode(cluster)))
         return
-    print_result("\n".join(summary(cluster)))
-    print_result(f"written     {path}")
+    with file.text_stream():
+        print_result("\n".join(summary(cluster)))
+        if path is not None:
+            print_result(f"written     {path}")
 
 
 def summary(cluster: "Cluster") -> list[str]:

@@ -7,12 +7,14 @@ so does Python's ``sys.stdout`` while a command runs: only what click prints (``
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TextIO
 
 import click
 
 from autopar.plan.descriptors import STDERR, STDOUT, flush, redirect_stdout, restore_stdout
+from autopar.plan.errors import PlanFileError
 
 
 class ClaimedStdout:
@@ -36,6 +38,15 @@ class ClaimedStdout:
         copy = os.dup(self._saved)
         buffering = 1 if os.isatty(copy) else -1
         return open(copy, "w", encoding=stdout.encoding, errors=stdout.errors, buffering=buffering)
+
+    @contextlib.contextmanager
+    def diverted(self) -> Iterator[None]:
+        """What is printed inside the ``with`` goes to stderr: stdout has something else."""
+        results, self.results = self.results, sys.stderr
+        try:
+            yield
+        finally:
+            self.results = results
 
     def restore(self) -> None:
         """Give stdout back to a process, or to a program in its place, that goes on."""
@@ -81,8 +92,17 @@ def invocation() -> Invocation:
 
 
 def print_result(text: str, end: str = "\n") -> None:
-    """Write text to the user's stdout."""
-    print(text, end=end, file=invocation().stdout.results)
+    """Write text to the user's stdout; PlanFileError where that is full or cannot be written.
+
+    A reader that went away (BrokenPipeError) wants no more of it, and is no error."""
+    results = invocation().stdout.results
+    try:
+        print(text, end=end, file=results, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        invocation().stdout.abandon()
+        raise PlanFileError(f"cannot write to stdout: {error.strerror or error}") from None
 
 
 def _descriptor(stream: TextIO) -> int | None:

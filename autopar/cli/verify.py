@@ -37,7 +37,7 @@ def verify_command(
     as_json: bool,
     quiet: bool,
     verbose: bool,
-) -> None:
+) -> int:
     """Run PLAN, or a shrunk twin, on CPU processes against one process: loss, gradients, optimizer steps. Exit 7 on
     FAIL."""
     from autopar.cli.inputs import workload_of
@@ -63,11 +63,12 @@ def verify_command(
         from autopar.cli.output import print_document
 
         print_document(_document(report))
-    else:
-        print_result("\n".join(_lines(report, verbose)))
+        return 0 if report.passed else CheckError.exit_code
+    print_result("\n".join(_lines(report, verbose)))
     if not report.passed:
         numbers = "the plan's numbers differ from those of one process"
         raise CheckError("the collectives that ran are not those that the plan lists" if report.unlisted else numbers)
+    return 0
 
 
 def _relisted(twin: "Plan", plan_file: Path, model: str, settings: dict[str, Any]) -> "tuple[Collective, ...]":

@@ -5,7 +5,7 @@ the package, a checkout beside it. A cluster's file names its device or holds it
 """
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -13,11 +13,23 @@ from autopar.cluster.cluster import Cluster
 from autopar.cluster.device import Device
 from autopar.cluster.source import Source
 from autopar.plan.errors import PlanFileError, UsageError
-from autopar.plan.file import write_atomically
+from autopar.plan.write import FileKind, write
 
 GIB = 2**30
 T = TypeVar("T", Cluster, Device)
+PROFILE_NAME = "profile of "  # what the names of tables made by `autopar profile` begin with
 STRUCTURED = ("name", "device", "provenance", "collectives", "matmul", "flash_attention", "peak_flops_per_s")
+
+
+class _ProfileMarker(msgspec.Struct):
+    """What tables made by `autopar profile` have, and tables that ship or are written by hand do not."""
+
+    name: Annotated[str, msgspec.Meta(pattern=f"^{PROFILE_NAME}")]
+    device: dict[str, msgspec.Raw]
+    provenance: dict[str, msgspec.Raw]
+
+
+PROFILE_FILE = FileKind(name="a cost table made by autopar profile", marker=_ProfileMarker)
 
 
 def tables_folder() -> Path:
@@ -76,8 +88,19 @@ def uncertainty_document() -> Any:
 
 
 def save_cluster(cluster: Cluster, path: str | Path) -> None:
-    """Write a cluster with its device, whole or not at all; ``load_cluster(path)`` gives it back."""
-    write_atomically(Path(path), msgspec.json.format(msgspec.json.encode(cluster), indent=1) + b"\n")
+    """Write a cluster with its device, whole or not at all; ``load_cluster(path)`` gives it back. It replaces any
+    file, as ``save_plan`` does."""
+    write(Path(path), cluster_content(cluster), PROFILE_FILE, force=True)
+
+
+def cluster_content(cluster: Cluster) -> bytes:
+    """The bytes of a cluster's file."""
+    return msgspec.json.format(msgspec.json.encode(cluster), indent=1) + b"\n"
+
+
+def check_content(content: bytes, path: Path) -> None:
+    """PlanFileError, which names ``path``, where the bytes of a cluster's file break a rule of the tables."""
+    _converted(msgspec.json.decode(content), Cluster, path)
 
 
 def _read(name: "str | Path") -> Cluster:

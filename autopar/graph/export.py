@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from autopar.graph.fake import Faker, faked
 from autopar.plan.errors import ModelError
-from autopar.workload import Workload, user_error
+from autopar.workload import Workload, user_code, user_error
 
 MODEL_PREFIX = "model"  # the attribute that holds the user's model in the exported wrapper
 
@@ -54,7 +54,7 @@ def export(workload: Workload, model: nn.Module, batch_size: int, dtype: torch.d
     """The pre-dispatch training graph of the loss at ``batch_size`` samples, parameters lifted to placeholders."""
     faker = Faker(dtype)
     inputs = faker.fake_inputs(workload.inputs(batch_size))
-    with faked(model, faker), _quiet():
+    with faked(model, faker), _quiet(), user_code("cannot trace the model:", passes=(Exception,)):
         try:
             return torch.export.export(LossModule(model, workload.loss_fn), (), inputs, strict=False)
         except ModelError:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from autopar.workload.workload import is_user_file
+from autopar.workload.user_code import is_user_file
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _CALL_NUMBER = re.compile(r"@\d+")

@@ -21,7 +21,7 @@ from autopar.graph.normalise import normalise
 from autopar.graph.random_ops import refuse_random
 from autopar.graph.source import source_of_function
 from autopar.plan.errors import ModelError
-from autopar.workload import Workload
+from autopar.workload import Workload, user_code
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 _MULTIPLES = (8, 2, 1, 32)  # of the prime; the later ones for models that want another divisibility
@@ -48,13 +48,14 @@ def trace(workload: Workload, *, dtype: Dtype) -> Traced:
     >>> trace(load_workload("examples/gpt.py", size="125M"), dtype="bfloat16").graph.values[0].shape  # doctest: +SKIP
     (51200, 768)
     """
-    model = workload.build()
-    primes = _free_primes(workload, model)
-    traced = _trace_at_any_multiple(workload, model, next(primes), dtype)
-    if unclear(traced.graph):
-        batch = traced.graph.batch
-        again = _trace_at(workload, model, batch.traced // batch.prime * (other := next(primes)), other, dtype)
-        check_rule(traced.graph, again.graph)
+    with user_code("the model raised", passes=(Exception,)):  # from a method of the module that is not its forward
+        model = workload.build()
+        primes = _free_primes(workload, model)
+        traced = _trace_at_any_multiple(workload, model, next(primes), dtype)
+        if unclear(traced.graph):
+            batch = traced.graph.batch
+            again = _trace_at(workload, model, batch.traced // batch.prime * (other := next(primes)), other, dtype)
+            check_rule(traced.graph, again.graph)
     return traced
 
 

@@ -1,8 +1,6 @@
 """Plan files: versioned JSON, written whole or not at all, refused when torn, unknown or inconsistent."""
 
-import contextlib
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +9,34 @@ import msgspec
 from autopar.plan.errors import PlanFileError
 from autopar.plan.invariants import check
 from autopar.plan.plan import FORMAT_VERSION, Plan
+from autopar.plan.write import FileKind, write
 
 
-def save_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
+class _Marker(msgspec.Struct):
+    """What plan files of every format have. ``format_version`` alone is also in what ``--json`` prints, and in files of
+    other programs."""
+
+    format_version: str
+    programs: list[msgspec.Raw]
+    stages: list[msgspec.Raw]
+
+
+PLAN_FILE = FileKind(name="an autopar plan", marker=_Marker)
+
+
+def save_plan(plan: Plan, path: str | os.PathLike[str], *, force: bool = True) -> None:
     """Write a plan to ``path``, which holds the old file or the whole new one whatever happens in between.
 
-    Raises PlanFileError when the plan breaks an invariant, or the file cannot be written."""
+    It replaces any file, as Python's own functions do; a link stays and leads to the plan, a device or pipe is written
+    into. With ``force=False`` it takes the care of ``autopar plan -o``: only a plan is replaced (``plan.write`` has the
+    rules). Raises PlanFileError when the plan breaks an invariant, or the file cannot or may not be written."""
+    write(Path(path), plan_content(plan), PLAN_FILE, force=force)
+
+
+def plan_content(plan: Plan) -> bytes:
+    """The bytes of a plan's file; PlanFileError when the plan breaks an invariant."""
     check(plan)
-    write_atomically(Path(path), msgspec.json.format(msgspec.json.encode(plan), indent=1) + b"\n")
+    return msgspec.json.format(msgspec.json.encode(plan), indent=1) + b"\n"
 
 
 def load_plan(path: str | os.PathLike[str]) -> Plan:
@@ -57,43 +75,3 @@ def _check_version(document: Any, source: Path) -> None:
             f"{source} has plan format {version!r}, this autopar reads {FORMAT_VERSION!r}; "
             "use the autopar that wrote it, or make it again with `autopar plan`"
         )
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write bytes to a new file beside ``path`` and rename it over ``path`` once they are on the disk.
-
-    A plain write under ``kill -9`` left a torn file 60 times of 60; this one 0 of 60."""
-    temporary = None
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        with os.fdopen(handle, "wb") as stream:
-            os.fchmod(stream.fileno(), _file_mode())
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise PlanFileError(f"cannot write {path}: {error.strerror or error}") from None
-        raise
-    _sync_folder(path.parent)
-
-
-def _file_mode() -> int:
-    """The mode that ``open`` would have given: mkstemp's 0600 would hide a plan from the user's group."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put the rename itself on the disk, where the file system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
 
 from autopar.plan.errors import PlanFileError
-from autopar.plan.file import write_atomically
+from autopar.plan.write import write_atomically
 from autopar.runtime.parameters import StoredParameter, rest_held
 from autopar.runtime.trainer import Trainer
 from autopar.runtime.transfer import Held

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode  # private; tried on torch 2.13.0
 
-from autopar.plan.errors import UsageError
-from autopar.workload.workload import Workload, user_error
+from autopar.plan.errors import AutoparError, UsageError
+from autopar.workload.user_code import user_code, user_error
+from autopar.workload.workload import Workload
 
 _WAY_OUT = "initialise the model on the CPU and give that to apply, or write an init_weights(model) in the model file"
 
@@ -43,7 +44,11 @@ class DeferredInitialisation:
             written = self._by_storage.setdefault(_storage(tensor), _Written(name=name, tensor=tensor))
             self._by_name[name] = written
         try:
-            with _Recorder(self._by_storage), torch.no_grad():
+            with (
+                user_code("initialising the weights raised", passes=(AutoparError, RuntimeError)),
+                _Recorder(self._by_storage),
+                torch.no_grad(),
+            ):
                 _initialise(model, workload)
         except (RuntimeError, NotImplementedError) as error:
             raise UsageError(

@@ -93,7 +93,7 @@ def real_model(workload: Workload, seed: int) -> nn.Module:
     model = workload.build(device="cpu")
     if workload.init_weights is not None:
         with torch.no_grad():
-            workload.init_weights(model)
+            workload.initialise(model)
     return model.double().train()
 
 

@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from autopar.cluster.cluster import Cluster
 from autopar.cluster.device import ITEMSIZE, REFERENCE_HEAD_DIM, AttentionTable, Device, MatmulTable
-from autopar.cluster.load import cluster_names, load_cluster
+from autopar.cluster.load import PROFILE_NAME, cluster_names, load_cluster
 from autopar.cluster.source import Source
 from autopar.plan.errors import UsageError
 from autopar.runtime.measure import (
@@ -291,7 +291,7 @@ def _cluster(base: Cluster, device: Device, links: Links | None, name: str, rank
             fields["inter_node_ramp_bytes"] = 0.0
     provenance = {key: _from_base(source, base.name) for key, source in base.provenance.items()}
     provenance |= dict.fromkeys(fields, measured_source(name))
-    return msgspec.structs.replace(base, name=f"profile of {name}", device=device, **fields, provenance=provenance)
+    return msgspec.structs.replace(base, name=f"{PROFILE_NAME}{name}", device=device, **fields, provenance=provenance)
 
 
 def measured_source(name: str) -> Source:

@@ -26,6 +26,7 @@ from autopar.runtime.tally import Key, differences, of_all_ranks
 from autopar.runtime.trainer import Trainer
 from autopar.runtime.twin import shrunk
 from autopar.workload.load import load_workload
+from autopar.workload.user_code import user_code
 from autopar.workload.workload import Workload
 
 GRADIENT_TOLERANCE = 1e-9
@@ -144,7 +145,8 @@ def _work(
     where = f"file://{Path(folder) / 'store'}"
     dist.init_process_group("gloo", where, rank=rank, world_size=plan.gpus, timeout=timedelta(seconds=PATIENCE_S))
     try:
-        torch.save(_compare(plan, model, settings, twin, seed, Path(folder)), Path(folder) / f"rank{rank}.pt")
+        with user_code("the model raised", passes=(Exception,)):
+            torch.save(_compare(plan, model, settings, twin, seed, Path(folder)), Path(folder) / f"rank{rank}.pt")
     except AutoparError as error:
         (Path(folder) / f"error{rank}.txt").write_text(str(error))
         raise

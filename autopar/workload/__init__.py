@@ -2,6 +2,7 @@
 inputs."""
 
 from autopar.workload.load import load_workload, parse_setting
-from autopar.workload.workload import Workload, user_error
+from autopar.workload.user_code import user_code, user_error
+from autopar.workload.workload import Workload
 
-__all__ = ["Workload", "load_workload", "parse_setting", "user_error"]
+__all__ = ["Workload", "load_workload", "parse_setting", "user_code", "user_error"]

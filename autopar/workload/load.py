@@ -1,5 +1,6 @@
 """Loads a model file: plain Python that names ``build_model`` and ``example_inputs`` and need not import autopar."""
 
+import contextlib
 import hashlib
 import importlib.util
 import sys
@@ -8,7 +9,8 @@ from types import ModuleType
 from typing import Any
 
 from autopar.plan.errors import ModelError, UsageError
-from autopar.workload.workload import Workload, accepted_settings, user_error
+from autopar.workload.user_code import user_code
+from autopar.workload.workload import Workload, accepted_settings
 
 _REQUIRED = {
     "build_model": "def build_model(**settings) -> torch.nn.Module",
@@ -20,25 +22,29 @@ _OPTIONAL = ("loss_fn", "random_inputs", "init_weights")
 def load_workload(path: str | Path, /, **settings: Any) -> Workload:
     """The workload of a model file, with ``settings`` for those of its functions that accept them.
 
-    Raises ModelError (exit 3) where the file is missing, raises on import or lacks a required function, and UsageError
-    (exit 2) on a setting that no function accepts.
+    Raises ModelError (exit 3) where the file cannot be read, raises on import (``sys.exit()`` included) or lacks a
+    required function, and UsageError (exit 2) on a setting that no function accepts.
 
     >>> load_workload("examples/gpt.py", size="350M").global_batch  # doctest: +SKIP
     1024
     """
     path = Path(path)
-    if not path.is_file():
-        raise ModelError(f"no model file {path}: give the path of a Python file with {' and '.join(_REQUIRED)}")
-    source = path.read_bytes()
+    try:
+        if not path.is_file():
+            raise ModelError(f"no model file {path}: give the path of a Python file with {' and '.join(_REQUIRED)}")
+        source = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"cannot read model file {path}: {error.strerror or error}") from None
     module = _execute(path)
-    functions: dict[str, Any] = {name: getattr(module, name, None) for name in (*_REQUIRED, *_OPTIONAL)}
+    with user_code(f"{path} raised:"):  # a module may have a __getattr__
+        functions: dict[str, Any] = {name: getattr(module, name, None) for name in (*_REQUIRED, *_OPTIONAL)}
+        global_batch = getattr(module, "GLOBAL_BATCH", None)
     for name, signature in _REQUIRED.items():
         if not callable(functions[name]):
             raise ModelError(f"{path} has no {name}: add\n  {signature}")
     for name in _OPTIONAL:
         if functions[name] is not None and not callable(functions[name]):
             raise ModelError(f"{path}: {name} is a {type(functions[name]).__name__}, it must be a function")
-    global_batch = getattr(module, "GLOBAL_BATCH", None)
     if global_batch is not None and (type(global_batch) is not int or global_batch < 1):
         raise ModelError(f"{path}: GLOBAL_BATCH is {global_batch!r}, it must be a positive whole number of samples")
     _check_settings(path, functions, settings)
@@ -82,12 +88,14 @@ def _execute(path: Path) -> ModuleType:
     sys.modules[name] = module  # dataclasses and pickling inside the file look their module up by name
     sys.path.insert(0, str(resolved.parent))
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise ModelError(f"{path} raised on import: {user_error(error)}") from error
+        with user_code(f"{path} raised on import:"):
+            spec.loader.exec_module(module)
+    except BaseException:
+        sys.modules.pop(name, None)
+        raise
     finally:
-        sys.path.remove(str(resolved.parent))
+        with contextlib.suppress(ValueError):  # the file may have rearranged sys.path
+            sys.path.remove(str(resolved.parent))
     return module
 
 
@@ -96,7 +104,8 @@ def _check_settings(path: Path, functions: dict[str, Any], settings: dict[str, A
     for name in ("build_model", "example_inputs", "random_inputs"):
         if functions[name] is None:
             continue
-        names = accepted_settings(functions[name])
+        with user_code(f"{path}: the parameters of {name} cannot be read:"):
+            names = accepted_settings(functions[name])
         if names is None:
             return
         accepted |= names

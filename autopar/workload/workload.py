@@ -1,8 +1,6 @@
 """A workload: how to build the model, its inputs and its loss, on the meta device (no memory, whatever the size)."""
 
 import inspect
-import os
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +9,7 @@ import torch
 from torch import nn
 
 from autopar.plan.errors import ModelError
+from autopar.workload.user_code import user_code
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,13 +57,17 @@ class Workload:
             return None
         return self._call("random_inputs", self.random_inputs, batch_size, seed)
 
+    def initialise(self, model: nn.Module) -> None:
+        """Gives a model its initial weights by the file's ``init_weights``, which must be there; ModelError on failure."""
+        assert self.init_weights is not None
+        with user_code("init_weights raised"):
+            self.init_weights(model)
+
     def _call(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
-        accepted = accepted_settings(function)
-        settings = {key: value for key, value in self.settings.items() if accepted is None or key in accepted}
-        try:
+        with user_code(f"{name} raised"):
+            accepted = accepted_settings(function)
+            settings = {key: value for key, value in self.settings.items() if accepted is None or key in accepted}
             return function(*args, **settings)
-        except Exception as error:
-            raise ModelError(f"{name} raised {user_error(error)}") from error
 
 
 def accepted_settings(function: Callable[..., Any]) -> frozenset[str] | None:
@@ -80,37 +83,3 @@ def accepted_settings(function: Callable[..., Any]) -> frozenset[str] | None:
     by_keyword = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     names = (parameter.name for parameter in parameters if parameter.kind in by_keyword)
     return frozenset(names) - {"batch_size", "seed"}
-
-
-def user_error(error: BaseException) -> str:
-    """One or two lines on an exception: its type, the first lines of its message, and the user's own file and line.
-
-    The place is the innermost frame outside torch and autopar, as ``model.py:12: x = y.view(3)``."""
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    message = "; ".join(lines[:2])
-    if len(message) > 300:
-        message = message[:297] + "..."
-    return f"{type(error).__name__}: {message}" + user_place(error)
-
-
-def user_place(error: BaseException) -> str:
-    """``"\\n  at model.py:12: x = y.view(3)"`` for the innermost user frame of an exception, "" where there is none."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"\n  at {os.path.basename(error.filename)}:{error.lineno}: {(error.text or '').strip()}"
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if is_user_file(frame.filename):
-            return f"\n  at {os.path.basename(frame.filename)}:{frame.lineno}: {frame.line}"
-    return ""
-
-
-_OUR_FOLDERS = tuple(
-    os.path.abspath(folder) + os.sep
-    for folder in (os.path.dirname(torch.__file__), os.path.join(os.path.dirname(__file__), os.pardir))
-)
-
-
-def is_user_file(filename: str) -> bool:
-    """Whether code in this file is the user's (or a model library's), rather than torch's, Python's or ours."""
-    if filename.startswith(("<", *_OUR_FOLDERS)):
-        return False
-    return not filename.startswith(os.path.dirname(os.__file__) + os.sep) or "site-packages" in filename

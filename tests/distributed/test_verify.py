@@ -1,5 +1,6 @@
 """`autopar verify` and `autopar run`: what they print, and their exit codes."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ def test_wrong_numbers_exit_7(
     monkeypatch.setattr("autopar.runtime.verify.verify", verify)
     assert run(["verify", plan_file, "-q"]) == 7
     assert "FAIL" in capsys.readouterr().out
+    assert run(["verify", plan_file, "-q", "--json"]) == 7
+    assert json.loads(capsys.readouterr().out)["passed"] is False  # one document, which is the report
 
 
 def test_twin_keeps_stages_and_axes(plan_file: str) -> None:
@@ -151,3 +154,17 @@ def test_random_numbers_are_those_of_one_process(tmp_path: Path, capsys: pytest.
     capsys.readouterr()
     assert run(["verify", plan, "--ranks", "2", "-q"]) == 0
     assert capsys.readouterr().out.endswith("PASS\n")
+
+
+def test_a_model_that_ends_a_rank_fails_the_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is built in peace to be planned, and ends the program, as if all were well, where it is really run."""
+    model, plan = tmp_path / "ends.py", str(tmp_path / "ends.plan.json")
+    ends = "    if torch.distributed.is_initialized():\n        raise SystemExit(0)\n    return Net()\n"
+    model.write_text(DRAWS.replace("    return Net()\n", ends))
+    words = ["--gpus", "1", "--cluster", "cpu-gloo", "--layout", "dp=1", "--global-batch", "4", "-o", plan, "-q"]
+    assert run(["estimate", str(model), *words]) == 0
+    capsys.readouterr()
+    assert run(["verify", plan, "--ranks", "1", "-q"]) == 7
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "autopar: build_model raised SystemExit(0), which would end the program\n  at ends.py:" in err

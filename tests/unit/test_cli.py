@@ -93,12 +93,14 @@ def test_frozen_command_line() -> None:
     }
     output = ("--json", "--quiet", "--verbose", "-q", "-v")
     shared = "--cluster --cluster-set --dtype --global-batch --gpus --json --layout --memory --micro-batch --optimizer"
-    search = "--pin --quiet --recompute --schedule --set --time-limit --verbose --output -o -q -v"
+    search = "--pin --quiet --recompute --schedule --set --time-limit --verbose --force --output -o -q -v"
     assert options["plan"] == sorted(f"{shared} {search}".split())
     assert options["estimate"] == sorted(f"{shared} {search} --tokens --mode --context --weights --kv-cache".split())
     assert options["compare"] == sorted(["--against", "--model", *output])
     assert options["show"] == sorted(output)
-    assert options["profile"] == sorted(["--base", "--device", "--json", "--output", "--quick", "--quiet", "-o", "-q"])
+    assert options["profile"] == sorted(
+        ["--base", "--device", "--force", "--json", "--output", "--quick", "--quiet", "-o", "-q"]
+    )
     assert sorted(program.commands["cluster"].commands) == ["list", "show"]  # type: ignore[attr-defined]
 
 

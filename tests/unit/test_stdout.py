@@ -97,6 +97,13 @@ def test_a_closed_descriptor_is_no_error(tmp_path: Path, redirection: str) -> No
     assert not done.stderr
 
 
+def test_a_full_disk_is_a_short_error(tmp_path: Path) -> None:
+    save_plan(sample_plan(), tmp_path / "p.json")
+    done = shell("show p.json", cwd=tmp_path, redirection=" >/dev/full")
+    assert done.returncode == 6
+    assert done.stderr == "autopar: cannot write to stdout: No space left on device\n"
+
+
 def test_help_and_version_go_to_stdout(tmp_path: Path) -> None:
     for words in (["--help"], ["plan", "--help"], ["--version"]):
         done = shell(*words, cwd=tmp_path)

@@ -1,0 +1,84 @@
+"""The guard around the user's code: whatever it raises ends as one of our errors, in a few lines with the user's own place.
+
+A model file that ends the program (``sys.exit(0)``, ``argparse`` meeting our arguments) must not end ours, and least of
+all with the exit code of success.
+"""
+
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from autopar.plan.errors import ModelError
+
+LONGEST_MESSAGE = 300
+
+
+@contextmanager
+def user_code(happening: str, *, passes: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """The guard of every place that runs the user's code, which stands inside the ``with``.
+
+    All that it raises but KeyboardInterrupt, GeneratorExit and the types in ``passes`` becomes a ModelError of ``happening``
+    ("build_model raised") and the exception.
+
+    >>> with user_code("build_model raised"):
+    ...     raise SystemExit(0)
+    Traceback (most recent call last):
+    autopar.plan.errors.ModelError: build_model raised SystemExit(0), which would end the program
+    """
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, (KeyboardInterrupt, GeneratorExit, *passes)):
+            raise
+        raise ModelError(f"{happening} {user_error(error)}") from error
+
+
+def user_error(error: BaseException) -> str:
+    """One or two lines on an exception: its type, the first lines of its message, and the user's own file and line.
+
+    The place is the innermost frame outside torch and autopar, as ``model.py:12: x = y.view(3)``."""
+    return _what(error) + user_place(error)
+
+
+def user_place(error: BaseException) -> str:
+    """``"\\n  at model.py:12: x = y.view(3)"`` for the innermost user frame of an exception, "" where there is none."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"\n  at {os.path.basename(error.filename)}:{error.lineno}: {(error.text or '').strip()}"
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if is_user_file(frame.filename):
+            return f"\n  at {os.path.basename(frame.filename)}:{frame.lineno}: {frame.line}"
+    return ""
+
+
+_OUR_FOLDERS = tuple(
+    os.path.abspath(folder) + os.sep
+    for folder in (os.path.dirname(torch.__file__), os.path.join(os.path.dirname(__file__), os.pardir))
+)
+
+
+def is_user_file(filename: str) -> bool:
+    """Whether code in this file is the user's (or a model library's), rather than torch's, Python's or ours."""
+    if filename.startswith(("<", *_OUR_FOLDERS)):
+        return False
+    return not filename.startswith(os.path.dirname(os.__file__) + os.sep) or "site-packages" in filename
+
+
+def _what(error: BaseException) -> str:
+    """The type of an exception and the first lines of its message.
+
+    >>> _what(KeyError("tokens")), _what(SystemExit("no data")), _what(SystemExit())
+    ("KeyError: 'tokens'", "SystemExit('no data'), which would end the program", 'SystemExit(), which would end the program')
+    """
+    try:
+        message = str(error) if not isinstance(error, SystemExit) else "" if error.code is None else repr(error.code)
+    except Exception as second:  # the user's own __str__
+        message = f"(its message raised {type(second).__name__})"
+    message = "; ".join([line.strip() for line in message.splitlines() if line.strip()][:2])
+    if len(message) > LONGEST_MESSAGE:
+        message = message[: LONGEST_MESSAGE - 3] + "..."
+    if isinstance(error, SystemExit):
+        return f"SystemExit({message}), which would end the program"
+    return f"{type(error).__name__}: {message}"
