@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\b
 Examples:
   autopar profile -o table.json --quick
-  torchrun --nproc-per-node=8 -m autopar.cli.main profile -o table.json
+  torchrun --nproc-per-node=8 -m autopar profile -o table.json
   autopar plan gpt.py --gpus 8 --cluster table.json"""
 
 

@@ -50,7 +50,7 @@ def _row(case: str, compare: bool) -> str:
     row = f"{Path(path).stem} {setting.split('=')[1]} | {gpus} {cluster}"
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "plan.json"
-        command = [sys.executable, "-m", "autopar.cli.main", "plan", *case.split(), "--json", "-q", "-o", str(out)]
+        command = [sys.executable, "-m", "autopar", "plan", *case.split(), "--json", "-q", "-o", str(out)]
         started = time.perf_counter()
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
@@ -87,7 +87,7 @@ def _row(case: str, compare: bool) -> str:
 
 def _against(path: str, plan: Path) -> str:
     """How much faster the plan is than the best layout of the grid, by the same model."""
-    command = [sys.executable, "-m", "autopar.cli.main", "compare", str(plan), "--against", "megatron"]
+    command = [sys.executable, "-m", "autopar", "compare", str(plan), "--against", "megatron"]
     done = subprocess.run([*command, "--model", path, "--json", "-q"], capture_output=True, text=True, check=False)
     found = json.loads(done.stdout)
     if "error" in found or found["best"] is None:

@@ -26,7 +26,7 @@ def plan_file(folder: Path, layout: str) -> Path:
 
 def started(plan: Path, *options: str, restarts: int = 0) -> subprocess.Popen[str]:
     """torchrun on the example, as `autopar run` starts it."""
-    words = [sys.executable, "-m", "autopar.cli.main", "run", str(plan), "--exec", "--max-restarts", str(restarts)]
+    words = [sys.executable, "-m", "autopar", "run", str(plan), "--exec", "--max-restarts", str(restarts)]
     words += ["--", str(EXAMPLES / "train_gpt.py"), *options]
     here = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | {"PATH": here, "OMP_NUM_THREADS": "1"}
