@@ -69,7 +69,7 @@ def profile_command(
 
 def summary(cluster: "Cluster") -> list[str]:
     """What was measured, a line each."""
-    from autopar.report.units import gib_text, percent_text, seconds_text
+    from autopar.plan.units import gib_text, percent_text, seconds_text
 
     device = cluster.device
     peaks = ", ".join(f"{dtype} {peak / 1e12:,.2f} TFLOP/s" for dtype, peak in device.peak_flops_per_s.items())

@@ -7,6 +7,7 @@ import click
 
 from autopar.cli.options import Assignment, AtLeastOne, distinct, output_options
 from autopar.cli.results import ResultCommand, print_result
+from autopar.plan.dtypes import LONG_NAMES
 from autopar.plan.errors import CheckError
 
 if TYPE_CHECKING:
@@ -77,10 +78,9 @@ def _relisted(twin: "Plan", plan_file: Path, model: str, settings: dict[str, Any
     from autopar.graph.blocks import cut_blocks, order_for_blocks
     from autopar.graph.trace import trace
     from autopar.judge.judge import judge
-    from autopar.runtime.apply import DTYPES
     from autopar.workload.load import load_workload
 
-    traced = trace(load_workload(model, **settings), dtype=DTYPES[twin.execution.dtype])  # type: ignore[arg-type]
+    traced = trace(load_workload(model, **settings), dtype=LONG_NAMES[twin.execution.dtype])
     graph = order_for_blocks(traced.graph)
     return judge(twin, graph, cut_blocks(graph), cluster_of(twin, plan_file), twin=True).collectives
 

@@ -17,9 +17,9 @@ from numpy.typing import ArrayLike
 
 from autopar.cluster.interpolate import Floats, multilinear
 from autopar.cluster.source import Source, require_fraction, require_not_negative, require_positive, require_sources
+from autopar.plan.dtypes import ITEMSIZE, TRAINING_DTYPES
 from autopar.plan.errors import UsageError
 
-ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 REFERENCE_HEAD_DIM = 128  # the attention tables' head_dim
 NARROW_EXPONENT = (
     0.5  # time of a matmul narrower than its table falls with the root of its width: tiles stay half empty
@@ -90,10 +90,10 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     provenance: dict[str, Source]
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.peak_flops_per_s) - set(ITEMSIZE))
+        unknown = sorted(set(self.peak_flops_per_s) - set(TRAINING_DTYPES))
         if unknown or not self.peak_flops_per_s:
             raise ValueError(
-                f"{self.name}: peak_flops_per_s needs some of {sorted(ITEMSIZE)} and nothing else, not {unknown}"
+                f"{self.name}: peak_flops_per_s needs some of {sorted(TRAINING_DTYPES)} and nothing else, not {unknown}"
             )
         for dtype, peak in self.peak_flops_per_s.items():
             require_positive(f"peak_flops_per_s[{dtype}]", peak)
@@ -111,7 +111,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def default_dtype(self) -> str:
         """The half precision this device trains in: bfloat16, else float16, else float32."""
-        return next(dtype for dtype in ITEMSIZE if dtype in self.peak_flops_per_s)
+        return next(dtype for dtype in TRAINING_DTYPES if dtype in self.peak_flops_per_s)
 
     def peak(self, dtype: str) -> float:
         """Dense FLOP/s at ``dtype``; UsageError where the device has no such arithmetic."""

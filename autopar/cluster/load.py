@@ -13,9 +13,9 @@ from autopar.cluster.cluster import Cluster
 from autopar.cluster.device import Device
 from autopar.cluster.source import Source
 from autopar.plan.errors import PlanFileError, UsageError
+from autopar.plan.units import GIB
 from autopar.plan.write import FileKind, write
 
-GIB = 2**30
 T = TypeVar("T", Cluster, Device)
 PROFILE_NAME = "profile of "  # what the names of tables made by `autopar profile` begin with
 STRUCTURED = ("name", "device", "provenance", "collectives", "matmul", "flash_attention", "peak_flops_per_s")

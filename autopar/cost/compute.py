@@ -15,11 +15,12 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.cluster.device import ITEMSIZE, Device
+from autopar.cluster.device import Device
 from autopar.cost.execution import ExecutionModel
 from autopar.cost.fusion import NOTHING, Saving, memory_kernels
 from autopar.graph.flops import flops_at
 from autopar.graph.ir import Graph, Op, OpProfile
+from autopar.plan.dtypes import ITEMSIZE, TRAINING_DTYPES
 from autopar.rules.rule import NO_LABEL, OpRule
 
 Floats = NDArray[np.float64]
@@ -224,6 +225,6 @@ def _attention(
 
 def _dtype(op: Op, graph: Graph) -> str:
     for value in op.inputs:
-        if graph.values[value].dtype in ("bfloat16", "float16", "float32"):
+        if graph.values[value].dtype in TRAINING_DTYPES:
             return graph.values[value].dtype
     return "float32"

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from autopar.cluster.software import Chain, Software, load_software
+from autopar.plan.dtypes import Dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +38,7 @@ class ExecutionModel:
     12 (fp32 master, two Adam moments); fp32 4 + 4 + 8. Plain SGD keeps only the fp32 master of a half precision weight.
     """
 
-    dtype: str  # "bfloat16", "float16", "float32"
+    dtype: Dtype
     optimizer: Literal["adamw", "sgd"] = "adamw"
     attn: Literal["flash", "math"] = "flash"
     overlap: bool = True

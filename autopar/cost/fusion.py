@@ -47,10 +47,10 @@ NOTHING = Saving()
 
 def savings(graph: Graph, profile: GraphProfile, fuses: Sequence[str]) -> dict[int, Saving]:
     """Op id -> what fusion saves; ops that save nothing are left out."""
-    fusable = {op.id: op for op in graph.ops if _packet(op) in _kinds(fuses)}
+    fusable = {op.id: op for op in graph.ops if op.packet in _kinds(fuses)}
     if not fusable:
         return {}
-    makers = {value: op for op in graph.ops for value in op.outputs}
+    makers = graph.producers()
     readers: dict[int, list[Op]] = defaultdict(list)
     kept: set[int] = set()
     for op in graph.ops:
@@ -96,7 +96,7 @@ def memory_kernels(saving: Saving, ran: OpProfile, products: tuple[int, int]) ->
 def fused_kernels(graph: Graph, fuses: Sequence[str]) -> dict[int, int]:
     """Op id -> the first op of the kernel it is part of, for ops that are fused with others: those of one module (its
     first two names) that pass tensors to each other."""
-    fusable = {op.id: op for op in graph.ops if _packet(op) in _kinds(fuses)}
+    fusable = {op.id: op for op in graph.ops if op.packet in _kinds(fuses)}
     makers = {value: op for op in fusable.values() for value in op.outputs}
     first: dict[int, int] = {}
 
@@ -125,7 +125,7 @@ def with_fused_loss(graph: Graph, profile: GraphProfile, fuses: Sequence[str]) -
     ops = list(profile.ops)
     for op in graph.ops:
         ran = profile.ops[op.id]
-        if _packet(op) != "cross_entropy_loss" or not graph.values[op.inputs[0]].requires_grad:
+        if op.packet != "cross_entropy_loss" or not graph.values[op.inputs[0]].requires_grad:
             continue
         logits, small = graph.values[op.inputs[0]], ran.saved_internal[1:]
         if logits.dtype == "float32":
@@ -135,7 +135,3 @@ def with_fused_loss(graph: Graph, profile: GraphProfile, fuses: Sequence[str]) -
             changed = replace(ran, saved_internal=((logits.shape, 4), *small))
         ops[op.id] = replace(changed, forward_scratch_bytes=0, backward_scratch_bytes=0)
     return replace(profile, ops=tuple(ops))
-
-
-def _packet(op: Op) -> str:
-    return op.target.split(".")[1] if "." in op.target else op.target

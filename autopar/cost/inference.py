@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from autopar.cluster.cluster import Cluster, Group, Kind
-from autopar.cluster.device import ITEMSIZE, Device
+from autopar.cluster.device import Device
+from autopar.plan.dtypes import ITEMSIZE
 
 Stored = Literal["same", "int8", "int4"]
 GROUP, SCALE_BYTES = 128, 2

@@ -45,11 +45,11 @@ def attention_calls(graph: Graph) -> tuple[AttentionCall, ...]:
     """Calls of scaled dot product attention, in order.
 
     Example: Llama 3 8B has 32 calls of 32 heads whose keys are 8 * 128 numbers a token."""
-    makers = {value: op for op in graph.ops for value in op.outputs}
+    makers = graph.producers()
     origins = _origins(graph)
     found = []
     for op in graph.ops:
-        if "scaled_dot_product" not in op.target:
+        if not op.is_attention:
             continue
         query, key = (graph.values[value].shape for value in op.inputs[:2])
         samples = graph.batch.traced * key[-2]
@@ -83,13 +83,9 @@ def _origins(graph: Graph) -> dict[int, frozenset[int]]:
 def _cached(graph: Graph, makers: dict[int, Op], value: int) -> tuple[int, list[int]]:
     """Elements of the smallest tensor that ``value`` is moved or repeated from, and the ops between."""
     least, passed, behind = prod(graph.values[value].shape), [], []
-    while (op := makers.get(value)) is not None and _packet(op) in MOVES and len(op.inputs) == 1:
+    while (op := makers.get(value)) is not None and op.packet in MOVES and len(op.inputs) == 1:
         value = op.inputs[0]
         passed.append(op.id)
         if prod(graph.values[value].shape) < least:
             least, behind = prod(graph.values[value].shape), list(passed)
     return least, behind
-
-
-def _packet(op: Op) -> str:
-    return op.target.split(".")[1] if "." in op.target else op.target

@@ -15,7 +15,7 @@ from dataclasses import replace
 from autopar.graph.ir import Block, Graph, Op
 from autopar.graph.kinds import Span, fold
 from autopar.graph.narrow import narrow_cuts
-from autopar.graph.units import is_heavy, units_of
+from autopar.graph.units import units_of
 
 _RANDOM = ("dropout", "rand", "bernoulli", "normal", "uniform", "multinomial", "exponential")
 
@@ -63,10 +63,8 @@ def order_for_blocks(graph: Graph) -> Graph:
 
 def _may_move(graph: Graph, op: Op) -> bool:
     outputs = [graph.values[value] for value in op.outputs]
-    packet = op.target.split(".")[1] if "." in op.target else op.target
-    writes = packet.endswith("_") and not packet.endswith("__")
-    random = any(word in packet for word in _RANDOM)
-    return not (writes or random or is_heavy(op) or any(value.requires_grad for value in outputs))
+    random = any(word in op.packet for word in _RANDOM)
+    return not (op.is_in_place or random or op.is_matrix_op or any(value.requires_grad for value in outputs))
 
 
 def _spans(graph: Graph, units: dict[int, str]) -> list[Span]:
@@ -74,7 +72,7 @@ def _spans(graph: Graph, units: dict[int, str]) -> list[Span]:
     first, last = min(units), max(units)
     spans = [Span(name="embedding", first_op=0, end_op=first)] if first else []
     for name, begin, end, gap in _runs(graph, units, first, last):
-        heavy_gap = any(is_heavy(op) for op in graph.ops[end:gap])
+        heavy_gap = any(op.is_matrix_op for op in graph.ops[end:gap])
         for start, stop in _calls(graph, begin, end):
             spans.append(Span(name=name, first_op=start, end_op=stop))
         if heavy_gap:

@@ -17,8 +17,9 @@ from torch.export.graph_signature import InputKind
 from autopar.graph.export import MODEL_PREFIX
 from autopar.graph.fingerprint import fingerprint
 from autopar.graph.gradient import requires_grad
-from autopar.graph.ir import ITEMSIZE, Batch, Graph, Op, Ref, Value, ValueKind
+from autopar.graph.ir import Batch, Graph, Op, Ref, Value, ValueKind
 from autopar.graph.source import module_of, source_of
+from autopar.plan.dtypes import ITEMSIZE
 from autopar.plan.errors import ModelError
 
 _KINDS: dict[InputKind, ValueKind] = {

@@ -9,6 +9,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from autopar.plan.dtypes import ITEMSIZE
+
+MATRIX_OPS = frozenset(
+    (
+        "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "bilinear", "_scaled_mm", "_grouped_mm",
+        "grouped_mm_fallback", "scaled_dot_product_attention", "conv1d", "conv2d", "conv3d", "convolution",
+        "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "lstm", "gru", "rnn_tanh",
+    )
+)  # fmt: skip
 ValueKind = Literal["parameter", "buffer", "input", "constant", "activation"]
 
 
@@ -66,12 +75,6 @@ class Value:
         return ITEMSIZE[self.dtype]
 
 
-ITEMSIZE = {
-    "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1,
-    "uint8": 1, "bool": 1, "complex64": 8, "complex128": 16,
-}  # fmt: skip
-
-
 @dataclass(frozen=True, slots=True)
 class Ref:
     """Stands for a tensor among an op's literal arguments: ``index`` counts the op's ``inputs``."""
@@ -95,6 +98,31 @@ class Op:
     module: str  # dotted path of the module that ran it, "" at the root
     source: str  # "file.py:123" in the user's code, "" when unknown
 
+    @property
+    def packet(self) -> str:
+        """The name without namespace and overload: "linear" of "aten.linear.default"."""
+        _, dot, rest = self.target.partition(".")
+        return rest.partition(".")[0] if dot else self.target
+
+    @property
+    def is_attention(self) -> bool:
+        """Whether the op is torch's scaled dot product attention, in one of its forms."""
+        return "scaled_dot_product" in self.packet
+
+    @property
+    def is_matrix_op(self) -> bool:
+        """Whether the op multiplies matrices, convolves or attends: all of a model's FLOPs are in such ops."""
+        return self.packet in MATRIX_OPS
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the op writes into its first input, by torch's naming: "add_", but not "__and__"."""
+        return self.packet.endswith("_") and not self.packet.endswith("__")
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """A literal argument of the call, by position or else by name."""
+        return self.args[position] if position < len(self.args) else dict(self.kwargs).get(name, default)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Graph:
@@ -108,6 +136,22 @@ class Graph:
     outputs: tuple[int, ...]
     batch: Batch
     fingerprint: str  # independent of the batch the graph was traced at
+
+    def depending_on_parameters(self) -> frozenset[int]:
+        """Ids of the parameters and of all values computed from them; not those of masks, positions and targets."""
+        found = {value.id for value in self.values if value.kind == "parameter"}
+        for op in self.ops:
+            if not found.isdisjoint(op.inputs):
+                found.update(op.outputs)
+        return frozenset(found)
+
+    def parameter_free(self) -> frozenset[int]:
+        """Ids of the values that no parameter reaches: every rank computes what it needs of them by itself."""
+        return frozenset(range(len(self.values))) - self.depending_on_parameters()
+
+    def producers(self) -> dict[int, Op]:
+        """Value id -> the op that returns it; parameters, buffers, inputs and constants have none."""
+        return {value: op for op in self.ops for value in op.outputs}
 
 
 def frozen(literal: Any) -> Any:

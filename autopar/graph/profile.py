@@ -122,7 +122,7 @@ def _run(op: Op, inputs: list[Value], outputs: list[Value], layout: tuple[Stride
 def _run_fake(op: Op, inputs: list[Value], outputs: list[Value], layout: tuple[Strides, ...]) -> _Outcome:
     function = SUBSTITUTES.get(op.target) or resolve(op.target)
     grad = _wants(outputs)
-    with FakeTensorMode(), _without_onednn(packet_name(op) in RECURRENT):
+    with FakeTensorMode(), _without_onednn(op.packet in RECURRENT):
         leaves = [
             torch.empty_strided(
                 value.shape, stride, dtype=getattr(torch, value.dtype), requires_grad=value.requires_grad and grad
@@ -146,7 +146,7 @@ def _run_fake(op: Op, inputs: list[Value], outputs: list[Value], layout: tuple[S
         staying = forward.live_bytes()
         assert len(results) == len(outputs), f"{op.target} returned {len(results)} tensors, not {len(outputs)}"
         of_input, of_output = _positions(arguments), _positions(results)
-        kept = _classify(saved, (of_output, of_input) if mutable else (of_input, of_output), of_input, packet_name(op))
+        kept = _classify(saved, (of_output, of_input) if mutable else (of_input, of_output), of_input, op.packet)
         try:
             gradients = _backward(leaves, results, outputs, backward) if grad else ()
             note = ""
@@ -180,11 +180,6 @@ def _without_onednn(wanted: bool) -> Iterator[None]:
     finally:
         if wanted:
             setattr(torch.backends.mkldnn, "enabled", before)  # noqa: B010
-
-
-def packet_name(op: Op) -> str:
-    """``layer_norm`` of ``aten.layer_norm.default``."""
-    return op.target.split(".")[1] if "." in op.target else op.target
 
 
 _Kept: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[tuple[int, ...], int], ...]]

@@ -5,8 +5,6 @@ random op would draw from the generator of each rank: ranks that should agree wo
 model is traced.
 """
 
-from typing import Any
-
 import torch
 
 from autopar.graph.ir import Graph, Op
@@ -20,10 +18,10 @@ _RECURRENT = ("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input")
 
 def drop_probability(op: Op) -> float:
     """The share of elements that a dropout, or attention with dropout, drops; 0 for other ops."""
-    name = op.target.split(".")[1]
+    name = op.packet
     if name not in _DROPPING:
         return 0.0
-    probability = float(_argument(op, _DROPPING[name], "dropout_p", 0.0))
+    probability = float(op.argument(_DROPPING[name], "dropout_p", 0.0))
     return probability if name == "scaled_dot_product_attention" or op.args[2] else 0.0
 
 
@@ -55,7 +53,3 @@ def _is_foreign(op: Op) -> bool:
     except AttributeError:
         return False
     return torch.Tag.nondeterministic_seeded in getattr(overload, "tags", ())
-
-
-def _argument(op: Op, position: int, name: str, default: Any) -> Any:
-    return op.args[position] if position < len(op.args) else dict(op.kwargs).get(name, default)

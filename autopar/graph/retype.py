@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from autopar.graph.ir import Graph
-
-_FLOATING = frozenset(("bfloat16", "float16", "float32"))
+from autopar.plan.dtypes import TRAINING_DTYPES
 
 
 def retyped(graph: Graph, dtype: str) -> Graph:
@@ -17,11 +16,13 @@ def retyped(graph: Graph, dtype: str) -> Graph:
     def changed(literal: Any) -> Any:
         if isinstance(literal, tuple):
             return tuple(changed(element) for element in literal)
-        return dtype if isinstance(literal, str) and literal in _FLOATING else literal
+        return dtype if isinstance(literal, str) and literal in TRAINING_DTYPES else literal
 
     return replace(
         graph,
-        values=tuple(replace(value, dtype=dtype) if value.dtype in _FLOATING else value for value in graph.values),
+        values=tuple(
+            replace(value, dtype=dtype) if value.dtype in TRAINING_DTYPES else value for value in graph.values
+        ),
         ops=tuple(
             replace(op, args=changed(op.args), kwargs=tuple((name, changed(value)) for name, value in op.kwargs))
             for op in graph.ops

@@ -7,7 +7,6 @@ and every size of the first must follow from the rule (``batch_rule``).
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,10 +19,10 @@ from autopar.graph.ir import Batch, Graph
 from autopar.graph.normalise import normalise
 from autopar.graph.random_ops import refuse_random
 from autopar.graph.source import source_of_function
+from autopar.plan.dtypes import Dtype
 from autopar.plan.errors import ModelError
 from autopar.workload import Workload, user_code
 
-Dtype = Literal["bfloat16", "float16", "float32"]
 _MULTIPLES = (8, 2, 1, 32)  # of the prime; the later ones for models that want another divisibility
 _PRIMES = (101, 103, 107, 109, 113, 131, 137, 139, 149, 151, 157, 163, 167, 173, 179, 181, 191, 193, 197, 199)
 

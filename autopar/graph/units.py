@@ -11,24 +11,7 @@ from collections.abc import Iterable
 
 from autopar.graph.ir import Graph, Op
 
-# Ops that make a run of ops worth a block of its own: all of a model's FLOPs are theirs.
-HEAVY = frozenset(
-    (
-        "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "bilinear", "_scaled_mm", "_grouped_mm",
-        "grouped_mm_fallback", "scaled_dot_product_attention", "conv1d", "conv2d", "conv3d", "convolution",
-        "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "lstm", "gru", "rnn_tanh",
-    )
-)  # fmt: skip
 _MIN_COVERED = 0.9  # of the heavy ops must stay inside units when inner containers replace an outer one
-
-
-def is_heavy(op: Op) -> bool:
-    """Whether the op multiplies matrices (or convolves, or attends).
-
-    >>> is_heavy(graph.ops[5])  # aten.linear.default  # doctest: +SKIP
-    True
-    """
-    return op.target.split(".")[1] in HEAVY if "." in op.target else False
 
 
 def units_of(graph: Graph) -> dict[int, str]:
@@ -45,7 +28,7 @@ def units_of(graph: Graph) -> dict[int, str]:
         for container in _chosen(graph, top, children):
             for child, ops in children[container].items():
                 units.update((op.id, child) for op in ops)
-    heavy = [op.id for op in graph.ops if is_heavy(op)]
+    heavy = [op.id for op in graph.ops if op.is_matrix_op]
     covered = sum(op in units for op in heavy)
     return units if 2 * covered >= len(heavy) else {}
 
@@ -71,7 +54,7 @@ def _chosen(graph: Graph, top: str, children: dict[str, dict[str, list[Op]]]) ->
         inner = [name for name in inner if len(list(_numbered(name))) == 1]
         if any(_repeats(graph, children[name]) and _real(name, children[name]) for name in inner):
             inner = [name for name in inner if _real(name, children[name])]
-            heavy = {op.id for ops in groups.values() for op in ops if is_heavy(op)}
+            heavy = {op.id for ops in groups.values() for op in ops if op.is_matrix_op}
             inside = {op.id for name in inner for ops in children[name].values() for op in ops} & heavy
             if len(inside) >= _MIN_COVERED * len(heavy):
                 return inner
@@ -89,6 +72,6 @@ def _repeats(graph: Graph, groups: dict[str, list[Op]]) -> bool:
 
 def _real(container: str, groups: dict[str, list[Op]]) -> bool:
     """Whether the children are blocks rather than leaves: most have modules inside, or each is heavy by itself."""
-    heavy = [any(map(is_heavy, ops)) for ops in groups.values()]
+    heavy = [any(op.is_matrix_op for op in ops) for ops in groups.values()]
     deeper = [any(op.module != child for op in ops) for child, ops in groups.items()]
     return any(heavy) and (2 * sum(deeper) > len(groups) or all(heavy))

@@ -18,7 +18,7 @@ from autopar.intra.again import Kept
 from autopar.intra.frontier import BlockPoints, ParameterPrices, block_points
 from autopar.intra.op_metrics import Savers
 from autopar.intra.price_rows import PriceRow
-from autopar.intra.space import BlockSpace, block_space, data_values
+from autopar.intra.space import BlockSpace, block_space
 from autopar.intra.strategies import Allowed
 from autopar.intra.tables import BlockTables, TableBuilder
 
@@ -85,12 +85,12 @@ class Blocks:
         self.graph, self.blocks, self.cluster, self.execution = graph, blocks, cluster, execution
         self.profile: GraphProfile = with_fused_loss(graph, profile, execution.fuses)
         self.fused = savings(graph, self.profile, execution.fuses)
-        self._data = data_values(graph)
+        self._data = graph.parameter_free()
         self.kinds: dict[int, Block] = {}
         for block in blocks:
             self.kinds.setdefault(block.kind, block)
         self._spaces: dict[int, BlockSpace] = {}
-        self.core = frozenset(op.id for op in graph.ops if "scaled_dot_product" in op.target)
+        self.core = frozenset(op.id for op in graph.ops if op.is_attention)
         self.kept = Kept.of(graph, self.profile, blocks, execution) if execution.selective == "products" else None
         self.savers = _savers(graph, self.profile, self.core, self.kept)
         users: dict[int, list[int]] = {}

@@ -20,6 +20,7 @@ from autopar.inter.summary import alike_on_all_ranks, summarise, time_parts
 from autopar.inter.transfers import first_devices
 from autopar.inter.uses import Use, uses_of
 from autopar.judge.ground import Ground
+from autopar.plan.dtypes import SHORT_NAMES
 from autopar.plan.mesh import Axis
 from autopar.plan.plan import (
     FORMAT_VERSION,
@@ -39,8 +40,6 @@ from autopar.plan.simulate import StageTimes, simulate
 from autopar.rules.atoms import Atom
 from autopar.rules.options import Token
 from autopar.workload.workload import Workload
-
-SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -201,7 +200,7 @@ def _unknown_ops(book: StageBook) -> list[str]:
 def execution_of(execution: ExecutionModel) -> Execution:
     """What a plan says of how it runs."""
     return Execution(
-        dtype=SHORT[execution.dtype],  # type: ignore[arg-type]
+        dtype=SHORT_NAMES[execution.dtype],
         optimizer=execution.optimizer,
         attn=execution.attn,
         overlap=execution.overlap,

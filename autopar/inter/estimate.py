@@ -28,19 +28,20 @@ from autopar.inter.emit import Found, build_plan, execution_of
 from autopar.inter.finish import Finished
 from autopar.inter.layouts import StageCut, cuts, restriction, stage_ends
 from autopar.inter.pins import BlockPins
-from autopar.inter.planner import DTYPES, GIB
 from autopar.inter.scatter_gather import cut_bytes_of, send_seconds
 from autopar.inter.stage_memory import stage_memory
 from autopar.inter.stages import FREE, StageBook
 from autopar.inter.tied import tied_seconds
 from autopar.intra import totals as tt
 from autopar.judge.ground import Ground
+from autopar.plan.dtypes import Dtype, long_dtype
 from autopar.plan.errors import LayoutError
 from autopar.plan.layout import Layout, parse_layout
 from autopar.plan.pin import unmet
 from autopar.plan.plan import MemoryParts, Plan, chunks_memory
 from autopar.plan.schedule import held_by_chunk
 from autopar.plan.simulate import StageTimes, simulate
+from autopar.plan.units import GIB
 from autopar.workload.workload import Workload
 
 Floats = NDArray[np.float64]
@@ -67,7 +68,7 @@ class ModelGraph:
     """A traced model: what pricing needs of it on any cluster. ``dtype`` is that of its weights."""
 
     workload: Workload
-    dtype: str
+    dtype: Dtype
     graph: Graph
     blocks: tuple[Block, ...]
     profile: GraphProfile
@@ -75,8 +76,8 @@ class ModelGraph:
 
 def model_graph(workload: Workload, *, dtype: str) -> ModelGraph:
     """Trace a workload; ``dtype`` as on the command line ("bf16") or long ("bfloat16")."""
-    dtype = DTYPES.get(dtype, dtype)
-    graph = order_for_blocks(trace(workload, dtype=dtype).graph)  # type: ignore[arg-type]
+    dtype = long_dtype(dtype)
+    graph = order_for_blocks(trace(workload, dtype=dtype).graph)
     return ModelGraph(
         workload=workload, dtype=dtype, graph=graph, blocks=cut_blocks(graph), profile=profile_graph(graph)
     )

@@ -12,9 +12,8 @@ from autopar.plan.comparison import Comparison
 from autopar.plan.errors import LayoutError, PlanFileError
 from autopar.plan.layout import Layout, parse_layout
 from autopar.plan.plan import Plan
+from autopar.plan.units import GIB
 from autopar.workload.workload import Workload
-
-GIB = 2**30
 
 
 def compare_megatron(plan: Plan, workload: Workload, cluster: Cluster, layout_text: str | None = None) -> Comparison:

@@ -4,8 +4,7 @@ import math
 
 from autopar.inter.smallest import Smallest, smallest_budget
 from autopar.inter.stages import StageBook
-
-GIB = 2**30
+from autopar.plan.units import GIB
 
 
 def why_none_fits(

@@ -20,15 +20,15 @@ from autopar.inter.lanes import NUM_LANES, Lanes, Size
 from autopar.inter.pins import BlockPins
 from autopar.inter.size_search import Best
 from autopar.inter.stages import MAX_STAGES, StageBook
+from autopar.plan.dtypes import long_dtype
 from autopar.plan.errors import InfeasibleError, TimeLimitError, UsageError
 from autopar.plan.pin import unmet
 from autopar.plan.plan import Plan
 from autopar.plan.schedule import Schedule
+from autopar.plan.units import GIB
 from autopar.workload.workload import Workload
 
 Progress = Callable[[str, str, float | None, float | None], None]
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-GIB = 2**30
 NUM_GUESSES = 4
 """Pipelines, of all micro-batch sizes together, that are simulated before anything is searched."""
 SCHEDULES: dict[str, tuple[Schedule, ...]] = {
@@ -84,9 +84,9 @@ def plan(
     batch = global_batch or workload.global_batch
     if batch is None:
         raise UsageError("no global batch: give --global-batch or set GLOBAL_BATCH in the model file")
-    long = DTYPES.get(dtype or "", dtype) or machine.device.default_dtype
+    long = long_dtype(dtype or machine.device.default_dtype)
     machine.device.peak(long)
-    graph = order_for_blocks(trace(workload, dtype=long).graph)  # type: ignore[arg-type]
+    graph = order_for_blocks(trace(workload, dtype=long).graph)
     blocks = cut_blocks(graph)
     pinned = BlockPins(graph, blocks, pins)
     say("model", f"{len(graph.ops)} ops, {len(blocks)} blocks", None, None)

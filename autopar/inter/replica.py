@@ -20,13 +20,13 @@ from autopar.cost.fusion import NOTHING, fused_kernels
 from autopar.cost.inference import Attention, Exchange, Product, ServedModel, Stored, product_s, stored_bytes
 from autopar.graph.attention import AttentionCall
 from autopar.graph.flops import flops_at
-from autopar.graph.ir import ITEMSIZE, Graph, Value
+from autopar.graph.ir import Graph, Value
 from autopar.inter.estimate import LayoutPricer, ModelGraph, Priced
 from autopar.inter.uses import Use, uses_of
 from autopar.intra import op_metrics as om
 from autopar.judge.flow import moves
-from autopar.judge.ground import at_hand
 from autopar.judge.routes import Mesh
+from autopar.plan.dtypes import ITEMSIZE
 from autopar.plan.layout import Layout
 from autopar.plan.plan import Plan
 
@@ -192,7 +192,7 @@ class Replica:
     def _exchanges(self, tokens: int) -> tuple[Exchange, ...]:
         """The collectives of a forward pass, their bytes per token."""
         graph, stage = self.graph, self.plan.stages[0]
-        free = at_hand(graph)
+        free = graph.parameter_free()
         mesh = Mesh(self.pricer.cluster, tuple(axis.size for axis in stage.axes), stage.first_device)
         firsts = self.priced.books[0].blocks.kinds
         by_program: dict[str, tuple[Exchange, ...]] = {}

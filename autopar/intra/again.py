@@ -32,7 +32,7 @@ class Kept:
         for block in blocks:
             number = 0
             for op in graph.ops[block.first_op : block.end_op]:
-                if "scaled_dot_product" in op.target:
+                if op.is_attention:
                     if execution.attn == "flash":
                         ops.add(op.id)
                 elif profile.ops[op.id].forward_flops and any(

@@ -78,17 +78,8 @@ class BlockSpace:
         return 2 + len(self.ops) + len(self.hubs)
 
 
-def data_values(graph: Graph) -> frozenset[int]:
-    """Values that no parameter or activation with gradient reaches: at hand on every rank in any placement."""
-    carrying = {value.id for value in graph.values if value.kind == "parameter"}
-    for op in graph.ops:
-        if not carrying.isdisjoint(op.inputs):
-            carrying.update(op.outputs)
-    return frozenset(value.id for value in graph.values if value.id not in carrying and value.kind != "parameter")
-
-
 def block_space(graph: Graph, block: Block, data: frozenset[int]) -> BlockSpace:
-    """Build the space of a block; ``data`` comes from ``data_values``."""
+    """Build the space of a block; ``data`` are the graph's ``parameter_free`` values."""
     all_ops = graph.ops[block.first_op : block.end_op]
     ops = [op for op in all_ops if not data.issuperset((*op.inputs, *op.outputs))]
     calls = [(rule_of(op, graph.values), op.inputs, op.outputs) for op in ops]

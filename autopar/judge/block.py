@@ -19,7 +19,7 @@ from typing import Literal
 from autopar.graph.ir import Op
 from autopar.judge.again import Again, again
 from autopar.judge.flow import Moves, moves
-from autopar.judge.ground import Case, is_attention
+from autopar.judge.ground import Case
 from autopar.judge.kept import kept
 from autopar.judge.ops import price_op
 from autopar.judge.parameters import ParameterPrice, price_parameters
@@ -103,7 +103,7 @@ class _Kernels:
             found.forward_calls[op.id], found.backward_calls[op.id] = _calls(case, op)
             found.forward_steps[op.id], found.backward_steps[op.id] = price.forward_steps, price.backward_steps
             found.shards[op.id] = (price.shards, price.fixed_shards)
-            if is_attention(op):
+            if op.is_attention:
                 found.attentions.add(op.id)
             elif profile.forward_flops:
                 found.products.add(op.id)

@@ -44,7 +44,7 @@ class Ground:
             graph=graph,
             profile=profile,
             execution=execution,
-            free=at_hand(graph),
+            free=graph.parameter_free(),
             keeps=keeps,
             reused=reused,
             fused=savings(graph, profile, fuses),
@@ -105,21 +105,7 @@ class Case:
 
     def materialises(self, op: Op) -> bool:
         """Whether an op is an attention that writes its scores out."""
-        return is_attention(op) and self.ground.execution.attn == "math"
-
-
-def is_attention(op: Op) -> bool:
-    """Whether an op is torch's scaled dot product attention."""
-    return "scaled_dot_product" in op.target
-
-
-def at_hand(graph: Graph) -> frozenset[int]:
-    """Values that depend on no parameter (masks, positions, targets): every rank computes what it needs of them."""
-    carrying = {value.id for value in graph.values if value.kind == "parameter"}
-    for op in graph.ops:
-        if carrying & set(op.inputs):
-            carrying |= set(op.outputs)
-    return frozenset(value.id for value in graph.values if value.id not in carrying)
+        return op.is_attention and self.ground.execution.attn == "math"
 
 
 def _kept_anywhere(graph: Graph, profile: GraphProfile) -> tuple[frozenset[int], frozenset[int]]:

@@ -9,7 +9,7 @@ from math import prod
 
 from autopar.graph.ir import Op
 from autopar.judge.flow import Copy, Moves
-from autopar.judge.ground import Case, is_attention
+from autopar.judge.ground import Case
 from autopar.judge.workspace import whole_scores
 from autopar.plan.mesh import parse_placements
 from autopar.plan.plan import OpPlan
@@ -37,7 +37,7 @@ def kept(case: Case, moved: Moves, shards: dict[int, tuple[int, int]]) -> Kept:
     for op, planned in case.ops():
         copies.run(op, planned)
         read.update(op.inputs)
-        freed = is_attention(op) if selected is None else op.id not in selected.ops
+        freed = op.is_attention if selected is None else op.id not in selected.ops
         insides[freed] += _inside(case, op, shards[op.id])
         if selected is not None and op.id in selected.ops:
             results = zip(op.outputs, planned.outputs, strict=True)
@@ -122,7 +122,7 @@ class _Copies:
             viewed = next((v for v in op.inputs if owners[value] != value and owners[v] == owners[value]), None)
             self.roots[value] = ("made", value, "") if viewed is None else read[viewed]
             self.placed[value] = text
-            if is_attention(op) and viewed is None and self.case.selected is None:
+            if op.is_attention and viewed is None and self.case.selected is None:
                 self.core.add(self.roots[value])
         return {value: self.roots[value] for value in op.outputs}
 
@@ -134,7 +134,7 @@ class _Copies:
         if selected is not None:
             if copy[0] == "moved" or (copy[1] not in selected.made and copy[1] not in selected.handed_on):
                 self.core.add(copy)
-        elif self.case.as_megatron and not is_attention(op):
+        elif self.case.as_megatron and not op.is_attention:
             self.core.discard(copy)
 
     def _bytes(self, copy: Copy, value: int, text: str) -> float:

@@ -15,18 +15,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from autopar.cluster.device import ITEMSIZE, Device
+from autopar.cluster.device import Device
 from autopar.cost.fusion import NOTHING, memory_kernels
 from autopar.graph.ir import Graph, Op, OpProfile
 from autopar.judge.ground import Case
 from autopar.judge.routes import Mesh, Step, local_shape
+from autopar.plan.dtypes import ITEMSIZE, TRAINING_DTYPES
 from autopar.plan.errors import CheckError
 from autopar.plan.mesh import parse_placements, shard_dim
 from autopar.plan.plan import OpPlan
 from autopar.rules.registry import rule_of
 from autopar.rules.rule import NO_LABEL, OpRule
-
-DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +168,7 @@ def _kind(rule: OpRule, label: int) -> str:
 
 
 def _dtype(graph: Graph, op: Op) -> str:
-    return next((v.dtype for v in (graph.values[i] for i in op.inputs) if v.dtype in DTYPES), "float32")
+    return next((v.dtype for v in (graph.values[i] for i in op.inputs) if v.dtype in TRAINING_DTYPES), "float32")
 
 
 def _matmul(
@@ -218,7 +217,7 @@ def _matmul(
 
 
 def _operands(op: Op) -> tuple[int, ...]:
-    return op.inputs[1:3] if op.target.split(".")[1] in ("addmm", "baddbmm") else op.inputs[:2]
+    return op.inputs[1:3] if op.packet in ("addmm", "baddbmm") else op.inputs[:2]
 
 
 def _attention(case: Case, op: Op, rule: OpRule, local: dict[int, int]) -> tuple[float, float]:

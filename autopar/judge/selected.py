@@ -26,7 +26,7 @@ def selected_of(graph: Graph, profile: GraphProfile, blocks: tuple[Block, ...], 
     found: list[int] = []
     for block in blocks:
         ops = graph.ops[block.first_op : block.end_op]
-        attentions = [op.id for op in ops if "scaled_dot_product" in op.target]
+        attentions = [op.id for op in ops if op.is_attention]
         products = [
             op.id
             for op in ops

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from autopar.plan.dtypes import ShortDtype
 from autopar.plan.mesh import Axis
 
 FORMAT_VERSION = "1.0"
@@ -237,7 +238,7 @@ class Execution(Noun, frozen=True, kw_only=True):
     but it and every second product with a weight. ``loss``: the cross entropy is the program's, its
     chain of kernels over a cut vocabulary whether it is cut or not, or PyTorch's own."""
 
-    dtype: Literal["bf16", "fp16", "fp32"]
+    dtype: ShortDtype
     optimizer: Literal["adamw", "sgd"]
     attn: Literal["flash", "math"] = "flash"
     overlap: bool = True

@@ -5,8 +5,8 @@ from rich.table import Table
 
 from autopar.plan.comparison import Comparison
 from autopar.plan.plan import Plan, TimeParts
+from autopar.plan.units import gib_text, percent_text, ranges_text, seconds_text
 from autopar.report.text import rendered, stage_axes_text
-from autopar.report.units import gib_text, percent_text, ranges_text, seconds_text
 
 
 def comparison_text(comparison: Comparison, *, width: int = 120) -> str:

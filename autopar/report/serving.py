@@ -10,8 +10,8 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from autopar.inter.serving import Serving
+from autopar.plan.units import bar_text, count_text, gib_text, percent_text, seconds_text
 from autopar.report.text import rendered
-from autopar.report.units import bar_text, count_text, gib_text, percent_text, seconds_text
 
 FORMAT_VERSION = "1.0"
 BAR_WIDTH = 20

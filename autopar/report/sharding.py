@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from autopar.plan.mesh import Axis, parse_placements, shard_dim
 from autopar.plan.plan import BlockProgram, ParameterPlan, Plan
-from autopar.report.units import ranges_text
+from autopar.plan.units import ranges_text
 
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
 

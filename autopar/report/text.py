@@ -6,10 +6,10 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from autopar.plan.plan import Plan, StagePlan
+from autopar.plan.units import bar_text, count_text, flops_text, gib_text, percent_text, ranges_text, seconds_text
 from autopar.report.breakdown import memory_table, time_table
 from autopar.report.sharding import sharding_lines
 from autopar.report.traffic import traffic_lines
-from autopar.report.units import bar_text, count_text, flops_text, gib_text, percent_text, ranges_text, seconds_text
 
 BAR_WIDTH = 10
 ROOMY = 100

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from autopar.graph.ir import Op, Value
-from autopar.rules.labels import Labels, argument, broadcast, replicated
+from autopar.rules.labels import Labels, broadcast, replicated
 from autopar.rules.rule import NO_LABEL, LabelKind, OpRule
 
 
@@ -179,7 +179,7 @@ def attention(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRu
         roles=roles,
         groups=groups,
         sizes=sizes,
-        local_form=(q,) if argument(op, 5, "is_causal", False) else (),
+        local_form=(q,) if op.argument(5, "is_causal", False) else (),
     )
 
 
@@ -188,7 +188,7 @@ def convolution(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> Op
 
     Local form: along c_in the bias is added on the first rank only; depthwise, a rank has as many groups as
     channels."""
-    num_groups = argument(op, 6, "groups", 1)
+    num_groups = op.argument(6, "groups", 1)
     local_form: tuple[int, ...]
     labels = Labels()
     batch = labels.new()

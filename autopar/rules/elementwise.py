@@ -5,7 +5,7 @@ from dataclasses import replace
 from math import prod
 
 from autopar.graph.ir import Op, Value
-from autopar.rules.labels import Labels, argument, broadcast, replicated
+from autopar.rules.labels import Labels, broadcast, replicated
 from autopar.rules.rule import NO_LABEL, Inside, OpRule
 
 _SCALES = ("aten.mul", "aten.div", "aten.neg", "aten.to")
@@ -68,7 +68,7 @@ def along(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     if not shape:
         return replicated(op, inputs, outputs, known=True)
     position = 2 if op.target.startswith(("aten.topk", "aten.kthvalue")) else 1
-    given = argument(op, position, "dim", -1)
+    given = op.argument(position, "dim", -1)
     dim = (given if isinstance(given, int) and not isinstance(given, bool) else -1) % len(shape)
     labels = Labels()
     dims = list(labels.dims(shape))
@@ -94,7 +94,7 @@ def reduce(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     """sum and mean: reduced dims give partial results. Local form of a mean: the sum of the rank's part over the whole
     count."""
     shape = inputs[0].shape
-    given = argument(op, 1, "dim", None)
+    given = op.argument(1, "dim", None)
     if isinstance(given, str) or given is None or isinstance(given, bool):
         given = tuple(range(len(shape)))
     reduced = {dim % len(shape) for dim in (given if isinstance(given, tuple) else (given,))} if shape else set()
@@ -132,7 +132,7 @@ def cross_entropy(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> 
         return replicated(op, inputs, outputs, known=True)
     if weighted:
         rule = replace(rule, inputs=(*rule.inputs, (NO_LABEL,)))
-    smooth = argument(op, 5, "label_smoothing", 0.0)
+    smooth = op.argument(5, "label_smoothing", 0.0)
     if len(shape) > 2 or (weighted and smooth):
         return rule
     t, v = rule.inputs[0]
@@ -153,7 +153,7 @@ def _by_token(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRu
     scalar = not outputs[0].shape
     t, *rest = (labels.new("sum" if scalar else "parallel") for _ in (shape[0], *shape[2:]))
     v = labels.new("whole")
-    averaged = (t, *rest) if scalar and argument(op, 3, "reduction", 1) == 1 else ()
+    averaged = (t, *rest) if scalar and op.argument(3, "reduction", 1) == 1 else ()
     return labels.rule([(t, v, *rest), (t, *rest)], [() if scalar else (t, *rest)], local_form=averaged)
 
 
@@ -196,8 +196,8 @@ def loss(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     if any(value.shape != inputs[0].shape for value in inputs):
         return replicated(op, inputs, outputs, known=False)
     dims = labels.dims(inputs[0].shape, "sum" if scalar else "parallel")
-    position = {"binary_cross_entropy": 3, "binary_cross_entropy_with_logits": 4}.get(op.target.split(".")[1], 2)
-    averages = scalar and argument(op, position, "reduction", 1) == 1
+    position = {"binary_cross_entropy": 3, "binary_cross_entropy_with_logits": 4}.get(op.packet, 2)
+    averages = scalar and op.argument(position, "reduction", 1) == 1
     averaged = tuple(label for label in dims if label != NO_LABEL) if averages else ()
     return labels.rule([dims for _ in inputs], [() if scalar else dims], local_form=averaged)
 
@@ -206,7 +206,7 @@ def over(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     """logsumexp, std, var, norms, prod, any ... over some dims: these are whole, the others parallel."""
     shape = inputs[0].shape
     at = 2 if op.target.startswith(("aten.linalg_vector_norm", "aten.norm", "aten.kthvalue")) else 1
-    given = argument(op, at, "dim", None)
+    given = op.argument(at, "dim", None)
     if given is None or isinstance(given, (bool, str, float)):
         given = -1 if outputs[0].shape else tuple(range(len(shape)))  # kthvalue and mode: the last dim
     acted = {dim % len(shape) for dim in (given if isinstance(given, tuple) else (given,))} if shape else set()
@@ -227,7 +227,7 @@ def over(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
 def glu(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     """Both halves of a dim are read together: it is whole."""
     shape = inputs[0].shape
-    dim = argument(op, 1, "dim", -1) % len(shape)
+    dim = op.argument(1, "dim", -1) % len(shape)
     labels = Labels()
     dims = [labels.new("whole" if at == dim else "parallel") if n != 1 else NO_LABEL for at, n in enumerate(shape)]
     out = [
@@ -260,9 +260,9 @@ def looked_up(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRu
 def transformed(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     """Fourier transforms (x, n, dim): the dims transformed are whole, the others parallel."""
     shape = inputs[0].shape
-    name = op.target.split(".")[1]
+    name = op.packet
     default = tuple(range(len(shape))) if name.endswith("n") else (-2, -1) if name.endswith("2") else -1
-    given = argument(op, 2, "dim", default)
+    given = op.argument(2, "dim", default)
     given = default if given is None else given
     acted = {dim % len(shape) for dim in (given if isinstance(given, tuple) else (given,))}
     labels = Labels()
@@ -286,7 +286,7 @@ def pairs(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
 def cosine(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     """cosine_similarity(a, b, dim): both broadcast; the dim compared is whole."""
     rank = max(len(value.shape) for value in inputs)
-    dim = argument(op, 2, "dim", 1) % rank
+    dim = op.argument(2, "dim", 1) % rank
     sizes = [max((v.shape[at - rank] for v in inputs if len(v.shape) >= rank - at), default=1) for at in range(rank)]
     labels = Labels()
     dims = [labels.new("whole" if at == dim else "parallel") if n != 1 else NO_LABEL for at, n in enumerate(sizes)]

@@ -48,10 +48,3 @@ def replicated(op: Op, inputs: Sequence[Value], outputs: Sequence[Value], *, kno
         [labels.dims(value.shape, "whole") for value in outputs],
         known=known,
     )
-
-
-def argument(op: Op, position: int, name: str, default: Any = None) -> Any:
-    """An op's literal argument, by position or name."""
-    if position < len(op.args):
-        return op.args[position]
-    return dict(op.kwargs).get(name, default)

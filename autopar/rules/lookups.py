@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from autopar.graph.ir import Op, Value
-from autopar.rules.labels import Labels, argument, broadcast, replicated
+from autopar.rules.labels import Labels, broadcast, replicated
 from autopar.rules.rule import NO_LABEL, OpRule
 
 
@@ -63,7 +63,7 @@ def _several(places: tuple[Any, ...], op: Op, inputs: Sequence[Value], outputs: 
 def index_select(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     """x picked along ``dim`` by a vector: what is asked for is independent, and so are the other dims."""
     shape = inputs[0].shape
-    dim = argument(op, 1, "dim", 0)
+    dim = op.argument(1, "dim", 0)
     if not shape or not isinstance(dim, int) or len(inputs) != 2 or len(inputs[1].shape) != 1:
         return replicated(op, inputs, outputs, known=True)
     labels = Labels()
@@ -80,7 +80,7 @@ def index_select(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> O
 def index_add(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     """index_add(x, dim, index, source): the dims other than ``dim`` are parallel."""
     shape = inputs[0].shape
-    dim = argument(op, 1, "dim", 0)
+    dim = op.argument(1, "dim", 0)
     if not shape or len(inputs) != 3 or len(inputs[2].shape) != len(shape):
         return replicated(op, inputs, outputs, known=True)
     labels = Labels()
@@ -98,7 +98,7 @@ def index_add(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRu
 def histogram(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     """histc(x, bins, min, max): counts of parts add up, unless the range is that of x itself (min = max)."""
     labels = Labels()
-    fixed = argument(op, 2, "min", 0) != argument(op, 3, "max", 0)
+    fixed = op.argument(2, "min", 0) != op.argument(3, "max", 0)
     return labels.rule([labels.dims(inputs[0].shape, "sum" if fixed else "whole")], [(NO_LABEL,)])
 
 
@@ -107,7 +107,7 @@ def gather(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     size in all tensors is parallel; ``dim`` is whole, but that each element a gather asks for is independent."""
     tensors = (*inputs, *outputs)
     rank = len(inputs[0].shape)
-    dim = argument(op, 2 if op.target.startswith("aten.take_along_dim") else 1, "dim")
+    dim = op.argument(2 if op.target.startswith("aten.take_along_dim") else 1, "dim")
     if not rank or type(dim) is not int or any(len(value.shape) != rank for value in tensors):
         return replicated(op, inputs, outputs, known=True)
     labels = Labels()
@@ -139,12 +139,12 @@ def one_hot(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule
 
 def mirrored(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     """flip, roll, tril, triu, repeat_interleave by a number: the dims acted on are whole, the others parallel."""
-    name = op.target.split(".")[1]
+    name = op.packet
     rank = len(inputs[0].shape)
     if name in ("tril", "triu"):
         acted = {rank - 2, rank - 1}
     else:
-        given = argument(op, 1 if name == "flip" else 2, "dim" if name == "repeat_interleave" else "dims", None)
+        given = op.argument(1 if name == "flip" else 2, "dim" if name == "repeat_interleave" else "dims", None)
         if given is None or given == () or len(outputs[0].shape) != rank:
             return replicated(op, inputs, outputs, known=True)
         acted = {dim % rank for dim in (given if isinstance(given, tuple) else (given,))}

@@ -150,7 +150,7 @@ def rule_of(op: Op, values: Sequence[Value]) -> OpRule:
     ((0, 'm'), (1, 'm'), (2, 'n'), (3, 'k'))
     """
     inputs, outputs = [values[value] for value in op.inputs], [values[value] for value in op.outputs]
-    name = op.target.split(".")[1]
+    name = op.packet
     if not inputs or name in NOTHING or name in WHOLE:
         return replicated(op, inputs, outputs, known=True)
     if name in ("max", "min") and len(inputs) == 2:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from autopar.graph.ir import Op, Value
-from autopar.rules.labels import Labels, argument, broadcast
+from autopar.rules.labels import Labels, broadcast
 from autopar.rules.rule import NO_LABEL, OpRule
 
 PASSES = {"passes_gradient": True, "passes_partial": True}
@@ -37,7 +37,7 @@ def reshape(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule
 def permute(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     """transpose, permute, t, movedim: labels follow their dims."""
     rank = len(inputs[0].shape)
-    name = op.target.split(".")[1]
+    name = op.packet
     order = list(range(rank))
     if name == "permute":
         order = [dim % rank for dim in op.args[1]]
@@ -99,7 +99,7 @@ def repeat(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
 def diagonal(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     """diagonal(offset, dim1, dim2): the two dims become one, the last; the others are parallel."""
     shape = inputs[0].shape
-    acted = [argument(op, at, f"dim{at - 1}", at - 2) % len(shape) for at in (2, 3)]
+    acted = [op.argument(at, f"dim{at - 1}", at - 2) % len(shape) for at in (2, 3)]
     labels = Labels()
     dims = tuple(
         labels.new("whole" if at in acted else "parallel") if n != 1 else NO_LABEL for at, n in enumerate(shape)
@@ -111,7 +111,7 @@ def diagonal(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRul
 def diag_embed(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     """diag_embed(offset, dim1, dim2): the last dim becomes two; the others are parallel."""
     target = outputs[0].shape
-    acted = [argument(op, at, f"dim{at - 1}", at - 4) % len(target) for at in (2, 3)]
+    acted = [op.argument(at, f"dim{at - 1}", at - 4) % len(target) for at in (2, 3)]
     labels = Labels()
     out = tuple(
         labels.new("whole" if at in acted else "parallel") if n != 1 else NO_LABEL for at, n in enumerate(target)
@@ -124,7 +124,7 @@ def split(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     """split, chunk, unbind: equal parts of a dim are cut together (strided in the whole); unequal parts are not, and no
     rank may hold some of the parts only."""
     shape = inputs[0].shape
-    dim = argument(op, 1 if "unbind" in op.target else 2, "dim", 0) % len(shape)
+    dim = op.argument(1 if "unbind" in op.target else 2, "dim", 0) % len(shape)
     labels = Labels()
     dims = list(labels.dims(shape))
     if "unbind" in op.target:
@@ -160,7 +160,7 @@ def slices(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
             if dims[at] != NO_LABEL:
                 labels.kinds[dims[at]] = "whole"
         return labels.rule([tuple(dims)], [out], compute="free", **PASSES)
-    dim = argument(op, 1, "dim", 0) % len(shape)
+    dim = op.argument(1, "dim", 0) % len(shape)
     if dims[dim] != NO_LABEL:
         labels.kinds[dims[dim]] = "whole"
     out = tuple(label for at, label in enumerate(dims) if at != dim)
@@ -170,7 +170,7 @@ def slices(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
 def written(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     """slice_scatter, select_scatter (x, part, dim, ...): part is written into x along ``dim``, which is whole."""
     shape = inputs[0].shape
-    dim = argument(op, 2, "dim", 0) % len(shape)
+    dim = op.argument(2, "dim", 0) % len(shape)
     labels = Labels()
     dims = [labels.new("whole" if at == dim else "parallel") if n != 1 else NO_LABEL for at, n in enumerate(shape)]
     part = [dims[at] for at in range(len(shape)) if at != dim]
@@ -183,7 +183,7 @@ def concatenate(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> Op
     """cat and stack: the joined dim stays whole, the others are parallel. cat takes a vector of no elements as
     nothing."""
     rank = len(outputs[0].shape)
-    dim = argument(op, 1, "dim", 0) % rank
+    dim = op.argument(1, "dim", 0) % rank
     labels = Labels()
     dims = list(labels.dims(outputs[0].shape))
     if dims[dim] != NO_LABEL:

@@ -8,13 +8,13 @@ alike.
 from collections.abc import Sequence
 
 from autopar.graph.ir import Op, Value
-from autopar.rules.labels import Labels, argument, replicated
+from autopar.rules.labels import Labels, replicated
 from autopar.rules.rule import NO_LABEL, OpRule
 
 
 def pool(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     """Pools and resampling: all dims before space are independent; the name ends with the number of dims of space."""
-    name = op.target.split(".")[1]
+    name = op.packet
     space = next((int(letter) for letter in name if letter.isdigit()), 0)
     shape = inputs[0].shape
     if not 0 < space < len(shape) or len(inputs) > 1:
@@ -27,7 +27,7 @@ def pool(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
 
 def unfold(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     """im2col, col2im, pixel_shuffle and kin: samples are independent, channels and space mix."""
-    rank = {"im2col": 4, "col2im": 3}.get(op.target.split(".")[1])
+    rank = {"im2col": 4, "col2im": 3}.get(op.packet)
     shape = inputs[0].shape
     batched = len(shape) - 3 if rank is None else int(len(shape) == rank)
     labels = Labels()
@@ -41,7 +41,7 @@ def unfold(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
 def sliding(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     """x.unfold(dim, size, step) -> windows along dim, their elements last: the other dims are parallel."""
     shape = inputs[0].shape
-    dim = argument(op, 1, "dimension", 0) % len(shape)
+    dim = op.argument(1, "dimension", 0) % len(shape)
     labels = Labels()
     dims = [labels.new("whole" if at == dim else "parallel") if n != 1 else NO_LABEL for at, n in enumerate(shape)]
     out = [
@@ -53,7 +53,7 @@ def sliding(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule
 
 def instance_norm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     """instance_norm(x, weight, bias, mean, var, use_input_stats, ...): every channel of every sample for itself."""
-    if argument(op, 3, "running_mean") is not None or not argument(op, 5, "use_input_stats", True):
+    if op.argument(3, "running_mean") is not None or not op.argument(5, "use_input_stats", True):
         return replicated(op, inputs, outputs, known=True)
     labels = Labels()
     batch, channel = labels.dims(inputs[0].shape[:2])
@@ -66,7 +66,7 @@ def transposed(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpR
     once."""
     labels = Labels()
     batch = labels.new()
-    grouped = argument(op, 6, "groups", 1) != 1
+    grouped = op.argument(6, "groups", 1) != 1
     space = labels.dims(inputs[0].shape[2:], "whole")
     out_space = labels.dims(outputs[0].shape[2:], "whole")
     kernel = labels.dims(inputs[1].shape[2:], "whole")

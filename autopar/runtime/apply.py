@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from autopar.graph.blocks import cut_blocks, order_for_blocks
 from autopar.graph.retype import retyped
 from autopar.graph.trace import trace
+from autopar.plan.dtypes import LONG_NAMES
 from autopar.plan.errors import PlanFileError, UsageError
 from autopar.plan.plan import Plan
 from autopar.runtime.agreement import PATIENCE_S, check_collectives, check_world
@@ -23,8 +24,6 @@ from autopar.runtime.stage import KEY, StageFunction
 from autopar.runtime.trainer import Trainer
 from autopar.workload.load import load_workload
 from autopar.workload.workload import Workload
-
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def apply(
@@ -53,7 +52,7 @@ def apply(
     check_world(plan, patience_s)
     workload = workload or workload_of(plan)
     where = torch.device(device) if device is not None else _own_device()
-    traced = trace(workload, dtype=DTYPES[plan.execution.dtype])  # type: ignore[arg-type]
+    traced = trace(workload, dtype=LONG_NAMES[plan.execution.dtype])
     graph = order_for_blocks(traced.graph)
     if not twin and graph.fingerprint != plan.model.graph_fingerprint:
         raise PlanFileError(

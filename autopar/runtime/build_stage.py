@@ -170,7 +170,7 @@ class StageBuilder:
 
     def _is_needed(self, op: Op) -> bool:
         """Preparation of data is made where it is read; what writes a buffer runs where it stands."""
-        writes = op.target.split(".")[1].endswith("_")
+        writes = op.is_in_place
         buffer = writes and self.graph.values[op.inputs[0]].kind == "buffer"
         return buffer or not self.planned.carrying.isdisjoint(op.outputs)
 
@@ -207,7 +207,7 @@ class StageBuilder:
             )
             if block < 0:
                 self.between[value] = self.at.pop(value)
-        if op.target.split(".")[1] == "batch_norm" or op.target.split(".")[1].endswith("_"):
+        if op.packet == "batch_norm" or op.is_in_place:
             self.written.update((value, None) for value in op.inputs if self.graph.values[value].kind == "buffer")
         scaled = at_micro_batch(op, self.graph.batch, self.planned.plan.micro_batch_size)
         self.steps.append(

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autopar.graph.literals import resolve
-from autopar.rules.labels import argument
 from autopar.runtime.batch_norm import normalise
 from autopar.runtime.cross_entropy import token_losses
 from autopar.runtime.layout import cuts_of
@@ -59,7 +58,7 @@ def _copy(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
 
 
 def _split(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> tuple[Tensor, ...]:
-    dim = argument(local.op, 2, "dim", 0)
+    dim = local.op.argument(2, "dim", 0)
     sizes = [local.local_output(at)[dim] for at in range(len(local.output_shapes))]
     return tensors[0].split(sizes, dim)
 
@@ -81,7 +80,7 @@ def _bias_once(at: int) -> "Kernel":
 
 
 def _convolution(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Any:
-    groups = argument(local.op, 6, "groups", 1)
+    groups = local.op.argument(6, "groups", 1)
     if len(tensors) > 2:
         tensors = (*tensors[:2], local.only_first(tensors[2], local.usage.summed_axes()))
     if groups > 1:  # depthwise: as many groups as this rank holds channels
@@ -101,7 +100,7 @@ def _mean(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
 
 def _loss(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
     result = local.call(tensors)
-    reduction = argument(local.op, _REDUCTION_AT.get(local.name, 2), "reduction", MEAN)
+    reduction = local.op.argument(_REDUCTION_AT.get(local.name, 2), "reduction", MEAN)
     if reduction != MEAN or not local.usage.summed_axes():
         return result
     return result * (tensors[0].numel() / prod(local.input_shapes[0]))
@@ -113,7 +112,7 @@ _REDUCTION_AT = {"binary_cross_entropy": 3, "binary_cross_entropy_with_logits": 
 def _embedding(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
     """A shard of the vocabulary looks up what it has, zeros otherwise."""
     weight, ids = tensors
-    padding = argument(local.op, 2, "padding_idx", -1)
+    padding = local.op.argument(2, "padding_idx", -1)
     if not cuts_of(local.usage.inputs[0], 0):
         return local.call(tensors)
     rows, mine = local.local_index(ids, 0, 0)
@@ -138,11 +137,11 @@ def _grouped_mm(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Te
 
 def _attention(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
     """With the queries cut, a causal mask starts at the position of this rank's first query."""
-    dropout = argument(local.op, 4, "dropout_p", 0.0)
+    dropout = local.op.argument(4, "dropout_p", 0.0)
     if dropout > 0.0:
         return _attention_with_dropout(local, tensors, around, dropout)
     positions = len(local.input_shapes[0]) - 2
-    if not (cuts_of(local.usage.inputs[0], positions) and argument(local.op, 5, "is_causal", False)):
+    if not (cuts_of(local.usage.inputs[0], positions) and local.op.argument(5, "is_causal", False)):
         return local.call(tensors)
     rows = local.global_index(0, positions)
     keys = torch.arange(local.input_shapes[1][positions], device=local.device)
@@ -156,11 +155,11 @@ def _attention_with_dropout(local: LocalOp, tensors: Sequence[Tensor], around: A
     if key.shape[heads] != query.shape[heads]:
         repeats = query.shape[heads] // key.shape[heads]
         key, value = (tensor.repeat_interleave(repeats, heads) for tensor in (key, value))
-    scale = argument(local.op, 6, "scale", None) or query.shape[-1] ** -0.5
+    scale = local.op.argument(6, "scale", None) or query.shape[-1] ** -0.5
     scores = (query @ key.transpose(-1, -2)) * scale
     rows = local.global_index(0, positions)
     columns = torch.arange(key.shape[positions], device=local.device)
-    if argument(local.op, 5, "is_causal", False):
+    if local.op.argument(5, "is_causal", False):
         scores = scores.masked_fill(rows.unsqueeze(1) < columns.unsqueeze(0), -torch.inf)
     for mask in tensors[3:]:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
@@ -210,11 +209,11 @@ def _cross_entropy(local: LocalOp, tensors: Sequence[Tensor], around: Around) ->
     """Tokens may be cut (this rank's term of the mean over all that are not ignored, or over their classes' weights), and
     so may the vocabulary (see ``cross_entropy``)."""
     logits, target, *weights = tensors
-    reduction = argument(local.op, 3, "reduction", MEAN)
-    ignored = argument(local.op, 4, "ignore_index", -100)
+    reduction = local.op.argument(3, "reduction", MEAN)
+    ignored = local.op.argument(4, "ignore_index", -100)
     vocabulary = local.usage.axes_of(local.usage.rule.inputs[0][1]) if logits.dim() == 2 else ()
     tokens = local.usage.summed_axes()
-    smoothing = argument(local.op, 5, "label_smoothing", 0.0)
+    smoothing = local.op.argument(5, "label_smoothing", 0.0)
     if logits.dim() == 2 and not (weights and smoothing) and not target.is_floating_point():
         rows, mine = local.local_index(target.clamp(min=0), 0, 1)
         losses = token_losses(logits, rows, mine, smoothing, local.input_shapes[0][1], local.mesh, vocabulary)
@@ -240,8 +239,8 @@ def _cross_entropy(local: LocalOp, tensors: Sequence[Tensor], around: Around) ->
 def _nll_loss(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
     """This rank's term: of its tokens, and of targets that lie in its part of the classes."""
     logs, target = tensors[:2]
-    reduction = argument(local.op, 3, "reduction", MEAN)
-    ignored = argument(local.op, 4, "ignore_index", -100)
+    reduction = local.op.argument(3, "reduction", MEAN)
+    ignored = local.op.argument(4, "ignore_index", -100)
     if reduction == NONE or not local.usage.summed_axes():
         return local.call(tensors)
     if cuts_of(local.usage.inputs[0], 1):

@@ -44,7 +44,7 @@ class LocalOp:
 
     @property
     def name(self) -> str:
-        return self.op.target.split(".")[1]
+        return self.op.packet
 
     def local_output(self, at: int = 0) -> tuple[int, ...]:
         """The shape of the rank's part of output ``at``."""

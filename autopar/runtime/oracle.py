@@ -146,7 +146,7 @@ def _bounds(graph: Graph) -> list[int]:
     for start in graph.inputs:
         alike, found = {start}, []
         for op in graph.ops:
-            name = op.target.split(".")[1]
+            name = op.packet
             if alike.isdisjoint(op.inputs):
                 continue
             if name == "embedding" and op.inputs[1] in alike:

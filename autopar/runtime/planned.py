@@ -16,22 +16,13 @@ from autopar.runtime.layout import Cut, Placement, parse
 from autopar.runtime.program import StageParameter
 
 
-def carrying(graph: Graph) -> frozenset[int]:
-    """Values that depend on a parameter; all others every rank computes from the inputs by itself."""
-    found = {value.id for value in graph.values if value.kind == "parameter"}
-    for op in graph.ops:
-        if not found.isdisjoint(op.inputs):
-            found.update(op.outputs)
-    return frozenset(found)
-
-
 class PlannedBlocks:
     """A plan's blocks over a model's graph; ``carrying`` are the values that depend on a parameter, ``maker`` the stage
     that makes a value, ``readers`` those that read it, ``op_of`` the op that makes it."""
 
     def __init__(self, plan: Plan, graph: Graph, blocks: tuple[Block, ...]) -> None:
         self.plan, self.graph, self.blocks = plan, graph, blocks
-        self.carrying = carrying(graph)
+        self.carrying = graph.depending_on_parameters()
         self.programs = {program.id: program for program in plan.programs}
         self.first_of_kind: dict[int, Block] = {}
         for block in blocks:

@@ -27,9 +27,10 @@ import torch
 import torch.distributed as dist
 
 from autopar.cluster.cluster import Cluster
-from autopar.cluster.device import ITEMSIZE, REFERENCE_HEAD_DIM, AttentionTable, Device, MatmulTable
+from autopar.cluster.device import REFERENCE_HEAD_DIM, AttentionTable, Device, MatmulTable
 from autopar.cluster.load import PROFILE_NAME, cluster_names, load_cluster
 from autopar.cluster.source import Source
+from autopar.plan.dtypes import ITEMSIZE
 from autopar.plan.errors import UsageError
 from autopar.runtime.measure import (
     Stopwatch,

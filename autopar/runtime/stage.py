@@ -231,7 +231,7 @@ def gathering_again(block: int) -> AbstractContextManager[Any]:
 
 def _is_core(op: ProgramOp) -> bool:
     """Whether selective recomputation redoes the op: core attention."""
-    return "scaled_dot_product" in op.op.target
+    return op.op.is_attention
 
 
 def zero_shape(shape: tuple[int, ...], axes: Sequence[int], mesh: Mesh) -> tuple[int, ...]:

@@ -8,8 +8,8 @@ import msgspec
 from autopar.cluster.load import load_cluster
 from autopar.inter.estimate import estimate
 from autopar.judge.judge import judge
+from autopar.plan.dtypes import LONG_NAMES
 from autopar.plan.plan import Plan, StagePlan
-from autopar.runtime.apply import DTYPES
 from autopar.workload.workload import Workload
 from tests.distributed.once import known_graph, traced_once
 
@@ -17,7 +17,7 @@ from tests.distributed.once import known_graph, traced_once
 def rejudged(plan: Plan, workload: Workload) -> Plan:
     """The plan with the judge's list of its collectives."""
     cluster = load_cluster(plan.cluster.name)
-    model = known_graph(workload, dtype=DTYPES[plan.execution.dtype])
+    model = known_graph(workload, dtype=LONG_NAMES[plan.execution.dtype])
     collectives = judge(plan, model.graph, model.blocks, cluster).collectives
     return msgspec.structs.replace(plan, estimate=msgspec.structs.replace(plan.estimate, collectives=collectives))
 

@@ -9,7 +9,7 @@ from autopar.graph.blocks import cut_blocks, order_for_blocks
 from autopar.graph.ir import Block, Graph
 from autopar.graph.trace import trace
 from autopar.inter.estimate import estimate
-from autopar.intra.space import block_space, data_values
+from autopar.intra.space import block_space
 from autopar.plan.mesh import Axis
 from autopar.plan.plan import BlockProgram, BlockRef, OpPlan, ParameterPlan, Plan, recompute_summary
 from autopar.rules.atoms import Atom
@@ -56,7 +56,7 @@ def _count(sizes: Sequence[int]) -> int:
 def _program(
     draw: random.Random, graph: Graph, blocks: Sequence[Block], block: Block, sizes: Sequence[int], micro: int
 ) -> BlockProgram:
-    space = block_space(graph, block, data_values(graph))
+    space = block_space(graph, block, graph.parameter_free())
     planned: dict[int, OpPlan] = {}
     parameters: dict[int, ParameterPlan] = {}
     for node in space.ops:

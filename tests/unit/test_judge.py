@@ -18,13 +18,13 @@ from autopar.judge.ground import Case, Ground
 from autopar.judge.judge import differences, judge
 from autopar.judge.ops import price_op
 from autopar.judge.routes import Mesh, local_shape
+from autopar.plan.dtypes import LONG_NAMES
 from autopar.plan.errors import CheckError
 from autopar.plan.plan import BlockProgram, Execution, OpPlan, Plan, ValuePlan
 from autopar.workload import load_workload
 
 torch.set_num_threads(1)
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 MODELS = {
     "gpt": {"layers": 4, "hidden": 256, "heads": 4, "vocab": 512, "seq": 128},
     "llama": {"layers": 3, "hidden": 256, "heads": 8, "kv_heads": 2, "ffn": 512, "vocab": 1024, "seq": 256},
@@ -56,7 +56,7 @@ def graphs():
 
 
 def judged(graphs, name: str, made: Plan):
-    _, graph, blocks = graphs(name, DTYPES[made.execution.dtype])
+    _, graph, blocks = graphs(name, LONG_NAMES[made.execution.dtype])
     return judge(made, graph, blocks, load_cluster(made.cluster.name))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from autopar.graph.blocks import cut_blocks
 from autopar.graph.ir import frozen
 from autopar.graph.trace import Traced, trace
-from autopar.intra.space import block_space, data_values
+from autopar.intra.space import block_space
 from autopar.workload import Workload, load_workload
 from tests.unit.rule_oracle import WIDE, Case, call, check_option, ranks_to_try
 
@@ -104,7 +104,7 @@ def wrong_options(traced: Traced) -> tuple[list[str], set[str], int]:
     """What is wrong with each wrong option, the targets without a rule, and how many options were tried."""
     graph = traced.graph
     known = real_values(traced)
-    data = data_values(graph)
+    data = graph.parameter_free()
     faults, seen, unknown, tried, kinds = [], set(), set(), 0, set()
     for block in cut_blocks(graph):
         if block.kind in kinds:

@@ -18,7 +18,7 @@ from autopar.graph.blocks import cut_blocks
 from autopar.graph.profile import profile_graph
 from autopar.inter.estimate import LayoutPricer, model_graph
 from autopar.intra.again import Again, Kept
-from autopar.intra.space import block_space, data_values
+from autopar.intra.space import block_space
 from autopar.judge.judge import differences, judge
 from autopar.plan.layout import parse_layout
 from autopar.workload.load import load_workload
@@ -177,7 +177,7 @@ def test_what_a_layer_keeps_and_computes_again_is_what_torch_does(model_file: Pa
     blocks, profile = cut_blocks(graph), profile_graph(graph)
     kept = Kept.of(graph, profile, blocks, ExecutionModel(dtype="float32", selective="products"))
     layer = next(block for block in blocks if block.name == "layers.1")
-    again = Again.of(block_space(graph, layer, data_values(graph)), profile, whole=False, stay=kept.ops)
+    again = Again.of(block_space(graph, layer, graph.parameter_free()), profile, whole=False, stay=kept.ops)
     products = [op for op in graph.ops if op.id in again.ops and op.target.startswith("aten.linear")]
     assert [op.module.split(".")[-1] for op in products] == ["k", "o", "up"]
     assert three_products - two_products == 2 * 7 + len(products)
