@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from autopar.cluster.load import load_cluster as load_cluster
     from autopar.plan.errors import AutoparError as AutoparError
     from autopar.plan.errors import CheckError as CheckError
+    from autopar.plan.errors import CheckpointError as CheckpointError
     from autopar.plan.errors import InfeasibleError as InfeasibleError
     from autopar.plan.errors import LayoutError as LayoutError
     from autopar.plan.errors import ModelError as ModelError
@@ -35,6 +36,7 @@ else:
 _HOMES = {
     "AutoparError": "autopar.plan.errors",
     "CheckError": "autopar.plan.errors",
+    "CheckpointError": "autopar.plan.errors",
     "Cluster": "autopar.cluster.cluster",
     "Estimate": "autopar.plan.plan",
     "InfeasibleError": "autopar.plan.errors",

@@ -52,6 +52,15 @@ class PlanFileError(AutoparError):
     exit_code = 6
 
 
+class CheckpointError(AutoparError):
+    """A checkpoint that is damaged, refused or of another model (exit 6); where there is none, PlanFileError is raised.
+
+    Not a PlanFileError: who starts anew where there is no checkpoint must not do so, and save over it, where there is
+    one that cannot be read."""
+
+    exit_code = 6
+
+
 class CheckError(AutoparError):
     """A verification that failed (exit 7)."""
 

@@ -6,109 +6,51 @@ other's.
         .metadata, *.distcp   model.NAME, optimizer.NAME.KEY (fp32 masters and the optimizer's state)
         optimizer.json        settings of the optimizer's groups (learning rate ...)
         scale.json            the loss scale of an fp16 plan; another plan's checkpoint has none, and the scale starts anew
+        SHA256SUMS            hashes of the files above but *.distcp, which have CRCs (see ``checkpoint_files``)
 
-A rank's part of a tensor is a set of boxes; of replicas only the first writes. Nothing but tensors and JSON is stored.
+A rank's part of a tensor is a set of boxes; of replicas only the first writes. Nothing but tensors and JSON is stored,
+and nothing else is loaded: what else a checkpoint of another writer has is left alone, and never run.
 """
 
-import itertools
+import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
 
-from autopar.plan.errors import PlanFileError
+from autopar.plan.errors import AutoparError, CheckpointError, PlanFileError
 from autopar.plan.write import write_atomically
+from autopar.runtime.checkpoint_files import CheckedReader, check_sums, check_tensors, write_sums
+from autopar.runtime.checkpoint_metadata import METADATA, TensorIndex, read_metadata
+from autopar.runtime.checkpoint_parts import Part
 from autopar.runtime.parameters import StoredParameter, rest_held
+from autopar.runtime.scaling import LossScale
 from autopar.runtime.trainer import Trainer
 from autopar.runtime.transfer import Held
 
-Box = tuple[tuple[slice, ...], ChunkStorageMetadata]
+LATEST = "latest"
+States = Mapping[Tensor, Mapping[str, Any]]
+"""The optimizer's state: by master, then key."""
 
 
-class Part(Tensor):
-    """What a rank holds of a tensor of global ``shape``, for torch.distributed.checkpoint: a wrapper without data of
-    its own. ``writes``: whether this rank's replica is the one that is stored."""
-
-    local: Tensor
-    boxes: list[Box]
-    writes: bool
-
-    @staticmethod
-    def __new__(cls, local: Tensor, shape: Sequence[int], held: Held, writes: bool) -> "Part":
-        made: Part = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=local.dtype, device=local.device)
-        made.local, made.writes = local.detach(), writes
-        made.boxes = list(_boxes(held))
-        return made
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        if func is torch.ops.aten.detach.default:
-            return args[0]
-        raise NotImplementedError(f"{func} of a part of a checkpoint: use torch.distributed.checkpoint")
-
-    def __create_write_items__(self, fqn: str, part: Any) -> list[WriteItem]:
-        if not self.writes:
-            return []
-        properties = TensorProperties(dtype=self.local.dtype)
-        return [
-            WriteItem(
-                index=MetadataIndex(fqn, chunk.offsets),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.size()),
-            )
-            for _, chunk in self.boxes
-        ]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [chunk for _, chunk in self.boxes]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        for where, chunk in self.boxes:
-            if index.offset is None or chunk.offsets == index.offset:
-                return self.local[where] if where else self.local
-        raise ValueError(f"this rank holds no box of {index.fqn} at {index.offset}")
-
-
-def _boxes(held: Held) -> Iterator[Box]:
-    """The rectangles that the product of these indices consists of: where in the part, and where in the whole."""
-    runs = [list(_runs(index.tolist())) for index in held]
-    for chosen in itertools.product(*runs):
-        offsets = torch.Size([first for _, first, _ in chosen])
-        sizes = torch.Size([length for _, _, length in chosen])
-        yield (
-            tuple(slice(at, at + length) for at, _, length in chosen),
-            ChunkStorageMetadata(offsets=offsets, sizes=sizes),
-        )
-
-
-def _runs(indices: list[int]) -> Iterator[tuple[int, int, int]]:
-    """(position, first index, length) of each run of consecutive indices."""
-    start = 0
-    for at in range(1, len(indices) + 1):
-        if at == len(indices) or indices[at] != indices[at - 1] + 1:
-            yield start, indices[start], at - start
-            start = at
-
-
-def state_dict(trainer: Trainer) -> dict[str, Any]:
+def state_dict(trainer: Trainer, states: States | None = None) -> dict[str, Any]:
     """``model`` (by the model's names) and ``optimizer`` (by name, then key) as ``Part``s, for ``dcp.save`` and
-    ``load``."""
+    ``load``. ``states``: the optimizer's tensors by master, where they are not those of its own state."""
+    if states is None:
+        states = trainer.optimizer.state if trainer.optimizer is not None else {}
     model: dict[str, Part] = {}
     optimizer: dict[str, dict[str, Part]] = {}
     for parameter, held, writes in _stored(trainer):
@@ -116,7 +58,7 @@ def state_dict(trainer: Trainer) -> dict[str, Any]:
         if name in model:
             continue
         model[name] = Part(parameter.master, parameter.stored.shape, held, writes)
-        state = trainer.optimizer.state.get(parameter.master, {}) if trainer.optimizer is not None else {}
+        state = states.get(parameter.master, {})
         tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
         optimizer[name] = {key: _state_part(value, parameter, held, writes) for key, value in tensors.items()}
     for index, stage in trainer.stages.items():
@@ -169,9 +111,10 @@ def save(trainer: Trainer, folder: str | os.PathLike[str], step: int, *, keep: i
         write_atomically(temporary / "optimizer.json", json.dumps(_settings(trainer)).encode())
         if trainer.scale is not None:
             write_atomically(temporary / "scale.json", json.dumps(trainer.scale.state()).encode())
+        write_sums(temporary)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
-        write_atomically(root / "latest", final.name.encode())
+        write_atomically(root / LATEST, final.name.encode())
         steps = sorted(int(path.name.removeprefix("step-")) for path in root.glob("step-*"))
         for old in [number for number in steps if number != step][: max(0, len(steps) - keep)]:
             shutil.rmtree(root / f"step-{old}", ignore_errors=True)
@@ -179,62 +122,200 @@ def save(trainer: Trainer, folder: str | os.PathLike[str], step: int, *, keep: i
     return final
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Opened:
+    """A checkpoint that was checked. ``states`` is room for the optimizer's state; ``settings`` and ``scale`` are None
+    where it has none; ``digest`` is the same on ranks that see the same checkpoint."""
+
+    path: Path
+    reader: CheckedReader
+    states: dict[Tensor, dict[str, Tensor]]
+    settings: list[dict[str, Any]] | None
+    scale: LossScale | None
+    digest: str
+
+
 def load(trainer: Trainer, folder: str | os.PathLike[str]) -> int:
-    """Read the newest checkpoint, of any plan; collective. Returns its step; PlanFileError where there is none."""
-    root = Path(folder)
+    """Read the newest checkpoint, of any plan; collective. Returns its step.
+
+    PlanFileError where there is none; CheckpointError where it is damaged, of another model, or names classes that the
+    metadata of torch.distributed.checkpoint does not have. Nothing that it contains is run. All ranks raise alike, and
+    the trainer is as before: everything is checked first, of the tensors a share by each rank. Only where a file is
+    lost or changes after that, parameters and optimizer may be half loaded, and the error says so.
+
+    It may be written by torch.distributed.checkpoint itself, under these names. Without ``optimizer.json`` the
+    optimizer keeps its settings."""
+    opened = _opened_by_all(lambda: _open(trainer, Path(folder)))
     try:
-        path = root / (root / "latest").read_text().strip()
-    except OSError as error:
-        raise PlanFileError(f"no checkpoint in {root}: {error.strerror}") from None
-    reader = FileSystemReader(path)
-    found = reader.read_metadata().state_dict_metadata
+        read_tensors(state_dict(trainer, opened.states), storage_reader=opened.reader)
+    except CheckpointException as error:
+        rank, (failure, _) = next(iter(error.failures.items()))
+        raise CheckpointError(
+            f"cannot load {opened.path}: rank {rank} cannot read what was whole a moment ago ({str(failure)[:200]}); "
+            "parameters and optimizer are half loaded: load a checkpoint before the next step"
+        ) from None
     if trainer.optimizer is not None:
-        _make_state(
-            trainer,
-            {
-                name: (tuple(meta.size), meta.properties.dtype)
-                for name, meta in found.items()
-                if name.startswith("optimizer.") and isinstance(meta, TensorStorageMetadata)
-            },
-        )
-    read_tensors(state_dict(trainer), storage_reader=reader)
-    if trainer.optimizer is not None:
-        settings = json.loads((path / "optimizer.json").read_bytes())
-        if len(settings) == len(trainer.optimizer.param_groups):
-            for group, given in zip(trainer.optimizer.param_groups, settings, strict=True):
+        for master, tensors in opened.states.items():
+            state = trainer.optimizer.state[master]
+            for key in [key for key, value in state.items() if isinstance(value, Tensor)]:
+                del state[key]
+            state.update(tensors)
+        if opened.settings is not None and len(opened.settings) == len(trainer.optimizer.param_groups):
+            for group, given in zip(trainer.optimizer.param_groups, opened.settings, strict=True):
                 group.update(given)
-    if trainer.scale is not None and (path / "scale.json").is_file():
-        trainer.scale.restore(json.loads((path / "scale.json").read_bytes()))
+    if trainer.scale is not None and opened.scale is not None:
+        trainer.scale = opened.scale
     for stage in trainer.stages.values():
         stage.parameters.gather()
-    trainer.num_steps = int(path.name.removeprefix("step-"))
+    trainer.num_steps = int(opened.path.name.removeprefix("step-"))
     return trainer.num_steps
 
 
-def _make_state(trainer: Trainer, stored: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
-    """Room for the optimizer's state that a checkpoint holds."""
-    assert trainer.optimizer is not None
+def _opened_by_all(work: Callable[[], _Opened]) -> _Opened:
+    """What ``work`` returns; where it fails on any rank, or ranks see different checkpoints, an error on every rank."""
+    opened, error = None, None
+    try:
+        opened = work()
+    except Exception as raised:  # whatever it is: the other ranks wait for this one
+        error = raised
+    found: list[Any] = [None] * dist.get_world_size()
+    reason = str(error) if isinstance(error, AutoparError) else f"{type(error).__name__}: {error}"
+    dist.all_gather_object(found, (opened and opened.digest, reason, isinstance(error, PlanFileError)))
+    failed = {rank: (none, reason) for rank, (digest, reason, none) in enumerate(found) if digest is None}
+    if error is not None and not isinstance(error, AutoparError):
+        raise error
+    if len(failed) == len(found) and all(none for none, _ in failed.values()):
+        raise PlanFileError(reason)
+    if failed:
+        rank = min(failed, key=lambda rank: failed[rank][0])  # a rank that finds something wrong, rather than nothing
+        alike = len(failed) == len(found) and len(set(failed.values())) == 1
+        raise CheckpointError(failed[rank][1] if alike else f"rank {rank}: {failed[rank][1]}")
+    seen = {digest: rank for rank, (digest, *_) in enumerate(found)}
+    if len(seen) > 1:
+        sights = ", ".join(f"rank {rank} sees {digest}" for digest, rank in list(seen.items())[:8])
+        raise CheckpointError(f"the ranks see different checkpoints: {sights}; give all of them one folder")
+    assert opened is not None
+    return opened
+
+
+def _open(trainer: Trainer, root: Path) -> _Opened:
+    """Check the newest checkpoint: all but its tensors, and of these this rank's share. Changes nothing."""
+    path = root / _latest(root)
+    try:
+        index = read_metadata(path)
+        check_sums(path)
+        states = _room(trainer, index)
+        _check_fit(state_dict(trainer, states), index)
+        reader = CheckedReader(path, index)
+        names = [name for name in index.tensors if name.startswith(("model.", "optimizer."))]
+        check_tensors(reader, names, rank=dist.get_rank(), num_ranks=dist.get_world_size())
+        return _Opened(
+            path=path,
+            reader=reader,
+            states=states,
+            settings=_read_settings(path),
+            scale=_read_scale(path) if trainer.scale is not None else None,
+            digest=f"{path.name} ({hashlib.sha256((path / METADATA).read_bytes()).hexdigest()[:12]})",
+        )
+    except CheckpointError as error:
+        others = ", ".join(sorted(other.name for other in root.glob("step-*") if other != path))
+        way_out = f"to load another, write its name to {root / LATEST}: {others}" if others else "there is no other"
+        raise CheckpointError(f"cannot load {path}: {error}; nothing was loaded; {way_out}") from None
+
+
+def _latest(root: Path) -> str:
+    """The name of the newest checkpoint."""
+    try:
+        name = (root / LATEST).read_text().strip()
+    except FileNotFoundError as error:
+        raise PlanFileError(f"no checkpoint in {root}: {error.strerror}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read {root / LATEST}: {error}") from None
+    if not re.fullmatch(r"step-[0-9]{1,18}", name):
+        raise CheckpointError(f"{root / LATEST} has {name[:80]!r}, not the name of a checkpoint such as step-12")
+    return name
+
+
+def _room(trainer: Trainer, index: TensorIndex) -> dict[Tensor, dict[str, Tensor]]:
+    """Tensors for the optimizer's state that a checkpoint holds: the optimizer's own where they have the shape."""
+    if trainer.optimizer is None:
+        return {}
+    stored: dict[str, dict[str, TensorStorageMetadata]] = {}
+    for name, tensor in index.tensors.items():
+        prefix, _, key = name.rpartition(".")
+        stored.setdefault(prefix, {})[key] = tensor
+    states: dict[Tensor, dict[str, Tensor]] = {}
     for parameter in trainer.trained():
-        prefix = f"optimizer.{parameter.names[0]}."
-        state = trainer.optimizer.state[parameter.master]
-        for name, (size, dtype) in stored.items():
-            key = name.removeprefix(prefix)
-            if not name.startswith(prefix) or "." in key:
-                continue
-            shape = parameter.master.shape if size == parameter.stored.shape and size else size
-            device = parameter.master.device if shape == parameter.master.shape and size else torch.device("cpu")
-            state[key] = torch.zeros(shape, dtype=dtype, device=device)
+        master, known = parameter.master, trainer.optimizer.state.get(parameter.master, {})
+        states[master] = {}
+        for key, tensor in stored.get(f"optimizer.{parameter.names[0]}", {}).items():
+            whole = not tensor.size or tensor.size != parameter.stored.shape
+            shape, device = (tensor.size, torch.device("cpu")) if whole else (master.shape, master.device)
+            own, dtype = known.get(key), tensor.properties.dtype
+            fits = isinstance(own, Tensor) and own.shape == shape and own.dtype == dtype
+            states[master][key] = own if fits else torch.zeros(shape, dtype=dtype, device=device)
+    return states
+
+
+def _check_fit(parts: Mapping[str, Any], index: TensorIndex) -> None:
+    """CheckpointError where a part's tensor is not stored in its shape."""
+    optimizer = {f"{name}.{key}": part for name, state in parts["optimizer"].items() for key, part in state.items()}
+    wanted = {
+        **{f"model.{name}": part for name, part in parts["model"].items()},
+        **{f"optimizer.{name}": part for name, part in optimizer.items()},
+    }
+    faults = []
+    for name, part in wanted.items():
+        tensor = index.tensors.get(name)
+        if tensor is None:
+            faults.append(f"it has no tensor {name}")
+        elif tensor.size != part.shape:
+            faults.append(f"its {name} has shape {tuple(tensor.size)}, not {tuple(part.shape)}")
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise CheckpointError(f"it is of another model: {', '.join(faults[:3])}{more}")
+
+
+def _read_json(path: Path) -> Any:
+    """None where there is no such file."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path.name} cannot be read: {error}") from None
+
+
+def _read_settings(path: Path) -> list[dict[str, Any]] | None:
+    groups = _read_json(path / "optimizer.json")
+    if groups is None:
+        return None
+    if (
+        not isinstance(groups, list)
+        or not all(isinstance(group, dict) for group in groups)
+        or not all(_is_setting(key, value) for group in groups for key, value in group.items())
+    ):
+        raise CheckpointError("optimizer.json is damaged: it is no list of an optimizer's settings")
+    return groups
+
+
+def _read_scale(path: Path) -> LossScale | None:
+    state = _read_json(path / "scale.json")
+    scale = LossScale()
+    try:
+        if state is not None:
+            scale.restore(state)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"scale.json is damaged: {error}") from None
+    return scale if state is not None else None
 
 
 def _settings(trainer: Trainer) -> list[dict[str, Any]]:
     """Plain settings of the optimizer's groups."""
     groups = trainer.optimizer.param_groups if trainer.optimizer is not None else []
-    plain = (bool, int, float, str, type(None))
-    return [
-        {key: value for key, value in group.items() if isinstance(value, plain) or _is_numbers(value)}
-        for group in groups
-    ]
+    return [{key: value for key, value in group.items() if _is_setting(key, value)} for group in groups]
 
 
-def _is_numbers(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and all(isinstance(each, (int, float)) for each in value)
+def _is_setting(key: str, value: Any) -> bool:
+    numbers = isinstance(value, (tuple, list)) and all(isinstance(each, (int, float)) for each in value)
+    return key != "params" and (numbers or isinstance(value, (bool, int, float, str, type(None))))

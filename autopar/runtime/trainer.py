@@ -81,7 +81,8 @@ class Trainer:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds, for ``torch.distributed.checkpoint.save``: see ``checkpoint.state_dict``."""
+        """What a checkpoint holds, for ``torch.distributed.checkpoint.save``: see ``checkpoint.state_dict``. Its
+        ``load`` runs what a checkpoint says, and does not look for damage; ``load`` of the trainer runs nothing."""
         return import_module("autopar.runtime.checkpoint").state_dict(self)
 
     def save(self, folder: str, step: int, *, keep: int = 2) -> None:
@@ -89,7 +90,8 @@ class Trainer:
         import_module("autopar.runtime.checkpoint").save(self, folder, step, keep=keep)
 
     def load(self, folder: str) -> int:
-        """Go on from the newest checkpoint; returns its step. PlanFileError where there is none. Collective."""
+        """Go on from the newest checkpoint; returns its step. Collective. PlanFileError where there is none;
+        CheckpointError, with the trainer as it was, where it is damaged, of another model, or might run something."""
         step: int = import_module("autopar.runtime.checkpoint").load(self, folder)
         return step
 

@@ -89,7 +89,7 @@ def verify(
             spawn(_work, args=work, nprocs=twin.gpus, join=True)
         except (ProcessRaisedException, ProcessExitedException) as error:
             raise _failure(Path(folder), error) from None
-        found = [torch.load(Path(folder) / f"rank{rank}.pt", weights_only=False) for rank in range(twin.gpus)]
+        found = [torch.load(Path(folder) / f"rank{rank}.pt") for rank in range(twin.gpus)]
     ran = of_all_ranks([part["collectives"] for part in found], twin)
     collectives, uncompared = _listed(plan, twin, bool(changes), relist)
     return Report(

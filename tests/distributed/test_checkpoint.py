@@ -5,6 +5,10 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import save as torch_save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from autopar.plan.plan import Plan
 from autopar.runtime.checkpoint import Part, load, save
@@ -79,6 +83,35 @@ def test_plan_to_plan(pool: Pool, seeds: tuple[int, int], tmp_path: Path) -> Non
 @pytest.mark.parametrize("seeds", _pairs(10, 12))
 def test_plans_to_plans(pool: Pool, seeds: tuple[int, int], tmp_path: Path) -> None:
     check_pair(pool, seeds, tmp_path)
+
+
+def save_by_torch(folder: str) -> None:
+    """What a trainer under FSDP2 saves with torch.distributed.checkpoint: shards, and objects of its own."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = fully_shard(parity.real_model(random_workload(SEED), SEED), mesh=mesh)
+    weights = model.state_dict()
+    states = {
+        name: {"exp_avg": weight + 1, "exp_avg_sq": weight * weight, "step": torch.tensor(7.0)}
+        for name, weight in weights.items()
+    }
+    objects = {"epoch": 3, "sampler": {"seeds": [1, 2]}, "group": [{"lr": 0.5, "betas": (0.9, 0.95)}]}
+    torch_save({"model": weights, "optimizer": states, **objects}, checkpoint_id=Path(folder) / "step-7")
+    if dist.get_rank() == 0:
+        (Path(folder) / "latest").write_text("step-7")
+
+
+def test_torch_to_plan(pool: Pool, tmp_path: Path) -> None:
+    """A checkpoint that torch wrote, of FSDP2's shards, goes through a plan's parts bit for bit."""
+    plan = random_plan(random_workload(SEED), 3)
+    first, second = str(tmp_path / "torch"), str(tmp_path / "plan")
+    pool.run(3, save_by_torch, first)
+    steps = pool.run(plan.gpus, load_and_save, msgspec.json.encode(plan), first, second)
+    assert set(steps) == {7}
+    one, two = read_whole(first), read_whole(second)
+    assert any(name.endswith("exp_avg_sq") for name in two)
+    assert {name for name in two if name.startswith("model.")} == {name for name in one if name.startswith("model.")}
+    for name, tensor in two.items():
+        assert torch.equal(tensor, one[name]), name
 
 
 def test_part_boxes() -> None:

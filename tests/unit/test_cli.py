@@ -18,6 +18,7 @@ from autopar.plan.comparison import Comparison
 from autopar.plan.errors import (
     AutoparError,
     CheckError,
+    CheckpointError,
     InfeasibleError,
     LayoutError,
     ModelError,
@@ -292,6 +293,7 @@ def test_usage_errors(
         (InfeasibleError("needs 5.2 GiB"), 4),
         (TimeLimitError("t"), 5),
         (PlanFileError("f"), 6),
+        (CheckpointError("k"), 6),
         (CheckError("c"), 7),
         (KeyboardInterrupt(), 130),
         (click.Abort(), 130),

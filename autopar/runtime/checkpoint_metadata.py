@@ -1,0 +1,172 @@
+"""Reads ``.metadata``, the index of a torch.distributed.checkpoint, without running anything.
+
+The file is a pickle of torch's ``Metadata``, and torch's reader makes whatever objects a pickle asks for. Here it is
+read as data (``pickled_data``), in which only torch's classes for metadata may be named, and the index is made from that
+data, field by field: each tensor's dtype and shape, the boxes it is stored in, and the bytes of a file for each box.
+
+What is stored as a Python object, such as a step count or an optimizer's settings, is a pickle too; it is left out.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo  # private; tried on torch 2.13.0
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from autopar.plan.errors import CheckpointError
+from autopar.runtime.pickled_data import Global, Instance, NotAllowedError, read_data
+
+METADATA = ".metadata"
+_INDEX, _FILES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
+_OLD = "torch.distributed._shard.sharded_tensor.metadata"  # where torch had TensorProperties before 2.3
+_PROPERTIES = (f"{_INDEX}.TensorProperties", f"{_OLD}.TensorProperties")
+_DTYPES = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+
+ALLOWED = frozenset(
+    {
+        *_PROPERTIES,
+        *_DTYPES,
+        f"{_INDEX}.Metadata",
+        f"{_INDEX}.TensorStorageMetadata",
+        f"{_INDEX}.BytesStorageMetadata",
+        f"{_INDEX}.ChunkStorageMetadata",
+        f"{_INDEX}.MetadataIndex",
+        f"{_INDEX}.StorageMeta",
+        f"{_INDEX}._MEM_FORMAT_ENCODING",
+        f"{_OLD}.MEM_FORMAT_ENCODING",
+        f"{_FILES}._StorageInfo",
+        "torch.Size",
+        "torch.serialization._get_layout",
+        "pathlib.PosixPath",  # the folder that it was saved to; Python 3.13 has it in pathlib._local
+        "pathlib.WindowsPath",
+        "pathlib._local.PosixPath",
+        "pathlib._local.WindowsPath",
+    }
+)
+"""All that the pickle of a ``Metadata`` consists of, as torch's planners and file systems write it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorIndex:
+    """The tensors of a checkpoint by name, and where each of their boxes is, by name and offset."""
+
+    tensors: Mapping[str, TensorStorageMetadata]
+    places: Mapping[MetadataIndex, _StorageInfo]
+
+
+def read_metadata(folder: Path) -> TensorIndex:
+    """The index of the tensors in a folder that torch.distributed.checkpoint wrote; CheckpointError where the file
+    cannot be read, is damaged, or names a class or function that no such file has."""
+    try:
+        return metadata_of((folder / METADATA).read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{METADATA} cannot be read: {error.strerror or error}") from None
+
+
+def metadata_of(content: bytes) -> TensorIndex:
+    """The index in the bytes of a ``.metadata``. In it are only tensors, each wholly in boxes inside its shape, each box
+    in a file of the same folder. Raises CheckpointError."""
+    try:
+        fields = _state(read_data(content, ALLOWED), f"{_INDEX}.Metadata")
+        stored = {name: _tensor(given) for name, given in _tensors(fields["state_dict_metadata"])}
+        places = dict(_place(index, info) for index, info in fields["storage_data"].items())
+        _check_boxes(stored, places)
+        for path in {PurePosixPath(place.relative_path) for place in places.values()}:
+            if path.is_absolute() or ".." in path.parts:
+                raise ValueError("a tensor is in a file outside its folder")
+    except NotAllowedError as error:
+        raise CheckpointError(
+            f"{METADATA} names {error.name}, which is not part of the metadata of torch.distributed.checkpoint: it is "
+            "damaged, or made to run something; nothing of it was run"
+        ) from None
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{METADATA} is damaged, or not of torch.distributed.checkpoint: {error}") from None
+    return TensorIndex(tensors=stored, places=places)
+
+
+def _state(given: Any, *names: str) -> dict[str, Any]:
+    """The fields of an object of one of these classes."""
+    if not isinstance(given, Instance) or given.name not in names or not isinstance(given.state, dict):
+        raise ValueError(f"no {names[0].rpartition('.')[2]} where one is due")
+    return given.state
+
+
+def _tensors(stored: dict[Any, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names and fields of those that are tensors."""
+    for name, given in stored.items():
+        if not isinstance(name, str):
+            raise ValueError("an entry without a name")
+        if not isinstance(given, Instance) or given.name != f"{_INDEX}.BytesStorageMetadata":
+            yield name, _state(given, f"{_INDEX}.TensorStorageMetadata")
+
+
+def _tensor(fields: dict[str, Any]) -> TensorStorageMetadata:
+    properties = fields["properties"]
+    if not isinstance(properties, Instance) or properties.name not in _PROPERTIES:
+        raise ValueError("a tensor without properties")
+    dtype = properties.state[0]  # the others are deprecated: layout, requires_grad, memory format, pinned
+    if not isinstance(dtype, Global):
+        raise ValueError("a tensor without a dtype")
+    boxes = [_state(box, f"{_INDEX}.ChunkStorageMetadata") for box in fields["chunks"]]
+    return TensorStorageMetadata(
+        properties=TensorProperties(dtype=_DTYPES[dtype.name]),
+        size=_size(fields["size"]),
+        chunks=[ChunkStorageMetadata(offsets=_size(box["offsets"]), sizes=_size(box["sizes"])) for box in boxes],
+    )
+
+
+def _size(given: Any) -> torch.Size:
+    if not isinstance(given, Instance) or given.name != "torch.Size":
+        raise ValueError("no torch.Size where one is due")
+    size = torch.Size(*given.arguments)
+    if size and not 0 <= min(size) <= max(size) < 2**63:
+        raise ValueError("a size beyond what a file holds")
+    return size
+
+
+def _number(given: Any) -> int:
+    if not isinstance(given, int) or not 0 <= given < 2**63:
+        raise ValueError("no number of bytes where one is due")
+    return given
+
+
+def _place(index: Any, info: Any) -> tuple[MetadataIndex, _StorageInfo]:
+    """Where an entry is stored; its file is one of the checkpoint's folder."""
+    key, value = _state(index, f"{_INDEX}.MetadataIndex"), _state(info, f"{_FILES}._StorageInfo")
+    path, transforms = value["relative_path"], value.get("transform_descriptors")
+    if (
+        not isinstance(path, str)
+        or not isinstance(key["fqn"], str)
+        or not all(isinstance(each, str) for each in transforms or ())
+    ):
+        raise ValueError("a file of no entry")
+    offset = key.get("offset")
+    return (
+        MetadataIndex(key["fqn"], None if offset is None else _size(offset)),
+        _StorageInfo(path, _number(value["offset"]), _number(value["length"]), transforms),
+    )
+
+
+def _check_boxes(stored: dict[str, TensorStorageMetadata], places: dict[MetadataIndex, _StorageInfo]) -> None:
+    """The boxes of each tensor are in it, fill it, and are stored. torch reads a tensor that lacks one without a word,
+    and leaves what it does not find as it was."""
+    for name, tensor in stored.items():
+        boxes = [box for box in tensor.chunks if math.prod(box.sizes)]  # ranks with no rows of it all have one alike
+        for box in boxes:
+            ends = zip(box.offsets, box.sizes, tensor.size, strict=True)
+            if any(offset + size > whole for offset, size, whole in ends):
+                raise ValueError(f"a box of {name} reaches beyond it")
+            if MetadataIndex(name, box.offsets) not in places:
+                raise ValueError(f"a box of {name} is in no file")
+        filled = sum(math.prod(box.sizes) for box in boxes)
+        if filled != math.prod(tensor.size) or len({box.offsets for box in boxes}) != len(boxes):
+            raise ValueError(f"the boxes of {name} do not fill it")
