@@ -60,14 +60,14 @@ class Assignment(click.ParamType):  # type: ignore[type-arg]
 
 
 class Pin(click.ParamType):  # type: ignore[type-arg]
-    """``GLOB=PLACEMENTS``: names of parameters, and one placement token per mesh axis."""
+    """``GLOB=PLACEMENTS``: names of parameters, and one placement per mesh axis."""
 
     name = "glob=placements"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
         if isinstance(value, tuple):
             return value
-        from autopar.plan.mesh import parse_placements
+        from autopar.plan.placement import parse_placements
 
         glob, equals, placements = str(value).rpartition("=")
         if not equals or not glob or not placements:

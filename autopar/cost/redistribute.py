@@ -1,12 +1,12 @@
-"""Seconds to bring a tensor from one placement to another inside a mesh, as the cheapest sequence of collectives.
+"""Seconds to redistribute a tensor inside a mesh, as the cheapest sequence of collectives.
 
-A placement is a token per mesh axis: "R", "P" or an Atom. One step changes one axis, or several axes at once with one
-flattened collective; bytes are what a rank holds before it, after it for a gather:
+A tensor has a placement per mesh axis. One step changes one axis, or several axes at once with one flattened
+collective; bytes are what a rank stores before it, after it for a gather:
 
     P -> R  all_reduce          P -> S  reduce_scatter          S -> R  all_gather          S -> S'  all_to_all
     R -> S  a local slice, free                                 nothing becomes P
 
-Axes are cut outermost first, so where two axes share an atom only the innermost of them may leave or join it. The
+Dims are sharded outermost axis first, so where two axes shard one, only the innermost of them may stop or start. The
 cheapest sequence is a shortest path over all placements (Floyd-Warshall, for several tensors at once).
 """
 
@@ -17,10 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.cluster.cluster import Cluster, Group
-from autopar.rules.atoms import Atom
+from autopar.plan.placement import PARTIAL, REPLICATE, Placement, Placements, Shard
 
 Floats = NDArray[np.float64]
-Placement = tuple[Atom | str, ...]
 
 
 class MeshLinks:
@@ -44,9 +43,9 @@ class MeshLinks:
         return np.asarray(self.cluster.collective_s(kind, num_bytes, self._groups[axes]), float)
 
 
-def redistribute_s(links: MeshLinks, placements: Sequence[Placement], local_bytes: Floats) -> Floats:
-    """Seconds between every two placements: (tensors, from, to); inf where there is no way (only "P" cannot be reached
-    from others). ``local_bytes`` (tensors, placements) is what the fullest rank holds."""
+def redistribute_s(links: MeshLinks, placements: Sequence[Placements], local_bytes: Floats) -> Floats:
+    """Seconds between every two of ``placements``: (tensors, from, to); inf where there is no path (only ``PARTIAL``
+    cannot be reached from others). ``local_bytes`` (tensors, placements) is what the rank that stores most stores."""
     count = len(placements)
     costs = np.full((len(local_bytes), count, count), np.inf)
     costs[:, np.arange(count), np.arange(count)] = 0.0
@@ -55,10 +54,10 @@ def redistribute_s(links: MeshLinks, placements: Sequence[Placement], local_byte
     for (axes, _), source in itertools.product(links._groups.items(), placements):
         for target, kind in _steps(source, axes, placements, len(links.sizes)):
             if target in position:
-                held = local_bytes[:, position[target if kind == "all_gather" else source]]
-                key = (kind, axes, held.tobytes())
+                sizes = local_bytes[:, position[target if kind == "all_gather" else source]]
+                key = (kind, axes, sizes.tobytes())
                 if key not in known:
-                    known[key] = np.zeros_like(held) if kind == "slice" else links.collective_s(kind, held, axes)
+                    known[key] = np.zeros_like(sizes) if kind == "slice" else links.collective_s(kind, sizes, axes)
                 at = (slice(None), position[source], position[target])
                 costs[at] = np.minimum(costs[at], known[key])
     for via in range(count):
@@ -67,35 +66,34 @@ def redistribute_s(links: MeshLinks, placements: Sequence[Placement], local_byte
 
 
 def _steps(
-    source: Placement, axes: tuple[int, ...], placements: Sequence[Placement], num_axes: int
-) -> list[tuple[Placement, str]]:
-    """Placements one collective over ``axes`` reaches, and its kind; all moving axes must hold the same token."""
-    token = source[axes[0]]
-    if any(source[axis] != token for axis in axes) or not _innermost(source, token, axes, num_axes):
+    source: Placements, axes: tuple[int, ...], placements: Sequence[Placements], num_axes: int
+) -> list[tuple[Placements, str]]:
+    """Placements one collective over ``axes`` reaches, and its kind; the axes change alike, from and to one
+    placement."""
+    old = source[axes[0]]
+    if any(source[axis] != old for axis in axes) or not _is_innermost(source, old, axes, num_axes):
         return []
     found = []
-    targets: dict[Atom | str, None] = dict.fromkeys(placement[axes[0]] for placement in placements)
-    for target in targets:
-        if target == token or target == "P":
+    for new in dict.fromkeys(each[axes[0]] for each in placements):
+        if new in (old, PARTIAL):
             continue
-        result = tuple(target if axis in axes else source[axis] for axis in range(num_axes))
-        if not _innermost(result, target, axes, num_axes):
+        target = tuple(new if axis in axes else source[axis] for axis in range(num_axes))
+        if not _is_innermost(target, new, axes, num_axes):
             continue
-        if token == "P":
-            kind = "all_reduce" if target == "R" else "reduce_scatter"
-        elif token == "R":
+        if old == PARTIAL:
+            kind = "all_reduce" if new == REPLICATE else "reduce_scatter"
+        elif old == REPLICATE:
             kind = "slice"
         else:
-            kind = "all_gather" if target == "R" else "all_to_all"
-        found.append((result, kind))
+            kind = "all_gather" if new == REPLICATE else "all_to_all"
+        found.append((target, kind))
     return found
 
 
-def _innermost(placement: Placement, token: Atom | str, axes: tuple[int, ...], num_axes: int) -> bool:
-    """Whether no axis inside the moving ones, and none between them, shards the same dim."""
-    if isinstance(token, str):
+def _is_innermost(placements: Placements, changing: Placement, axes: tuple[int, ...], num_axes: int) -> bool:
+    """Whether no axis inside those that are ``changing``, and none between them, shards the same dim."""
+    if not isinstance(changing, Shard):
         return True
     return not any(
-        axis not in axes and axis > axes[0] and isinstance(other := placement[axis], Atom) and other.dim == token.dim
-        for axis in range(num_axes)
+        axis not in axes and axis > axes[0] and placements[axis].shard_dim == changing.dim for axis in range(num_axes)
     )

@@ -37,8 +37,7 @@ from autopar.plan.plan import (
     recompute_summary,
 )
 from autopar.plan.simulate import StageTimes, simulate
-from autopar.rules.atoms import Atom
-from autopar.rules.options import Token
+from autopar.rules.placement_pair import PlacementPair
 from autopar.workload.workload import Workload
 
 
@@ -263,15 +262,15 @@ def _axes(book: StageBook, mesh: Mesh, uses: list[Use]) -> tuple[Axis, ...]:
     return (Axis(name="dp", size=mesh.data), Axis(name="dp_inner" if name == "dp" else name, size=mesh.inner[0]))
 
 
-def _axis_name(book: StageBook, inputs: Sequence[int], tokens: Sequence[Token]) -> str:
+def _axis_name(book: StageBook, inputs: Sequence[int], pairs: Sequence[PlacementPair]) -> str:
     """What an op that reads ``inputs`` so uses the axis for."""
     graph = book.blocks.graph
-    tensors = [(graph.values[value], token) for value, token in zip(inputs, tokens, strict=True)]
-    for value, token in tensors:
-        if value.kind == "parameter" and isinstance(token, Atom):
-            return "ep" if len(value.shape) == 3 and token.dim == 0 else "tp"
-    first = next((token for value, token in tensors if value.kind != "parameter"), "R")
-    if not isinstance(first, Atom):
+    tensors = [(graph.values[value], pair.atom) for value, pair in zip(inputs, pairs, strict=True)]
+    for value, atom in tensors:
+        if value.kind == "parameter" and atom is not None:
+            return "ep" if len(value.shape) == 3 and atom.dim == 0 else "tp"
+    first = next((atom for value, atom in tensors if value.kind != "parameter"), None)
+    if first is None:
         return "tp"
     if graph.batch.grows(first.size):
         return "dp"

@@ -133,22 +133,22 @@ def _allowed(graph: Graph, streams: frozenset[tuple[int, ...]], names: tuple[str
     }
 
     def by_sequence(node: OpNode, option: Option) -> bool:
-        """Whether it cuts an activation along the sequence: dim 1, dim 2 behind heads, or tokens merged with the
+        """Whether it shards an activation along the sequence: dim 1, dim 2 behind heads, or tokens merged with the
         batch."""
         tensors = zip((*node.op.inputs, *node.op.outputs), (*option.inputs, *option.outputs), strict=True)
         return any(
-            isinstance(token, Atom)
-            and token.size in sequences
+            (atom := pair.atom) is not None
+            and atom.size in sequences
             and graph.values[value].kind != "parameter"
-            and not graph.batch.grows(token.size)
-            and (token.dim == 1 or token.repeats > 1 or (token.dim == 2 and len(graph.values[value].shape) == 4))
-            for value, token in tensors
+            and not graph.batch.grows(atom.size)
+            and (atom.dim == 1 or atom.split_factor > 1 or (atom.dim == 2 and len(graph.values[value].shape) == 4))
+            for value, pair in tensors
         )
 
     def weight_atoms(node: OpNode, option: Option) -> list[tuple[Atom, int]]:
-        """(atom, rank) of the weights that it cuts."""
+        """(atom, rank) of the weights that it shards."""
         shapes = [(i, len(graph.values[node.op.inputs[i]].shape)) for i in node.parameters]
-        return [(atom, rank) for i, rank in shapes if rank > 1 and isinstance(atom := option.inputs[i], Atom)]
+        return [(atom, rank) for i, rank in shapes if rank > 1 and (atom := option.inputs[i].atom) is not None]
 
     def is_table(node: OpNode) -> bool:
         return node.op.target.startswith("aten.embedding") and bool(node.parameters)

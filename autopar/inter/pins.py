@@ -16,7 +16,7 @@ from autopar.intra.space import OpNode
 from autopar.intra.strategies import Allowed
 from autopar.plan.errors import UsageError
 from autopar.plan.pin import Pin, meets, parse_pin
-from autopar.rules.atoms import Atom
+from autopar.plan.placement import REPLICATE, Shard
 from autopar.rules.options import Option
 
 NUM_SUGGESTED = 3
@@ -40,20 +40,20 @@ class BlockPins:
             _check_kinds(pin, named, blocks, names)
             for value in named:
                 other = self._by_value.setdefault(value, pin)
-                if other.tokens != pin.tokens:
+                if other.placements != pin.placements:
                     raise UsageError(f"--pin {other} and --pin {pin} both name {names[value][0]}; give one of them")
 
     def allowed(self, has_data_axis: bool, base: Allowed | None = None) -> Allowed:
-        """Which options of an op on an inner axis the pins leave, of those that ``base`` leaves. The tokens of a mesh
-        that names its data axis begin with that axis."""
+        """Which options of an op on an inner axis the pins leave, of those that ``base`` leaves. The placements of a
+        mesh that names its data axis begin with that axis."""
 
         def allows(axis: int, node: OpNode, option: Option) -> bool:
             for position in node.parameters:
                 pin = self._by_value.get(node.op.inputs[position])
                 at = axis + int(has_data_axis)
-                if pin is not None and at < len(pin.tokens):
-                    token = option.inputs[position]
-                    if not meets(token.text if isinstance(token, Atom) else "R", pin.tokens[at]):
+                if pin is not None and at < len(pin.placements):
+                    atom = option.inputs[position].atom
+                    if not meets(REPLICATE if atom is None else atom.shard, pin.placements[at]):
                         return False
             return base is None or base(axis, node, option)
 
@@ -62,22 +62,22 @@ class BlockPins:
     @property
     def num_axes(self) -> int | None:
         """How many axes a mesh must name for the pins; None without pins. UsageError if pins disagree."""
-        counts = {len(pin.tokens): pin for pin in self.pins}
+        counts = {len(pin.placements): pin for pin in self.pins}
         if len(counts) > 1:
             one, other = list(counts.values())[:2]
             raise UsageError(f"--pin {one} and --pin {other} speak of meshes of {' and '.join(map(str, counts))} axes")
         return next(iter(counts), None)
 
     def rests(self, has_data_axis: bool) -> Rests:
-        """Which storages of a parameter the pins leave: over the data axis, which cuts no use, cut at rest or whole as
-        its token says; over an inner axis pinned whole, whole."""
+        """Which storages of a parameter the pins leave: over the data axis, which shards no use, sharded at rest or
+        replicated as its placement says; over an inner axis pinned replicated, replicated."""
 
         def leaves(value: int, storage: Storage) -> bool:
             pin = self._by_value.get(value)
-            for at, token in enumerate(pin.tokens if pin else ()):
+            for at, pinned in enumerate(pin.placements if pin else ()):
                 axis = at + int(not has_data_axis)
-                cut = storage.stage == 3 and axis in storage.axes
-                if (cut != token.startswith("S")) if axis == 0 else (cut and token == "R"):
+                sharded = storage.stage == 3 and axis in storage.axes
+                if (sharded != isinstance(pinned, Shard)) if axis == 0 else (sharded and pinned == REPLICATE):
                     return False
             return True
 

@@ -9,7 +9,8 @@ from autopar.inter.finish import StageChoice
 from autopar.inter.stages import StageBook
 from autopar.inter.transfers import Stage, in_one_node, slower_s
 from autopar.inter.uses import uses_of
-from autopar.plan.mesh import Axis, local_size
+from autopar.plan.local_shape import local_size
+from autopar.plan.placement import parse_placements
 
 MASTER_BYTES = 4
 """An element of the optimizer's copy: fp32."""
@@ -44,8 +45,7 @@ def _part_bytes(book: StageBook, stage: Stage, choice: StageChoice, value: int, 
         graph, block = book.blocks.graph, book.blocks.blocks[user]
         own = dict(zip(block.parameters, book.blocks.kinds[block.kind].parameters, strict=True))[value]
         use = uses_of(book, choice, stage[0], stage[1])[user - stage[0]]
-        axes = tuple(Axis(name=f"axis{at}", size=size) for at, size in enumerate(choice.mesh.named))
         planned, tensor = use.parameters(graph)[own], graph.values[own]
-        elements = local_size(tensor.shape, planned.optimizer, axes)
+        elements = local_size(tensor.shape, parse_placements(planned.optimizer), choice.mesh.named)
         book.tied_bytes[key] = float(elements * max(tensor.itemsize, MASTER_BYTES))
     return book.tied_bytes[key]

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from autopar.cluster.cluster import Cluster
 from autopar.graph.crossing import crossing
 from autopar.inter.lying import Lying
-from autopar.plan.mesh import Axis, local_size
-from autopar.rules.options import Token
+from autopar.plan.local_shape import local_size
+from autopar.rules.placement_pair import REPLICATED, PlacementPair
 
 if TYPE_CHECKING:
     from autopar.inter.finish import StageChoice
@@ -136,17 +136,16 @@ class Transfers:
         if key not in self._known:
             graph, mesh = self.book.blocks.graph, choice.mesh
             lie = Lying(graph, self.book.micro_batch)
-            axes = tuple(Axis(name=f"axis{at}", size=size) for at, size in enumerate(mesh.sizes))
             total = 0
             for value in self._values[cut - 1]:
-                tokens = self._tokens(value, stage, choice, forward)
-                text = lie.forward(value, tokens).replace("P", "R")
+                placements = lie.forward(value, self._pairs(value, stage, choice, forward))
                 shape = tuple(graph.batch.scale(size, self.book.micro_batch) for size in graph.values[value].shape)
-                total += local_size(shape, text, axes) * graph.values[value].itemsize
+                total += local_size(shape, placements, mesh.sizes) * graph.values[value].itemsize
             self._known[key] = float(total)
         return self._known[key]
 
-    def _tokens(self, value: int, stage: Stage, choice: "StageChoice", forward: bool) -> tuple[Token, ...]:
+    def _pairs(self, value: int, stage: Stage, choice: "StageChoice", forward: bool) -> tuple[PlacementPair, ...]:
+        """What a crossing value has on the inner axes of a stage: where its first reader or last maker has it."""
         blocks = self.book.blocks
         run = blocks.blocks[stage[0] : stage[1]]
         for block in run if forward else reversed(run):
@@ -155,8 +154,8 @@ class Transfers:
                 if value in values:
                     column = self.book.column(block.kind, blocks.held(block, stage[0]))
                     tables = self.book.points(column, choice.mesh, 0).tables
-                    return tables.boundary_tokens[known[values.index(value)]][choice.boundary]
-        return ("R",) * len(choice.mesh.inner)
+                    return tables.boundary_pairs[known[values.index(value)]][choice.boundary]
+        return (REPLICATED,) * len(choice.mesh.inner)
 
 
 def slower_s(cluster: Cluster, part_bytes: float, senders: int, receivers: int, *, one_node: bool) -> float:

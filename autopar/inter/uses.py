@@ -11,9 +11,9 @@ from autopar.inter.blocks import Mesh
 from autopar.inter.finish import PointRef, StageChoice
 from autopar.inter.stages import StageBook
 from autopar.intra.frontier import BlockPoints
+from autopar.plan.placement import PARTIAL, REPLICATE, Placement, Shard, format_placements
 from autopar.plan.plan import ParameterPlan
-from autopar.rules.atoms import Atom
-from autopar.rules.options import Token
+from autopar.rules.placement_pair import PARTIAL_GRADIENT, REPLICATED, PlacementPair
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -44,9 +44,9 @@ class Use:
             for number, position in enumerate(node.parameters):
                 value = graph.values[node.op.inputs[position]]
                 storage = names[number * len(tables.strategies[at]) + strategy][int(chosen[number][self.row, strategy])]
-                cut = "G" if value.id in tables.space.data_axis.summed else "R"
-                tokens = [cut, *(option.inputs[position] for option in tables.strategies[at][strategy])]
-                found.setdefault(value.id, _parameter(value.names or (value.name,), tokens, storage, self.mesh))
+                data = PARTIAL_GRADIENT if value.id in tables.space.data_axis.summed else REPLICATED
+                pairs = [data, *(option.inputs[position] for option in tables.strategies[at][strategy])]
+                found.setdefault(value.id, _parameter(value.names or (value.name,), pairs, storage, self.mesh))
         return found
 
     @property
@@ -69,25 +69,24 @@ def uses_of(book: StageBook, choice: StageChoice, first: int, end: int) -> list[
     ]
 
 
-def _parameter(names: Sequence[str], tokens: Sequence[Token], storage: Storage, mesh: Mesh) -> ParameterPlan:
-    """ZeRO cuts dim 0 of what the op's own cuts leave to a rank, so its pieces are those that they make. ``tokens`` are
-    those of all axes, the data axis first."""
-    compute = [token.text if isinstance(token, Atom) else "R" for token in tokens]
+def _parameter(names: Sequence[str], pairs: Sequence[PlacementPair], storage: Storage, mesh: Mesh) -> ParameterPlan:
+    """ZeRO shards dim 0 of what the op's own shards leave to a rank, so its split factor is the pieces that they make.
+    ``pairs`` are those of all axes, the data axis first."""
+    compute: list[Placement] = [pair.atom.shard if pair.atom is not None else REPLICATE for pair in pairs]
     pieces = 1
-    for token, size in zip(tokens, mesh.sizes, strict=True):
-        if isinstance(token, Atom) and token.dim == 0:
-            pieces = max(pieces, token.repeats * size)
-    shard = "S(0)" if pieces == 1 else f"_S(0,{pieces})"
-    cut = [shard if axis in storage.axes else token for axis, token in enumerate(compute)]
+    for placement, size in zip(compute, mesh.sizes, strict=True):
+        if isinstance(placement, Shard) and placement.dim == 0:
+            pieces = max(pieces, placement.split_factor * size)
+    sharded = [Shard(0, pieces) if axis in storage.axes else placement for axis, placement in enumerate(compute)]
     gradient = [
-        "P" if token == "R" and tokens[axis] == "G" else token
-        for axis, token in enumerate(cut if storage.stage >= 2 else compute)
+        PARTIAL if placement == REPLICATE and pair == PARTIAL_GRADIENT else placement
+        for placement, pair in zip(sharded if storage.stage >= 2 else compute, pairs, strict=True)
     ]
     first = 0 if mesh.has_data_axis else 1
     return ParameterPlan(
         name=names[0],
-        compute="".join(compute[first:]),
-        parameter="".join((cut if storage.stage == 3 else compute)[first:]),
-        gradient="".join(gradient[first:]),
-        optimizer="".join((cut if storage.stage >= 1 else compute)[first:]),
+        compute=format_placements(compute[first:]),
+        parameter=format_placements((sharded if storage.stage == 3 else compute)[first:]),
+        gradient=format_placements(gradient[first:]),
+        optimizer=format_placements((sharded if storage.stage >= 1 else compute)[first:]),
     )

@@ -14,50 +14,48 @@ from numpy.typing import NDArray
 
 from autopar.graph.ir import GraphProfile
 from autopar.intra.space import IN, BlockSpace
-from autopar.plan.mesh import Axis, local_size
-from autopar.rules.atoms import Atom
-from autopar.rules.options import Option, Token, forward_placement
+from autopar.plan.local_shape import local_size
+from autopar.plan.placement import REPLICATE, Placement, Placements, Shard
+from autopar.rules.atoms import without_size
+from autopar.rules.options import Option
+from autopar.rules.placement_pair import PlacementPair, forward_placements
 
 Floats = NDArray[np.float64]
-Placement = tuple[Token, ...]
-Lie = tuple[Token, Placement]
-"""How a value lies: on the data axis, and on the inner axes."""
+MeshPlacement = tuple[Placement, Placements]
+"""Where a value is: on the data axis, and on the inner axes."""
 
 
 class LocalSizes:
-    """Bytes of a graph's values on the fullest rank: ``data`` ranks cut the batch (or hold it whole), inner axes the
-    rest. ``local_batch`` are the samples of a data rank."""
+    """Bytes of a graph's values on the rank that stores most: ``data`` ranks shard the batch (or replicate it), inner
+    axes of ``sizes`` the rest. ``local_batch`` are the samples of a data rank."""
 
     def __init__(self, space: BlockSpace, sizes: tuple[int, ...], local_batch: int, data: int = 1) -> None:
         self.graph, self.data = space.graph, data
         self.local_batch, self.micro_batch = local_batch, local_batch * data
-        self.axes = tuple(Axis(name=f"axis{at}", size=size) for at, size in enumerate(sizes))
-        self._known: dict[tuple[int, Token, Placement], float] = {}
+        self.sizes = sizes
+        self._known: dict[tuple[int, Placement, Placements], float] = {}
 
-    def shape(self, value: int, data: Token) -> tuple[int, ...]:
-        """The shape on a data rank, whole on the inner axes."""
+    def shape(self, value: int, data: Placement) -> tuple[int, ...]:
+        """The shape on a data rank, unsharded on the inner axes."""
         batch = self.graph.batch
-        cut = data.dim if isinstance(data, Atom) else None
         return tuple(
-            batch.scale(size, self.local_batch if dim == cut else self.micro_batch)
+            batch.scale(size, self.local_batch if dim == data.shard_dim else self.micro_batch)
             for dim, size in enumerate(self.graph.values[value].shape)
         )
 
-    def num_bytes(self, value: int, tokens: Placement, data: Token) -> float:
-        key = (value, data, tokens)
+    def num_bytes(self, value: int, placements: Placements, data: Placement) -> float:
+        """Bytes of a value with these placements on the inner axes, at the traced batch, and on the data axis."""
+        key = (value, data, placements)
         if key not in self._known:
-            text = "".join(
-                Atom(dim=t.dim, repeats=self._repeats(t, data), size=t.size).text if isinstance(t, Atom) else "R"
-                for t in tokens
-            )
-            elements = local_size(self.shape(value, data), text, self.axes)
+            local = [self._on_data_rank(placement, data) for placement in placements]
+            elements = local_size(self.shape(value, data), local, self.sizes)
             self._known[key] = float(elements * self.graph.values[value].itemsize)
         return self._known[key]
 
-    def share(self, owner: int, value: int, tokens: Placement, data: Token) -> float:
-        """Bytes of a memory of which a reader sees ``value`` lying so: as much of the whole as of the value; of a
+    def share(self, owner: int, value: int, placements: Placements, data: Placement) -> float:
+        """Bytes of a memory of which a reader sees ``value`` placed so: as much of the whole as of the value; of a
         memory smaller than the value (it was expanded) what the reader sees, at most all."""
-        memory, whole, part = self._whole(owner), self._whole(value), self.num_bytes(value, tokens, data)
+        memory, whole, part = self._whole(owner), self._whole(value), self.num_bytes(value, placements, data)
         if whole > memory:
             return min(memory, part)
         return memory * part / whole if whole else memory
@@ -67,13 +65,14 @@ class LocalSizes:
         sizes = (self.graph.batch.scale(size, self.micro_batch) for size in found.shape)
         return float(prod(sizes) * found.itemsize)
 
-    def _repeats(self, atom: Atom, data: Token) -> int:
-        """Pieces on a data rank: fewer where it holds part of the samples that repeat the atom."""
+    def _on_data_rank(self, placement: Placement, data: Placement) -> Placement:
+        """An inner axis's placement of what is on a data rank: of a shard whose pieces are samples, those of the
+        micro-batch, or as many as the rank stores."""
         batch = self.graph.batch
-        if not batch.grows(atom.repeats):
-            return atom.repeats
-        within = isinstance(data, Atom) and data.dim == atom.dim
-        return max(1, atom.repeats * (self.local_batch if within else self.micro_batch) // batch.traced)
+        if not isinstance(placement, Shard) or not batch.grows(placement.split_factor):
+            return placement
+        samples = self.local_batch if data.shard_dim == placement.dim else self.micro_batch
+        return Shard(placement.dim, max(1, placement.split_factor * samples // batch.traced))
 
 
 class CopyCounter:
@@ -86,7 +85,7 @@ class CopyCounter:
         first_keeper: Mapping[int, int],
         core: frozenset[int],
         strategies: Sequence[Sequence[tuple[Option, ...]]],
-        boundary_tokens: Mapping[int, Sequence[Placement]],
+        boundary_pairs: Mapping[int, Sequence[tuple[PlacementPair, ...]]],
         sizes: LocalSizes,
         regathering: Mapping[int, tuple[int, ...]],
         keeps_attention: bool = False,
@@ -98,15 +97,12 @@ class CopyCounter:
         keep it. ``stays``: values whose memory selective recomputation keeps; None: all but what attention makes."""
         self._stays, self.keeps_attention = stays, keeps_attention
         self._ways, self._regathering = ways_of(space), regathering
-        self._data = [
-            tuple("R" if t == "G" else t for t in (*option.inputs, *option.outputs))
-            for option in space.data_axis.options
-        ]
+        self._data = [forward_placements((*option.inputs, *option.outputs)) for option in space.data_axis.options]
         self.space, self.profile, self.first_keeper = space, profile, first_keeper
         self._core = core
         self._made_by_core = {v for node in space.ops if node.op.id in core for v in node.op.outputs}
         self._at_hand = {profile.owners[node.op.inputs[i]] for node in space.ops for i in node.free}
-        self.strategies, self.boundary_tokens, self.sizes = strategies, boundary_tokens, sizes
+        self.strategies, self.boundary_pairs, self.sizes = strategies, boundary_pairs, sizes
         graph = space.graph
         self._counted: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[float, float]] = {}
         self._positions = []
@@ -136,19 +132,19 @@ class CopyCounter:
         return np.array(counted).reshape(-1, 2)
 
     def _count(self, column: Sequence[int], again: Sequence[int]) -> tuple[float, float]:
-        owners, lies = self.profile.owners, self._lies(column)
-        memory: dict[int, tuple[int, Lie | None]] = {}  # of a value as made: (owner, None) or of a moved copy
-        bytes_of: dict[tuple[int, Lie | None], float] = {}
-        outside: set[tuple[int, Lie | None]] = set()
+        owners, placed = self.profile.owners, self._placed(column)
+        memory: dict[int, tuple[int, MeshPlacement | None]] = {}  # of a value as made: (owner, None) or of a moved copy
+        bytes_of: dict[tuple[int, MeshPlacement | None], float] = {}
+        outside: set[tuple[int, MeshPlacement | None]] = set()
         for at, node in enumerate(self.space.ops):
             op, options = node.op, self.strategies[at][column[node.node]]
-            read: dict[int, tuple[int, Lie | None]] = {}
+            read: dict[int, tuple[int, MeshPlacement | None]] = {}
             for i, value in enumerate(op.inputs):
-                lie = self._read(at, i, column)
-                moved = i not in node.free and value in lies and not self._same(lies[value], lie)
-                if moved and self._stays_cut(at, i, lies[value], lie, again):
+                wanted = self._read(at, i, column)
+                moved = i not in node.free and value in placed and not self._same(placed[value], wanted)
+                if moved and self._stays_cut(at, i, placed[value], wanted, again):
                     moved = False
-                read[value] = (value, lie) if moved else memory.get(value, (owners[value], None))
+                read[value] = (value, wanted) if moved else memory.get(value, (owners[value], None))
             made = {}
             for value in op.outputs:
                 viewed = [v for v in op.inputs if owners[value] != value and owners[v] == owners[value]]
@@ -160,7 +156,7 @@ class CopyCounter:
                 if self.keeps_attention and node.op.id not in self._core:
                     outside.add(copy)
                 if copy not in bytes_of:
-                    bytes_of[copy] = self._bytes(copy, node.op.id, at, position, value, options, lies)
+                    bytes_of[copy] = self._bytes(copy, node.op.id, at, position, value, options, placed)
         if self._stays is not None:
             freed = sum(held for copy, held in bytes_of.items() if copy[1] is not None or copy[0] not in self._stays)
             return sum(bytes_of.values()) - freed, freed
@@ -172,52 +168,55 @@ class CopyCounter:
         """Ops -> input positions that a solution (``column``: a choice per node) keeps as cut and gathers again, with
         the flows (positions) ``again``. What an op takes cut in another way, though what brings it gathers it first, is
         kept as it is taken: it is no larger."""
-        lies, found = self._lies(column), dict[int, tuple[int, ...]]()
+        placed, found = self._placed(column), dict[int, tuple[int, ...]]()
         for at, position in self._ways:
             op = self.space.ops[at].op
-            lie, made = self._read(at, position, column), lies[op.inputs[position]]
-            kept = position in self.profile.ops[op.id].saved_inputs and not self._same(made, lie)
-            if kept and self._stays_cut(at, position, made, lie, again):
+            wanted, made = self._read(at, position, column), placed[op.inputs[position]]
+            kept = position in self.profile.ops[op.id].saved_inputs and not self._same(made, wanted)
+            if kept and self._stays_cut(at, position, made, wanted, again):
                 found[op.id] = (*found.get(op.id, ()), position)
         return found
 
-    def _lies(self, column: Sequence[int]) -> dict[int, Lie]:
+    def _placed(self, column: Sequence[int]) -> dict[int, MeshPlacement]:
         """How every value of the block is made."""
         ends = self.space.data_axis.ends
-        lies: dict[int, Lie] = {
-            value: (forward_placement((ends[value],))[0], forward_placement(states[column[IN]]))
-            for value, states in self.boundary_tokens.items()
+        placed: dict[int, MeshPlacement] = {
+            value: (ends[value].forward, forward_placements(states[column[IN]]))
+            for value, states in self.boundary_pairs.items()
         }
         for at, node in enumerate(self.space.ops):
             options, data = self.strategies[at][column[node.node]], self._data[at]
             for i, value in enumerate(node.op.outputs):
-                tokens = forward_placement(tuple(option.outputs[i] for option in options))
-                lies[value] = (data[len(node.op.inputs) + i], tokens)
-        return lies
+                placements = forward_placements(option.outputs[i] for option in options)
+                placed[value] = (data[len(node.op.inputs) + i], placements)
+        return placed
 
-    def _read(self, at: int, position: int, column: Sequence[int]) -> Lie:
+    def _read(self, at: int, position: int, column: Sequence[int]) -> MeshPlacement:
         """How an op takes an input."""
         options = self.strategies[at][column[2 + at]]
-        return self._data[at][position], forward_placement(tuple(option.inputs[position] for option in options))
+        return self._data[at][position], forward_placements(option.inputs[position] for option in options)
 
-    def _stays_cut(self, at: int, position: int, made: Lie, read: Lie, again: Sequence[int]) -> bool:
+    def _stays_cut(
+        self, at: int, position: int, made: MeshPlacement, read: MeshPlacement, again: Sequence[int]
+    ) -> bool:
         """Whether what an op takes in another placement than it was made stays as it was made."""
         flows = (flow for flow in self._ways[at, position] if flow in again)
-        return gathered(made, read) and any(2 + at in self._regathering[flow] for flow in flows)
+        is_regathered = any(2 + at in self._regathering[flow] for flow in flows)
+        return is_regathered and _is_same(made[0], read[0]) and is_gathered(made[1], read[1])
 
-    def _same(self, made: Lie, read: Lie) -> bool:
+    def _same(self, made: MeshPlacement, read: MeshPlacement) -> bool:
         """Whether nothing moves: on a data axis of one rank nothing ever does."""
-        return made[1] == read[1] and (self.sizes.micro_batch == self.sizes.local_batch or _alike(made[0], read[0]))
+        return made[1] == read[1] and (self.sizes.micro_batch == self.sizes.local_batch or _is_same(made[0], read[0]))
 
     def _bytes(
         self,
-        copy: tuple[int, Lie | None],
+        copy: tuple[int, MeshPlacement | None],
         op: int,
         at: int,
         position: int,
         value: int,
         options: tuple[Option, ...],
-        lies: Mapping[int, Lie],
+        placed: Mapping[int, MeshPlacement],
     ) -> float:
         owner, moved = copy
         if moved is not None:
@@ -225,10 +224,10 @@ class CopyCounter:
         first_op = self.space.block.first_op
         if self.first_keeper.get(owner, op) < first_op:
             return 0.0  # charged to the block that keeps it first
-        if owner in lies and owner not in self._at_hand:
-            return self.sizes.num_bytes(owner, lies[owner][1], lies[owner][0])
-        tokens = tuple((*option.inputs, *option.outputs)[position] for option in options)
-        return self.sizes.share(owner, value, forward_placement(tokens), self._data[at][position])
+        if owner in placed and owner not in self._at_hand:
+            return self.sizes.num_bytes(owner, placed[owner][1], placed[owner][0])
+        placements = forward_placements((*option.inputs, *option.outputs)[position] for option in options)
+        return self.sizes.share(owner, value, placements, self._data[at][position])
 
 
 def ways_of(space: BlockSpace) -> dict[tuple[int, int], tuple[int, ...]]:
@@ -242,15 +241,12 @@ def ways_of(space: BlockSpace) -> dict[tuple[int, int], tuple[int, ...]]:
     }
 
 
-def gathered(made: Lie, read: Lie) -> bool:
-    """Whether a value is read as it was made but for inner axes that no longer cut it."""
-    pairs = list(zip(made[1], read[1], strict=True))
-    return _alike(made[0], read[0]) and all(
-        one == other or (isinstance(one, Atom) and other == "R") for one, other in pairs
+def is_gathered(made: Placements, read: Placements) -> bool:
+    """Whether a value is read as it was made but for axes that no longer shard it."""
+    return all(
+        one == other or (isinstance(one, Shard) and other == REPLICATE) for one, other in zip(made, read, strict=True)
     )
 
 
-def _alike(first: Token, second: Token) -> bool:
-    if isinstance(first, Atom) and isinstance(second, Atom):
-        return (first.dim, first.repeats) == (second.dim, second.repeats)
-    return first == second
+def _is_same(one: Placement, other: Placement) -> bool:
+    return one == other or without_size(one) == without_size(other)

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from autopar.cost.compute import exposed_s
 from autopar.intra.space import BlockSpace, Flow
-from autopar.rules.options import Option, Token
+from autopar.rules.options import Option
+from autopar.rules.placement_pair import PlacementPair
 
 Floats = NDArray[np.float64]
 
@@ -43,7 +44,7 @@ class Hiding:
             self._chosen[node], self._products[node] = chosen, products
 
     def gradient_s(
-        self, flow: Flow, targets: Sequence[tuple[Token, ...]], apart: NDArray[np.bool_], seconds: Floats
+        self, flow: Flow, targets: Sequence[tuple[PlacementPair, ...]], apart: NDArray[np.bool_], seconds: Floats
     ) -> Floats:
         """(sources, targets) seconds that a value's gradient costs on its way back; ``apart``: pairs that gather."""
         products = self._behind(flow, targets)
@@ -52,14 +53,14 @@ class Hiding:
         hidden = exposed_s(seconds, np.broadcast_to(products[1], seconds.shape), self.contention)
         return np.where(apart | self.everywhere, hidden, seconds)
 
-    def again_s(self, flow: Flow, targets: Sequence[tuple[Token, ...]], seconds: Floats) -> Floats:
+    def again_s(self, flow: Flow, targets: Sequence[tuple[PlacementPair, ...]], seconds: Floats) -> Floats:
         """(sources, targets) seconds that a value costs which is gathered again."""
         products = self._behind(flow, targets)
         if products is None or not (self.everywhere or self.where_gathered):
             return seconds
         return exposed_s(seconds, np.broadcast_to(products[0], seconds.shape), self.contention)
 
-    def _behind(self, flow: Flow, targets: Sequence[tuple[Token, ...]]) -> tuple[Floats, Floats] | None:
+    def _behind(self, flow: Flow, targets: Sequence[tuple[PlacementPair, ...]]) -> tuple[Floats, Floats] | None:
         """Seconds of the products, per target state, that run once the flow's gradient is on its way."""
         if flow.target in self._products:
             return self._products[flow.target]
@@ -70,8 +71,8 @@ class Hiding:
         for reader in readers:
             assert reader.input is not None
             read = [tuple(option.inputs[reader.input] for option in options) for options in self._chosen[reader.target]]
-            for at, tokens in enumerate(targets):
-                same = [strategy for strategy, lying in enumerate(read) if lying == tokens]
+            for at, target in enumerate(targets):
+                same = [strategy for strategy, pairs in enumerate(read) if pairs == target]
                 if same:
                     sums[:, at] += [product[same].min() for product in self._products[reader.target]]
         return sums[0], sums[1]

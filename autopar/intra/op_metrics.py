@@ -26,7 +26,8 @@ from autopar.intra.again import Kept
 from autopar.intra.copies import LocalSizes
 from autopar.intra.space import OpNode
 from autopar.intra.workspace import overwritten_values, passing_bytes, scratch_bytes
-from autopar.rules.options import Option, Token, forward_placement
+from autopar.rules.options import Option
+from autopar.rules.placement_pair import PlacementPair, forward_placements
 
 Floats = NDArray[np.float64]
 FORWARD, CORE_FORWARD, BACKWARD, SAVED, CORE_SAVED, BOUNDARY, WORKSPACE, AGAIN, BESIDE = range(9)
@@ -136,7 +137,7 @@ class OpMetrics:
         if op.id in self._again:
             metrics[:, AGAIN] = metrics[:, FORWARD] + metrics[:, CORE_FORWARD]
         values = [self.graph.values[value] for value in (*op.inputs, *op.outputs)]
-        cuts = (*data.inputs, *data.outputs)
+        data_pairs = (*data.inputs, *data.outputs)
         tensors = np.zeros((len(chosen), 2))
         whole = {
             position: np.zeros(len(chosen), np.bool_)
@@ -145,11 +146,11 @@ class OpMetrics:
         }
         ranks = (self.local.data, *self.sizes)
         for at, options in enumerate(chosen):
-            tokens = [tuple(option.inputs[i] for option in options) for i in range(len(op.inputs))] + [
+            pairs = [tuple(option.inputs[i] for option in options) for i in range(len(op.inputs))] + [
                 tuple(option.outputs[i] for option in options) for i in range(len(op.outputs))
             ]
             for positions, core in self.savers.get(op.id, ()):
-                charged, apart = self._charged([(values[i], tokens[i], cuts[i]) for i in positions])
+                charged, apart = self._charged([(values[i], pairs[i], data_pairs[i]) for i in positions])
                 tensors[at, int(core)] += charged
                 for position in positions:
                     whole[position][at] = apart
@@ -169,7 +170,7 @@ class OpMetrics:
             metrics[at, CORE_SAVED if freed else SAVED] += internal * scale / share
             if self._kept is not None and op.id in self._kept.ops:
                 metrics[at, BESIDE] += sum(
-                    self._local_bytes(self.graph.values[value], tokens[len(op.inputs) + i], data.outputs[i])
+                    self._local_bytes(self.graph.values[value], pairs[len(op.inputs) + i], data.outputs[i])
                     for i, value in enumerate(op.outputs)
                     if self.profile.owners[value] not in self._keepers
                 )
@@ -180,24 +181,25 @@ class OpMetrics:
                 op,
                 self._keepers,
                 self._overwritten,
-                [self._local_bytes(*placed) for placed in zip(values, tokens, cuts, strict=True)],
+                [self._local_bytes(*placed) for placed in zip(values, pairs, data_pairs, strict=True)],
                 [position for position in node.parameters if values[position].requires_grad],
                 scratch_bytes(self.graph, self.profile, op, self.execution, is_core, self.local.micro_batch, work),
             )
         metrics[:, [SAVED, CORE_SAVED]] += tensors
         return OpPrice(metrics=metrics, kept_bytes=tensors, whole=whole, inside_s=inside, products_s=products)
 
-    def _charged(self, views: Sequence[tuple[Value, Sequence[Token], Token]]) -> tuple[float, bool]:
-        """What views of one memory, as an op reads them, keep at least: views that lie in one way all of the memory, if
-        it was made so, and every other its own part, as it was moved. And whether that is the part of each."""
+    def _charged(self, views: Sequence[tuple[Value, Sequence[PlacementPair], PlacementPair]]) -> tuple[float, bool]:
+        """What views of one memory, as an op reads them, save at least: views placed alike all of the memory, if it was
+        made so, and every other its own part, as it was redistributed. And whether that is the part of each. A view has
+        pairs on the inner axes and one on the data axis."""
         owner = self.profile.owners[views[0][0].id]
         parts = [self._local_bytes(*view) for view in views]
-        lies = [(forward_placement(tokens), cut) for _, tokens, cut in views]
+        placed = [(forward_placements(pairs), data) for _, pairs, data in views]
         least = sum(parts)
-        for first, ((value, *_), lie) in enumerate(zip(views, lies, strict=True)):
-            moved = sum(part for part, other in zip(parts, lies, strict=True) if other != lie)
-            if lies.index(lie) == first:
-                least = min(least, self.local.share(owner, value.id, *lie) + moved)
+        for first, ((value, *_), here) in enumerate(zip(views, placed, strict=True)):
+            moved = sum(part for part, other in zip(parts, placed, strict=True) if other != here)
+            if placed.index(here) == first:
+                least = min(least, self.local.share(owner, value.id, here[0], here[1].forward) + moved)
         return least, least >= sum(parts) * (1 - 1e-9)
 
     def _scores(self, op: Op) -> tuple[int, ...]:
@@ -230,6 +232,6 @@ class OpMetrics:
                     held = size * scale / share
                     metrics[at, metric] += float(self.whole.collective_s("all_reduce", held, axes))
 
-    def _local_bytes(self, value: Value, tokens: Sequence[Token], data: Token) -> float:
-        """Bytes of a value on the fullest rank."""
-        return self.local.num_bytes(value.id, forward_placement(tokens), data)
+    def _local_bytes(self, value: Value, pairs: Sequence[PlacementPair], data: PlacementPair) -> float:
+        """Bytes of a value on the rank that stores most; ``data`` is the data axis's pair."""
+        return self.local.num_bytes(value.id, forward_placements(pairs), data.forward)

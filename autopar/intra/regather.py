@@ -21,11 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.graph.ir import GraphProfile
-from autopar.intra.copies import LocalSizes, gathered
+from autopar.intra.copies import LocalSizes, is_gathered
 from autopar.intra.hiding import Hiding
 from autopar.intra.op_metrics import Savers
 from autopar.intra.space import BlockSpace, Flow
-from autopar.rules.options import Token, forward_placement
+from autopar.rules.placement_pair import PlacementPair, forward_placements
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -54,11 +54,11 @@ class Regather:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Side:
-    """The states at one end of a flow, and how the data axis cuts the value there. The last ``num_again`` are those of
-    a hub whose readers keep it as cut."""
+    """The states at one end of a flow, and the data axis's pair there. The last ``num_again`` are those of a hub whose
+    readers save it sharded."""
 
-    states: Sequence[tuple[Token, ...]]
-    cut: Token
+    states: Sequence[tuple[PlacementPair, ...]]
+    data: PlacementPair
     num_again: int = 0
 
 
@@ -103,11 +103,12 @@ class Regathers:
     def add(self, at: int, source: Side, target: Side, forward: Floats, backward: Floats) -> tuple[Floats, Floats]:
         """Forward and backward seconds of flow number ``at``, with what it gathers again."""
         flow = self.space.flows[at]
-        made, read = ([(side.cut, forward_placement(tokens)) for tokens in side.states] for side in (source, target))
-        apart = np.array([[one[1] != other[1] and gathered(one, other) for other in read] for one in made])
+        made, read = ([forward_placements(pairs) for pairs in side.states] for side in (source, target))
+        apart = np.array([[one != other and is_gathered(one, other) for other in read] for one in made])
+        apart &= source.data.without_size == target.data.without_size
         backward = self.hiding.gradient_s(flow, target.states, apart, backward)
         if source.num_again and self._is_charged(flow):
-            same = np.array([[one == other for other in read] for one in made])
+            same = np.array([[one == other for other in read] for one in made]) & (source.data == target.data)
             same[: -source.num_again] = False
             self.saved_bytes[at] = np.where(same, -self._bytes(flow, target), 0.0)
             forward = np.where(same & ~self._charged_whole(flow), np.inf, forward)
@@ -166,5 +167,5 @@ class Regathers:
     def _bytes(self, flow: Flow, side: Side) -> Floats:
         """(states,) bytes of the value on a rank."""
         return np.array(
-            [self.local.num_bytes(flow.value, forward_placement(tokens), side.cut) for tokens in side.states]
+            [self.local.num_bytes(flow.value, forward_placements(pairs), side.data.forward) for pairs in side.states]
         )

@@ -18,7 +18,8 @@ from autopar.graph.ir import Block, Graph, Op, Value
 from autopar.intra.data_axis import Call, DataAxis, data_axis
 from autopar.rules.atoms import Cuts
 from autopar.rules.local_forms import can_run
-from autopar.rules.options import Option, Token, op_options
+from autopar.rules.options import Option, op_options
+from autopar.rules.placement_pair import PARTIAL_GRADIENT, PARTIAL_VALUE, REPLICATED, PlacementPair
 from autopar.rules.registry import rule_of
 from autopar.rules.rule import OpRule
 
@@ -40,11 +41,11 @@ class OpNode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubNode:
-    """How a value lies for those of its readers that agree; ``tokens`` are what one axis may hold."""
+    """Where a value is for those of its readers that agree; ``pairs`` are what it may have on one axis."""
 
     node: int
     value: int
-    tokens: tuple[Token, ...]
+    pairs: tuple[PlacementPair, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +62,8 @@ class Flow:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BlockSpace:
-    """See the module's docstring. ``data_ops`` touch only values that are at hand anywhere; ``tokens`` maps a value
-    that flows to what one axis may hold of it; ``data_axis`` says what the data axis does to each op."""
+    """See the module's docstring. ``data_ops`` touch only values that are at hand anywhere; ``pairs`` maps a value
+    that flows to those that it may have on one axis; ``data_axis`` says what the data axis does to each op."""
 
     graph: Graph
     block: Block
@@ -70,7 +71,7 @@ class BlockSpace:
     hubs: tuple[HubNode, ...]
     flows: tuple[Flow, ...]
     data_ops: tuple[Op, ...]
-    tokens: dict[int, tuple[Token, ...]]
+    pairs: dict[int, tuple[PlacementPair, ...]]
     data_axis: DataAxis
 
     @property
@@ -99,8 +100,8 @@ def block_space(graph: Graph, block: Block, data: frozenset[int]) -> BlockSpace:
                 free=tuple(i for i, value in enumerate(values) if value.id in data or value.kind != "activation"),
             )
         )
-    tokens = _tokens(nodes, graph.values)
-    hubs, flows = _flows(nodes, block, tokens)
+    pairs = _pairs(nodes, graph.values)
+    hubs, flows = _flows(nodes, block, pairs)
     made = data_axis(
         graph,
         block,
@@ -123,27 +124,24 @@ def block_space(graph: Graph, block: Block, data: frozenset[int]) -> BlockSpace:
         hubs=tuple(hubs),
         flows=tuple(flows),
         data_ops=tuple(op for op in all_ops if data.issuperset((*op.inputs, *op.outputs))),
-        tokens=tokens,
+        pairs=pairs,
         data_axis=made,
     )
 
 
-def _tokens(nodes: Sequence[OpNode], values: Sequence[Value]) -> dict[int, tuple[Token, ...]]:
-    found: dict[int, dict[Token, None]] = {}
+def _pairs(nodes: Sequence[OpNode], values: Sequence[Value]) -> dict[int, tuple[PlacementPair, ...]]:
+    """Value -> what it may have on one axis: some option's pair, and those that are always possible."""
+    found: dict[int, dict[PlacementPair, None]] = {}
     for node in nodes:
         for option in node.options:
-            for value, token in zip(
-                (*node.op.inputs, *node.op.outputs), (*option.inputs, *option.outputs), strict=True
-            ):
-                always: dict[Token, None] = dict.fromkeys(
-                    ("R", "G", "P") if values[value].requires_grad else ("R", "P")
-                )
-                found.setdefault(value, always)[token] = None
-    return {value: tuple(tokens) for value, tokens in found.items()}
+            for value, pair in zip((*node.op.inputs, *node.op.outputs), (*option.inputs, *option.outputs), strict=True):
+                partial = (PARTIAL_GRADIENT, PARTIAL_VALUE) if values[value].requires_grad else (PARTIAL_VALUE,)
+                found.setdefault(value, dict.fromkeys((REPLICATED, *partial)))[pair] = None
+    return {value: tuple(pairs) for value, pairs in found.items()}
 
 
 def _flows(
-    nodes: Sequence[OpNode], block: Block, tokens: dict[int, tuple[Token, ...]]
+    nodes: Sequence[OpNode], block: Block, pairs: dict[int, tuple[PlacementPair, ...]]
 ) -> tuple[list[HubNode], list[Flow]]:
     sources: dict[int, tuple[int, int | None]] = dict.fromkeys(block.inputs, (IN, None))
     readers: dict[int, list[tuple[int, int | None]]] = {}
@@ -158,11 +156,11 @@ def _flows(
     hubs: list[HubNode] = []
     flows: list[Flow] = []
     for value, found in readers.items():
-        if value not in sources or value not in tokens:
+        if value not in sources or value not in pairs:
             continue
         source, output = sources[value]
         if len(found) > 1:
-            hub = HubNode(node=2 + len(nodes) + len(hubs), value=value, tokens=tokens[value])
+            hub = HubNode(node=2 + len(nodes) + len(hubs), value=value, pairs=pairs[value])
             hubs.append(hub)
             flows.append(Flow(value=value, source=source, target=hub.node, output=output, input=None))
             source, output = hub.node, None

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from autopar.graph.ir import Value
 from autopar.intra.space import BlockSpace, OpNode
 from autopar.rules.atoms import Atom
-from autopar.rules.options import Option, Token
+from autopar.rules.options import Option
+from autopar.rules.placement_pair import PARTIAL_GRADIENT, PARTIAL_VALUE, REPLICATED, PlacementPair
 from autopar.rules.rule import OpRule
 
 UNEVEN = 64  # a plain dim may be cut unevenly into k pieces when it has at least 64 k elements (1.6 % imbalance)
@@ -52,48 +53,54 @@ class Strategies:
                 return False
         return True
 
-    def of_hub(self, tokens: Sequence[Token], *, regathers: bool) -> tuple[tuple[tuple[Token, ...], ...], int]:
-        """The states of a shared value: a token per inner axis, of dims with an element for every part. How many come
-        last that are states once more, in which readers keep it as it was cut and gather it again (``regathers``)."""
+    def of_hub(
+        self, pairs: Sequence[PlacementPair], *, regathers: bool
+    ) -> tuple[tuple[tuple[PlacementPair, ...], ...], int]:
+        """The states of a shared value: a pair per inner axis, of dims with an element for every part. How many come
+        last that are states once more, in which readers save it as it was sharded and regather it (``regathers``)."""
         found = []
-        for state in itertools.product(tokens, repeat=len(self.sizes)):
+        for state in itertools.product(pairs, repeat=len(self.sizes)):
             degrees: dict[Atom, int] = {}
-            for token, size in zip(state, self.sizes, strict=True):
-                if isinstance(token, Atom):
-                    degrees[token] = degrees.get(token, 1) * size
+            for pair, size in zip(state, self.sizes, strict=True):
+                if pair.atom is not None:
+                    degrees[pair.atom] = degrees.get(pair.atom, 1) * size
             if all(atom.size >= degree for atom, degree in degrees.items()):
                 found.append(state)
-        again = [state for state in found if "G" in state and not {"R", "P"} & set(state)] if regathers else []
-        return (*found, *again), len(again)
+        regathered = [
+            state
+            for state in found
+            if regathers and PARTIAL_GRADIENT in state and REPLICATED not in state and PARTIAL_VALUE not in state
+        ]
+        return (*found, *regathered), len(regathered)
 
-    def at_boundary(self, value: Value, roles: Sequence[str]) -> tuple[Token, ...]:
-        """How ``value`` lies under a named boundary placement; a value without the dim is replicated (its gradient
-        partial), a scalar partial. A dim is cut as long as every rank gets something, and unevenly by the last axis
+    def at_boundary(self, value: Value, roles: Sequence[str]) -> tuple[PlacementPair, ...]:
+        """The state of ``value`` under a named boundary placement; a value without the dim is replicated (its gradient
+        partial), a scalar partial. A dim is sharded as long as every rank gets something, and unevenly by the last axis
         alone; else the value is replicated."""
-        tokens: list[Token] = []
+        pairs: list[PlacementPair] = []
         extents = [self.graph.batch.scale(size, self.local_batch) for size in value.shape]
         for role, degree in zip(roles, self.sizes, strict=True):
             dim = {"B": 0, "S": 1}.get(role)
-            token: Token = "R"
+            pair = REPLICATED
             if dim is not None:
-                token = "G" if value.requires_grad else "R"
+                pair = PARTIAL_GRADIENT if value.requires_grad else REPLICATED
                 if not value.shape:
-                    token = "P"
+                    pair = PARTIAL_VALUE
                 elif dim < len(value.shape) - (1 if dim else 0) and (dim or self.graph.batch.grows(value.shape[0])):
                     chunk = -(-extents[dim] // degree)
                     if (degree - 1) * chunk < extents[dim]:
-                        token = self._first_atom(value, dim) or token
+                        pair = self._first_atom(value, dim) or pair
                         extents[dim] = chunk if extents[dim] % degree == 0 else 0
                     else:
-                        token = "R"
-            tokens.append(token)
-        return tuple(tokens)
+                        pair = REPLICATED
+            pairs.append(pair)
+        return tuple(pairs)
 
-    def _first_atom(self, value: Value, dim: int) -> Atom | None:
-        atoms = [
-            t for t in self.space.tokens.get(value.id, ()) if isinstance(t, Atom) and (t.dim, t.repeats) == (dim, 1)
-        ]
-        return max(atoms, key=lambda atom: atom.size) if atoms else None
+    def _first_atom(self, value: Value, dim: int) -> PlacementPair | None:
+        """Of the pairs of a value that shard the first atom of a dim, that of the largest."""
+        atoms = [pair.atom for pair in self.space.pairs.get(value.id, ()) if pair.atom is not None]
+        first = [atom for atom in atoms if (atom.dim, atom.split_factor) == (dim, 1)]
+        return PlacementPair.sharded(max(first, key=lambda atom: atom.size)) if first else None
 
 
 def _may_be_uneven(rule: OpRule, labels: tuple[int, ...]) -> bool:

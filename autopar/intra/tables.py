@@ -20,7 +20,6 @@ from autopar.cost.redistribute import MeshLinks
 from autopar.graph.ir import GraphProfile, Value
 from autopar.intra.again import Again, Kept
 from autopar.intra.copies import CopyCounter, LocalSizes
-from autopar.intra.data_axis import text_of
 from autopar.intra.elimination import Eliminator
 from autopar.intra.hiding import Hiding
 from autopar.intra.mini_buckets import MiniBuckets, eliminator
@@ -29,7 +28,10 @@ from autopar.intra.op_metrics import BESIDE, BOUNDARY, NUM_METRICS, OpMetrics, S
 from autopar.intra.regather import Policy, Regather, Regathers, Side
 from autopar.intra.space import IN, OUT, BlockSpace, OpNode
 from autopar.intra.strategies import ROLES, Allowed, Strategies
-from autopar.rules.options import Option, Token, forward_placement, gradient_placement
+from autopar.plan.placement import REPLICATE
+from autopar.rules.atoms import without_size
+from autopar.rules.options import Option
+from autopar.rules.placement_pair import PARTIAL_GRADIENT, REPLICATED, PlacementPair, forward_placements
 
 Floats = NDArray[np.float64]
 
@@ -37,7 +39,7 @@ Floats = NDArray[np.float64]
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BlockTables:
     """Of a block at ``local_batch`` samples on each of ``data`` ranks. ``strategies[at]`` of ``space.ops[at]``:
-    (options per inner axis). ``states[n]``: placements of boundary or hub node n's values, and ``boundary_tokens``
+    (options per inner axis). ``states[n]``: placements of boundary or hub node n's values, and ``boundary_pairs``
     those of a block input or output under each boundary placement. ``kept[at]`` are the bytes of tensors that SAVED and
     CORE_SAVED price for op ``at``, (strategies, 2); ``copies`` counts what a solution really keeps instead;
     ``inside_s[at]`` are the seconds of FORWARD and BACKWARD that it exchanges by itself. ``node_metrics[n]`` is
@@ -61,10 +63,10 @@ class BlockTables:
     edges: tuple[tuple[int, int, Floats, Floats], ...]
     parameter_uses: tuple[tuple[tuple[Value, tuple[tuple[int, tuple[int, ...]], ...]], ...], ...]
     again: frozenset[tuple[int, int]]
-    hub_states: tuple[tuple[tuple[Token, ...], ...], ...]
+    hub_states: tuple[tuple[tuple[PlacementPair, ...], ...], ...]
     regathers: dict[int, Regather]
     saved_bytes: dict[int, Floats]
-    boundary_tokens: dict[int, tuple[tuple[Token, ...], ...]]
+    boundary_pairs: dict[int, tuple[tuple[PlacementPair, ...], ...]]
     kept: tuple[Floats, ...]
     inside_s: tuple[Floats, ...]
     copies: CopyCounter
@@ -141,18 +143,18 @@ class TableBuilder:
 
     def build(self) -> BlockTables:
         strategies = tuple(self._choices.of_op(node) for node in self.space.ops)
-        hubs = [self._choices.of_hub(hub.tokens, regathers=self._regathers.at_hub(hub.node)) for hub in self.space.hubs]
+        hubs = [self._choices.of_hub(hub.pairs, regathers=self._regathers.at_hub(hub.node)) for hub in self.space.hubs]
         hub_states = tuple(states for states, _ in hubs)
         boundaries = tuple(itertools.product(ROLES, repeat=len(self.sizes)))
         metrics = [np.zeros((len(boundaries), NUM_METRICS)) for _ in (IN, OUT)]
         for flow_value in self.space.block.inputs:
-            if flow_value in self.space.tokens:
+            if flow_value in self.space.pairs:
                 value, owner = self.graph.values[flow_value], self.profile.owners[flow_value]
                 beside = self._kept is not None and owner in self._kept.inputs and owner not in self._first_keeper
                 for at, roles in enumerate(boundaries):
-                    tokens = self._choices.at_boundary(value, roles)
-                    held = self._local_bytes(value, tokens, self.space.data_axis.ends[value.id])
-                    metrics[IN][at, [BOUNDARY, BESIDE]] += held, held * beside
+                    pairs = self._choices.at_boundary(value, roles)
+                    saved = self._local_bytes(value, pairs, self.space.data_axis.ends[value.id])
+                    metrics[IN][at, [BOUNDARY, BESIDE]] += saved, saved * beside
         calls = np.zeros(4)
         prices = []
         for node, chosen, data in zip(self.space.ops, strategies, self.space.data_axis.options, strict=True):
@@ -168,7 +170,7 @@ class TableBuilder:
             calls[1] += self.execution.software.fixed_calls
         metrics += [price.metrics for price in prices]
         metrics += [np.zeros((len(states), NUM_METRICS)) for states in hub_states]
-        boundary_tokens = {
+        boundary_pairs = {
             value: tuple(self._choices.at_boundary(self.graph.values[value], roles) for roles in boundaries)
             for value in (*self.space.block.inputs, *self.space.block.outputs)
         }
@@ -189,7 +191,7 @@ class TableBuilder:
             hub_states=hub_states,
             regathers=self._regathers.of_flow,
             saved_bytes=self._regathers.saved_bytes,
-            boundary_tokens=boundary_tokens,
+            boundary_pairs=boundary_pairs,
             kept=tuple(price.kept_bytes for price in prices),
             inside_s=tuple(price.inside_s for price in prices),
             copies=CopyCounter(
@@ -198,7 +200,7 @@ class TableBuilder:
                 self._first_keeper,
                 self.core,
                 strategies,
-                boundary_tokens,
+                boundary_pairs,
                 self.local,
                 {flow: one.readers for flow, one in self._regathers.of_flow.items()},
                 self._as_megatron,
@@ -229,17 +231,17 @@ class TableBuilder:
         inner = math.prod(self.sizes)
         found = []
         for flow in self.space.flows:
-            source, target = (
-                self._cut(flow.value, flow.source, flow.output, True),
-                self._cut(flow.value, flow.target, flow.input, False),
-            )
-            ways = [forward_placement((source, target)), gradient_placement((target, source))]
-            moves = [a not in ("R", b) and text_of(a) != text_of(b) for a, b in ways]
-            found.append(tuple(each * ((self.data if moved else 1) * inner - 1) for moved in moves))
+            source = self._data_pair(flow.value, flow.source, flow.output, True)
+            target = self._data_pair(flow.value, flow.target, flow.input, False)
+            changes = [
+                one != REPLICATE and without_size(one) != without_size(other)
+                for one, other in ((source.forward, target.forward), (target.gradient, source.gradient))
+            ]
+            found.append(tuple(each * ((self.data if changed else 1) * inner - 1) for changed in changes))
         return tuple(found)  # type: ignore[arg-type]
 
-    def _cut(self, value: int, node: int, position: int | None, outgoing: bool) -> Token:
-        """What the data axis makes of a value at one end of a flow."""
+    def _data_pair(self, value: int, node: int, position: int | None, outgoing: bool) -> PlacementPair:
+        """The data axis's pair of a value at one end of a flow."""
         given, first_hub = self.space.data_axis, 2 + len(self.space.ops)
         if node in (IN, OUT):
             return given.ends[value]
@@ -249,9 +251,9 @@ class TableBuilder:
         option = given.options[node - 2]
         return (option.outputs if outgoing else option.inputs)[position]
 
-    def _local_bytes(self, value: Value, tokens: Sequence[Token], data: Token) -> float:
-        """Bytes of a value on the fullest rank."""
-        return self.local.num_bytes(value.id, forward_placement(tokens), data)
+    def _local_bytes(self, value: Value, pairs: Sequence[PlacementPair], data: PlacementPair) -> float:
+        """Bytes of a value on the rank that stores most; ``data`` is the data axis's pair."""
+        return self.local.num_bytes(value.id, forward_placements(pairs), data.forward)
 
     def _repeated(self) -> list[tuple[int, int, int, int]]:
         """(op, number) of the first use of a parameter and (op, number) of each later one in the block."""
@@ -294,10 +296,10 @@ class TableBuilder:
             value = self.graph.values[node.op.inputs[position]]
             per_strategy = []
             for options in chosen:
-                tokens = [option.inputs[position] for option in options]
-                elements = round(self._local_bytes(value, tokens, "R") / value.itemsize)
-                data = "G" if value.id in self.space.data_axis.summed else "R"
-                axes = tuple(axis for axis, token in enumerate((data, *tokens)) if token == "G")
+                pairs = [option.inputs[position] for option in options]
+                elements = round(self._local_bytes(value, pairs, REPLICATED) / value.itemsize)
+                data = PARTIAL_GRADIENT if value.id in self.space.data_axis.summed else REPLICATED
+                axes = tuple(axis for axis, pair in enumerate((data, *pairs)) if pair == PARTIAL_GRADIENT)
                 per_strategy.append((elements, axes))
             uses.append((value, tuple(per_strategy)))
         return tuple(uses)
@@ -305,10 +307,10 @@ class TableBuilder:
     def _sides(
         self,
         strategies: Sequence[tuple[tuple[Option, ...], ...]],
-        hubs: Sequence[tuple[tuple[tuple[Token, ...], ...], int]],
+        hubs: Sequence[tuple[tuple[tuple[PlacementPair, ...], ...], int]],
         boundaries: Sequence[tuple[str, ...]],
     ) -> list[tuple[Side, Side]]:
-        """How each flow's value lies at both ends."""
+        """The states of each flow's value at both ends."""
         first_hub = 2 + len(strategies)
         found = []
         for flow in self.space.flows:
@@ -317,7 +319,7 @@ class TableBuilder:
                 (flow.source, flow.output, True),
                 (flow.target, flow.input, False),
             ):
-                states: Sequence[tuple[Token, ...]]
+                states: Sequence[tuple[PlacementPair, ...]]
                 num_again = 0
                 if node in (IN, OUT):
                     value = self.graph.values[flow.value]
@@ -330,8 +332,8 @@ class TableBuilder:
                         tuple((o.outputs if outgoing else o.inputs)[position] for o in options)
                         for options in strategies[node - 2]
                     ]
-                cut = self._cut(flow.value, node, position, outgoing)
-                sides.append(Side(states=states, cut=cut, num_again=num_again))
+                data = self._data_pair(flow.value, node, position, outgoing)
+                sides.append(Side(states=states, data=data, num_again=num_again))
             found.append((sides[0], sides[1]))
         return found
 
@@ -339,9 +341,9 @@ class TableBuilder:
         edges = []
         for at, (flow, (source, target)) in enumerate(zip(self.space.flows, sides, strict=True)):
             value = self.graph.values[flow.value]
-            forward, backward = self._moves.seconds(value, source.states, target.states, source.cut, target.cut)
+            forward, backward = self._moves.seconds(value, source.states, target.states, source.data, target.data)
             if flow.target == OUT:  # a whole scalar becomes a sum for nothing: zeros on all ranks but the first
-                states, cuts = (source.states, target.states), (source.cut, target.cut)
-                forward = self._moves.into_sums(value, states, cuts, forward)
+                states, data = (source.states, target.states), (source.data, target.data)
+                forward = self._moves.into_sums(value, states, data, forward)
             edges.append((flow.source, flow.target, *self._regathers.add(at, source, target, forward, backward)))
         return tuple(edges)

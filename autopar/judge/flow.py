@@ -14,14 +14,14 @@ from autopar.graph.ir import Block, Graph
 from autopar.judge.ops import sizes_at
 from autopar.judge.routes import Mesh, Route
 from autopar.plan.errors import CheckError
-from autopar.plan.mesh import parse_placements
+from autopar.plan.placement import PARTIAL, REPLICATE, Placements
 from autopar.plan.plan import BlockProgram
 
-Lie = tuple[str, str]
-"""(placement, gradient placement or "")"""
+PlacedPair = tuple[Placements, Placements]
+"""Where a tensor is and where its gradient is, () where it has none."""
 
-Copy = tuple[str, int, str]
-"""("made", value, "") is the memory an op left its result in; ("moved", value, placement) what a move left."""
+Copy = tuple[str, int, Placements]
+"""("made", value, ()) is the memory an op left its result in; ("moved", value, placements) what a move left."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,11 +61,11 @@ def moves(
 ) -> Moves:
     """All moves of a block; CheckError where the plan leaves one open or impossible."""
     ops = graph.ops[block.first_op : block.end_op]
-    made: dict[int, Lie] = {
-        value: (mesh.settled(planned.placement), mesh.settled(planned.gradient))
+    made: dict[int, PlacedPair] = {
+        value: (mesh.parse(planned.placement), mesh.parse(planned.gradient))
         for value, planned in zip(block.inputs, program.inputs, strict=True)
     }
-    readers: dict[int, list[tuple[tuple[int, int] | None, Lie]]] = {}
+    readers: dict[int, list[tuple[tuple[int, int] | None, PlacedPair]]] = {}
     keep_cut = {(op.id, at) for op, planned in zip(ops, program.ops, strict=True) for at in planned.gathers_again}
     for op, planned in zip(ops, program.ops, strict=True):
         if len(planned.input_gradients) != len(op.inputs) or len(planned.output_gradients) != len(op.outputs):
@@ -73,18 +73,16 @@ def moves(
         texts = zip(
             (*planned.inputs, *planned.outputs), (*planned.input_gradients, *planned.output_gradients), strict=True
         )
-        lies = [(mesh.settled(text), mesh.settled(gradient)) for text, gradient in texts]
+        pairs = [(mesh.parse(text), mesh.parse(gradient)) for text, gradient in texts]
         for at, value in enumerate(op.inputs):
             if graph.values[value].kind == "activation" and value not in free:
-                readers.setdefault(value, []).append(((op.id, at), lies[at]))
+                readers.setdefault(value, []).append(((op.id, at), pairs[at]))
         for at, value in enumerate(op.outputs):
-            made[value] = lies[len(op.inputs) + at]
+            made[value] = pairs[len(op.inputs) + at]
     for value, output in zip(block.outputs, program.outputs, strict=True):
         if value not in free:
-            readers.setdefault(value, []).append(
-                (None, (mesh.settled(output.placement), mesh.settled(output.gradient)))
-            )
-    shared = {value.name: (mesh.settled(value.placement), mesh.settled(value.gradient)) for value in program.shared}
+            readers.setdefault(value, []).append((None, (mesh.parse(output.placement), mesh.parse(output.gradient))))
+    shared = {value.name: (mesh.parse(value.placement), mesh.parse(value.gradient)) for value in program.shared}
     found = Moves()
     behind: list[Readers] = []  # of each route forward
     for value, reads in readers.items():
@@ -97,27 +95,27 @@ def moves(
             via = shared[name]
             way = (_move(found, behind, graph, value, made[value], via, reads, mesh, micro_batch),)
         ways = {
-            lie: (
+            pair: (
                 *way,
-                _move(found, behind, graph, value, via, lie, [r for r in reads if r[1] == lie], mesh, micro_batch),
+                _move(found, behind, graph, value, via, pair, [r for r in reads if r[1] == pair], mesh, micro_batch),
             )
-            for lie in dict.fromkeys(lie for _, lie in reads)
+            for pair in dict.fromkeys(pair for _, pair in reads)
         }
-        for reader, lie in reads:
+        for reader, pair in reads:
             if reader is not None:
-                found.ways[reader] = ways[lie]
-                found.copies[reader] = ("made", value, "") if lie[0] == made[value][0] else ("moved", value, lie[0])
+                found.ways[reader] = ways[pair]
+                found.copies[reader] = ("made", value, ()) if pair[0] == made[value][0] else ("moved", value, pair[0])
         kept_cut = [
-            (reader, lie)
-            for reader, lie in reads
-            if reader in keep_cut and reader is not None and _only_gathered(made[value][0], lie[0])
+            (reader, pair)
+            for reader, pair in reads
+            if reader in keep_cut and reader is not None and _only_gathered(made[value][0], pair[0])
         ]
-        for reader, lie in kept_cut:
+        for reader, pair in kept_cut:
             tensor = graph.values[value]
             sizes = sizes_at(graph, tensor.shape, micro_batch)
-            found.keep_cut.append((reader[0], mesh.local_bytes(sizes, tensor.itemsize, parse_placements(lie[0]))))
-        found.copies.update((reader, ("made", value, "")) for reader, _ in kept_cut)
-        routes = dict.fromkeys(at for _, lie in kept_cut for at in ways[lie])
+            found.keep_cut.append((reader[0], mesh.local_bytes(sizes, tensor.itemsize, pair[0])))
+        found.copies.update((reader, ("made", value, ())) for reader, _ in kept_cut)
+        routes = dict.fromkeys(at for _, pair in kept_cut for at in ways[pair])
         for at in routes:
             if found.forward[at].steps:
                 found.again.append(found.forward[at])
@@ -125,9 +123,8 @@ def moves(
     return found
 
 
-def _only_gathered(made: str, read: str) -> bool:
-    pairs = zip(parse_placements(made), parse_placements(read), strict=True)
-    return all(one == other or (other == "R" and one != "P") for one, other in pairs)
+def _only_gathered(made: Placements, read: Placements) -> bool:
+    return all(one == other or (other == REPLICATE and one != PARTIAL) for one, other in zip(made, read, strict=True))
 
 
 def _move(
@@ -135,9 +132,9 @@ def _move(
     behind: list[Readers],
     graph: Graph,
     value: int,
-    source: Lie,
-    target: Lie,
-    reads: Sequence[tuple[tuple[int, int] | None, Lie]],
+    source: PlacedPair,
+    target: PlacedPair,
+    reads: Sequence[tuple[tuple[int, int] | None, PlacedPair]],
     mesh: Mesh,
     micro_batch: int,
 ) -> int:
@@ -147,7 +144,7 @@ def _move(
     behind.append(
         Readers(
             led_to=tuple(None if reader is None else reader[0] for reader, _ in reads),
-            ops=tuple(reader[0] for reader, lie in reads if lie == target and reader is not None),
+            ops=tuple(reader[0] for reader, pair in reads if pair == target and reader is not None),
             gathers=source[0] != target[0] and _only_gathered(source[0], target[0]),
         )
     )

@@ -8,7 +8,7 @@ from autopar.cost.fusion import Saving, savings, with_fused_loss
 from autopar.graph.ir import Block, Graph, GraphProfile, Op
 from autopar.judge.routes import Mesh
 from autopar.judge.selected import Selected, selected_of
-from autopar.plan.mesh import parse_placements
+from autopar.plan.placement import Placements
 from autopar.plan.plan import BlockProgram, Execution, OpPlan
 
 
@@ -97,11 +97,9 @@ class Case:
             return tensor.shape
         return tuple(self.ground.graph.batch.scale(size, self.micro_batch) for size in tensor.shape)
 
-    def local_bytes(self, value: int, text: str) -> int:
-        """A tensor on the fullest rank, placed as ``text``."""
-        return self.mesh.local_bytes(
-            self.shape(value), self.ground.graph.values[value].itemsize, parse_placements(text)
-        )
+    def local_bytes(self, value: int, placements: Placements) -> int:
+        """A tensor on the rank that stores most of it."""
+        return self.mesh.local_bytes(self.shape(value), self.ground.graph.values[value].itemsize, placements)
 
     def materialises(self, op: Op) -> bool:
         """Whether an op is an attention that writes its scores out."""

@@ -11,7 +11,7 @@ from autopar.graph.ir import Op
 from autopar.judge.flow import Copy, Moves
 from autopar.judge.ground import Case
 from autopar.judge.workspace import whole_scores
-from autopar.plan.mesh import parse_placements
+from autopar.plan.placement import Placements, parse_placements
 from autopar.plan.plan import OpPlan
 
 
@@ -42,10 +42,12 @@ def kept(case: Case, moved: Moves, shards: dict[int, tuple[int, int]]) -> Kept:
         if selected is not None and op.id in selected.ops:
             results = zip(op.outputs, planned.outputs, strict=True)
             beside += sum(
-                case.local_bytes(value, text) for value, text in results if owners[value] not in case.ground.keeps
+                case.local_bytes(value, parse_placements(text))
+                for value, text in results
+                if owners[value] not in case.ground.keeps
             )
     inputs = {
-        value: case.local_bytes(value, planned.placement)
+        value: case.local_bytes(value, parse_placements(planned.placement))
         for value, planned in zip(case.block.inputs, case.program.inputs, strict=True)
         if value in read
     }
@@ -80,14 +82,16 @@ class _Copies:
     case: Case
     moved: Moves
     roots: dict[int, Copy] = field(default_factory=dict)
-    placed: dict[int, str] = field(init=False)
+    placed: dict[int, Placements] = field(init=False)
     earlier: set[int] = field(init=False)
     held: dict[Copy, float] = field(default_factory=dict)
     core: set[Copy] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         block, program = self.case.block, self.case.program
-        self.placed = {value: at.placement for value, at in zip(block.inputs, program.inputs, strict=True)}
+        self.placed = {
+            value: parse_placements(at.placement) for value, at in zip(block.inputs, program.inputs, strict=True)
+        }
         self.earlier = _kept_before(self.case)
 
     def run(self, op: Op, planned: OpPlan) -> None:
@@ -103,15 +107,15 @@ class _Copies:
             self._sort(op, copy)
             if values[owners[value]].kind not in ("parameter", "buffer") and copy not in self.held:
                 there = copy[0] == "made" and copy[1] in self.earlier
-                self.held[copy] = 0.0 if there else self._bytes(copy, value, texts[at])
+                self.held[copy] = 0.0 if there else self._bytes(copy, value, parse_placements(texts[at]))
 
     def _read(self, op: Op) -> dict[int, Copy]:
         """The memory of each input."""
         found: dict[int, Copy] = {}
         for at, value in enumerate(op.inputs):
-            made: Copy = ("made", value, "")
+            made: Copy = ("made", value, ())
             copy = self.moved.copies.get((op.id, at), made)
-            whole: Copy = ("made", self.case.ground.profile.owners[value], "")
+            whole: Copy = ("made", self.case.ground.profile.owners[value], ())
             found[value] = self.roots.get(value, whole) if copy == made else copy
         return found
 
@@ -120,8 +124,8 @@ class _Copies:
         owners = self.case.ground.profile.owners
         for value, text in zip(op.outputs, planned.outputs, strict=True):
             viewed = next((v for v in op.inputs if owners[value] != value and owners[v] == owners[value]), None)
-            self.roots[value] = ("made", value, "") if viewed is None else read[viewed]
-            self.placed[value] = text
+            self.roots[value] = ("made", value, ()) if viewed is None else read[viewed]
+            self.placed[value] = parse_placements(text)
             if op.is_attention and viewed is None and self.case.selected is None:
                 self.core.add(self.roots[value])
         return {value: self.roots[value] for value in op.outputs}
@@ -137,16 +141,16 @@ class _Copies:
         elif self.case.as_megatron and not op.is_attention:
             self.core.discard(copy)
 
-    def _bytes(self, copy: Copy, value: int, text: str) -> float:
-        """Bytes of a copy, of which a saver sees ``value`` lying as ``text``."""
+    def _bytes(self, copy: Copy, value: int, placements: Placements) -> float:
+        """Bytes of a copy, of which a saver sees ``value`` in ``placements``."""
         case, values = self.case, self.case.ground.graph.values
         if copy[0] == "moved" or (copy[1] in self.placed and copy[1] not in case.ground.free):
             return float(case.local_bytes(copy[1], copy[2] if copy[0] == "moved" else self.placed[copy[1]]))
         # memory of an earlier block, or of what is at hand anywhere: as much of the whole as the saver's part of it
         seen, whole = case.shape(value), prod(case.shape(copy[1])) * values[copy[1]].itemsize
         if prod(seen) * values[value].itemsize > whole:  # expanded: a rank keeps what it sees, at most all
-            return min(float(whole), float(case.local_bytes(value, text)))
-        return whole * case.mesh.local_bytes(seen, 1, parse_placements(text)) / max(prod(seen), 1)
+            return min(float(whole), float(case.local_bytes(value, placements)))
+        return whole * case.mesh.local_bytes(seen, 1, placements) / max(prod(seen), 1)
 
 
 def _kept_before(case: Case) -> set[int]:

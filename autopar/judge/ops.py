@@ -13,6 +13,7 @@ gradient.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from math import prod
 
 from autopar.cluster.device import Device
@@ -22,7 +23,7 @@ from autopar.judge.ground import Case
 from autopar.judge.routes import Mesh, Step, local_shape
 from autopar.plan.dtypes import ITEMSIZE, TRAINING_DTYPES
 from autopar.plan.errors import CheckError
-from autopar.plan.mesh import parse_placements, shard_dim
+from autopar.plan.placement import PARTIAL, REPLICATE, Placements, parse_placements
 from autopar.plan.plan import OpPlan
 from autopar.rules.registry import rule_of
 from autopar.rules.rule import NO_LABEL, OpRule
@@ -58,19 +59,19 @@ def price_op(case: Case, op: Op, planned: OpPlan) -> OpPrice:
     placed = [parse_placements(text) for text in (*planned.inputs, *planned.outputs)]
     labelled = (*rule.inputs, *rule.outputs)
     local: dict[int, int] = {}
-    for value, tokens, labels in zip(values, placed, labelled, strict=True):
-        shape = local_shape(sizes_at(graph, value.shape, micro_batch), tokens, mesh.sizes)
+    for value, placements, labels in zip(values, placed, labelled, strict=True):
+        shape = local_shape(sizes_at(graph, value.shape, micro_batch), placements, mesh.sizes)
         for dim, label in enumerate(labels):
             if label != NO_LABEL and local.setdefault(label, shape[dim]) != shape[dim]:
-                raise CheckError(f"op {op.name}: its tensors disagree on how a dim is cut: {_told(planned)}")
+                raise CheckError(f"op {op.name}: its tensors disagree on how a dim is sharded: {_told(planned)}")
     wanting = [v.requires_grad for v in values[: len(op.inputs)]]
     _check_partial(op, rule, planned, placed, labelled, wanting, mesh.sizes)
-    sharding = [any(shard_dim(tokens[axis]) is not None for tokens in placed) for axis in range(len(mesh.sizes))]
-    shards = prod(size for size, cut in zip(mesh.sizes, sharding, strict=True) if cut)
+    sharding = [any(each[axis].shard_dim is not None for each in placed) for axis in range(len(mesh.sizes))]
+    shards = prod(compress(mesh.sizes, sharding))
     fixed = [
         any(
-            (cut := shard_dim(tokens[axis])) is not None and not graph.batch.grows(value.shape[cut])
-            for value, tokens in zip(values, placed, strict=True)
+            (sharded := placements[axis].shard_dim) is not None and not graph.batch.grows(value.shape[sharded])
+            for value, placements in zip(values, placed, strict=True)
         )
         for axis in range(len(mesh.sizes))
     ]
@@ -99,28 +100,32 @@ def price_op(case: Case, op: Op, planned: OpPlan) -> OpPrice:
         forward_steps=steps[0],
         backward_steps=steps[1],
         shards=shards,
-        fixed_shards=prod(size for size, cut in zip(mesh.sizes, fixed, strict=True) if cut),
+        fixed_shards=prod(compress(mesh.sizes, fixed)),
         products_s=(products[0], products[1]) if linear and len(products) == 2 else None,
     )
 
 
 def _traffic(
-    case: Case, op: Op, rule: OpRule, placed: Sequence[tuple[str, ...]], labelled: Sequence[tuple[int, ...]]
+    case: Case, op: Op, rule: OpRule, placed: Sequence[Placements], labelled: Sequence[tuple[int, ...]]
 ) -> tuple[float, float]:
-    """Whole traced bytes, forward and backward; a cross entropy over a cut vocabulary, Megatron's always, is a chain of fp32
-    kernels."""
-    cut = {
-        labels[dim]
-        for tokens, labels in zip(placed, labelled, strict=True)
-        for token in tokens
-        if (dim := shard_dim(token)) is not None
-    } - {NO_LABEL}
+    """Traced bytes of all ranks, forward and backward; a cross entropy over a sharded vocabulary, Megatron's always, is a
+    chain of fp32 kernels."""
+    sharded = set[int]().union(*(_sharded_labels(placed, labelled, axis) for axis in range(len(case.mesh.sizes))))
     profile, fused = case.ground.profile.ops[op.id], case.ground.fused.get(op.id, NOTHING)
-    chain = case.ground.execution.loss == "chain" or any(_kind(rule, label) == "inside" for label in cut)
+    chain = case.ground.execution.loss == "chain" or any(_kind(rule, label) == "inside" for label in sharded)
     if "cross_entropy_loss" in op.target and chain:
         logits, software = prod(case.ground.graph.values[op.inputs[0]].shape), case.software
         return logits * software.loss_forward_bytes_per_logit, logits * software.loss_backward_bytes_per_logit
     return max(profile.forward_bytes - fused[0], 0.0), max(profile.backward_bytes - fused[1], 0.0)
+
+
+def _sharded_labels(placed: Sequence[Placements], labelled: Sequence[tuple[int, ...]], axis: int) -> set[int]:
+    """The labels that an axis shards."""
+    return {
+        labels[dim]
+        for placements, labels in zip(placed, labelled, strict=True)
+        if (dim := placements[axis].shard_dim) is not None
+    } - {NO_LABEL}
 
 
 def _told(planned: OpPlan) -> str:
@@ -131,7 +136,7 @@ def _check_partial(
     op: Op,
     rule: OpRule,
     planned: OpPlan,
-    placed: list[tuple[str, ...]],
+    placed: Sequence[Placements],
     labelled: Sequence[tuple[int, ...]],
     values_grad: list[bool],
     sizes: tuple[int, ...],
@@ -142,25 +147,26 @@ def _check_partial(
     for axis in range(len(placed[0]) if placed else 0):
         if sizes[axis] == 1:
             continue
-        cut = {
-            labels[dim]
-            for tokens, labels in zip(placed, labelled, strict=True)
-            if (dim := shard_dim(tokens[axis])) is not None
-        } - {NO_LABEL}
-        if not cut or rule.groups:
+        sharded = _sharded_labels(placed, labelled, axis)
+        if not sharded or rule.groups:
             continue
-        if len({_kind(rule, label) for label in cut}) == 1 and next(iter(cut)) < len(rule.kinds):
-            kind = _kind(rule, next(iter(cut)))
+        if len({_kind(rule, label) for label in sharded}) == 1 and next(iter(sharded)) < len(rule.kinds):
+            kind = _kind(rule, next(iter(sharded)))
             if kind == "whole":
-                raise CheckError(f"op {op.name}: it is cut along a dim that must be whole: {_told(planned)}")
-            for tokens in placed[num_inputs:]:
-                if kind == "sum" and tokens[axis] != "P":
+                raise CheckError(
+                    f"op {op.name}: it shards a dim that its rule does not allow to be sharded: {_told(planned)}"
+                )
+            for placements in placed[num_inputs:]:
+                if kind == "sum" and placements[axis] != PARTIAL:
                     raise CheckError(
-                        f"op {op.name}: a contracted dim is cut but the result is no sum: {_told(planned)}"
+                        f"op {op.name}: it shards a contracted dim, so its result must be partial: {_told(planned)}"
                     )
         for at, gradient in enumerate(gradients):
-            if gradient is not None and values_grad[at] and placed[at][axis] == "R" and gradient[axis] != "P":
-                raise CheckError(f"op {op.name}: input {at} is whole in an op that is cut, its gradient is no sum")
+            lacks = placed[at][axis] == REPLICATE and gradient is not None and gradient[axis] != PARTIAL
+            if lacks and values_grad[at]:
+                raise CheckError(
+                    f"op {op.name}: input {at} is replicated in a sharded op, so its gradient must be partial"
+                )
 
 
 def _kind(rule: OpRule, label: int) -> str:
@@ -252,7 +258,7 @@ def _attention(case: Case, op: Op, rule: OpRule, local: dict[int, int]) -> tuple
 def _inside(
     graph: Graph,
     rule: OpRule,
-    placed: list[tuple[str, ...]],
+    placed: Sequence[Placements],
     labelled: Sequence[tuple[int, ...]],
     micro_batch: int,
     mesh: Mesh,
@@ -262,14 +268,10 @@ def _inside(
         return (), ()
     exchanged, dividing = [], 1
     for axis, size in enumerate(mesh.sizes):
-        cut = {
-            labels[dim]
-            for tokens, labels in zip(placed, labelled, strict=True)
-            if (dim := shard_dim(tokens[axis])) is not None
-        } - {NO_LABEL}
-        if any(_kind(rule, label) == "inside" for label in cut):
+        sharded = _sharded_labels(placed, labelled, axis)
+        if any(_kind(rule, label) == "inside" for label in sharded):
             exchanged.append(axis)
-        elif cut & set(inside.labels):
+        elif sharded & set(inside.labels):
             dividing *= size
     found = []
     for exchanges in (inside.forward_bytes, inside.backward_bytes):

@@ -21,7 +21,7 @@ from autopar.graph.ir import Block, Graph
 from autopar.judge.ground import Case
 from autopar.judge.routes import Mesh, Step, local_shape
 from autopar.plan.errors import CheckError
-from autopar.plan.mesh import parse_placements
+from autopar.plan.placement import PARTIAL, REPLICATE, parse_placements
 from autopar.plan.plan import BlockProgram, CollectiveKind, ParameterPlan
 
 
@@ -84,7 +84,7 @@ def _price(case: Case, value: int, planned: ParameterPlan, read_again: frozenset
     terms = tuple(
         axis
         for axis in range(len(compute))
-        if axis not in cut and (axis in partial or (compute[axis] == "R" and (value, axis) in case.disagreed))
+        if axis not in cut and (axis in partial or (compute[axis] == REPLICATE and (value, axis) in case.disagreed))
     )
     summed = _part(mesh, "all_reduce", sent / shards, terms, padding)
     twice = stage3 and value in read_again
@@ -122,7 +122,7 @@ def disagreements(graph: Graph, blocks: Sequence[tuple[Block, BlockProgram, Bloc
                 for each in (other, planned)
             ]
             for axis, (one, two) in enumerate(zip(*sides, strict=True)):
-                if one[0] != two[0] or {one[1], two[1]} == {"R", "P"}:
+                if one[0] != two[0] or {one[1], two[1]} == {REPLICATE, PARTIAL}:
                     found.add((alike[value], axis))
     return frozenset(found)
 
@@ -170,8 +170,8 @@ def _partial_axes(case: Case, value: int, planned: ParameterPlan) -> tuple[int, 
                     raise CheckError(
                         f"op {op.name} reads {planned.name} as {at_op.inputs[at]}, the plan keeps {planned.compute}"
                     )
-                tokens = parse_placements(at_op.input_gradients[at])
-                found.update(axis for axis, token in enumerate(tokens) if token == "P" and case.mesh.sizes[axis] > 1)
+                gradient = parse_placements(at_op.input_gradients[at])
+                found.update(axis for axis, one in enumerate(gradient) if one == PARTIAL and case.mesh.sizes[axis] > 1)
     return tuple(sorted(found))
 
 
@@ -180,10 +180,10 @@ def _check_storage(
 ) -> None:
     wrong = [axis for axis in cut if mesh.sizes[axis] > 1 and axis not in partial]
     if wrong:
-        raise CheckError(f"program {program.id!r}: {planned.name} is cut over an axis that does not replicate it")
+        raise CheckError(f"program {program.id!r}: {planned.name} is sharded over an axis that does not replicate it")
     for role, text in (("parameter", planned.parameter), ("gradient", planned.gradient)):
-        tokens, compute = parse_placements(text), parse_placements(planned.compute)
-        optimizer = parse_placements(planned.optimizer)
-        for axis, token in enumerate(tokens):
-            if token not in (compute[axis], optimizer[axis]) and not (role == "gradient" and token == "P"):
-                raise CheckError(f"program {program.id!r}: the {role} of {planned.name} lies as {text}")
+        compute, optimizer = parse_placements(planned.compute), parse_placements(planned.optimizer)
+        for axis, placement in enumerate(parse_placements(text)):
+            known = (compute[axis], optimizer[axis], *([PARTIAL] if role == "gradient" else []))
+            if placement not in known:
+                raise CheckError(f"program {program.id!r}: the {role} of {planned.name} is placed as {text}")

@@ -12,7 +12,7 @@ from math import prod
 
 from autopar.graph.ir import Block, Graph
 from autopar.judge.routes import Mesh
-from autopar.plan.mesh import parse_placements
+from autopar.plan.placement import parse_placements
 from autopar.plan.plan import BlockProgram, Execution, ParameterPlan
 
 

@@ -1,14 +1,14 @@
-"""How the judge moves one tensor between two placements of a mesh: the cheapest sequence of collectives, by Dijkstra.
+"""How the judge redistributes one tensor on a mesh: the cheapest sequence of collectives, by Dijkstra.
 
-States are placements (a token text per axis), steps change all axes of a set that hold the same token to another one:
+States are placements on all axes; a step changes a set of axes from one placement to another:
 
-    P -> R  all_reduce      bytes: what a rank holds            P -> S  reduce_scatter   bytes: what a rank holds
-    S -> R  all_gather      bytes: what a rank holds after      S -> S' all_to_all       bytes: what a rank holds
+    P -> R  all_reduce      bytes: what a rank stores           P -> S  reduce_scatter   bytes: what a rank stores
+    S -> R  all_gather      bytes: what a rank stores after     S -> S' all_to_all       bytes: what a rank stores
     R -> S  a local slice, free                                 R -> P  zeros on all ranks but the first, free
 
-Nothing becomes P on an axis that does not end as P. Dims are cut outermost axis first, so a shard may only come or go
-where no axis further in cuts the same dim. Axes of one rank change for nothing. Among equally cheap ways the one of
-fewest bytes wins, then of fewest steps, then the first in order of its text.
+Nothing becomes P on an axis that does not end as P. Dims are sharded outermost axis first, so a shard may only come or
+go where no axis further in shards the same dim. Axes of one rank change for nothing. Among equally cheap paths the one
+of fewest bytes wins, then of fewest steps, then the first in order of its text.
 
 Worked example: (4, 8) fp16 = 64 bytes from ``P`` to ``S(0)`` on an axis of 2: one reduce_scatter of 64 bytes.
 """
@@ -19,10 +19,9 @@ from dataclasses import dataclass, replace
 
 from autopar.cluster.cluster import Cluster, Group
 from autopar.plan.errors import CheckError
-from autopar.plan.mesh import parse_placements, shard_dim
+from autopar.plan.placement import PARTIAL, REPLICATE, Placement, Placements, Shard, format_placements, parse_placements
 from autopar.plan.plan import CollectiveKind
 
-Tokens = tuple[str, ...]
 EQUAL_DIGITS = 15
 """Decimals of seconds to which ways are compared: the same sum in another order is another number after them."""
 
@@ -30,7 +29,7 @@ EQUAL_DIGITS = 15
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """One collective over mesh axes (positions); ``num_bytes`` as ``plan.Collective`` counts them, equal parts of an
-    uneven cut: what is lacking is padded. The time is that of the tensor alone."""
+    uneven shard: what is lacking is padded. The time is that of the tensor alone."""
 
     kind: CollectiveKind
     axes: tuple[int, ...]
@@ -43,40 +42,41 @@ class Route:
     """The collectives of one redistribution in order, and the placements after each change (slices included)."""
 
     steps: tuple[Step, ...]
-    placements: tuple[str, ...]
+    placements: tuple[Placements, ...]
 
     @property
     def time_s(self) -> float:
         return sum(step.time_s for step in self.steps)
 
 
-def local_shape(shape: tuple[int, ...], tokens: Tokens, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape on the fullest rank: cut dim by dim, outermost axis first, rounding up piece by piece. Cuts of few
-    pieces lie outside those of many, and leave a rank its share of the pieces.
+def local_shape(shape: tuple[int, ...], placements: Placements, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape on the rank that stores most: split dim by dim, outermost axis first, rounding up piece by piece. Shards
+    of few pieces are outside those of many, and leave a rank its share of the pieces.
 
-    >>> local_shape((24, 5), ("_S(0,3)",), (4,)), local_shape((10, 4), ("S(0)", "R"), (4, 2))
+    >>> local_shape((24, 5), (Shard(0, split_factor=3),), (4,)), local_shape((10, 4), (Shard(0), REPLICATE), (4, 2))
     ((6, 5), (3, 4))
-    >>> local_shape((16,), ("S(0)", "_S(0,8)"), (4, 2))  # 8 samples of 2: a rank has 2 samples, half of each
+    >>> eight_samples_of_two = (Shard(0), Shard(0, split_factor=8))  # a rank has 2 samples, half of each
+    >>> local_shape((16,), eight_samples_of_two, (4, 2))
     (2,)
     """
     found = list(shape)
-    cuts = []
-    for axis, token in enumerate(tokens):
-        dim = shard_dim(token)
-        if dim is not None:
-            cuts.append((int(token[:-1].split(",")[1]) if token.startswith("_") else 1, axis, dim))
-    for pieces, axis, dim in sorted(cuts):
+    shards = [
+        (placement.split_factor, axis, placement.dim)
+        for axis, placement in enumerate(placements)
+        if isinstance(placement, Shard)
+    ]
+    for pieces, axis, dim in sorted(shards):
         taken = 1
-        for fewer, outer, same in cuts:
+        for fewer, outer, same in shards:
             taken *= sizes[outer] if same == dim and fewer < pieces else 1
-        held = max(1, pieces // taken)
-        found[dim] = held * -(-found[dim] // (held * sizes[axis]))
+        local_pieces = max(1, pieces // taken)
+        found[dim] = local_pieces * -(-found[dim] // (local_pieces * sizes[axis]))
     return tuple(found)
 
 
 class Mesh:
     """The devices of one stage as the judge sees them: axis sizes, and the links every set of axes crosses.
-    ``exchanges``: what is cut on one dim and then on another takes the all_to_all, as it runs, though a tensor as tiny
+    ``exchanges``: what is sharded on one dim and then on another takes the all_to_all, as it runs, though a tensor as tiny
     as a twin's would be gathered and sliced in as little time."""
 
     def __init__(self, cluster: Cluster, sizes: tuple[int, ...], first_device: int, *, exchanges: bool = False) -> None:
@@ -110,67 +110,74 @@ class Mesh:
         time_s = float(self.cluster.collective_s(kind, num_bytes, self.group(axes)))
         return Step(kind=kind, axes=axes, num_bytes=num_bytes if padded_bytes is None else padded_bytes, time_s=time_s)
 
-    def local_bytes(self, shape: tuple[int, ...], itemsize: int, tokens: Tokens) -> int:
-        """Bytes of a tensor on the fullest rank."""
+    def local_bytes(self, shape: tuple[int, ...], itemsize: int, placements: Placements) -> int:
+        """Bytes of a tensor on the rank that stores most."""
         product = itemsize
-        for size in local_shape(shape, tokens, self.sizes):
+        for size in local_shape(shape, placements, self.sizes):
             product *= size
         return product
 
-    def route(self, shape: tuple[int, ...], itemsize: int, source: str, target: str) -> Route:
-        """The cheapest way; CheckError where there is none (a partial sum that nothing made)."""
+    def route(self, shape: tuple[int, ...], itemsize: int, source: Placements, target: Placements) -> Route:
+        """The cheapest path; CheckError where there is none (a partial sum that nothing made)."""
         key = (shape, itemsize, source, target)
         if key not in self._routes:
-            self._routes[key] = self._search(shape, itemsize, parse_placements(source), parse_placements(target))
+            self._routes[key] = self._search(shape, itemsize, source, target)
         return self._routes[key]
 
-    def _search(self, shape: tuple[int, ...], itemsize: int, source: Tokens, target: Tokens) -> Route:
+    def _search(self, shape: tuple[int, ...], itemsize: int, source: Placements, target: Placements) -> Route:
         movable = _movable(source, target)
-        tokens = tuple(dict.fromkeys([*(source[axis] for axis in movable), *(target[axis] for axis in movable), "R"]))
-        # (seconds, bytes, steps, placements passed), state, collectives so far; the placements make the order total
-        queue: list[tuple[float, float, int, tuple[str, ...], Tokens, tuple[Step, ...]]] = [(0, 0, 0, (), source, ())]
-        done: set[Tokens] = set()
+        met = (*(source[axis] for axis in movable), *(target[axis] for axis in movable), REPLICATE)
+        choices = tuple(dict.fromkeys(met))
+        # (seconds, bytes, steps, texts passed), state, collectives so far; the texts make the order total
+        queue: list[tuple[float, float, int, tuple[str, ...], Placements, tuple[Step, ...]]] = []
+        heapq.heappush(queue, (0, 0, 0, (), source, ()))
+        done: set[Placements] = set()
         while queue:
             time_s, moved, count, passed, state, steps = heapq.heappop(queue)
             if state == target:
-                return Route(steps=_summed_at_once(steps), placements=passed)
+                return Route(steps=_summed_at_once(steps), placements=tuple(map(parse_placements, passed)))
             if state in done:
                 continue
             done.add(state)
-            for axes, token in _changes(state, movable, tokens, target):
-                after = tuple(token if axis in axes else held for axis, held in enumerate(state))
-                if after in done or not _innermost(after, axes):
+            for axes, new in _changes(state, movable, choices, target):
+                after = tuple(new if axis in axes else old for axis, old in enumerate(state))
+                if after in done or not _is_innermost(after, axes):
                     continue
-                if self.exchanges and token == "R" and _may_exchange(state, target, axes):
+                if self.exchanges and new == REPLICATE and _may_exchange(state, target, axes):
                     continue
                 step = self._one(shape, itemsize, state, after, axes)
                 cost = round(time_s + (step.time_s if step else 0.0), EQUAL_DIGITS)
                 more = moved + (step.num_bytes if step else 0)
                 made = (*steps, step) if step else steps
-                heapq.heappush(queue, (cost, more, count + 1, (*passed, "".join(after)), after, made))
-        raise CheckError(f"no collective brings a tensor from {''.join(source)} to {''.join(target)}")
+                heapq.heappush(queue, (cost, more, count + 1, (*passed, format_placements(after)), after, made))
+        raise CheckError(
+            f"no collective redistributes a tensor from {format_placements(source)} to {format_placements(target)}"
+        )
 
-    def settled(self, text: str) -> str:
-        """A placement with what it says of axes of one rank, where all tokens mean the same, written "R"."""
-        tokens = parse_placements(text)
-        return "".join("R" if size == 1 else token for token, size in zip(tokens, self.sizes, strict=bool(tokens)))
+    def parse(self, text: str) -> Placements:
+        """The ``settled`` placements of a text; () of none."""
+        return self.settled(parse_placements(text))
+
+    def settled(self, placements: Placements) -> Placements:
+        """``placements`` with those of axes of one rank, where all mean the same, as ``REPLICATE``."""
+        pairs = zip(placements, self.sizes, strict=bool(placements))
+        return tuple(REPLICATE if size == 1 else placement for placement, size in pairs)
 
     def _one(
-        self, shape: tuple[int, ...], itemsize: int, before: Tokens, after: Tokens, axes: tuple[int, ...]
+        self, shape: tuple[int, ...], itemsize: int, before: Placements, after: Placements, axes: tuple[int, ...]
     ) -> Step | None:
         old, new = before[axes[0]], after[axes[0]]
-        if old == "R":
+        if old == REPLICATE:
             return None
-        if new == "R" and old != "P":
+        if new == REPLICATE and old != PARTIAL:
             padded = self.local_bytes(shape, itemsize, before) * self.degree(axes)
             return self.step("all_gather", self.local_bytes(shape, itemsize, after), axes, padded)
-        kind: CollectiveKind = "all_to_all" if old != "P" else "all_reduce" if new == "R" else "reduce_scatter"
-        held = self.local_bytes(shape, itemsize, before)
-        if kind == "all_reduce":
-            return self.step(kind, held, axes)
-        dim, whole, part = shard_dim(new), *(local_shape(shape, tokens, self.sizes) for tokens in (before, after))
-        assert dim is not None
-        return self.step(kind, held, axes, held * part[dim] * self.degree(axes) / max(whole[dim], 1))
+        num_bytes = self.local_bytes(shape, itemsize, before)
+        if not isinstance(new, Shard):
+            return self.step("all_reduce", num_bytes, axes)
+        kind: CollectiveKind = "reduce_scatter" if old == PARTIAL else "all_to_all"
+        full, part = (local_shape(shape, placements, self.sizes)[new.dim] for placements in (before, after))
+        return self.step(kind, num_bytes, axes, num_bytes * part * self.degree(axes) / max(full, 1))
 
 
 def _summed_at_once(steps: tuple[Step, ...]) -> tuple[Step, ...]:
@@ -187,42 +194,43 @@ def _summed_at_once(steps: tuple[Step, ...]) -> tuple[Step, ...]:
     return tuple(found)
 
 
-def _movable(source: Tokens, target: Tokens) -> tuple[int, ...]:
-    """Axes that change, and those further in that cut a dim which a changing axis cuts before or after."""
+def _movable(source: Placements, target: Placements) -> tuple[int, ...]:
+    """Axes that change, and those further in that shard a dim which a changing axis shards before or after."""
     moving = {axis for axis, (a, b) in enumerate(zip(source, target, strict=True)) if a != b}
-    dims = {shard_dim(side[axis]) for axis in moving for side in (source, target)} - {None}
+    dims = {side[axis].shard_dim for axis in moving for side in (source, target)} - {None}
     inside = {
         axis
         for axis in range(len(source))
-        if any(axis > other for other in moving) and {shard_dim(source[axis]), shard_dim(target[axis])} & dims
+        if any(axis > other for other in moving) and {source[axis].shard_dim, target[axis].shard_dim} & dims
     }
     return tuple(sorted(moving | inside))
 
 
 def _changes(
-    state: Tokens, movable: tuple[int, ...], tokens: Tokens, target: Tokens
-) -> list[tuple[tuple[int, ...], str]]:
-    found: list[tuple[tuple[int, ...], str]] = [
-        ((axis,), "P") for axis in movable if state[axis] == "R" and target[axis] == "P"
+    state: Placements, movable: tuple[int, ...], choices: Placements, target: Placements
+) -> list[tuple[tuple[int, ...], Placement]]:
+    """(axes, what they change to), of ``choices``."""
+    found: list[tuple[tuple[int, ...], Placement]] = [
+        ((axis,), PARTIAL) for axis in movable if state[axis] == REPLICATE and target[axis] == PARTIAL
     ]
     for count in range(1, len(movable) + 1):
         for axes in itertools.combinations(movable, count):
             old = state[axes[0]]
-            if all(state[axis] == old for axis in axes) and _innermost(state, axes):
-                found += [(axes, token) for token in tokens if token not in (old, "P")]
+            if all(state[axis] == old for axis in axes) and _is_innermost(state, axes):
+                found += [(axes, new) for new in choices if new not in (old, PARTIAL)]
     return found
 
 
-def _may_exchange(state: Tokens, target: Tokens, axes: tuple[int, ...]) -> bool:
-    """Whether axes that cut a dim are to cut another, and can at once."""
-    dims = [(shard_dim(state[axis]), shard_dim(target[axis])) for axis in axes]
-    after = tuple(target[axis] if axis in axes else held for axis, held in enumerate(state))
-    return all(None not in pair and pair[0] != pair[1] for pair in dims) and _innermost(after, axes)
+def _may_exchange(state: Placements, target: Placements, axes: tuple[int, ...]) -> bool:
+    """Whether axes that shard a dim are to shard another, and can at once."""
+    dims = [(state[axis].shard_dim, target[axis].shard_dim) for axis in axes]
+    after = tuple(target[axis] if axis in axes else old for axis, old in enumerate(state))
+    return all(None not in pair and pair[0] != pair[1] for pair in dims) and _is_innermost(after, axes)
 
 
-def _innermost(state: Tokens, axes: tuple[int, ...]) -> bool:
-    """Whether no axis further in than the first of ``axes``, other than they, cuts the dim that they cut."""
-    dim = shard_dim(state[axes[0]])
+def _is_innermost(state: Placements, axes: tuple[int, ...]) -> bool:
+    """Whether no axis further in than the first of ``axes``, other than they, shards the dim that they shard."""
+    dim = state[axes[0]].shard_dim
     return dim is None or not any(
-        axis > axes[0] and axis not in axes and shard_dim(token) == dim for axis, token in enumerate(state)
+        axis > axes[0] and axis not in axes and placement.shard_dim == dim for axis, placement in enumerate(state)
     )

@@ -13,7 +13,7 @@ from math import prod
 
 from autopar.graph.ir import Block, Graph, Value
 from autopar.judge.routes import Mesh, Step, local_shape
-from autopar.plan.mesh import parse_placements
+from autopar.plan.placement import PARTIAL, REPLICATE, Placements, parse_placements
 from autopar.plan.plan import BlockProgram, ParameterPlan, Plan
 
 MASTER_BYTES = 4
@@ -110,10 +110,10 @@ def tied_moves(
 
 
 def _ways(
-    graph: Graph, use: Use, own: int, stored: ParameterPlan, planned: ParameterPlan, gradient: str, mesh: Mesh
+    graph: Graph, use: Use, own: int, stored: ParameterPlan, planned: ParameterPlan, gradient: Placements, mesh: Mesh
 ) -> list[Step]:
     tensor = graph.values[own]
-    there = mesh.route(tensor.shape, tensor.itemsize, mesh.settled(stored.compute), mesh.settled(planned.compute))
+    there = mesh.route(tensor.shape, tensor.itemsize, mesh.parse(stored.compute), mesh.parse(planned.compute))
     kept = use.program.recompute != "full" and stored.parameter == stored.compute
     steps = list(there.steps) * (1 if kept or own not in use.read_again else 2)
     ops = graph.ops[use.first.first_op : use.first.end_op]
@@ -124,19 +124,19 @@ def _ways(
         if value == own and text
     }
     for text in sorted(given):
-        left, wanted = (parse_placements(mesh.settled(each)) for each in (text, gradient))
-        # a part of a gradient is a term of it as it stands, among zeros
-        target = "".join(one if two == "P" else two for one, two in zip(left, wanted, strict=True))
-        steps += mesh.route(tensor.shape, tensor.itemsize, "".join(left), target).steps
+        left = mesh.parse(text)
+        # a part of a gradient is an addend of it as it stands, among zeros
+        target = tuple(one if two == PARTIAL else two for one, two in zip(left, mesh.settled(gradient), strict=True))
+        steps += mesh.route(tensor.shape, tensor.itemsize, left, target).steps
     return steps
 
 
-def _gradient(stored: ParameterPlan, value: int, disagreed: frozenset[tuple[int, int]]) -> str:
-    """Where a micro-batch leaves the gradient of the stored copy: terms wherever ZeRO or another use makes them."""
-    tokens = [parse_placements(text) for text in (stored.compute, stored.gradient, stored.optimizer)]
-    return "".join(
-        "P" if used != optimizer or (used == "R" and (value, axis) in disagreed) else left
-        for axis, (used, left, optimizer) in enumerate(zip(*tokens, strict=True))
+def _gradient(stored: ParameterPlan, value: int, disagreed: frozenset[tuple[int, int]]) -> Placements:
+    """Where a micro-batch leaves the gradient of the stored copy: partial wherever ZeRO or another use makes it so."""
+    roles = [parse_placements(text) for text in (stored.compute, stored.gradient, stored.optimizer)]
+    return tuple(
+        PARTIAL if used != optimizer or (used == REPLICATE and (value, axis) in disagreed) else left
+        for axis, (used, left, optimizer) in enumerate(zip(*roles, strict=True))
     )
 
 

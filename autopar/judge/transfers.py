@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from autopar.graph.ir import Block, Graph
 from autopar.judge.ops import sizes_at
 from autopar.judge.routes import Mesh
-from autopar.plan.mesh import parse_placements
+from autopar.plan.placement import REPLICATE, Placement, Placements, Shard, parse_placements
 from autopar.plan.plan import Plan, ValuePlan
 
 
@@ -59,10 +59,10 @@ def _send(
     mesh = meshes[receiver]
     sizes = []
     for value in values:
-        text = _lie(plan, graph, blocks, receiver, value, forward=receiver > sender)
+        placements = _received(plan, graph, blocks, receiver, value, forward=receiver > sender)
         tensor = graph.values[value]
         shape = sizes_at(graph, tensor.shape, plan.micro_batch_size)
-        sizes.append(mesh.local_bytes(shape, tensor.itemsize, parse_placements(text)))
+        sizes.append(mesh.local_bytes(shape, tensor.itemsize, placements))
     cluster = mesh.cluster
     per_node = cluster.devices_per_node
     devices = [
@@ -80,9 +80,11 @@ def _send(
     return Send(time_s=time_s, sizes_bytes=tuple(sizes))
 
 
-def _lie(plan: Plan, graph: Graph, blocks: tuple[Block, ...], stage: int, value: int, *, forward: bool) -> str:
-    """How a stage takes a value in (or, backward, its gradient): as its first reader or maker does, cut by the batch
-    alone where it only passes through."""
+def _received(
+    plan: Plan, graph: Graph, blocks: tuple[Block, ...], stage: int, value: int, *, forward: bool
+) -> Placements:
+    """How a stage takes a value in (or, backward, its gradient): as its first reader or maker does, sharded by the batch
+    alone where it only passes through. What is partial arrives summed, and is as large."""
     refs = plan.stages[stage].blocks
     for ref in refs if forward else reversed(refs):
         block, program = blocks[ref.index], plan.program(ref.program)
@@ -91,10 +93,11 @@ def _lie(plan: Plan, graph: Graph, blocks: tuple[Block, ...], stage: int, value:
             sides.insert(0, (block.outputs, program.outputs))
         for values, planned in sides:
             if value in values:
-                lie = planned[values.index(value)]
-                return lie.placement if forward else lie.gradient.replace("P", "R")
-    tokens = ["R"] * len(plan.stages[stage].axes)
+                found = planned[values.index(value)]
+                return parse_placements(found.placement if forward else found.gradient)
+    axes = plan.stages[stage].axes
+    passed: list[Placement] = [REPLICATE] * len(axes)
     grows = next((dim for dim, size in enumerate(graph.values[value].shape) if graph.batch.grows(size)), None)
-    if grows is not None and plan.stages[stage].axes[0].name == "dp":
-        tokens[0] = f"S({grows})"
-    return "".join(tokens)
+    if grows is not None and axes[0].name == "dp":
+        passed[0] = Shard(grows)
+    return tuple(passed)

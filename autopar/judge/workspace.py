@@ -11,6 +11,7 @@ from math import prod
 from autopar.graph.ir import Graph, Op
 from autopar.judge.ground import Case
 from autopar.judge.ops import sizes_at
+from autopar.plan.placement import parse_placements
 from autopar.plan.plan import OpPlan
 
 
@@ -28,7 +29,7 @@ def passing(case: Case, op: Op, planned: OpPlan, shards: int) -> float:
     weights = 0.0
     for value, text in zip((*op.inputs, *op.outputs), (*planned.inputs, *planned.outputs), strict=True):
         tensor, owner = graph.values[value], profile.owners[value]
-        size = float(case.local_bytes(value, text))
+        size = float(case.local_bytes(value, parse_placements(text)))
         if tensor.kind == "parameter" and tensor.requires_grad:
             weights += size
         if tensor.kind != "activation":

@@ -12,7 +12,8 @@ from typing import Any
 import msgspec
 
 from autopar.plan.errors import PlanFileError
-from autopar.plan.mesh import num_ranks, parse_placements
+from autopar.plan.mesh import num_ranks
+from autopar.plan.placement import PARTIAL, parse_placements
 from autopar.plan.plan import (
     FORMAT_VERSION,
     BlockProgram,
@@ -119,7 +120,7 @@ def _programs_exist(plan: Plan) -> Iterator[str]:
 
 
 def _placements_per_axis(plan: Plan) -> Iterator[str]:
-    """Every placement has one token for each axis of the stages that run its program."""
+    """Every text of placements has one for each axis of the stages that run its program."""
     texts = {program.id: _placement_texts(program) for program in plan.programs}
     lengths: dict[str, dict[str, int]] = {}
     for id, placements in texts.items():
@@ -151,12 +152,19 @@ def _placement_texts(program: BlockProgram) -> set[str]:
 
 
 def _parameters_whole(plan: Plan) -> Iterator[str]:
-    """No parameter, as computed with or at rest, and no optimizer state is a sum of terms."""
+    """No parameter, as computed with or at rest, and no optimizer state is partial."""
     for program in plan.programs:
         for parameter in program.parameters:
             for role in ("compute", "parameter", "optimizer"):
-                if "P" in getattr(parameter, role):
+                if _has_partial(getattr(parameter, role)):
                     yield f"program {program.id!r}: {role} of {parameter.name} is {getattr(parameter, role)!r}"
+
+
+def _has_partial(text: str) -> bool:
+    try:
+        return PARTIAL in parse_placements(text)
+    except ValueError:  # which _placements_per_axis lists
+        return False
 
 
 def _recompute_summary(plan: Plan) -> Iterator[str]:

@@ -1,23 +1,24 @@
 """Pins: what a user fixes of a plan, ``--pin GLOB=PLACEMENTS``, and whether a plan keeps to them.
 
-    layers.*.wq.weight=RS(0)     on a mesh of two axes: whole over the first, dim 0 cut over the second
+    layers.*.wq.weight=RS(0)     on a mesh of two axes: replicated over the first, sharded on dim 0 over the second
 
-A glob (``*`` also spans dots) names parameters; there is a token per axis of the mesh, outermost first, as plans print
-them. Over an axis that cuts nothing of how a parameter is used, its token says whether it is cut at rest: ``S(0)`` over
-the data axis is ZeRO-3. ``S(d)`` stands for any cut of dim d, also a strided one (a fused projection cut by heads).
+A glob (``*`` also spans dots) names parameters; there is a placement per axis of the mesh, outermost first, as plans
+print them. Over an axis that does not shard a parameter as it is used, its placement says whether it is sharded at rest:
+``S(0)`` over the data axis is ZeRO-3. ``S(d)`` stands for any shard of dim d, also a strided one (a fused projection
+sharded by heads).
 """
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from autopar.plan.errors import UsageError
-from autopar.plan.mesh import parse_placements, shard_dim
+from autopar.plan.placement import PARTIAL, Placement, Placements, Shard, format_placements, parse_placements
 from autopar.plan.plan import ParameterPlan, Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pin:
-    """``glob`` over names of parameters, and a placement token per mesh axis.
+    """``glob`` over names of parameters, and a placement per mesh axis.
 
     >>> pin = parse_pin("layers.*.wq.weight", "RS(0)")
     >>> str(pin), pin.names("layers.11.wq.weight"), pin.names("head.weight")
@@ -25,35 +26,36 @@ class Pin:
     """
 
     glob: str
-    tokens: tuple[str, ...]
+    placements: Placements
 
     def names(self, name: str) -> bool:
         return fnmatchcase(name, self.glob)
 
     def __str__(self) -> str:
-        return f"{self.glob}={''.join(self.tokens)}"
+        return f"{self.glob}={format_placements(self.placements)}"
 
 
 def parse_pin(glob: str, placements: str) -> Pin:
     """UsageError for a placement that is none, or of a partial sum, which no parameter is."""
     try:
-        tokens = parse_placements(placements)
+        parsed = parse_placements(placements)
     except ValueError as error:
         raise UsageError(f"--pin {glob}: {error}") from None
-    if not tokens or "P" in tokens:
+    if not parsed or PARTIAL in parsed:
         raise UsageError(
             f"--pin {glob}={placements}: write S(dim) or R for each mesh axis; a parameter is no partial sum"
         )
-    return Pin(glob=glob, tokens=tokens)
+    return Pin(glob=glob, placements=parsed)
 
 
-def meets(token: str, pinned: str) -> bool:
-    """Whether a placement token is what a pin says.
+def meets(placement: Placement, pinned: Placement) -> bool:
+    """Whether a placement is what a pin says.
 
-    >>> meets("_S(0,3)", "S(0)"), meets("S(0)", "_S(0,3)"), meets("R", "R")
-    (True, False, True)
+    >>> meets(Shard(0, split_factor=3), Shard(0)), meets(Shard(0), Shard(0, split_factor=3))
+    (True, False)
     """
-    return token == pinned or (pinned.startswith("S(") and shard_dim(token) == shard_dim(pinned))
+    any_shard = isinstance(pinned, Shard) and pinned.split_factor == 1
+    return placement == pinned or (any_shard and placement.shard_dim == pinned.shard_dim)
 
 
 def unmet(plan: Plan, pins: tuple[Pin, ...]) -> list[str]:
@@ -70,15 +72,16 @@ def unmet(plan: Plan, pins: tuple[Pin, ...]) -> list[str]:
             for pin in pins:
                 if not pin.names(name):
                     continue
-                if len(pin.tokens) != len(axes):
-                    line = f"{pin}: {len(pin.tokens)} tokens, the mesh has {len(axes)} axes ({', '.join(axes)})"
+                if len(pin.placements) != len(axes):
+                    line = f"{pin}: {len(pin.placements)} placements, the mesh has {len(axes)} axes ({', '.join(axes)})"
                     found[line] = None
                 elif not any(_kept(parameter, pin) for parameter in uses):
-                    found[f"{pin}: {name} lies as {uses[0].parameter} on ({', '.join(axes)})"] = None
+                    found[f"{pin}: {name} is placed as {uses[0].parameter} on ({', '.join(axes)})"] = None
     return list(found)
 
 
 def _kept(parameter: ParameterPlan, pin: Pin) -> bool:
     return all(
-        meets(token, pinned) for token, pinned in zip(parse_placements(parameter.parameter), pin.tokens, strict=True)
+        meets(placement, pinned)
+        for placement, pinned in zip(parse_placements(parameter.parameter), pin.placements, strict=True)
     )

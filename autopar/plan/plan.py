@@ -4,7 +4,7 @@ A plan says, for every stage, which consecutive blocks it runs on which run of d
 every block which *program* it follows: the placements of each op's tensors and of each parameter. Blocks alike share
 one program, so a plan of 96 equal layers is as small as one of 12.
 
-Placements are texts of ``mesh.parse_placements``, one token per axis of the stage that runs the program. Times are
+Placements are texts of ``placement.parse_placements``, one per axis of the stage that runs the program. Times are
 seconds, sizes bytes (integers); ``micro_batch_size`` counts samples over all ranks of a stage.
 """
 

@@ -6,7 +6,8 @@ layers.*.attn.qkv.weight   S(0) on tp, ZeRO-1 over dp
 import re
 from dataclasses import dataclass
 
-from autopar.plan.mesh import Axis, parse_placements, shard_dim
+from autopar.plan.mesh import Axis
+from autopar.plan.placement import PARTIAL, Shard, parse_placements
 from autopar.plan.plan import BlockProgram, ParameterPlan, Plan
 from autopar.plan.units import ranges_text
 
@@ -31,7 +32,7 @@ def parameter_pattern(name: str) -> str:
 
 
 def parameter_text(parameter: ParameterPlan, axes: tuple[Axis, ...]) -> str:
-    """How one parameter lies on a mesh; axes of one rank are not worth a word.
+    """How one parameter is placed on a mesh; axes of one rank are not worth a word.
 
     >>> mesh = (Axis(name="dp", size=4), Axis(name="tp", size=2))
     >>> parameter_text(ParameterPlan(name="w", compute="RS(0)", parameter="RS(0)", gradient="RS(0)",
@@ -42,18 +43,18 @@ def parameter_text(parameter: ParameterPlan, axes: tuple[Axis, ...]) -> str:
     columns = zip(axes, *(parse_placements(role) for role in roles), strict=True)
     words: list[str] = []
     rest: dict[str, list[str]] = {}
-    for axis, compute, parameter_token, gradient, optimizer in columns:
+    for axis, compute, at_rest, gradient, optimizer in columns:
         if axis.size == 1:
             continue
-        if shard_dim(compute) is not None:
+        if isinstance(compute, Shard):
             words.append(f"{compute} on {axis.name}")
-        elif shard_dim(parameter_token) is not None:
+        elif isinstance(at_rest, Shard):
             rest.setdefault("ZeRO-3", []).append(axis.name)
-        elif shard_dim(gradient) is not None:
+        elif isinstance(gradient, Shard):
             rest.setdefault("ZeRO-2", []).append(axis.name)
-        elif shard_dim(optimizer) is not None:
+        elif isinstance(optimizer, Shard):
             rest.setdefault("ZeRO-1", []).append(axis.name)
-        if gradient == "P":
+        if gradient == PARTIAL:
             rest.setdefault("gradients kept partial", []).append(axis.name)
     words.extend(f"{word} over {'*'.join(names)}" for word, names in rest.items())
     return ", ".join(words) or "replicated"

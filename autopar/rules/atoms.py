@@ -12,26 +12,34 @@ projection is cut where its output is, so its shard is strided too, and nothing 
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
+from autopar.plan.placement import Placement, Shard
 from autopar.rules.rule import NO_LABEL, OpRule
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Atom:
-    """A shardable piece of a tensor: ``size`` elements of dim ``dim``, which repeat ``repeats`` times before it.
+class Atom(Shard, frozen=True, cache_hash=True, kw_only=True):
+    """A shard of an atom, at the traced batch: of each of the ``split_factor`` pieces of a dim, ``size`` parts are
+    there to share. Atoms of different sizes are different; ``without_size`` is what they are as placements.
 
-    >>> Atom(dim=2, repeats=3, size=16).text, Atom(dim=0, repeats=1, size=8).text
+    >>> str(Atom(dim=2, split_factor=3, size=16)), str(Atom(dim=0, size=8))
     ('_S(2,3)', 'S(0)')
     """
 
-    dim: int
-    repeats: int
     size: int
 
     @property
-    def text(self) -> str:
-        return f"S({self.dim})" if self.repeats == 1 else f"_S({self.dim},{self.repeats})"
+    def shard(self) -> Shard:
+        """The placement alone."""
+        return Shard(self.dim, self.split_factor)
+
+
+def without_size(placement: Placement) -> Placement:
+    """The placement alone, of an atom without its size.
+
+    >>> without_size(Atom(dim=0, size=8)) == Shard(0)
+    True
+    """
+    return placement.shard if isinstance(placement, Atom) else placement
 
 
 class Cuts:

@@ -1,31 +1,22 @@
-"""What one mesh axis can do to one op: the op's rule as a list of options, each a token per tensor.
-
-A token says how a tensor lies on one axis, forward and backward together, since the backward is conjugate:
-
-    Atom    sharded along it, and so is its gradient
-    "R"     replicated, gradient replicated
-    "G"     replicated, gradient partial: what an input of a sharded op is when it lacks the sharded label
-    "P"     partial, gradient replicated: what an output of a sharded contraction is
-"""
+"""What one mesh axis can do to one op: the op's rule as a list of options, each a placement pair per tensor."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autopar.graph.ir import Op, Value
 from autopar.rules.atoms import Atom, Cuts, matched_atoms
+from autopar.rules.placement_pair import PARTIAL_GRADIENT, PARTIAL_VALUE, REPLICATED, PlacementPair
 from autopar.rules.rule import OpRule
-
-Token = Atom | str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
     """One choice of one op on one axis. ``labels`` are the labels it divides (none: the op is replicated), ``size`` the
-    traced number of pieces it can be cut into at most, ``inside`` whether the kernel then exchanges
+    traced number of parts it can be split into at most, ``inside`` whether the kernel then exchanges
     ``OpRule.inside``."""
 
-    inputs: tuple[Token, ...]
-    outputs: tuple[Token, ...]
+    inputs: tuple[PlacementPair, ...]
+    outputs: tuple[PlacementPair, ...]
     labels: tuple[int, ...] = ()
     size: int = 0
     inside: bool = False
@@ -39,7 +30,7 @@ def op_options(
     op: Op, rule: OpRule, cuts: Cuts, number: int, inputs: Sequence[Value], outputs: Sequence[Value]
 ) -> tuple[Option, ...]:
     """All options of call ``number`` of ``cuts``; the first is "replicated"."""
-    options = [Option(inputs=("R",) * len(inputs), outputs=("R",) * len(outputs))]
+    options = [Option(inputs=(REPLICATED,) * len(inputs), outputs=(REPLICATED,) * len(outputs))]
     grouped = {label for group in rule.groups for side in group for label in side}
     for label, kind in enumerate(rule.kinds):
         if kind == "whole" or label in grouped or not any(label in dims for dims in (*rule.inputs, *rule.outputs)):
@@ -51,12 +42,12 @@ def op_options(
         if not any(_kind(rule, label) == "whole" for label in (*ins, *outs)):
             options.append(_sharded(rule, ins, outs, size, inputs, outputs))
     if rule.passes_gradient and inputs and inputs[rule.carrier].requires_grad:
-        options.append(_passing("G", rule, inputs, outputs))
+        options.append(_passing(PARTIAL_GRADIENT, rule, inputs, outputs))
     if rule.passes_partial and inputs and inputs[rule.carrier].kind == "activation":
-        options.append(_passing("P", rule, inputs, outputs))
+        options.append(_passing(PARTIAL_VALUE, rule, inputs, outputs))
     if op.target.startswith(("aten.add.Tensor", "aten.sub.Tensor")) and len(inputs) == 2 and not outputs[0].shape:
         # losses that are summed may stay partial sums
-        options.append(Option(inputs=("P", "P"), outputs=("P",)))
+        options.append(Option(inputs=(PARTIAL_VALUE, PARTIAL_VALUE), outputs=(PARTIAL_VALUE,)))
     return tuple(dict.fromkeys(options))
 
 
@@ -74,16 +65,16 @@ def _sharded(
 ) -> Option:
     kinds = {_kind(rule, label) for label in (*ins, *outs)}
     inside = "inside" in kinds
-    lacking = (
-        "R" if inside and rule.outputs and not any(label in dims for label in outs for dims in rule.outputs) else "P"
-    )
+    shows = any(label in dims for label in outs for dims in rule.outputs)
+    lacking = REPLICATED if inside and rule.outputs and not shows else PARTIAL_VALUE
     return Option(
         inputs=tuple(
-            _atom(dims, {**ins, **outs}, size) or ("G" if value.requires_grad else "R")
+            _sharded_pair(dims, {**ins, **outs}, size) or (PARTIAL_GRADIENT if value.requires_grad else REPLICATED)
             for dims, value in zip(rule.inputs, inputs, strict=True)
         ),
         outputs=tuple(
-            _atom(dims, {**ins, **outs}, size) or lacking for dims, value in zip(rule.outputs, outputs, strict=True)
+            _sharded_pair(dims, {**ins, **outs}, size) or lacking
+            for dims, value in zip(rule.outputs, outputs, strict=True)
         ),
         labels=tuple(sorted({*ins, *outs})),
         size=size,
@@ -91,25 +82,17 @@ def _sharded(
     )
 
 
-def _atom(dims: tuple[int, ...], repeats: dict[int, int], size: int) -> Atom | None:
+def _sharded_pair(dims: tuple[int, ...], split_factors: dict[int, int], size: int) -> PlacementPair | None:
+    """Of a tensor with labels ``dims``, sharded along the first that has a split factor; None where none has."""
     for dim, label in enumerate(dims):
-        if label in repeats:
-            return Atom(dim=dim, repeats=repeats[label], size=size)
+        if label in split_factors:
+            return PlacementPair.sharded(Atom(dim=dim, split_factor=split_factors[label], size=size))
     return None
 
 
-def _passing(token: str, rule: OpRule, inputs: Sequence[Value], outputs: Sequence[Value]) -> Option:
+def _passing(pair: PlacementPair, rule: OpRule, inputs: Sequence[Value], outputs: Sequence[Value]) -> Option:
+    """The carrier and all outputs alike, other inputs replicated."""
     return Option(
-        inputs=tuple(token if at == rule.carrier else "R" for at in range(len(inputs))),
-        outputs=tuple(token for _ in outputs),
+        inputs=tuple(pair if at == rule.carrier else REPLICATED for at in range(len(inputs))),
+        outputs=tuple(pair for _ in outputs),
     )
-
-
-def forward_placement(tokens: Sequence[Token]) -> tuple[Token, ...]:
-    """Where the value lies: "G" is replicated in the forward pass."""
-    return tuple("R" if token == "G" else token for token in tokens)
-
-
-def gradient_placement(tokens: Sequence[Token]) -> tuple[Token, ...]:
-    """Where the gradient lies: partial for "G", replicated for "P" and "R"."""
-    return tuple("P" if token == "G" else "R" if token == "P" else token for token in tokens)

@@ -8,9 +8,10 @@ its gradient back; partial sums are reduced before they are sent, unless all sta
 from collections.abc import Iterable
 
 from autopar.graph.ir import Block, Graph
+from autopar.plan.local_shape import is_legal
+from autopar.plan.placement import PARTIAL, REPLICATE, Placement, Placements, Shard
 from autopar.plan.plan import Plan
 from autopar.runtime.build_stage import StageBuilder
-from autopar.runtime.layout import Cut, Placement, Token, is_legal
 from autopar.runtime.planned import PlannedBlocks
 from autopar.runtime.program import Crossing, StageProgram
 from autopar.runtime.usage import settled
@@ -52,20 +53,20 @@ def _crossings(planned: PlannedBlocks, programs: tuple[StageProgram, ...]) -> It
 
 
 def _lies(
-    planned: PlannedBlocks, program: StageProgram, value: int, made: tuple[Placement, Placement]
-) -> tuple[Placement, Placement]:
-    """How a stage takes a value in and gives its gradient back: as it reads it; where it only passes it on, cut by
-    the batch alone, terms as they were ``made``."""
+    planned: PlannedBlocks, program: StageProgram, value: int, made: tuple[Placements, Placements]
+) -> tuple[Placements, Placements]:
+    """How a stage takes a value in and gives its gradient back: as it reads it; where it only passes it on, sharded by
+    the batch alone, partial sums as they were ``made``."""
     if value in program.received:
         at = program.received.index(value)
         return program.received_placements[at], program.received_gradients[at]
     shape = planned.graph.values[value].shape
     grows = next((dim for dim, size in enumerate(shape) if planned.graph.batch.grows(size)), None)
-    cut: Token = "R" if grows is None else Cut(grows)
-    tokens = tuple(cut if axis.name == "dp" and not at else "R" for at, axis in enumerate(program.plan.axes))
+    data: Placement = REPLICATE if grows is None else Shard(grows)
+    placements = tuple(data if axis.name == "dp" and not at else REPLICATE for at, axis in enumerate(program.plan.axes))
     sizes = [axis.size for axis in program.plan.axes]
     scaled = tuple(planned.graph.batch.scale(size, planned.plan.micro_batch_size) for size in shape)
-    if not is_legal(scaled, tokens, sizes):
-        tokens = ("R",) * len(sizes)
-    cuts = settled(tokens, sizes)
-    return made[0] if "P" in made[0] else cuts, made[1] if "P" in made[1] else cuts
+    if not is_legal(scaled, placements, sizes):
+        placements = (REPLICATE,) * len(sizes)
+    passed = settled(placements, sizes)
+    return made[0] if PARTIAL in made[0] else passed, made[1] if PARTIAL in made[1] else passed

@@ -13,8 +13,9 @@ import msgspec
 
 from autopar.graph.ir import Block, Op
 from autopar.graph.random_ops import is_random
+from autopar.plan.local_shape import is_legal
+from autopar.plan.placement import PARTIAL, REPLICATE, Placements, parse_placements
 from autopar.plan.plan import BlockProgram, Recompute, ValuePlan
-from autopar.runtime.layout import Placement, is_legal, parse
 from autopar.runtime.local_op import at_micro_batch
 from autopar.runtime.move import Conversion
 from autopar.runtime.planned import PlannedBlocks
@@ -31,14 +32,14 @@ class StageBuilder:
         self.plan = planned.plan.stages[index]
         self.sizes = tuple(axis.size for axis in self.plan.axes)
         self.reader = UsageReader(self.graph, planned.plan.micro_batch_size, self.sizes)
-        self.whole: Placement = ("R",) * len(self.sizes)
-        self.placed: dict[int, tuple[Placement, Placement]] = {}
+        self.replicated: Placements = (REPLICATE,) * len(self.sizes)
+        self.placed: dict[int, tuple[Placements, Placements]] = {}
         self.at: dict[int, int] = {}
         self.between: dict[int, int] = {}
         self.num_slots = len(self.graph.values)
         self.pure: dict[int, tuple[bool, ...]] = {}
         self.stored: dict[int, StageParameter] = {}
-        self.received: dict[int, tuple[Placement, Placement]] = {}
+        self.received: dict[int, tuple[Placements, Placements]] = {}
         self.inputs: dict[int, None] = {}
         self.constants: dict[int, None] = {}
         self.written: dict[int, None] = {}
@@ -122,27 +123,34 @@ class StageBuilder:
         """The slot that the next reader of a value finds it in."""
         return self.at.get(value, self.between.get(value, value))
 
-    def _lie(self, value: int, planned: ValuePlan) -> tuple[Placement, Placement]:
-        """The plan's placement and that of the gradient, replicated on axes where the value's sizes do not allow the
-        cut."""
-        placement, shape = parse(planned.placement), self.reader.shape(value)
-        gradient = parse(planned.gradient) if planned.gradient else gradient_of(placement)
+    def _lie(self, value: int, planned: ValuePlan) -> tuple[Placements, Placements]:
+        """The plan's placements and those of the gradient, replicated on axes where the value's sizes do not allow the
+        shard."""
+        placements, shape = parse_placements(planned.placement), self.reader.shape(value)
+        gradient = parse_placements(planned.gradient) if planned.gradient else gradient_of(placements)
         for axis in reversed(range(len(self.sizes))):
-            if is_legal(shape, placement, self.sizes):
+            if is_legal(shape, placements, self.sizes):
                 break
-            placement, gradient = (
-                tuple("R" if at == axis else token for at, token in enumerate(side)) for side in (placement, gradient)
+            placements, gradient = (
+                tuple(REPLICATE if at == axis else each for at, each in enumerate(side))
+                for side in (placements, gradient)
             )
-        return placement, gradient
+        return placements, gradient
 
-    def _receive(self, value: int, lie: tuple[Placement, Placement]) -> None:
+    def _receive(self, value: int, lie: tuple[Placements, Placements]) -> None:
         forward, backward = self.planned.crosses_as_terms(value)
         self.received[value] = (lie[0] if forward else gradient_of(lie[0]), lie[1] if backward else gradient_of(lie[1]))
         self.pure[value] = (False,) * len(self.sizes)
         self.placed[value] = self.received[value]
 
     def _move(
-        self, value: int, lie: tuple[Placement, Placement], block: Block, program: BlockProgram, *, again: bool = False
+        self,
+        value: int,
+        lie: tuple[Placements, Placements],
+        block: Block,
+        program: BlockProgram,
+        *,
+        again: bool = False,
     ) -> None:
         """Bring a value to where the block's next readers find it."""
         source = self._slot(value)
@@ -163,7 +171,7 @@ class StageBuilder:
             )
         self.at[value] = target
 
-    def _new_slot(self, lie: tuple[Placement, Placement]) -> int:
+    def _new_slot(self, lie: tuple[Placements, Placements]) -> int:
         self.num_slots += 1
         self.placed[self.num_slots - 1] = lie
         return self.num_slots - 1
@@ -177,8 +185,8 @@ class StageBuilder:
     def _add(
         self,
         op: Op,
-        inputs: tuple[Placement, ...],
-        outputs: tuple[Placement, ...],
+        inputs: tuple[Placements, ...],
+        outputs: tuple[Placements, ...],
         passing: frozenset[int] | None,
         block: int,
         recompute: Recompute,
@@ -202,8 +210,8 @@ class StageBuilder:
         for at, value in enumerate(op.outputs):
             self.at[value] = self._new_slot((usage.outputs[at], usage.output_gradients[at]))
             self.pure[value] = tuple(
-                alone and not labels and token == "R"
-                for alone, labels, token in zip(pure, usage.labels, usage.outputs[at], strict=True)
+                alone and not labels and placement == REPLICATE
+                for alone, labels, placement in zip(pure, usage.labels, usage.outputs[at], strict=True)
             )
             if block < 0:
                 self.between[value] = self.at.pop(value)
@@ -238,8 +246,8 @@ class StageBuilder:
                 stored = StageParameter(
                     value=value,
                     shape=found.shape,
-                    compute=self.whole,
-                    gradient=self.whole,
+                    compute=self.replicated,
+                    gradient=self.replicated,
                     zero=0,
                     zero_axes=(),
                     trained=trained,
@@ -247,16 +255,16 @@ class StageBuilder:
                 self.stored[value] = stored
             self.placed[value] = (stored.compute, stored.gradient)
             if stored.trained:
-                self.pure[value] = tuple(token == "P" for token in stored.gradient)
+                self.pure[value] = tuple(placement == PARTIAL for placement in stored.gradient)
         elif found.kind == "activation" and value in self.planned.carrying:
             if found.requires_grad:
                 self.pure[value] = (False,) * len(self.sizes)
         elif found.kind == "activation":
             op = self.planned.op_of[value]
-            self._add(op, (self.whole,) * len(op.inputs), (self.whole,) * len(op.outputs), None, -1, "none")
+            self._add(op, (self.replicated,) * len(op.inputs), (self.replicated,) * len(op.outputs), None, -1, "none")
         else:
             (self.inputs if found.kind == "input" else self.constants)[value] = None
-            self.placed[value] = (self.whole, self.whole)
+            self.placed[value] = (self.replicated, self.replicated)
 
     def _send(self, value: int) -> Conversion:
         made, wanted = self.placed[self._slot(value)]
@@ -265,7 +273,7 @@ class StageBuilder:
         return self._conversion(value, made, sent, returned, wanted)
 
     def _conversion(
-        self, value: int, source: Placement, target: Placement, given: Placement, wanted: Placement
+        self, value: int, source: Placements, target: Placements, given: Placements, wanted: Placements
     ) -> Conversion:
         """From the maker's placement to the reader's; the gradient from what the reader gives to what the maker
         wants."""
@@ -280,10 +288,10 @@ class StageBuilder:
 
 
 def _of_all_uses(first: StageParameter, other: StageParameter) -> StageParameter:
-    """A tied parameter is stored as its first block uses it. Where another block cuts it, or leaves terms of its
-    gradient, the gradient stays a sum of terms until the end of the step."""
+    """A tied parameter is stored as its first block uses it. Where another block shards it, or leaves a partial
+    gradient, the gradient stays partial until the end of the step."""
     gradient = tuple(
-        "P" if kept == "R" and (used != kept or {one, two} == {"R", "P"}) else one
-        for kept, used, one, two in zip(first.compute, other.compute, first.gradient, other.gradient, strict=True)
+        PARTIAL if stored == REPLICATE and (used != stored or {one, two} == {REPLICATE, PARTIAL}) else one
+        for stored, used, one, two in zip(first.compute, other.compute, first.gradient, other.gradient, strict=True)
     )
     return replace(first, gradient=gradient)

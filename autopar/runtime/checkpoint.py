@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
 
 from autopar.plan.errors import AutoparError, CheckpointError, PlanFileError
+from autopar.plan.placement import REPLICATE
 from autopar.plan.write import write_atomically
 from autopar.runtime.checkpoint_files import CheckedReader, check_sums, check_tensors, write_sums
 from autopar.runtime.checkpoint_metadata import METADATA, TensorIndex, read_metadata
@@ -69,7 +70,9 @@ def state_dict(trainer: Trainer, states: States | None = None) -> dict[str, Any]
                 held = rest_held(stored, mesh, mesh.coordinate, cut=False)
                 first = trainer.first_stage_with(stored.value) == index
                 alone = all(
-                    place == 0 for place, token in zip(mesh.coordinate, stored.compute, strict=True) if token == "R"
+                    place == 0
+                    for place, placement in zip(mesh.coordinate, stored.compute, strict=True)
+                    if placement == REPLICATE
                 )
                 model[name] = Part(stage.parameters.buffers[stored.value], stored.shape, held, first and alone)
     return {"model": model, "optimizer": optimizer}

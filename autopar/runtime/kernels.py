@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autopar.graph.literals import resolve
+from autopar.plan.local_shape import nested_shards
 from autopar.runtime.batch_norm import normalise
 from autopar.runtime.cross_entropy import token_losses
-from autopar.runtime.layout import cuts_of
 from autopar.runtime.local_op import Around, LocalOp, Written
 from autopar.runtime.randomness import drop, normal, uniform
 
@@ -113,7 +113,7 @@ def _embedding(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Ten
     """A shard of the vocabulary looks up what it has, zeros otherwise."""
     weight, ids = tensors
     padding = local.op.argument(2, "padding_idx", -1)
-    if not cuts_of(local.usage.inputs[0], 0):
+    if not nested_shards(local.usage.inputs[0], 0):
         return local.call(tensors)
     rows, mine = local.local_index(ids, 0, 0)
     if padding >= 0:  # the row of the padding gets no gradient
@@ -141,7 +141,7 @@ def _attention(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Ten
     if dropout > 0.0:
         return _attention_with_dropout(local, tensors, around, dropout)
     positions = len(local.input_shapes[0]) - 2
-    if not (cuts_of(local.usage.inputs[0], positions) and local.op.argument(5, "is_causal", False)):
+    if not (nested_shards(local.usage.inputs[0], positions) and local.op.argument(5, "is_causal", False)):
         return local.call(tensors)
     rows = local.global_index(0, positions)
     keys = torch.arange(local.input_shapes[1][positions], device=local.device)
@@ -243,7 +243,7 @@ def _nll_loss(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tens
     ignored = local.op.argument(4, "ignore_index", -100)
     if reduction == NONE or not local.usage.summed_axes():
         return local.call(tensors)
-    if cuts_of(local.usage.inputs[0], 1):
+    if nested_shards(local.usage.inputs[0], 1):
         rows, mine = local.local_index(target.clamp(min=0), 0, 1)
         own = logs.gather(1, rows.unsqueeze(1)).squeeze(1)
         total = -torch.where(mine & (target != ignored), own, 0.0).sum()

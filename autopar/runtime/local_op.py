@@ -9,7 +9,8 @@ from torch import Tensor
 
 from autopar.graph.ir import Batch, Op
 from autopar.graph.literals import resolve, restore
-from autopar.runtime.layout import chunk_bounds, cuts_of, local_pieces, local_shape
+from autopar.plan.local_shape import chunk_bounds, local_shape, local_split_factor, nested_shards
+from autopar.plan.placement import REPLICATE, Placements
 from autopar.runtime.mesh import Mesh
 from autopar.runtime.usage import Usage
 
@@ -67,10 +68,10 @@ class LocalOp:
         return overload(*args, **kwargs)
 
     def local_index(self, index: Tensor, at: int, dim: int) -> tuple[Tensor, Tensor]:
-        """Where global indices of a dim of input ``at`` lie on this rank (0 where they do not), and whether they do."""
-        placement, size = self.usage.inputs[at], self.input_shapes[at][dim]
+        """Where global indices of a dim of input ``at`` are on this rank (0 where they are not), and whether they are."""
+        placements, size = self.usage.inputs[at], self.input_shapes[at][dim]
         mine = torch.ones_like(index, dtype=torch.bool)
-        for extent, start, length in self._chunks(placement, dim, size):
+        for extent, start, length in self._chunks(placements, dim, size):
             within = index % extent - start
             here = (within >= 0) & (within < length)
             index = torch.where(here, index // extent * length + within, 0)
@@ -78,26 +79,24 @@ class LocalOp:
         return index, mine
 
     def global_index(self, at: int, dim: int) -> Tensor:
-        """The global indices of a dim of input ``at`` that this rank holds, in order."""
-        placement, size = self.usage.inputs[at], self.input_shapes[at][dim]
-        chunks = self._chunks(placement, dim, size)
-        length = local_shape((size,) * (dim + 1), placement_of(placement, dim), self.mesh.sizes, self.mesh.coordinate)[
-            dim
-        ]
-        index = torch.arange(length, device=self.device)
-        for extent, start, held in reversed(chunks):
-            index = index // held * extent + start + index % held
+        """The global indices of a dim of input ``at`` that this rank stores, in order."""
+        placements, size = self.usage.inputs[at], self.input_shapes[at][dim]
+        shards = _shards_of(placements, dim)
+        stored = local_shape((size,) * (dim + 1), shards, self.mesh.sizes, self.mesh.coordinate)[dim]
+        index = torch.arange(stored, device=self.device)
+        for extent, start, length in reversed(self._chunks(placements, dim, size)):
+            index = index // length * extent + start + index % length
         return index
 
-    def _chunks(self, placement: Any, dim: int, size: int) -> list[tuple[int, int, int]]:
-        """(elements of a piece, start, length) of each cut of a dim, outermost first."""
-        found, held = [], size
-        for _, axis in cuts_of(placement, dim):
-            pieces = local_pieces(placement, axis, self.mesh.sizes)
-            extent = held // pieces
+    def _chunks(self, placements: Placements, dim: int, size: int) -> list[tuple[int, int, int]]:
+        """(elements of a piece, start, length) of each shard of a dim, outermost first."""
+        found, local = [], size
+        for _, axis in nested_shards(placements, dim):
+            pieces = local_split_factor(placements, axis, self.mesh.sizes)
+            extent = local // pieces
             start, length = chunk_bounds(extent, self.mesh.sizes[axis], self.mesh.coordinate[axis])
             found.append((extent, start, length))
-            held = pieces * length
+            local = pieces * length
         return found
 
     def only_first(self, tensor: Tensor, axes: Sequence[int]) -> Tensor:
@@ -106,10 +105,9 @@ class LocalOp:
         return tensor * (0.0 if any(self.mesh.coordinate[axis] for axis in axes) else 1.0) if axes else tensor
 
 
-def placement_of(placement: Any, dim: int) -> Any:
-    """The cuts of one dim alone."""
-    kept = {axis for _, axis in cuts_of(placement, dim)}
-    return tuple(token if axis in kept else "R" for axis, token in enumerate(placement))
+def _shards_of(placements: Placements, dim: int) -> Placements:
+    """``placements`` with the shards of one dim alone."""
+    return tuple(placement if placement.shard_dim == dim else REPLICATE for placement in placements)
 
 
 def at_micro_batch(op: Op, batch: Batch, micro_batch: int) -> Op:

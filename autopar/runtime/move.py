@@ -1,4 +1,4 @@
-"""Brings a local tensor from one placement to another inside a mesh, and its gradient back.
+"""Redistributes a local tensor from some placements on a mesh to others, and its gradient back.
 
 One step changes one axis (an all-reduce, all axes that it concerns):
 
@@ -6,8 +6,8 @@ One step changes one axis (an all-reduce, all axes that it concerns):
     R -> S  a local slice  R -> P  zeros everywhere but on the first rank of the axis
     S -> P  the rank's part among zeros
 
-Slices come first, gathers last, so that collectives move as little as they can. Where several axes share an atom (the
-same dim and pieces), only the innermost may leave or join it: the ones inside are gathered first and sliced again.
+Slices come first, gathers last, so that collectives move as little as they can. Where several axes shard alike (the
+same dim and split factor), only the innermost may leave or join: the ones inside are gathered first and sliced again.
 Functional collectives are called by the name of their group, so a trace of ``move`` holds them as nodes.
 """
 
@@ -21,12 +21,14 @@ from torch import Tensor
 from torch.fx import traceback
 
 from autopar.graph.fake import is_fake
-from autopar.runtime.layout import Cut, Placement, Shape, Token, chunk_bounds, is_legal, local_pieces, local_shape
+from autopar.plan.local_shape import chunk_bounds, is_legal, local_shape, local_split_factor
+from autopar.plan.placement import PARTIAL, REPLICATE, Placement, Placements, Shard
+from autopar.runtime.layout import Shape
 from autopar.runtime.mesh import Mesh
 
 
-def move(local: Tensor, shape: Shape, source: Placement, target: Placement, mesh: Mesh) -> Tensor:
-    """``local`` of a tensor of global ``shape`` in ``source``, brought to ``target``; contiguous unless nothing
+def move(local: Tensor, shape: Shape, source: Placements, target: Placements, mesh: Mesh) -> Tensor:
+    """``local`` of a tensor of global ``shape`` in ``source``, redistributed to ``target``; contiguous unless nothing
     changes."""
     if source == target:
         return local
@@ -44,96 +46,99 @@ def moving() -> AbstractContextManager[Any]:
 
 
 class _Mover:
-    def __init__(self, local: Tensor, shape: Shape, source: Placement, target: Placement, mesh: Mesh) -> None:
+    def __init__(self, local: Tensor, shape: Shape, source: Placements, target: Placements, mesh: Mesh) -> None:
         self.local, self.shape, self.mesh = local, tuple(shape), mesh
-        self.now: list[Token] = list(source)
+        self.now: list[Placement] = list(source)
         self.target = target
 
     def run(self) -> None:
         axes = range(len(self.target))
         for axis in axes:
-            if self.now[axis] == "R" and self._may_join(axis) and self._stays(axis):
+            if self.now[axis] == REPLICATE and self._may_join(axis) and self._stays(axis):
                 self._slice(axis)
         for axis in axes:
-            if self.now[axis] == "P" and isinstance(self.target[axis], Cut) and self._may_join(axis):
+            if self.now[axis] == PARTIAL and isinstance(self.target[axis], Shard) and self._may_join(axis):
                 self._reduce_scatter(axis)
-        summed = tuple(axis for axis in axes if self.now[axis] == "P" and self.target[axis] != "P")
+        summed = tuple(axis for axis in axes if self.now[axis] == PARTIAL and self.target[axis] != PARTIAL)
         if summed:
             self.local = all_reduce(self.local, self.mesh, summed)
             for axis in summed:
-                self.now[axis] = "R"
+                self.now[axis] = REPLICATE
         for axis in reversed(axes):
-            token = self.now[axis]
-            if isinstance(token, Cut) and self.target[axis] == "P" and not self._inside(axis, token):
-                self._widen(axis, token)
+            shard = self.now[axis]
+            if isinstance(shard, Shard) and self.target[axis] == PARTIAL and not self._inside(axis, shard):
+                self._widen(axis, shard)
         for axis in axes:
             if self._may_exchange(axis):
                 self._exchange(axis)
         for axis in self._leaving():
             self._gather(axis)
         for axis in axes:
-            if self.now[axis] != self.target[axis] and isinstance(self.target[axis], Cut):
+            if self.now[axis] != self.target[axis] and isinstance(self.target[axis], Shard):
                 assert self._may_join(axis), (self.now, self.target)
                 self._slice(axis)
-        first = [axis for axis in axes if self.now[axis] == "R" and self.target[axis] == "P"]
+        first = [axis for axis in axes if self.now[axis] == REPLICATE and self.target[axis] == PARTIAL]
         if any(self.mesh.coordinate[axis] for axis in first):
             self.local = torch.zeros_like(self.local)
         for axis in first:
-            self.now[axis] = "P"
+            self.now[axis] = PARTIAL
 
-    def _inside(self, axis: int, token: Token) -> list[int]:
-        """Axes that cut the same atom as ``token`` on ``axis``, inside it."""
-        return [other for other in range(axis + 1, len(self.now)) if self.now[other] == token]
+    def _inside(self, axis: int, placement: Placement) -> list[int]:
+        """Axes that shard just as ``placement`` does on ``axis``, inside it."""
+        return [other for other in range(axis + 1, len(self.now)) if self.now[other] == placement]
 
-    def _with(self, axis: int, token: Token) -> Placement:
-        return tuple(token if at == axis else old for at, old in enumerate(self.now))
+    def _with(self, axis: int, placement: Placement) -> Placements:
+        return tuple(placement if at == axis else old for at, old in enumerate(self.now))
 
     def _may_join(self, axis: int) -> bool:
-        token = self.target[axis]
-        if not isinstance(token, Cut) or self._inside(axis, token):
+        shard = self.target[axis]
+        if not isinstance(shard, Shard) or self._inside(axis, shard):
             return False
-        return is_legal(self.shape, self._with(axis, token), self.mesh.sizes)
+        return is_legal(self.shape, self._with(axis, shard), self.mesh.sizes)
 
     def _stays(self, axis: int) -> bool:
-        """Whether a cut of ``axis`` would stay: what cuts its dim already does not leave."""
-        dim = self.target[axis].dim  # type: ignore[union-attr]
-        others = zip(self.now, self.target, strict=True)
-        return not any(isinstance(token, Cut) and token.dim == dim and token != wanted for token, wanted in others)
+        """Whether a shard of ``axis`` would stay: those of its dim that are there already do not leave."""
+        dim = self.target[axis].shard_dim
+        return not any(old.shard_dim == dim and old != new for old, new in zip(self.now, self.target, strict=True))
 
     def _may_exchange(self, axis: int) -> bool:
-        """Whether one all_to_all may bring the axis from its cut to another."""
+        """Whether one all_to_all may bring the axis from its shard to another."""
         old, new = self.now[axis], self.target[axis]
-        if not (isinstance(old, Cut) and isinstance(new, Cut)) or old.dim == new.dim:
+        if not (isinstance(old, Shard) and isinstance(new, Shard)) or old.dim == new.dim:
             return False
         return not self._inside(axis, old) and self._may_join(axis)
 
     def _leaving(self) -> list[int]:
-        """Axes that must be gathered, in order: those whose token changes, and those inside them."""
-        leaving = {axis for axis, token in enumerate(self.now) if isinstance(token, Cut) and token != self.target[axis]}
+        """Axes that must be gathered, in order: those whose shard changes, and those inside them."""
+        leaving = {
+            axis
+            for axis, (old, new) in enumerate(zip(self.now, self.target, strict=True))
+            if isinstance(old, Shard) and old != new
+        }
         while True:
-            joining = {axis for axis, token in enumerate(self.target) if isinstance(token, Cut)} - {
-                axis for axis, token in enumerate(self.now) if token == self.target[axis] and axis not in leaving
+            joining = {axis for axis, new in enumerate(self.target) if isinstance(new, Shard)} - {
+                axis for axis, old in enumerate(self.now) if old == self.target[axis] and axis not in leaving
             }
             more = {inner for axis in leaving for inner in self._inside(axis, self.now[axis])}
             more |= {inner for axis in joining for inner in self._inside(axis, self.target[axis])}
-            for axis in joining:  # a cut that is not whole inside those that stay
-                stays = tuple("R" if at in leaving else token for at, token in enumerate(self.now))
-                joined = tuple(self.target[axis] if at == axis else token for at, token in enumerate(stays))
+            for axis in joining:  # a shard that is not legal inside those that stay
+                stays = tuple(REPLICATE if at in leaving else old for at, old in enumerate(self.now))
+                joined = tuple(self.target[axis] if at == axis else old for at, old in enumerate(stays))
                 if not is_legal(self.shape, joined, self.mesh.sizes):
-                    dim = self.target[axis].dim  # type: ignore[union-attr]
-                    more |= {at for at, token in enumerate(stays) if isinstance(token, Cut) and token.dim == dim}
+                    dim = self.target[axis].shard_dim
+                    more |= {at for at, old in enumerate(stays) if old.shard_dim == dim}
             if more <= leaving:
                 break
             leaving |= more
 
         def inside(axis: int, other: int) -> bool:
-            """Whether ``other`` cuts the dim of ``axis`` further in."""
+            """Whether ``other`` shards the dim of ``axis`` further in."""
             mine, theirs = self.now[axis], self.now[other]
-            assert isinstance(mine, Cut)
-            assert isinstance(theirs, Cut)
-            return mine.dim == theirs.dim and (mine.pieces, axis) < (theirs.pieces, other)
+            assert isinstance(mine, Shard)
+            assert isinstance(theirs, Shard)
+            return mine.dim == theirs.dim and (mine.split_factor, axis) < (theirs.split_factor, other)
 
-        left = [axis for axis in sorted(leaving) if isinstance(self.now[axis], Cut)]
+        left = [axis for axis in sorted(leaving) if isinstance(self.now[axis], Shard)]
         found = []
         while left:  # the outermost that may: its links are the slowest, and what it brings the least
             found.append(next(axis for axis in left if not any(inside(axis, other) for other in left)))
@@ -141,56 +146,55 @@ class _Mover:
         return found
 
     def _slice(self, axis: int) -> None:
-        cut = self.target[axis]
-        assert isinstance(cut, Cut)
-        placement = self._with(axis, cut)
-        pieces = local_pieces(placement, axis, self.mesh.sizes)
-        split = _split(self.local, cut.dim, pieces)
-        bounds = chunk_bounds(split.shape[cut.dim + 1], self.mesh.sizes[axis], self.mesh.coordinate[axis])
-        self.local = split.narrow(cut.dim + 1, *bounds).flatten(cut.dim, cut.dim + 1)
-        self.now[axis] = cut
+        shard = self.target[axis]
+        assert isinstance(shard, Shard)
+        pieces = local_split_factor(self._with(axis, shard), axis, self.mesh.sizes)
+        split = _split(self.local, shard.dim, pieces)
+        bounds = chunk_bounds(split.shape[shard.dim + 1], self.mesh.sizes[axis], self.mesh.coordinate[axis])
+        self.local = split.narrow(shard.dim + 1, *bounds).flatten(shard.dim, shard.dim + 1)
+        self.now[axis] = shard
 
-    def _widen(self, axis: int, cut: Cut) -> None:
-        """A cut tensor is the sum of its parts, each among zeros."""
-        pieces = local_pieces(tuple(self.now), axis, self.mesh.sizes)
-        extent = self._whole_extent(axis, cut, pieces)
+    def _widen(self, axis: int, shard: Shard) -> None:
+        """A sharded tensor is the sum of its parts, each among zeros."""
+        pieces = local_split_factor(tuple(self.now), axis, self.mesh.sizes)
+        extent = self._whole_extent(axis, shard, pieces)
         start, length = chunk_bounds(extent, self.mesh.sizes[axis], self.mesh.coordinate[axis])
-        split = _split(self.local, cut.dim, pieces)
+        split = _split(self.local, shard.dim, pieces)
         sides = []
         for missing in (start, extent - start - length):
             shape = list(split.shape)
-            shape[cut.dim + 1] = missing
+            shape[shard.dim + 1] = missing
             sides.append(split.new_zeros(shape))
-        self.local = torch.cat((sides[0], split, sides[1]), cut.dim + 1).flatten(cut.dim, cut.dim + 1)
-        self.now[axis] = "P"
+        self.local = torch.cat((sides[0], split, sides[1]), shard.dim + 1).flatten(shard.dim, shard.dim + 1)
+        self.now[axis] = PARTIAL
 
-    def _whole_extent(self, axis: int, cut: Cut, pieces: int) -> int:
-        """Elements of one local piece when ``axis`` does not cut it."""
-        whole = local_shape(self.shape, self._with(axis, "R"), self.mesh.sizes, self.mesh.coordinate)
-        return whole[cut.dim] // pieces
+    def _whole_extent(self, axis: int, shard: Shard, pieces: int) -> int:
+        """Elements of one local piece when ``axis`` does not shard it."""
+        whole = local_shape(self.shape, self._with(axis, REPLICATE), self.mesh.sizes, self.mesh.coordinate)
+        return whole[shard.dim] // pieces
 
     def _gather(self, axis: int) -> None:
-        cut = self.now[axis]
-        assert isinstance(cut, Cut)
-        pieces = local_pieces(tuple(self.now), axis, self.mesh.sizes)
-        extent = self._whole_extent(axis, cut, pieces)
-        self.local = gather_pieces(self.local, cut.dim, pieces, extent, self.mesh, (axis,))
-        self.now[axis] = "R"
+        shard = self.now[axis]
+        assert isinstance(shard, Shard)
+        pieces = local_split_factor(tuple(self.now), axis, self.mesh.sizes)
+        extent = self._whole_extent(axis, shard, pieces)
+        self.local = gather_pieces(self.local, shard.dim, pieces, extent, self.mesh, (axis,))
+        self.now[axis] = REPLICATE
 
     def _reduce_scatter(self, axis: int) -> None:
-        cut = self.target[axis]
-        assert isinstance(cut, Cut)
-        pieces = local_pieces(self._with(axis, cut), axis, self.mesh.sizes)
-        self.local = scatter_pieces(self.local, cut.dim, pieces, self.mesh, (axis,))
-        self.now[axis] = cut
+        shard = self.target[axis]
+        assert isinstance(shard, Shard)
+        pieces = local_split_factor(self._with(axis, shard), axis, self.mesh.sizes)
+        self.local = scatter_pieces(self.local, shard.dim, pieces, self.mesh, (axis,))
+        self.now[axis] = shard
 
     def _exchange(self, axis: int) -> None:
         old, new = self.now[axis], self.target[axis]
-        assert isinstance(old, Cut)
-        assert isinstance(new, Cut)
+        assert isinstance(old, Shard)
+        assert isinstance(new, Shard)
         degree = self.mesh.sizes[axis]
-        new_pieces = local_pieces(self._with(axis, new), axis, self.mesh.sizes)
-        old_pieces = local_pieces(tuple(self.now), axis, self.mesh.sizes)
+        new_pieces = local_split_factor(self._with(axis, new), axis, self.mesh.sizes)
+        old_pieces = local_split_factor(tuple(self.now), axis, self.mesh.sizes)
         old_extent, new_extent = self._whole_extent(axis, old, old_pieces), self.local.shape[new.dim] // new_pieces
         old_chunk, new_chunk = (-(-extent // degree) for extent in (old_extent, new_extent))
         local = _padded(_split(self.local, old.dim, old_pieces), old.dim + 1, old_chunk).flatten(old.dim, old.dim + 1)
@@ -290,10 +294,10 @@ class Conversion:
     reader gives it) to ``gradient_target`` (as the maker wants it). ``shape`` is global."""
 
     shape: tuple[int, ...]
-    source: Placement
-    target: Placement
-    gradient_source: Placement
-    gradient_target: Placement
+    source: Placements
+    target: Placements
+    gradient_source: Placements
+    gradient_target: Placements
 
     @property
     def changes(self) -> bool:

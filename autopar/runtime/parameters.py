@@ -19,7 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from autopar.runtime.layout import Cut, chunk_bounds, held
+from autopar.plan.local_shape import chunk_bounds
+from autopar.plan.placement import Shard
+from autopar.runtime.layout import global_indices
 from autopar.runtime.mesh import Mesh
 from autopar.runtime.program import StageParameter, StageProgram
 from autopar.runtime.reduction import Reduction, Started, gather_begun, grouped
@@ -43,7 +45,7 @@ class StoredParameter:
 
 def rest_held(stored: StageParameter, mesh: Mesh, coordinate: Sequence[int], *, cut: bool) -> Held:
     """The global indices per dim that a rank holds of a parameter; ``cut``: of what ZeRO leaves it."""
-    indices = held(stored.shape, stored.compute, mesh.sizes, coordinate)
+    indices = global_indices(stored.shape, stored.compute, mesh.sizes, coordinate)
     if not cut or not stored.zero_axes:
         return indices
     place = 0
@@ -106,8 +108,8 @@ class StageParameters:
             master = nn.Parameter(cut)
         alone = (
             axis
-            for axis, token in enumerate(stored.compute)
-            if axis not in stored.zero_axes and not isinstance(token, Cut)
+            for axis, placement in enumerate(stored.compute)
+            if axis not in stored.zero_axes and not isinstance(placement, Shard)
         )
         return StoredParameter(
             stored=stored,

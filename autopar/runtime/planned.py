@@ -10,9 +10,9 @@ from math import prod
 
 from autopar.graph.ir import Block, Graph, Op
 from autopar.plan.errors import PlanFileError
+from autopar.plan.placement import PARTIAL, REPLICATE, Placements, Shard, parse_placements
 from autopar.plan.plan import BlockProgram, OpPlan, Plan, Recompute, ValuePlan
 from autopar.rules.registry import rule_of
-from autopar.runtime.layout import Cut, Placement, parse
 from autopar.runtime.program import StageParameter
 
 
@@ -53,7 +53,11 @@ class PlannedBlocks:
         passed_on = any(lie is None and mesh != sizes[0] for lie, mesh in zip(lies, sizes, strict=True))
         forward, backward = (
             {
-                prod(size for size, token in zip(mesh, parse(lie[side]), strict=True) if token == "P")
+                prod(
+                    size
+                    for size, placement in zip(mesh, parse_placements(lie[side]), strict=True)
+                    if placement == PARTIAL
+                )
                 for lie, mesh in zip(lies, sizes, strict=True)
                 if lie is not None and lie[side]
             }
@@ -94,7 +98,7 @@ class PlannedBlocks:
 
     def block_ops(
         self, block: Block, program: BlockProgram
-    ) -> Iterable[tuple[Op, tuple[Placement, ...], tuple[Placement, ...], frozenset[int] | None]]:
+    ) -> Iterable[tuple[Op, tuple[Placements, ...], tuple[Placements, ...], frozenset[int] | None]]:
         """Each op of a block with its planned placements, and the axes on which a partial gradient is to go through it,
         None where the plan does not say."""
         ops = self.graph.ops[block.first_op : block.end_op]
@@ -107,7 +111,8 @@ class PlannedBlocks:
             if len(planned.inputs) != len(op.inputs) or len(planned.outputs) != len(op.outputs):
                 raise PlanFileError(f"the plan's op {planned.name} does not fit the model's {op.name}; plan again")
             passing = _partial_axes(planned) if planned.output_gradients else None
-            yield op, tuple(map(parse, planned.inputs)), tuple(map(parse, planned.outputs)), passing
+            inputs, outputs = (tuple(map(parse_placements, texts)) for texts in (planned.inputs, planned.outputs))
+            yield op, inputs, outputs, passing
 
     def recomputed(self, block: Block, program: BlockProgram) -> tuple[Recompute, frozenset[int]]:
         """What the backward computes again of a block, and the ops (ids) whose results stay nevertheless: of selective
@@ -136,20 +141,20 @@ class PlannedBlocks:
             if planned.name not in places:
                 raise PlanFileError(f"the plan's parameter {planned.name} is not in the model; plan again")
             value = self.graph.values[block.parameters[places[planned.name]]]
-            compute, rest = parse(planned.compute), parse(planned.parameter)
-            gradient, optimizer = parse(planned.gradient), parse(planned.optimizer)
+            compute, rest = parse_placements(planned.compute), parse_placements(planned.parameter)
+            gradient, optimizer = parse_placements(planned.gradient), parse_placements(planned.optimizer)
             axes = tuple(axis for axis, (at, used) in enumerate(zip(optimizer, compute, strict=True)) if at != used)
             trained = value.kind == "parameter" and value.requires_grad
             zero = 0
             if axes and value.shape and trained:
-                zero = 3 if rest[axes[0]] != compute[axes[0]] else 2 if isinstance(gradient[axes[0]], Cut) else 1
+                zero = 3 if rest[axes[0]] != compute[axes[0]] else 2 if isinstance(gradient[axes[0]], Shard) else 1
             yield (
                 value.id,
                 StageParameter(
                     value=value.id,
                     shape=value.shape,
                     compute=compute,
-                    gradient=tuple("P" if axis in axes else token for axis, token in enumerate(gradient)),
+                    gradient=tuple(PARTIAL if axis in axes else each for axis, each in enumerate(gradient)),
                     zero=zero,
                     zero_axes=axes if zero else (),
                     trained=value.kind == "parameter" and value.requires_grad,
@@ -162,6 +167,6 @@ def _partial_axes(planned: OpPlan) -> frozenset[int]:
     return frozenset(
         axis
         for output, gradient in zip(planned.outputs, planned.output_gradients, strict=False)
-        for axis, (token, given) in enumerate(zip(parse(output), parse(gradient), strict=False))
-        if token == "R" and given == "P"
+        for axis, (made, given) in enumerate(zip(parse_placements(output), parse_placements(gradient), strict=False))
+        if made == REPLICATE and given == PARTIAL
     )

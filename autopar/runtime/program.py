@@ -8,8 +8,8 @@ programs of all stages, ``build_stage`` that of one.
 from dataclasses import dataclass
 
 from autopar.graph.ir import Op
+from autopar.plan.placement import Placements
 from autopar.plan.plan import Recompute, StagePlan
-from autopar.runtime.layout import Placement
 from autopar.runtime.move import Conversion
 from autopar.runtime.usage import Usage
 
@@ -53,8 +53,8 @@ class StageParameter:
 
     value: int
     shape: tuple[int, ...]
-    compute: Placement
-    gradient: Placement
+    compute: Placements
+    gradient: Placements
     zero: int
     zero_axes: tuple[int, ...]
     trained: bool
@@ -72,10 +72,10 @@ class Crossing:
     requires_grad: bool
     maker: int
     reader: int
-    sent: Placement
-    received: Placement
-    returned: Placement
-    taken_back: Placement
+    sent: Placements
+    received: Placements
+    returned: Placements
+    taken_back: Placements
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,12 +95,12 @@ class StageProgram:
     constants: tuple[int, ...]
     inputs: tuple[int, ...]
     received: tuple[int, ...]
-    received_placements: tuple[Placement, ...]
-    received_gradients: tuple[Placement, ...]
+    received_placements: tuple[Placements, ...]
+    received_gradients: tuple[Placements, ...]
     sent: tuple[int, ...]
     send_slots: tuple[int, ...]
     send_conversions: tuple[Conversion, ...]
-    loss: Placement | None
+    loss: Placements | None
     loss_slot: int
     random: bool
     shapes: dict[int, tuple[int, ...]]

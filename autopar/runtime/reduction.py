@@ -12,7 +12,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from autopar.runtime.layout import chunk_bounds
+from autopar.plan.local_shape import chunk_bounds
+from autopar.plan.placement import PARTIAL
 from autopar.runtime.mesh import Mesh
 from autopar.runtime.program import StageParameter
 
@@ -74,8 +75,8 @@ class Reduction:
         """Sum over the axes on which the gradient is still a term when ZeRO has cut it."""
         axes = tuple(
             axis
-            for axis, token in enumerate(stored.gradient)
-            if token == "P" and axis not in stored.zero_axes and self.mesh.sizes[axis] > 1
+            for axis, placement in enumerate(stored.gradient)
+            if placement == PARTIAL and axis not in stored.zero_axes and self.mesh.sizes[axis] > 1
         )
         if axes:
             self._add(False, axes, stored, total)

@@ -15,8 +15,9 @@ from torch.fx import traceback
 
 from autopar.graph.convert import tensors_of
 from autopar.graph.ir import Graph
+from autopar.plan.local_shape import chunk_bounds, local_shape
+from autopar.plan.placement import REPLICATE
 from autopar.runtime.kernels import run_op
-from autopar.runtime.layout import chunk_bounds, local_shape
 from autopar.runtime.local_op import Around, LocalOp, Written
 from autopar.runtime.mesh import Mesh
 from autopar.runtime.move import Conversion, convert, gather_pieces, move, moving, scatter_pieces
@@ -98,7 +99,7 @@ class StageFunction:
             stored = self.stored(value)
             return self.rest_shape(stored)
         at = self.program.received.index(value) if value in self.program.received else None
-        placement = self.program.received_placements[at] if at is not None else ("R",) * len(self.mesh.sizes)
+        placement = self.program.received_placements[at] if at is not None else (REPLICATE,) * len(self.mesh.sizes)
         return local_shape(self.program.shapes[value], placement, self.mesh.sizes, self.mesh.coordinate)
 
     def stored(self, value: int) -> StageParameter:
@@ -177,7 +178,7 @@ class StageFunction:
     ) -> None:
         def whole(at: int) -> Tensor:
             made = step.conversions[at]
-            everywhere = ("R",) * len(self.mesh.sizes)
+            everywhere = (REPLICATE,) * len(self.mesh.sizes)
             return take(
                 step.reads[at],
                 Conversion(

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from autopar.graph.ir import Graph
 from autopar.plan.errors import AutoparError, UsageError
+from autopar.plan.placement import PARTIAL, REPLICATE, Placements
 from autopar.plan.plan import Plan, device_runs
 from autopar.plan.schedule import Action, actions
-from autopar.runtime.layout import Placement
 from autopar.runtime.mesh import Mesh
 from autopar.runtime.parameters import StoredParameter, Ties, global_norm
 from autopar.runtime.program import Crossing, StageProgram
@@ -205,9 +205,9 @@ class Trainer:
     def _channel(self, crossing: Crossing, at: int) -> tuple[Crossing, Channel, Channel]:
         maker, reader = self.meshes[crossing.maker], self.meshes[crossing.reader]
 
-        def channel(ends: Sequence[tuple[Placement, Mesh]], tag: int) -> Channel:
+        def channel(ends: Sequence[tuple[Placements, Mesh]], tag: int) -> Channel:
             sources, targets = (mesh_layout(crossing.shape, placement, mesh) for placement, mesh in ends)
-            terms = "P" in ends[0][0]
+            terms = PARTIAL in ends[0][0]
             return Channel(sources, targets, self.rank, tag, self._lanes[tag % 2], of_terms=terms)
 
         on = channel([(crossing.sent, maker), (crossing.received, reader)], 2 * at + 2)
@@ -289,7 +289,7 @@ class Trainer:
         if losses:
             assert last.loss is not None
             coordinate = self.meshes[last.index].coordinate
-            if not any(place for place, token in zip(coordinate, last.loss, strict=True) if token == "R"):
+            if not any(place for place, placement in zip(coordinate, last.loss, strict=True) if placement == REPLICATE):
                 mean = torch.stack([loss.double() for loss in losses]).mean()
         dist.all_reduce(mean)
         return mean.to(getattr(torch, self.graph.values[self.graph.outputs[0]].dtype))

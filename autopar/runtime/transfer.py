@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from autopar.runtime.layout import Placement, Shape, held
+from autopar.plan.placement import PARTIAL, Placements
+from autopar.runtime.layout import Shape, global_indices
 from autopar.runtime.mesh import Mesh
 
 Held = tuple[Tensor, ...]
@@ -29,17 +30,17 @@ class Route:
     put: Held
 
 
-def mesh_layout(shape: Shape, placement: Placement, mesh: Mesh) -> list[tuple[int, Held]]:
-    """(rank, what it holds) of all ranks of a mesh. Partial sums have a dim more, in front, of their terms."""
+def mesh_layout(shape: Shape, placements: Placements, mesh: Mesh) -> list[tuple[int, Held]]:
+    """(rank, what it stores) of all ranks of a mesh. Partial sums have a dim more, in front, of their addends."""
     ranks = range(mesh.first_rank, mesh.first_rank + mesh.num_ranks)
-    terms = [axis for axis, token in enumerate(placement) if token == "P"]
+    terms = [axis for axis, placement in enumerate(placements) if placement == PARTIAL]
     found = []
     for rank in ranks:
         coordinate = mesh.coordinate_of(rank)
         term = 0
         for axis in terms:
             term = term * mesh.sizes[axis] + coordinate[axis]
-        indices = held(shape, placement, mesh.sizes, coordinate)
+        indices = global_indices(shape, placements, mesh.sizes, coordinate)
         found.append((rank, (torch.tensor([term]), *indices) if terms else indices))
     return found
 

@@ -5,12 +5,11 @@ the stages, so that every action of the schedule still occurs. Placements that c
 rescaled.
 """
 
-import re
-
 from msgspec.structs import replace
 
 from autopar.plan.errors import UsageError
 from autopar.plan.mesh import Axis, num_ranks
+from autopar.plan.placement import Placement, Shard, format_placements, parse_placements
 from autopar.plan.plan import BlockProgram, OpPlan, Plan, StagePlan, ValuePlan, device_runs
 
 
@@ -92,12 +91,13 @@ def _rescaled(program: BlockProgram, old: int, new: int) -> BlockProgram:
     if old == new:
         return program
 
-    def text(placements: str) -> str:
-        def pieces(match: re.Match[str]) -> str:
-            count = int(match[2])
-            return f"_S({match[1]},{count * new // old})" if count % old == 0 else match[0]
+    def rescaled(placement: Placement) -> Placement:
+        if not isinstance(placement, Shard) or placement.split_factor == 1 or placement.split_factor % old:
+            return placement
+        return Shard(placement.dim, placement.split_factor * new // old)
 
-        return re.sub(r"_S\((\d+),(\d+)\)", pieces, placements).replace("_S(0,1)", "S(0)")
+    def text(placements: str) -> str:
+        return format_placements(map(rescaled, parse_placements(placements)))
 
     def values(planned: tuple[ValuePlan, ...]) -> tuple[ValuePlan, ...]:
         return tuple(

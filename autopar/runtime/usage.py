@@ -2,9 +2,9 @@
 
 On each axis an op does one of three things, and the placements of all its tensors and their gradients follow:
 
-    sharded      along labels of its rule: inputs with a label are cut, those without replicated with a partial gradient;
-                 outputs with a label are cut, those without partial (or replicated, where the kernel exchanges by
-                 itself)
+    sharded      along labels of its rule: inputs with a label are sharded, those without replicated with a partial
+                 gradient; outputs with a label are sharded, those without partial (or replicated, where the kernel
+                 exchanges by itself)
     passing      linear in its inputs: partial sums in, partial sums out
     replicated   every rank computes the same; where everything behind it is replicated too, up to parameters whose
                  gradient may be partial, a partial gradient goes through it (a backward is linear in the gradient)
@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from math import prod
 
 from autopar.graph.ir import Graph, Op, Value
+from autopar.plan.local_shape import is_legal
+from autopar.plan.placement import PARTIAL, REPLICATE, Placement, Placements, Shard
 from autopar.rules.local_forms import can_run
 from autopar.rules.registry import rule_of
 from autopar.rules.rule import NO_LABEL, OpRule
-from autopar.runtime.layout import Cut, Placement, Token, is_legal
 
 _LINEAR_IN_ALL = frozenset(("add.Tensor", "sub.Tensor", "cat.default", "stack.default"))
 _LINEAR_IN_ONE = frozenset(
@@ -32,17 +33,18 @@ _LINEAR_IN_ONE = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AxisUse:
-    """What an op does on one axis: a token per input and output, and of their gradients; ``labels`` it shards."""
+    """What an op does on one axis: the placement of each input and output, and of their gradients; ``labels`` it
+    shards."""
 
-    inputs: tuple[Token, ...]
-    input_gradients: tuple[Token, ...]
-    outputs: tuple[Token, ...]
-    output_gradients: tuple[Token, ...]
+    inputs: tuple[Placement, ...]
+    input_gradients: tuple[Placement, ...]
+    outputs: tuple[Placement, ...]
+    output_gradients: tuple[Placement, ...]
     labels: frozenset[int]
 
     @property
     def replicated(self) -> bool:
-        return not self.labels and "P" not in self.inputs
+        return not self.labels and PARTIAL not in self.inputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,10 +53,10 @@ class Usage:
     are the labels of its rule sharded on axis a; ``exchanges`` whether some of them are exchanged inside the kernel."""
 
     rule: OpRule
-    inputs: tuple[Placement, ...]
-    input_gradients: tuple[Placement, ...]
-    outputs: tuple[Placement, ...]
-    output_gradients: tuple[Placement, ...]
+    inputs: tuple[Placements, ...]
+    input_gradients: tuple[Placements, ...]
+    outputs: tuple[Placements, ...]
+    output_gradients: tuple[Placements, ...]
     labels: tuple[frozenset[int], ...]
 
     def axes_of(self, label: int) -> tuple[int, ...]:
@@ -63,8 +65,8 @@ class Usage:
 
     def summed_axes(self, output: int = 0) -> tuple[int, ...]:
         """The axes on which an output is a partial sum of the op's own making."""
-        token = self.outputs[output]
-        return tuple(axis for axis, labels in enumerate(self.labels) if labels and token[axis] == "P")
+        placements = self.outputs[output]
+        return tuple(axis for axis, labels in enumerate(self.labels) if labels and placements[axis] == PARTIAL)
 
 
 class UsageReader:
@@ -77,14 +79,17 @@ class UsageReader:
         """The global shape of a value."""
         return tuple(self.graph.batch.scale(size, self.micro_batch) for size in self.graph.values[value].shape)
 
-    def read(self, op: Op, inputs: Sequence[Placement], outputs: Sequence[Placement], pure: Sequence[bool]) -> Usage:
+    def read(self, op: Op, inputs: Sequence[Placements], outputs: Sequence[Placements], pure: Sequence[bool]) -> Usage:
         """The usage of ``op`` planned with these placements; ``pure[a]``: on axis a a partial gradient may go through
         it when it is replicated."""
         rule = rule_of(op, self.graph.values)
         call = _Call(rule, op, self)
         uses = [
             call.best(
-                axis, [placement[axis] for placement in inputs], [placement[axis] for placement in outputs], pure[axis]
+                axis,
+                [placements[axis] for placements in inputs],
+                [placements[axis] for placements in outputs],
+                pure[axis],
             )
             if size > 1
             else call.replicated(pure[axis])
@@ -109,13 +114,13 @@ class UsageReader:
             (op.outputs, _per_tensor(use.outputs for use in uses)),
         )
         return all(
-            is_legal(self.shape(value), placement, self.sizes)
-            for values, placements in sides
-            for value, placement in zip(values, placements, strict=True)
+            is_legal(self.shape(value), placements, self.sizes)
+            for values, placed in sides
+            for value, placements in zip(values, placed, strict=True)
         )
 
 
-def _per_tensor(per_axis: Iterable[Sequence[Token]]) -> tuple[Placement, ...]:
+def _per_tensor(per_axis: Iterable[Sequence[Placement]]) -> tuple[Placements, ...]:
     return tuple(zip(*per_axis, strict=True))
 
 
@@ -141,16 +146,16 @@ class _Call:
                 )
         return sizes
 
-    def best(self, axis: int, inputs: Sequence[Token], outputs: Sequence[Token], pure: bool) -> AxisUse:
+    def best(self, axis: int, inputs: Sequence[Placement], outputs: Sequence[Placement], pure: bool) -> AxisUse:
         candidates = [self.replicated(pure)]
-        if "P" in inputs and self._is_linear():
+        if PARTIAL in inputs and self._is_linear():
             candidates.append(self._passing())
         sides = zip((*inputs, *outputs), (*self.rule.inputs, *self.rule.outputs), strict=True)
-        cuts = dict.fromkeys((token, dims) for token, dims in sides if isinstance(token, Cut))
-        for cut, dims in cuts:
-            pieces = self._spread(dims, cut, self.reader.sizes[axis])
-            if pieces is not None and can_run(self.op, self.rule, pieces):
-                candidates.append(self._sharded(pieces))
+        shards = dict.fromkeys((shard, dims) for shard, dims in sides if isinstance(shard, Shard))
+        for shard, dims in shards:
+            factors = self._split_factors(dims, shard, self.reader.sizes[axis])
+            if factors is not None and can_run(self.op, self.rule, factors):
+                candidates.append(self._sharded(factors))
 
         def agreeing(use: AxisUse) -> int:
             return sum(
@@ -160,11 +165,11 @@ class _Call:
         return max(candidates, key=agreeing)
 
     def replicated(self, pure: bool) -> AxisUse:
-        gradient: Token = "P" if pure else "R"
+        gradient: Placement = PARTIAL if pure else REPLICATE
         return AxisUse(
-            inputs=("R",) * len(self.inputs),
+            inputs=(REPLICATE,) * len(self.inputs),
             input_gradients=(gradient,) * len(self.inputs),
-            outputs=("R",) * len(self.outputs),
+            outputs=(REPLICATE,) * len(self.outputs),
             output_gradients=(gradient,) * len(self.outputs),
             labels=frozenset(),
         )
@@ -182,79 +187,81 @@ class _Call:
 
     def _passing(self) -> AxisUse:
         return AxisUse(
-            inputs=("P",) * len(self.inputs),
-            input_gradients=("R",) * len(self.inputs),
-            outputs=("P",) * len(self.outputs),
-            output_gradients=("R",) * len(self.outputs),
+            inputs=(PARTIAL,) * len(self.inputs),
+            input_gradients=(REPLICATE,) * len(self.inputs),
+            outputs=(PARTIAL,) * len(self.outputs),
+            output_gradients=(REPLICATE,) * len(self.outputs),
             labels=frozenset(),
         )
 
-    def _spread(self, dims: Sequence[int], cut: Cut, degree: int) -> dict[int, int] | None:
-        """label -> pieces, when the tensor of ``dims`` is cut so; None where the op cannot run like that."""
-        label = dims[cut.dim] if cut.dim < len(dims) else NO_LABEL
+    def _split_factors(self, dims: Sequence[int], shard: Shard, degree: int) -> dict[int, int] | None:
+        """label -> split factor, when the tensor of ``dims`` is sharded so; None where the op cannot run like that."""
+        label = dims[shard.dim] if shard.dim < len(dims) else NO_LABEL
         if label == NO_LABEL or self._is_whole(label):
             return None
         group = next((group for group in self.rule.groups if any(label in side for side in group)), None)
         if group is None:
-            whole = self.label_sizes[label] % cut.pieces == 0
-            return {label: cut.pieces} if whole and self.label_sizes[label] >= degree else None
+            divides = self.label_sizes[label] % shard.split_factor == 0
+            return {label: shard.split_factor} if divides and self.label_sizes[label] >= degree else None
         here = next(side for side in group if label in side)
-        start = cut.pieces * prod(self.label_sizes[other] for other in here[: here.index(label)])
-        pieces: dict[int, int] = {}
+        start = shard.split_factor * prod(self.label_sizes[other] for other in here[: here.index(label)])
+        factors: dict[int, int] = {}
         for side in group:
             found = self._at(side, start, degree)
             if found is None or self._is_whole(found[0]):
                 return None
-            pieces[found[0]] = found[1]
-        # A label that no tensor shows stands for whole outputs of a split, which a cut would give to different ranks.
+            factors[found[0]] = found[1]
+        # A label that no tensor shows stands for whole outputs of a split, which a shard would give to different ranks.
         shown = {label for dims in (*self.rule.inputs, *self.rule.outputs) for label in dims}
-        return pieces if self.rule.compute == "attention" or shown.issuperset(pieces) else None
+        return factors if self.rule.compute == "attention" or shown.issuperset(factors) else None
 
     def _at(self, side: Sequence[int], start: int, degree: int) -> tuple[int, int] | None:
-        """The label of a side, and its pieces, that a cut of the flattened side in ``start`` pieces falls into."""
+        """The label of a side, and its split factor, that a shard of the flattened side in ``start`` pieces is of."""
         before = 1
         for label in side:
             size = self.label_sizes[label]
             if before <= start < before * size:
-                pieces, rest = divmod(start, before)
-                if rest or size % pieces or (size // pieces) % degree:
+                factor, rest = divmod(start, before)
+                if rest or size % factor or (size // factor) % degree:
                     return None
-                return label, pieces
+                return label, factor
             before *= size
         return None
 
     def _is_whole(self, label: int) -> bool:
         return label < len(self.rule.kinds) and self.rule.kinds[label] == "whole"
 
-    def _sharded(self, pieces: dict[int, int]) -> AxisUse:
-        inside = any(label < len(self.rule.kinds) and self.rule.kinds[label] == "inside" for label in pieces)
-        shown = any(label in dims for dims in self.rule.outputs for label in pieces)
-        lacking = "R" if inside and not shown else "P"
-        inputs = [_cut(dims, pieces) for dims in self.rule.inputs]
-        outputs = [_cut(dims, pieces) or lacking for dims in self.rule.outputs]
+    def _sharded(self, factors: dict[int, int]) -> AxisUse:
+        inside = any(label < len(self.rule.kinds) and self.rule.kinds[label] == "inside" for label in factors)
+        shown = any(label in dims for dims in self.rule.outputs for label in factors)
+        lacking = REPLICATE if inside and not shown else PARTIAL
+        inputs = [_shard(dims, factors) for dims in self.rule.inputs]
+        outputs = tuple(_shard(dims, factors) or lacking for dims in self.rule.outputs)
         return AxisUse(
-            inputs=tuple(cut or "R" for cut in inputs),
+            inputs=tuple(shard or REPLICATE for shard in inputs),
             input_gradients=tuple(
-                cut or ("P" if value.requires_grad else "R") for cut, value in zip(inputs, self.inputs, strict=True)
+                shard or (PARTIAL if value.requires_grad else REPLICATE)
+                for shard, value in zip(inputs, self.inputs, strict=True)
             ),
-            outputs=tuple(outputs),
-            output_gradients=tuple("R" if token == "P" else token for token in outputs),
-            labels=frozenset(pieces),
+            outputs=outputs,
+            output_gradients=gradient_of(outputs),
+            labels=frozenset(factors),
         )
 
 
-def _cut(dims: Sequence[int], pieces: dict[int, int]) -> Cut | None:
+def _shard(dims: Sequence[int], factors: dict[int, int]) -> Shard | None:
+    """Of a tensor with labels ``dims``, that of the first with a split factor; None where none has."""
     for dim, label in enumerate(dims):
-        if label in pieces:
-            return Cut(dim, pieces[label])
+        if label in factors:
+            return Shard(dim, factors[label])
     return None
 
 
-def settled(placement: Placement, sizes: Sequence[int]) -> Placement:
-    """The placement with what it says of axes of one rank, where all tokens mean the same, written "R"."""
-    return tuple("R" if size == 1 else token for token, size in zip(placement, sizes, strict=True))
+def settled(placements: Placements, sizes: Sequence[int]) -> Placements:
+    """``placements`` with those of axes of one rank, where all mean the same, as ``REPLICATE``."""
+    return tuple(REPLICATE if size == 1 else each for each, size in zip(placements, sizes, strict=True))
 
 
-def gradient_of(placement: Placement) -> Placement:
-    """How the gradient of a tensor lies whose readers want nothing else: partial sums have whole gradients."""
-    return tuple("R" if token == "P" else token for token in placement)
+def gradient_of(placements: Placements) -> Placements:
+    """Where the gradient of a tensor is whose readers want nothing else: partial sums have replicated gradients."""
+    return tuple(REPLICATE if placement == PARTIAL else placement for placement in placements)

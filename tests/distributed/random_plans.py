@@ -11,9 +11,10 @@ from autopar.graph.trace import trace
 from autopar.inter.estimate import estimate
 from autopar.intra.space import block_space
 from autopar.plan.mesh import Axis
+from autopar.plan.placement import PARTIAL, REPLICATE, Placement, Shard, format_placements
 from autopar.plan.plan import BlockProgram, BlockRef, OpPlan, ParameterPlan, Plan, recompute_summary
-from autopar.rules.atoms import Atom
-from autopar.rules.options import Option, Token
+from autopar.rules.options import Option
+from autopar.rules.placement_pair import PlacementPair, forward_placements, gradient_placements
 from autopar.workload.workload import Workload
 
 
@@ -65,11 +66,9 @@ def _program(
         outputs = [[option.outputs[at] for option in chosen] for at in range(len(node.op.outputs))]
         planned[node.op.id] = OpPlan(
             name=node.op.name,
-            inputs=tuple(_text(graph, micro, tokens) for tokens in inputs),
-            outputs=tuple(_text(graph, micro, tokens) for tokens in outputs),
-            output_gradients=tuple(
-                _text(graph, micro, [_GRADIENT.get(str(t), t) for t in tokens]) for tokens in outputs
-            ),
+            inputs=tuple(_text(graph, micro, forward_placements(pairs)) for pairs in inputs),
+            outputs=tuple(_text(graph, micro, forward_placements(pairs)) for pairs in outputs),
+            output_gradients=tuple(_text(graph, micro, gradient_placements(pairs)) for pairs in outputs),
         )
         for position in node.parameters:
             value = graph.values[node.op.inputs[position]]
@@ -93,9 +92,6 @@ def _program(
     )
 
 
-_GRADIENT = {"G": "P", "P": "R"}  # how the gradient of a token lies; cut and replicated ones as the tensor
-
-
 def _fitting(options: Sequence[Option], degree: int, graph: Graph, micro: int) -> list[Option]:
     """Options whose atom the axis divides, or nearly so for a plain dim."""
     found = []
@@ -106,18 +102,14 @@ def _fitting(options: Sequence[Option], degree: int, graph: Graph, micro: int) -
     return found
 
 
-def _text(graph: Graph, micro: int, tokens: Sequence[Token]) -> str:
-    parts = []
-    for token in tokens:
-        if isinstance(token, Atom):
-            parts.append(replace_atom(token, graph.batch.scale(token.repeats, micro)).text)
-        else:
-            parts.append("R" if token == "G" else token)
-    return "".join(parts)
-
-
-def replace_atom(atom: Atom, repeats: int) -> Atom:
-    return Atom(dim=atom.dim, repeats=repeats, size=atom.size)
+def _text(graph: Graph, micro: int, placements: Sequence[Placement]) -> str:
+    """Placements at the traced batch, as text at ``micro`` samples."""
+    return format_placements(
+        Shard(placement.dim, graph.batch.scale(placement.split_factor, micro))
+        if isinstance(placement, Shard)
+        else placement
+        for placement in placements
+    )
 
 
 def _parameter(
@@ -125,35 +117,28 @@ def _parameter(
     graph: Graph,
     micro: int,
     name: str,
-    tokens: Sequence[Token],
+    pairs: Sequence[PlacementPair],
     sizes: Sequence[int],
     shape: tuple[int, ...],
 ) -> ParameterPlan:
-    compute = [_text(graph, micro, [token]) if isinstance(token, Atom) else "R" for token in tokens]
-    free = [axis for axis, token in enumerate(compute) if token == "R"]
+    compute = [pair.atom if pair.atom is not None else REPLICATE for pair in pairs]
+    free = [axis for axis, placement in enumerate(compute) if placement == REPLICATE]
     axes = [axis for axis in free if draw.random() < 0.7] if shape else []
     zero = draw.randint(0, 3) if axes else 0
     pieces = 1
-    for token, size in zip(tokens, sizes, strict=True):
-        if isinstance(token, Atom) and token.dim == 0:
-            pieces *= token.repeats * size
-    shard = "S(0)" if pieces == 1 else f"_S(0,{pieces})"
-    cut = [shard if axis in axes else token for axis, token in enumerate(compute)]
+    for placement, size in zip(compute, sizes, strict=True):
+        if isinstance(placement, Shard) and placement.dim == 0:
+            pieces *= placement.split_factor * size
+    sharded = [Shard(0, pieces) if axis in axes else placement for axis, placement in enumerate(compute)]
     gradient = [
-        cut[axis]
-        if zero >= 2 and axis in axes
-        else "P"
-        if axis in axes or draw.random() < 0.5
-        else "R"
-        if token == "R"
-        else token
-        for axis, token in enumerate(compute)
+        sharded[axis] if zero >= 2 and axis in axes else PARTIAL if axis in axes or draw.random() < 0.5 else REPLICATE
+        for axis in range(len(compute))
     ]
-    gradient = [token if compute[axis] == "R" else compute[axis] for axis, token in enumerate(gradient)]
+    gradient = [one if used == REPLICATE else used for one, used in zip(gradient, compute, strict=True)]
     return ParameterPlan(
         name=name,
-        compute="".join(compute),
-        parameter="".join(cut if zero == 3 else compute),
-        gradient="".join(gradient),
-        optimizer="".join(cut if zero >= 1 else compute),
+        compute=_text(graph, micro, compute),
+        parameter=_text(graph, micro, sharded if zero == 3 else compute),
+        gradient=_text(graph, micro, gradient),
+        optimizer=_text(graph, micro, sharded if zero >= 1 else compute),
     )

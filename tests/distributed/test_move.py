@@ -11,7 +11,9 @@ from torch.distributed._local_tensor import LocalIntNode, LocalTensor, LocalTens
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from autopar.runtime.layout import Cut, Placement, is_legal, local_part
+from autopar.plan.local_shape import is_legal
+from autopar.plan.placement import PARTIAL, REPLICATE, Placements, Shard
+from autopar.runtime.layout import local_part
 from autopar.runtime.mesh import Mesh
 from autopar.runtime.move import move
 
@@ -20,7 +22,7 @@ SIZES = (2, 4, 4)
 NAMES = ("a", "b", "c")
 SHAPE = (32, 64, 3)
 COORDINATES = dict(enumerate(itertools.product(*map(range, SIZES))))
-TOKENS = ("R", "P", Cut(0), Cut(1), Cut(0, 2), Cut(1, 4))
+CHOICES = (REPLICATE, PARTIAL, Shard(0), Shard(1), Shard(0, 2), Shard(1, 4))
 
 
 @pytest.fixture(scope="module")
@@ -37,32 +39,32 @@ def groups():
     dist.destroy_process_group()
 
 
-def parts(whole: Tensor, placement: Placement, rng: torch.Generator) -> dict[int, Tensor]:
-    """What every rank holds; of a sum, terms that are whole numbers."""
-    summed = [axis for axis, token in enumerate(placement) if token == "P"]
+def parts(whole: Tensor, placements: Placements, rng: torch.Generator) -> dict[int, Tensor]:
+    """What every rank stores; of a sum, addends that are whole numbers."""
+    summed = [axis for axis, placement in enumerate(placements) if placement == PARTIAL]
     terms: dict[tuple[int, ...], Tensor] = {}
     ways = list(itertools.product(*(range(SIZES[axis]) for axis in summed)))
     for way in ways[1:]:
         terms[way] = torch.randint(-9, 9, whole.shape, generator=rng).to(whole.dtype)
     terms[ways[0]] = whole - sum(terms.values(), torch.zeros(()))
     return {
-        rank: local_part(terms[tuple(place[axis] for axis in summed)], placement, SIZES, place).contiguous()
+        rank: local_part(terms[tuple(place[axis] for axis in summed)], placements, SIZES, place).contiguous()
         for rank, place in COORDINATES.items()
     }
 
 
-def placements(seed: int) -> tuple[Placement, Placement]:
+def random_placements(seed: int) -> tuple[Placements, Placements]:
     """A legal pair; what becomes a sum on an axis was one there (else ranks run different programs)."""
     rng = random.Random(seed)
     while True:
-        source, target = (tuple(rng.choice(TOKENS) for _ in SIZES) for _ in range(2))
-        sums = all(new != "P" or old == "P" for old, new in zip(source, target, strict=True))
+        source, target = (tuple(rng.choice(CHOICES) for _ in SIZES) for _ in range(2))
+        sums = all(new != PARTIAL or old == PARTIAL for old, new in zip(source, target, strict=True))
         if sums and source != target and all(is_legal(SHAPE, one, SIZES) for one in (source, target)):
             return source, target
 
 
 def check(groups: dict[tuple[int, ...], str], seed: int) -> None:
-    source, target = placements(seed)
+    source, target = random_placements(seed)
     rng = torch.Generator().manual_seed(seed)
     whole = torch.randint(-99, 99, SHAPE, generator=rng).float()
     with LocalTensorMode(len(COORDINATES)):
@@ -75,7 +77,7 @@ def check(groups: dict[tuple[int, ...], str], seed: int) -> None:
         mates = [
             other
             for other, their in COORDINATES.items()
-            if all(token == "P" or mine == at for token, mine, at in zip(target, one, their, strict=True))
+            if all(placement == PARTIAL or mine == at for placement, mine, at in zip(target, one, their, strict=True))
         ]
         held = sum((moved._local_tensors[mate] for mate in mates), torch.zeros(()))
         assert torch.equal(held, local_part(whole, target, SIZES, one))

@@ -8,11 +8,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopar.graph.blocks import cut_blocks, order_for_blocks
 from autopar.graph.trace import trace
+from autopar.plan.placement import format_placements, parse_placements
 from autopar.plan.plan import Plan
 from autopar.runtime.apply import apply
 from autopar.runtime.build import build_programs
 from autopar.runtime.collectives import collectives_of
-from autopar.runtime.layout import parse, text_of
 from autopar.runtime.usage import settled
 from tests.distributed import parity
 from tests.distributed.pool import Pool
@@ -35,9 +35,9 @@ def test_every_op_runs_as_planned(name: str, shape: str) -> None:
             if op.block < 0:
                 continue
             text = planned[op.block].ops[op.op.id - blocks[op.block].first_op]
-            said = [settled(parse(each), sizes) for each in (*text.inputs, *text.outputs)]
+            said = [settled(parse_placements(each), sizes) for each in (*text.inputs, *text.outputs)]
             runs = [settled(each, sizes) for each in (*op.usage.inputs, *op.usage.outputs)]
-            assert list(map(text_of, runs)) == list(map(text_of, said)), op.op.name
+            assert list(map(format_placements, runs)) == list(map(format_placements, said)), op.op.name
 
 
 class Counting(TorchDispatchMode):

@@ -8,7 +8,7 @@ import transformers
 from torch import Tensor
 
 from autopar.inter.planner import plan
-from autopar.plan.mesh import parse_placements, shard_dim
+from autopar.plan.placement import Shard, parse_placements
 from autopar.plan.plan import Plan
 from autopar.workload import Workload, load_workload
 
@@ -19,8 +19,8 @@ def planned(model: str, size: str, **search) -> Plan:
     return plan(load_workload(str(EXAMPLES / model), size=size), **search)
 
 
-def cut(text: str) -> bool:
-    return any(shard_dim(token) is not None for token in parse_placements(text))
+def is_sharded(text: str) -> bool:
+    return any(isinstance(placement, Shard) for placement in parse_placements(text))
 
 
 @pytest.mark.slow
@@ -28,14 +28,16 @@ def test_llama_8b_on_8_h100_shards_optimizer_state():
     found = planned("llama.py", "8B", cluster="dgx-h100", gpus=8, global_batch=512)
     large = [p for program in found.programs for p in program.parameters if "proj" in p.name]
     assert large
-    assert all(cut(parameter.optimizer) for parameter in large)
+    assert all(is_sharded(parameter.optimizer) for parameter in large)
 
 
 @pytest.mark.slow
 def test_llama_70b_on_64_h100_never_puts_tensor_parallelism_across_nodes():
     found = planned("llama.py", "70B", cluster="dgx-h100", gpus=64, global_batch=512)
     names = {axis.name for stage in found.stages for axis in stage.axes if axis.size > 1}
-    zero3 = any(cut(p.parameter) and not cut(p.compute) for program in found.programs for p in program.parameters)
+    zero3 = any(
+        is_sharded(p.parameter) and not is_sharded(p.compute) for program in found.programs for p in program.parameters
+    )
     assert "tp" in names or len(found.stages) > 1 or zero3
     for stage in found.stages:
         assert all(axis.size <= 8 for axis in stage.axes if axis.name == "tp")
@@ -46,8 +48,8 @@ def test_moe_27b_shards_its_experts():
     found = planned("moe.py", "27B", cluster="p3.16xlarge", gpus=32)
     experts = [p for program in found.programs for p in program.parameters if ".experts." in p.name]
     assert experts
-    assert all(cut(parameter.optimizer) for parameter in experts)
-    assert any(parse_placements(parameter.compute)[-1] == "S(0)" for parameter in experts)
+    assert all(is_sharded(parameter.optimizer) for parameter in experts)
+    assert any(parse_placements(parameter.compute)[-1] == Shard(0) for parameter in experts)
 
 
 def test_attention_that_every_rank_computes_alike_is_in_the_report():
@@ -59,7 +61,7 @@ def test_attention_that_every_rank_computes_alike_is_in_the_report():
         for at, stage in enumerate(found.stages)
         if stage.num_devices > 1
         and any(
-            not cut(op.outputs[0])
+            not is_sharded(op.outputs[0])
             for block in stage.blocks
             for op in programs[block.program].ops
             if "scaled_dot_product" in op.name
@@ -82,5 +84,5 @@ def test_an_axis_is_named_after_what_most_of_the_work_does_on_it():
     found = plan(workload, cluster="dgx-h100", gpus=16, global_batch=128, micro_batch=128)
     linear = [p for program in found.programs for p in program.parameters if "mlp.c_fc.weight" in p.name]
     assert linear
-    whole = not any(cut(parameter.compute) for parameter in linear)
+    whole = not any(is_sharded(parameter.compute) for parameter in linear)
     assert whole == all(axis.name != "tp" for stage in found.stages for axis in stage.axes)

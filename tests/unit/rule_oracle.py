@@ -16,8 +16,10 @@ from torch import Tensor
 
 from autopar.graph.ir import Op, Value
 from autopar.graph.literals import resolve, restore
+from autopar.plan.placement import PARTIAL
 from autopar.rules.atoms import Atom
-from autopar.rules.options import Option, Token
+from autopar.rules.options import Option
+from autopar.rules.placement_pair import PARTIAL_VALUE, PlacementPair
 from autopar.rules.rule import OpRule
 
 RANDOM = frozenset({"dropout", "native_dropout"})
@@ -25,19 +27,22 @@ WIDE = torch.float64
 
 
 def _blocks(tensor: Tensor, atom: Atom, ranks: int, rank: int) -> Tensor:
-    """Rank's part of a whole tensor: dim -> (repeats, size, rest), the middle cut as DTensor cuts (ceil)."""
+    """Rank's part of a full tensor: dim -> (pieces, size, rest), the middle split as DTensor splits (ceil)."""
     shape = tensor.shape
-    split = tensor.reshape(*shape[: atom.dim], atom.repeats, atom.size, -1, *shape[atom.dim + 1 :])
+    split = tensor.reshape(*shape[: atom.dim], atom.split_factor, atom.size, -1, *shape[atom.dim + 1 :])
     step = -(-atom.size // ranks)
     part = split.narrow(atom.dim + 1, min(rank * step, atom.size), max(0, min(step, atom.size - rank * step)))
     return part.reshape(*shape[: atom.dim], -1, *shape[atom.dim + 1 :])
 
 
-def shard(tensor: Tensor, token: Token, ranks: int, generator: torch.Generator, *, gradient: bool) -> list[Tensor]:
-    """A tensor (or gradient) on every rank, as the token says it lies."""
-    if isinstance(token, Atom):
-        return [_blocks(tensor, token, ranks, rank).clone() for rank in range(ranks)]
-    if token == ("G" if gradient else "P"):
+def shard(
+    tensor: Tensor, pair: PlacementPair, ranks: int, generator: torch.Generator, *, gradient: bool
+) -> list[Tensor]:
+    """A tensor (or gradient) on every rank, as it is placed."""
+    placement = pair.gradient if gradient else pair.forward
+    if isinstance(placement, Atom):
+        return [_blocks(tensor, placement, ranks, rank).clone() for rank in range(ranks)]
+    if placement == PARTIAL:
         if not tensor.is_floating_point():
             parts = [torch.randint(-9, 9, tensor.shape, generator=generator) for _ in range(ranks - 1)]
         else:
@@ -46,12 +51,13 @@ def shard(tensor: Tensor, token: Token, ranks: int, generator: torch.Generator, 
     return [tensor.clone() for _ in range(ranks)]
 
 
-def mismatch(parts: Sequence[Tensor], whole: Tensor, token: Token, *, gradient: bool) -> str:
-    """How the ranks' tensors differ from the whole one, "" where they do not."""
+def mismatch(parts: Sequence[Tensor], whole: Tensor, pair: PlacementPair, *, gradient: bool) -> str:
+    """How the ranks' tensors differ from the full one, "" where they do not."""
     ranks = len(parts)
-    if isinstance(token, Atom):
-        wanted = [_blocks(whole, token, ranks, rank) for rank in range(ranks)]
-    elif token == ("G" if gradient else "P"):
+    placement = pair.gradient if gradient else pair.forward
+    if isinstance(placement, Atom):
+        wanted = [_blocks(whole, placement, ranks, rank) for rank in range(ranks)]
+    elif placement == PARTIAL:
         parts, wanted = [torch.stack(list(parts)).sum(0)], [whole]
     else:
         wanted = [whole] * ranks
@@ -113,11 +119,8 @@ def check_option(case: Case, option: Option, rule: OpRule, ranks: int, seed: int
     ]
     results = call(case.op, whole)
     local: list[list[Tensor]] = [
-        [
-            part.requires_grad_(value.requires_grad)
-            for part in shard(t.detach(), token, ranks, generator, gradient=False)
-        ]
-        for t, token, value in zip(whole, option.inputs, case.inputs, strict=True)
+        [part.requires_grad_(value.requires_grad) for part in shard(t.detach(), pair, ranks, generator, gradient=False)]
+        for t, pair, value in zip(whole, option.inputs, case.inputs, strict=True)
     ]
     per_rank = [[parts[rank] for parts in local] for rank in range(ranks)]
     own = case.name in SIZED or not set(option.labels).isdisjoint(rule.local_form)
@@ -126,9 +129,9 @@ def check_option(case: Case, option: Option, rule: OpRule, ranks: int, seed: int
         outputs = simulate(case, option, per_rank)
     except (RuntimeError, IndexError, ValueError) as error:
         return f"cannot run: {str(error).splitlines()[0]}"
-    for at, (result, token) in enumerate(zip(results, option.outputs, strict=True)):
-        if wrong := mismatch([rank[at].detach() for rank in outputs], result.detach(), token, gradient=False):
-            return f"output {at} as {token_text(token)}: {wrong}"
+    for at, (result, pair) in enumerate(zip(results, option.outputs, strict=True)):
+        if wrong := mismatch([rank[at].detach() for rank in outputs], result.detach(), pair, gradient=False):
+            return f"output {at} as {pair}: {wrong}"
     wanted = [tensor for tensor in whole if tensor.requires_grad]
     carrying = [at for at, result in enumerate(results) if result.requires_grad]
     if not wanted or not carrying:
@@ -137,9 +140,9 @@ def check_option(case: Case, option: Option, rule: OpRule, ranks: int, seed: int
     whole_gradients = torch.autograd.grad([results[at] for at in carrying], wanted, gradients, allow_unused=True)
     ends, feeds = [], []
     for at, gradient in zip(carrying, gradients, strict=True):
-        token = option.outputs[at]
-        parts = shard(gradient, token, ranks, generator, gradient=True)
-        if option.inside and not isinstance(token, Atom):  # autograd crosses ranks: the whole loss is counted once
+        pair = option.outputs[at]
+        parts = shard(gradient, pair, ranks, generator, gradient=True)
+        if option.inside and pair.atom is None:  # autograd crosses ranks: the whole loss is counted once
             parts = [parts[0], *(torch.zeros_like(part) for part in parts[1:])]
         ends += [outputs[rank][at] for rank in range(ranks)]
         feeds += parts
@@ -154,12 +157,8 @@ def check_option(case: Case, option: Option, rule: OpRule, ranks: int, seed: int
         want = torch.zeros_like(whole[at]) if gradient is None else gradient
         parts = held[number * ranks : (number + 1) * ranks]
         if wrong := mismatch(parts, want, option.inputs[at], gradient=True):
-            return f"gradient of input {at} as {token_text(option.inputs[at])}: {wrong}"
+            return f"gradient of input {at} as {option.inputs[at]}: {wrong}"
     return ""
-
-
-def token_text(token: Token) -> str:
-    return token.text if isinstance(token, Atom) else token
 
 
 Ranks = list[list[Tensor]]
@@ -173,8 +172,8 @@ def _each(case: Case, option: Option, ranks: Ranks) -> Simulated:
 
 def _local_shapes(case: Case, option: Option, ranks: int, rank: int) -> list[tuple[int, ...]]:
     return [
-        tuple(_blocks(torch.empty(value.shape), token, ranks, rank).shape) if isinstance(token, Atom) else value.shape
-        for value, token in zip(case.outputs, option.outputs, strict=True)
+        value.shape if pair.atom is None else tuple(_blocks(torch.empty(value.shape), pair.atom, ranks, rank).shape)
+        for value, pair in zip(case.outputs, option.outputs, strict=True)
     ]
 
 
@@ -196,7 +195,7 @@ def _split(case: Case, option: Option, ranks: Ranks) -> Simulated:
 
 def _bias_once(bias: int) -> Callable[[Case, Option, Ranks], Simulated]:
     def simulate(case: Case, option: Option, ranks: Ranks) -> Simulated:
-        if option.outputs[0] == "P" and len(ranks[0]) > 2 and option.inputs[bias] != "P":
+        if option.outputs[0] == PARTIAL_VALUE and len(ranks[0]) > 2 and option.inputs[bias] != PARTIAL_VALUE:
             ranks = [[x * (r == 0) if at == bias else x for at, x in enumerate(t)] for r, t in enumerate(ranks)]
         return [call(_local_groups(case, tensors), tensors) for tensors in ranks]
 
@@ -214,19 +213,19 @@ def _local_groups(case: Case, tensors: list[Tensor]) -> Op:
 def _mean(case: Case, option: Option, ranks: Ranks) -> Simulated:
     """A partial mean is the rank's share of it: sums over what it holds, divided by the whole count."""
     local = _each(case, option, ranks)
-    if option.outputs[0] != "P" or not option.sharded:
+    if option.outputs[0] != PARTIAL_VALUE or not option.sharded:
         return local
     shares = [t[0].numel() / case.tensors[0].numel() for t in ranks]
     return [(result[0] * share,) for result, share in zip(local, shares, strict=True)]
 
 
 def _starts(atom: Atom, ranks: int, rank: int, size: int) -> Tensor:
-    return _blocks(torch.arange(size), replace(atom, dim=0), ranks, rank)
+    return _blocks(torch.arange(size), Atom(dim=0, split_factor=atom.split_factor, size=atom.size), ranks, rank)
 
 
 def _embedding(case: Case, option: Option, ranks: Ranks) -> Simulated:
-    atom = option.inputs[0]
-    if not isinstance(atom, Atom) or atom.dim != 0:
+    atom = option.inputs[0].atom
+    if atom is None or atom.dim != 0:
         return _each(case, option, ranks)
     found = []
     for r, (weight, ids) in enumerate(ranks):
@@ -241,8 +240,8 @@ def _embedding(case: Case, option: Option, ranks: Ranks) -> Simulated:
 
 def _attention(case: Case, option: Option, ranks: Ranks) -> Simulated:
     position = len(case.inputs[0].shape) - 2
-    atom = option.inputs[0]
-    if not (isinstance(atom, Atom) and atom.dim == position and case.literal(5, "is_causal", False)):
+    atom = option.inputs[0].atom
+    if not (atom is not None and atom.dim == position and case.literal(5, "is_causal", False)):
         return _each(case, option, ranks)
     found = []
     for r, tensors in enumerate(ranks):
@@ -262,9 +261,9 @@ def _cross_entropy(case: Case, option: Option, ranks: Ranks) -> Simulated:
     weights = case.tensors[2] if len(case.tensors) > 2 else torch.ones(case.inputs[0].shape[1], dtype=WIDE)
     of_target = weights[case.tensors[1].clamp(min=0)]
     count = torch.where(case.tensors[1] != ignored, of_target, 0.0).sum()
-    atom = option.inputs[0]
+    atom = option.inputs[0].atom
     if option.inside:
-        assert isinstance(atom, Atom)
+        assert atom is not None
         size = case.inputs[0].shape[1]
         total = torch.stack([t[0].exp().sum(1) for t in ranks]).sum(0).log()
         rows = [_starts(atom, len(ranks), r, size) for r in range(len(ranks))]
@@ -287,11 +286,11 @@ def _nll_loss(case: Case, option: Option, ranks: Ranks) -> Simulated:
         return _each(case, option, ranks)
     reduction, ignored = case.literal(3, "reduction", 1), case.literal(4, "ignore_index", -100)
     count = (case.tensors[1] != ignored).sum()
-    atom = option.inputs[0]
+    atom = option.inputs[0].atom
     found = []
     for r, (logs, target) in enumerate(ranks):
         columns = torch.arange(case.inputs[0].shape[1])
-        if isinstance(atom, Atom) and atom.dim == 1:
+        if atom is not None and atom.dim == 1:
             columns = _starts(atom, len(ranks), r, len(columns))
         own = -((target.unsqueeze(1) == columns.view(1, -1, *[1] * (target.dim() - 1))) * logs).sum(1)
         losses = torch.where(target == ignored, 0.0, own)
@@ -302,7 +301,7 @@ def _nll_loss(case: Case, option: Option, ranks: Ranks) -> Simulated:
 def _loss(case: Case, option: Option, ranks: Ranks) -> Simulated:
     local = _each(case, option, ranks)
     position = {"binary_cross_entropy": 3, "binary_cross_entropy_with_logits": 4}.get(case.name, 2)
-    if option.outputs[0] != "P" or case.literal(position, "reduction", 1) != 1:
+    if option.outputs[0] != PARTIAL_VALUE or case.literal(position, "reduction", 1) != 1:
         return local
     return [(out[0] * t[0].numel() / case.tensors[0].numel(),) for out, t in zip(local, ranks, strict=True)]
 
@@ -338,8 +337,8 @@ def _softmax(case: Case, option: Option, ranks: Ranks) -> Simulated:
 
 def _index(case: Case, option: Option, ranks: Ranks) -> Simulated:
     """x[index]: where rows of x are cut, a rank has zeros for the rows of others."""
-    atom = option.inputs[0]
-    if not isinstance(atom, Atom) or atom.dim != 0:
+    atom = option.inputs[0].atom
+    if atom is None or atom.dim != 0:
         return _each(case, option, ranks)
     found = []
     for r, (x, index) in enumerate(ranks):
@@ -358,10 +357,11 @@ def _grouped_mm(case: Case, option: Option, ranks: Ranks) -> Simulated:
     found = []
     for r, (x, w, *_) in enumerate(ranks):
         rows, experts = torch.arange(num_rows), torch.arange(num_experts)
-        if isinstance(option.inputs[0], Atom) and option.inputs[0].dim == 0:
-            rows = _starts(option.inputs[0], len(ranks), r, num_rows)
-        if isinstance(option.inputs[1], Atom) and option.inputs[1].dim == 0:
-            experts = _starts(option.inputs[1], len(ranks), r, num_experts)
+        of_rows, of_experts = option.inputs[0].atom, option.inputs[1].atom
+        if of_rows is not None and of_rows.dim == 0:
+            rows = _starts(of_rows, len(ranks), r, num_rows)
+        if of_experts is not None and of_experts.dim == 0:
+            experts = _starts(of_experts, len(ranks), r, num_experts)
         result = torch.zeros(len(rows), w.shape[2], dtype=x.dtype)
         for at, expert in enumerate(experts.tolist()):
             start = ends[expert - 1] if expert else 0

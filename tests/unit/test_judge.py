@@ -20,6 +20,7 @@ from autopar.judge.ops import price_op
 from autopar.judge.routes import Mesh, local_shape
 from autopar.plan.dtypes import LONG_NAMES
 from autopar.plan.errors import CheckError
+from autopar.plan.placement import parse_placements
 from autopar.plan.plan import BlockProgram, Execution, OpPlan, Plan, ValuePlan
 from autopar.workload import load_workload
 
@@ -68,9 +69,10 @@ def workload(graphs, name: str):
 
 
 def test_local_shapes_are_those_of_the_fullest_rank():
-    assert local_shape((10, 4), ("S(0)", "S(0)"), (4, 2)) == (2, 4)  # 10 -> 3 -> 2
-    assert local_shape((24, 5), ("_S(0,3)",), (4,)) == (6, 5)  # three pieces of 8, each cut in 4
-    assert local_shape((16,), ("S(0)", "_S(0,8)"), (4, 2)) == (2,)  # 8 samples of 2: a rank has 2 samples, half of each
+    assert local_shape((10, 4), parse_placements("S(0)S(0)"), (4, 2)) == (2, 4)  # 10 -> 3 -> 2
+    assert local_shape((24, 5), parse_placements("_S(0,3)"), (4,)) == (6, 5)  # three pieces of 8, each split in 4
+    # 8 samples of 2: a rank has 2 samples, half of each
+    assert local_shape((16,), parse_placements("S(0)_S(0,8)"), (4, 2)) == (2,)
 
 
 @pytest.mark.parametrize(
@@ -89,18 +91,19 @@ def test_local_shapes_are_those_of_the_fullest_rank():
 )
 def test_routes_worked_by_hand(source, target, steps):
     mesh = Mesh(load_cluster("dgx-a100"), (2, 2), 0)
-    route = mesh.route((8192, 4096), 2, source, target)
+    route = mesh.route((8192, 4096), 2, parse_placements(source), parse_placements(target))
     if steps is None:
         assert len(route.steps) >= 1
-        assert route.placements[-1] == target
+        assert route.placements[-1] == parse_placements(target)
     else:
         assert [(step.kind, step.axes, step.num_bytes / 2**20) for step in route.steps] == steps
 
 
 def test_a_whole_tensor_becomes_a_partial_sum_for_nothing_and_a_cut_one_by_a_gather():
     mesh = Mesh(load_cluster("dgx-a100"), (2, 2), 0)
-    assert mesh.route((8, 4), 2, "RR", "RP").steps == ()  # zeros on all ranks but the first
-    assert [step.kind for step in mesh.route((8, 4), 2, "RS(0)", "RP").steps] == ["all_gather"]
+    replicated, partial, sharded = map(parse_placements, ("RR", "RP", "RS(0)"))
+    assert mesh.route((8, 4), 2, replicated, partial).steps == ()  # zeros on all ranks but the first
+    assert [step.kind for step in mesh.route((8, 4), 2, sharded, partial).steps] == ["all_gather"]
 
 
 # --- a column and row linear pair on tp = 2 ---------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from autopar.inter.pins import BlockPins
 from autopar.plan.errors import LayoutError, UsageError
 from autopar.plan.layout import parse_layout
 from autopar.plan.pin import meets
+from autopar.plan.placement import REPLICATE, Shard
 from autopar.plan.plan import Plan
 from autopar.workload import load_workload
 
@@ -55,17 +56,18 @@ def test_any_name_of_a_tied_table_pins_it(model: ModelGraph) -> None:
     assert lies(plan, "tokens.weight") == "RS(0)"
 
 
-def test_a_strided_cut_is_a_cut() -> None:
-    assert meets("_S(0,3)", "S(0)")
-    assert meets("_S(0,3)", "_S(0,3)")
-    assert not meets("_S(0,3)", "_S(0,2)")
-    assert not meets("_S(1,3)", "S(0)")
-    assert not meets("R", "S(0)")
+def test_a_strided_shard_is_a_shard() -> None:
+    assert meets(Shard(0, split_factor=3), Shard(0))
+    assert meets(Shard(0, split_factor=3), Shard(0, split_factor=3))
+    assert not meets(Shard(0, split_factor=3), Shard(0, split_factor=2))
+    assert not meets(Shard(1, split_factor=3), Shard(0))
+    assert not meets(REPLICATE, Shard(0))
+    assert meets(REPLICATE, REPLICATE)
 
 
 def test_the_data_axis_says_what_is_cut_at_rest(model: ModelGraph) -> None:
     priced(model, "zero=3", ("layers.*.mlp.*.weight", "S(0)"))
-    with pytest.raises(LayoutError, match=r"layers.0.mlp.fc1.weight lies as R on \(dp\)"):
+    with pytest.raises(LayoutError, match=r"layers.0.mlp.fc1.weight is placed as R on \(dp\)"):
         priced(model, "zero=1", ("layers.*.mlp.*.weight", "S(0)"))
 
 
@@ -86,7 +88,7 @@ def test_pins_that_say_nothing_sound(model: ModelGraph, glob: str, placements: s
 def test_pins_that_contradict_each_other_or_the_mesh(model: ModelGraph) -> None:
     with pytest.raises(UsageError, match="both name"):
         BlockPins(model.graph, model.blocks, [("*fc1.weight", "RR"), ("layers.*.mlp.fc1.weight", "RS(0)")])
-    with pytest.raises(LayoutError, match=r"1 tokens, the mesh has 2 axes \(dp, tp\)"):
+    with pytest.raises(LayoutError, match=r"1 placements, the mesh has 2 axes \(dp, tp\)"):
         priced(model, "tp=2", ("*fc1.weight", "S(0)"))
-    with pytest.raises(LayoutError, match="lies as"):
+    with pytest.raises(LayoutError, match="is placed as"):
         priced(model, "tp=2", ("*norm1.weight", "RS(0)"))

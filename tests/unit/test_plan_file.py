@@ -17,7 +17,7 @@ import pytest
 from autopar.plan.errors import PlanFileError
 from autopar.plan.file import load_plan, save_plan
 from autopar.plan.invariants import INVARIANTS, check
-from autopar.plan.mesh import Axis, format_placements, local_size, parse_placements
+from autopar.plan.mesh import Axis
 from autopar.plan.plan import Plan
 from tests.unit.sample_plan import GIB, embedding, estimate, head, layer, sample_plan
 
@@ -260,26 +260,3 @@ def test_all_violations_are_listed() -> None:
         check(changed(sample_plan(), gpus=9, global_batch=31))
     assert "devices-covering" in str(raised.value)
     assert "batch-product" in str(raised.value)
-
-
-@pytest.mark.parametrize("text", ["", "R", "S(0)R", "S(10)P", "_S(2,3)S(0)RR"])
-def test_placements_print_as_they_parse(text: str) -> None:
-    assert format_placements(parse_placements(text)) == text
-
-
-@pytest.mark.parametrize("text", ["S", "S()", "S(-1)", "S(01)", "X", "R R", "_S(0)", "_S(0,0)", "S(0,2)"])
-def test_bad_placements_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="none of"):
-        parse_placements(text)
-
-
-def test_local_size_is_what_torch_gives_the_first_rank() -> None:
-    """Rank 0 holds the largest chunk of torch.chunk in each cut dim."""
-    import torch
-
-    mesh = (Axis(name="a", size=3), Axis(name="b", size=2))
-    for shape in ((7, 5), (6, 4), (2, 9)):
-        whole = torch.empty(shape)
-        assert local_size(shape, "S(0)S(0)", mesh) == whole.chunk(3, 0)[0].chunk(2, 0)[0].numel()
-        assert local_size(shape, "S(0)S(1)", mesh) == whole.chunk(3, 0)[0].chunk(2, 1)[0].numel()
-        assert local_size(shape, "RP", mesh) == whole.numel()
