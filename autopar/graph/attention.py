@@ -1,14 +1,18 @@
-"""The attentions of a traced model: heads, head size, sequence, and what of keys and values a cache would hold.
+"""The attentions of a traced model: heads, head size, sequence, what of keys and values a cache would hold, and which of
+them run under a mask that is a tensor.
 
 Programs repeat grouped keys for all query heads before they attend (Hugging Face's ``repeat_kv``). What is cached is
 what was there before: from the call's key and value back through ops that only move or repeat elements, the smallest
 tensor.
 """
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from math import prod
 
-from autopar.graph.ir import Graph, Op
+from autopar.graph.bounds.constants import SHAPE_ONLY
+from autopar.graph.ir import Graph, Op, Value, ValueKind
 
 MOVES = frozenset(
     (
@@ -16,6 +20,9 @@ MOVES = frozenset(
         "permute", "contiguous", "clone", "flatten", "unflatten", "alias",
     )
 )  # fmt: skip
+
+
+_NUMBER = re.compile(r"\d+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +76,59 @@ def attention_calls(graph: Graph) -> tuple[AttentionCall, ...]:
             )
         )
     return tuple(found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaskedCalls:
+    """Calls of attention under a mask that is a tensor, in modules of one kind (``layers.0``, ``layers.1`` ...): the
+    first one's ``module`` and ``source``, and how many there are. The mask is made at ``mask_source``, from the values
+    ``names`` of kind ``origin`` (from inputs, if it reads any). No origin: a mask that is the same at every step, but
+    recognised neither as causal nor as all ones."""
+
+    module: str
+    source: str
+    count: int
+    mask_source: str
+    origin: ValueKind | None
+    names: tuple[str, ...]
+
+
+def masked_calls(graph: Graph) -> tuple[MaskedCalls, ...]:
+    """Calls whose mask was not replaced by ``is_causal`` or by none (``fold_masks``), each kind once, in order.
+
+    Example: Mistral of 32 layers with a window shorter than its sequence has one kind of 32 calls."""
+    makers = {value: op for op in graph.ops for value in op.outputs}
+    found: dict[tuple[str, ...], MaskedCalls] = {}
+    for op in graph.ops:
+        if "scaled_dot_product" not in op.target or len(op.inputs) < 4:
+            continue
+        mask = op.inputs[3]
+        origin, names = _origin(graph, makers, mask)
+        mask_source = makers[mask].source if mask in makers else ""
+        kind = (op.source, mask_source, *(_NUMBER.sub("*", text) for text in (op.module, origin or "", *names)))
+        calls = found.get(kind) or MaskedCalls(
+            module=op.module, source=op.source, count=0, mask_source=mask_source, origin=origin, names=names
+        )
+        found[kind] = replace(calls, count=calls.count + 1)
+    return tuple(found.values())
+
+
+def _origin(graph: Graph, makers: Mapping[int, Op], mask: int) -> tuple[ValueKind | None, tuple[str, ...]]:
+    """The kind of values that a mask is computed from, and their names."""
+    seen: set[int] = set()
+    stack = [mask]
+    while stack:
+        value = stack.pop()
+        if value not in seen:
+            seen.add(value)
+            maker = makers.get(value)
+            stack.extend(maker.inputs if maker is not None and maker.target not in SHAPE_ONLY else ())
+    leaves: list[Value] = [graph.values[value] for value in sorted(seen)]
+    kinds: tuple[ValueKind, ...] = ("input", "parameter", "buffer", "constant")
+    for kind in kinds:
+        if names := tuple(value.name for value in leaves if value.kind == kind):
+            return kind, names
+    return None, ()
 
 
 def _origins(graph: Graph) -> dict[int, frozenset[int]]:

@@ -8,7 +8,9 @@ from importlib import metadata
 
 from autopar.cluster.cluster import Cluster
 from autopar.cost.execution import ExecutionModel
+from autopar.graph.attention import masked_calls
 from autopar.graph.flops import num_parameters
+from autopar.graph.ir import Graph
 from autopar.inter.blocks import Mesh
 from autopar.inter.finish import Finished
 from autopar.inter.judged import judged
@@ -123,7 +125,7 @@ def build_plan(found: Found) -> Plan:
             gap=gap,
             runner_up=found.runner_up,
         ),
-        notes=(*_unknown_ops(book), *writer.alike),
+        notes=(*_unknown_ops(book), *_masked_attention(graph), *writer.alike),
         command="",
         versions={
             "autopar": _version("autopar"),
@@ -194,6 +196,20 @@ def _unknown_ops(book: StageBook) -> list[str]:
         f"{target}{place} has no sharding rule: every rank runs it whole, and what it reads is gathered first"
         for target, place in sorted(places.items())
     ]
+
+
+def _masked_attention(graph: Graph) -> list[str]:
+    """A note for every kind of attention under a mask that is a tensor: what the mask hides makes it no cheaper."""
+    notes = []
+    for calls in masked_calls(graph):
+        place = (f" of {calls.module}" if calls.module else "") + (f" at {calls.source}" if calls.source else "")
+        more = f" and {calls.count - 1} more like it" if calls.count > 1 else ""
+        made = f", made at {calls.mask_source}," if calls.mask_source else ""
+        names = ", ".join(calls.names[:3]) + (f" and {len(calls.names) - 3} more" if len(calls.names) > 3 else "")
+        origin = f"is computed from the {calls.origin}{'s' if len(calls.names) > 1 else ''} {names}"
+        mask = origin if calls.origin else "is recognised neither as causal nor as all ones"
+        notes.append(f"attention{place}{more} is priced as full attention: its mask{made} {mask}")
+    return notes
 
 
 def execution_of(execution: ExecutionModel) -> Execution:

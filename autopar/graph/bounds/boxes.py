@@ -1,0 +1,81 @@
+"""Boxes of positions in a tensor, and bounds of the elements in them: many boxes at once, one entry of a tensor each.
+
+Example: the 4 x 4 comparison ``column <= row`` over the boxes (rows 2..3, columns 0..1) and (rows 0..1, columns 0..1)
+has the bounds low = [True, False], high = [True, True]: all of the first box is True, the second is mixed.
+"""
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+
+class Undecided(Exception):  # noqa: N818  # an answer, not an error: it leaves this folder as None
+    """Nothing can be said about a tensor: an op without a rule, or more boxes than are worth their time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Span:
+    """First and last position along a dim: int64 of shape (boxes,), or (1,) where all boxes agree."""
+
+    first: Tensor
+    last: Tensor
+
+    @property
+    def single(self) -> bool:
+        """Whether the span of every box is known to be one position."""
+        return self.first is self.last
+
+
+Box: TypeAlias = tuple[Span, ...]  # a span for every dim of the tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Bounds:
+    """No element of the tensor in a box is below ``low`` or above ``high``, both in the tensor's dtype and of a shape that
+    broadcasts to one entry a box; () for a tensor without dims, and for no other. NaN in either: nothing is known, the elements may be NaN."""
+
+    low: Tensor
+    high: Tensor
+
+    @property
+    def exact(self) -> bool:
+        """Whether the elements of every box are all equal, and known."""
+        return self.low is self.high
+
+
+def exactly(element: Tensor) -> Bounds:
+    """Bounds of boxes whose elements all equal ``element``."""
+    return Bounds(low=element, high=element)
+
+
+def position(index: int) -> Span:
+    """The one position ``index``."""
+    at = torch.tensor([index])
+    return Span(first=at, last=at)
+
+
+def choose(inside: Tensor, outside: Tensor, one: Bounds, other: Bounds) -> Bounds:
+    """Bounds of a tensor whose boxes have the elements of ``one`` where they are ``inside`` a region, of ``other``
+    where they are ``outside`` of it, and of both where they are neither; bool tensors (boxes,)."""
+    if one.exact and other.exact and bool((inside | outside).all()):
+        return exactly(torch.where(inside, one.low, other.low))
+    low = torch.where(outside, other.low, torch.minimum(one.low, other.low))
+    high = torch.where(outside, other.high, torch.maximum(one.high, other.high))
+    return Bounds(low=torch.where(inside, one.low, low), high=torch.where(inside, one.high, high))
+
+
+def widened(bounds: Bounds, unknown: Tensor) -> Bounds:
+    """``bounds`` where not ``unknown`` (boxes,), elsewhere all that the dtype can hold."""
+    low, high = _everything(bounds.low.dtype)
+    return Bounds(low=torch.where(unknown, low, bounds.low), high=torch.where(unknown, high, bounds.high))
+
+
+def _everything(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    if dtype == torch.bool:
+        return torch.tensor(False), torch.tensor(True)
+    if dtype.is_floating_point:
+        return torch.tensor(torch.nan, dtype=dtype), torch.tensor(torch.nan, dtype=dtype)
+    limits = torch.iinfo(dtype)
+    return torch.tensor(limits.min, dtype=dtype), torch.tensor(limits.max, dtype=dtype)

@@ -1,0 +1,108 @@
+"""Bounds of a constant tensor of a graph, of any size, over boxes of its positions."""
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from autopar.graph.bounds.boxes import Bounds, Box, Undecided, position
+from autopar.graph.bounds.constants import Call, call_of, shape_of, small_tensors
+from autopar.graph.bounds.movement import RULES
+from autopar.graph.bounds.pointwise import is_pointwise, operands_of, pointwise
+from autopar.graph.bounds.pyramid import Pyramid
+from autopar.graph.bounds.strided import View, view_of
+from autopar.graph.ir import Batch
+
+_MAX_STEPS = 10_000  # nodes looked at for one set of boxes: more only where views of views multiply
+
+
+class ConstantTensors:
+    """The tensors of constant ``nodes`` (in execution order) at two samples: those of at most ``limit`` elements are
+    computed, where they can be, all others have bounds only."""
+
+    def __init__(self, nodes: Sequence[fx.Node], batch: Batch, limit: int) -> None:
+        self._batch = batch
+        self._computed = {node: Pyramid(tensor) for node, tensor in small_tensors(nodes, batch, limit).items()}
+        self._calls: dict[fx.Node, Call] = {}
+        self._views: dict[fx.Node, View | None] = {}
+
+    def bounds(self, node: fx.Node, box: Box) -> Bounds:
+        """Bounds of the node's elements in every box; raises Undecided where an op has no rule."""
+        return _Walk(self).over(node, box)
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        """Sizes of the node's tensor."""
+        return shape_of(node, self._batch)
+
+    def computed(self, node: fx.Node) -> Pyramid | None:
+        """The node's own elements, None where it has bounds only."""
+        return self._computed.get(node)
+
+    def call(self, node: fx.Node) -> Call:
+        """The node's call at two samples."""
+        if node not in self._calls:
+            self._calls[node] = call_of(node, self._batch)
+        return self._calls[node]
+
+    def view(self, node: fx.Node) -> View | None:
+        """What the node is a view of, if it is one."""
+        if node not in self._views:
+            result = node.target is operator.getitem
+            call = self.call(node.args[0]) if result else self.call(node)  # type: ignore[arg-type]
+            self._views[node] = view_of(call, node.args[1] if result else None, self._empty)  # type: ignore[arg-type]
+        return self._views[node]
+
+    def _empty(self, node: fx.Node) -> Tensor:
+        return torch.empty(self.shape(node), dtype=node.meta["val"].dtype, device="meta")
+
+
+class _Walk:
+    """Bounds over one set of boxes, each node once for the same boxes."""
+
+    def __init__(self, tensors: ConstantTensors) -> None:
+        self._tensors = tensors
+        self._found: dict[tuple[object, ...], tuple[Box, Bounds]] = {}  # with its box, whose spans keep their ids
+        self._origin = position(0)
+
+    def over(self, node: fx.Node, box: Box) -> Bounds:
+        key = (node, *map(id, box))
+        if key not in self._found:
+            if len(self._found) >= _MAX_STEPS:
+                raise Undecided("too many views of views")
+            self._found[key] = box, _with_dims(self._evaluated(node, box), len(box))
+        return self._found[key][1]
+
+    def broadcast(self, node: fx.Node, box: Box) -> Bounds:
+        shape = self.shape(node)
+        spans = box[len(box) - len(shape) :]
+        return self.over(
+            node, tuple(self._origin if size == 1 else span for size, span in zip(shape, spans, strict=True))
+        )
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        return self._tensors.shape(node)
+
+    def _evaluated(self, node: fx.Node, box: Box) -> Bounds:
+        computed = self._tensors.computed(node)
+        if computed is not None:
+            return computed.over(box)
+        if node.target is not operator.getitem:
+            call = self._tensors.call(node)
+            if call.packet in RULES:
+                return RULES[call.packet](call, box, self)
+            if is_pointwise(call):
+                return pointwise(call, [self.broadcast(operand, box) for operand in operands_of(call)])
+        view = self._tensors.view(node)
+        if view is None:
+            raise Undecided(f"{node.target} has no bounds")
+        return self.over(view.source, view.box_of_source(box))
+
+
+def _with_dims(bounds: Bounds, num_dims: int) -> Bounds:
+    """Bounds of shape () for a tensor without dims, else of one dim: torch's type promotion tells the two apart."""
+    if (bounds.low.dim() > 0) == (num_dims > 0):
+        return bounds
+    shape = (1,) if num_dims else ()
+    low = bounds.low.reshape(shape)
+    return Bounds(low=low, high=low if bounds.exact else bounds.high.reshape(shape))
