@@ -3,106 +3,95 @@
     workload = autopar.load_workload("examples/gpt.py", layers=12)
     plan = autopar.plan(workload, cluster="dgx-h100", gpus=8, global_batch=512)
     autopar.estimate(workload, cluster="dgx-h100", gpus=8, layout="tp=8", global_batch=512).step_time_s
+    trainer = plan.apply(model, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-4))
 
-Everything is loaded on first use, so that ``import autopar`` costs nothing: torch comes with the first model, a solver
+Every name is loaded on first use, so that ``import autopar`` costs nothing: torch comes with the first model, a solver
 with the first plan.
 """
 
 from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from autopar.cluster.cluster import Cluster as Cluster
-    from autopar.cluster.load import load_cluster as load_cluster
-    from autopar.plan.errors import AutoparError as AutoparError
-    from autopar.plan.errors import CheckError as CheckError
-    from autopar.plan.errors import CheckpointError as CheckpointError
-    from autopar.plan.errors import InfeasibleError as InfeasibleError
-    from autopar.plan.errors import LayoutError as LayoutError
-    from autopar.plan.errors import ModelError as ModelError
-    from autopar.plan.errors import PlanFileError as PlanFileError
-    from autopar.plan.errors import TimeLimitError as TimeLimitError
-    from autopar.plan.errors import UsageError as UsageError
-    from autopar.plan.file import load_plan as load_plan
-    from autopar.plan.file import save_plan as save_plan
-    from autopar.plan.plan import Estimate as Estimate
-    from autopar.plan.plan import Plan as Plan
-    from autopar.workload.load import load_workload as load_workload
+    from autopar.cluster.cost_tables import load_cluster as load_cluster
+    from autopar.core.errors import AutoparError as AutoparError
+    from autopar.core.errors import CheckError as CheckError
+    from autopar.core.errors import CheckpointError as CheckpointError
+    from autopar.core.errors import InfeasibleError as InfeasibleError
+    from autopar.core.errors import LayoutError as LayoutError
+    from autopar.core.errors import ModelError as ModelError
+    from autopar.core.errors import PlanFileError as PlanFileError
+    from autopar.core.errors import TimeLimitError as TimeLimitError
+    from autopar.core.errors import UsageError as UsageError
+    from autopar.core.plan import Estimate as Estimate
+    from autopar.core.plan import Plan as Plan
+    from autopar.core.plan_file import load_plan as load_plan
+    from autopar.core.plan_file import save_plan as save_plan
+    from autopar.manual.estimate import estimate as estimate
+    from autopar.planner.planner import plan as plan
+    from autopar.runtime.apply import apply as apply
+    from autopar.runtime.trainer import Trainer as Trainer
+    from autopar.workload.model_file import load_workload as load_workload
     from autopar.workload.workload import Workload as Workload
-else:
-    import autopar.plan
 
-_HOMES = {
-    "AutoparError": "autopar.plan.errors",
-    "CheckError": "autopar.plan.errors",
-    "CheckpointError": "autopar.plan.errors",
+_MODULES = {
+    "AutoparError": "autopar.core.errors",
+    "CheckError": "autopar.core.errors",
+    "CheckpointError": "autopar.core.errors",
     "Cluster": "autopar.cluster.cluster",
-    "Estimate": "autopar.plan.plan",
-    "InfeasibleError": "autopar.plan.errors",
-    "LayoutError": "autopar.plan.errors",
-    "ModelError": "autopar.plan.errors",
-    "Plan": "autopar.plan.plan",
-    "PlanFileError": "autopar.plan.errors",
-    "TimeLimitError": "autopar.plan.errors",
-    "UsageError": "autopar.plan.errors",
+    "Estimate": "autopar.core.plan",
+    "InfeasibleError": "autopar.core.errors",
+    "LayoutError": "autopar.core.errors",
+    "ModelError": "autopar.core.errors",
+    "Plan": "autopar.core.plan",
+    "PlanFileError": "autopar.core.errors",
+    "TimeLimitError": "autopar.core.errors",
+    "Trainer": "autopar.runtime.trainer",
+    "UsageError": "autopar.core.errors",
     "Workload": "autopar.workload.workload",
-    "load_cluster": "autopar.cluster.load",
-    "load_plan": "autopar.plan.file",
-    "load_workload": "autopar.workload.load",
-    "save_plan": "autopar.plan.file",
+    "apply": "autopar.runtime.apply",
+    "estimate": "autopar.manual.estimate",
+    "load_cluster": "autopar.cluster.cost_tables",
+    "load_plan": "autopar.core.plan_file",
+    "load_workload": "autopar.workload.model_file",
+    "plan": "autopar.planner.planner",
+    "save_plan": "autopar.core.plan_file",
 }
 
+__all__ = [
+    "AutoparError",
+    "CheckError",
+    "CheckpointError",
+    "Cluster",
+    "Estimate",
+    "InfeasibleError",
+    "LayoutError",
+    "ModelError",
+    "Plan",
+    "PlanFileError",
+    "TimeLimitError",
+    "Trainer",
+    "UsageError",
+    "Workload",
+    "apply",
+    "estimate",
+    "load_cluster",
+    "load_plan",
+    "load_workload",
+    "plan",
+    "save_plan",
+]
 
-def __getattr__(name: str) -> Any:
-    """Load a public name from its home on first use."""
-    if name not in _HOMES:
+
+def __getattr__(name: str) -> object:
+    """Load a public name from the module that defines it, on first use."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'autopar' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
+    value = getattr(import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
-
-
-def estimate(
-    workload: "Workload",
-    *,
-    cluster: "str | Cluster" = "dgx-h100",
-    gpus: int,
-    layout: str,
-    global_batch: int | None = None,
-    dtype: str | None = None,
-    memory_gib: float | None = None,
-    optimizer: str = "adamw",
-) -> "Estimate":
-    """Price one manual layout; raises LayoutError with all faults of one that cannot run. Memory never makes it fail:
-    look at ``fits``. ``dtype`` None is bf16, fp16 where the device has no bf16."""
-    from autopar.inter.estimate import estimate as priced
-
-    return priced(
-        workload,
-        cluster=cluster,
-        gpus=gpus,
-        layout=layout,
-        global_batch=global_batch,
-        dtype=dtype,
-        memory_gib=memory_gib,
-        optimizer=optimizer,
-    ).estimate
-
-
-class _PlanFloor(ModuleType):
-    """``autopar.plan`` is the folder of a plan's nouns, and calling it makes a plan.
-
-    A function of that name would be overwritten by the first ``import autopar.plan.errors``."""
-
-    def __call__(self, workload: "Workload", **options: Any) -> "Plan":
-        """Search the best plan; the keywords are those of ``autopar.inter.planner.plan``."""
-        return import_module("autopar.inter.planner").plan(workload, **options)
-
-
-if not TYPE_CHECKING:
-    autopar.plan.__class__ = _PlanFloor
+    return sorted(__all__)

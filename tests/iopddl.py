@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from autopar.intra.problem import Edge, Problem, Row
+from autopar.choice.problem import Edge, Problem, Row
 
 FORBIDDEN = 1e18
 FOLDER = Path(__file__).resolve().parents[1] / ".." / "shared" / "iopddl"

@@ -4,12 +4,12 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autopar.plan.errors import LayoutError, PlanFileError, UsageError
+from autopar.core.errors import LayoutError, PlanFileError, UsageError
 
 if TYPE_CHECKING:
     from autopar.cluster.cluster import Cluster
-    from autopar.plan.layout import Layout
-    from autopar.plan.plan import Plan
+    from autopar.core.layout import Layout
+    from autopar.core.plan import Plan
     from autopar.workload.workload import Workload
 
 
@@ -27,11 +27,11 @@ def layout_flags(**flags: str) -> dict[str, str]:
 
 
 def priced_layout(workload: "Workload", layout: "Layout", *, micro_batch: int | None, **options: Any) -> "Plan":
-    """The plan of one layout; ``options`` are those of ``autopar.inter.estimate.estimate``. LayoutError where
+    """The plan of one layout; ``options`` are those of ``autopar.manual.layout_pricer.plan_layout``. LayoutError where
     ``micro_batch`` (``--micro-batch``) is not the layout's."""
-    from autopar.inter.estimate import estimate
+    from autopar.manual.layout_pricer import plan_layout
 
-    priced = estimate(workload, layout=str(layout), **options)
+    priced = plan_layout(workload, layout=str(layout), **options)
     size = priced.micro_batch_size
     if micro_batch is not None and size != micro_batch:
         raise LayoutError(
@@ -50,7 +50,7 @@ def workload_of(plan: "Plan", plan_path: Path, model: str | None) -> "Workload":
                 f"{path} changed since {plan_path} was made (sha256 {plan.model.source_hash[:12]} then, "
                 f"{digest[:12]} now); plan again, or name an unchanged copy with --model"
             )
-    from autopar.workload.load import load_workload
+    from autopar.workload.model_file import load_workload
 
     settings: dict[str, Any] = dict(plan.model.settings)
     return load_workload(path, **settings)
@@ -68,7 +68,7 @@ def _model_path(plan: "Plan", plan_path: Path) -> Path:
 
 def cluster_of(plan: "Plan", plan_path: Path) -> "Cluster":
     """The cluster a plan was made for; PlanFileError when its tables changed since."""
-    from autopar.cluster.load import load_cluster
+    from autopar.cluster.cost_tables import load_cluster
 
     beside = plan_path.parent / Path(plan.cluster.name).name
     moved = plan.cluster.name.endswith(".json") and not Path(plan.cluster.name).is_file() and beside.is_file()

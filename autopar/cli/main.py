@@ -8,16 +8,16 @@ from typing import Any
 
 import click
 
-from autopar.cli.cluster import cluster_group
-from autopar.cli.compare import compare_command
-from autopar.cli.estimate import estimate_command
-from autopar.cli.plan import plan_command
-from autopar.cli.profile import profile_command
-from autopar.cli.results import ClaimedStdout, Invocation
-from autopar.cli.run import run_command
-from autopar.cli.show import show_command
-from autopar.cli.verify import verify_command
-from autopar.plan.errors import AutoparError
+from autopar.cli.claimed_stdout import ClaimedStdout, Invocation, NoReaderError
+from autopar.cli.cluster_command import cluster_group
+from autopar.cli.compare_command import compare_command
+from autopar.cli.estimate_command import estimate_command
+from autopar.cli.plan_command import plan_command
+from autopar.cli.profile_command import profile_command
+from autopar.cli.run_command import run_command
+from autopar.cli.show_command import show_command
+from autopar.cli.verify_command import verify_command
+from autopar.core.errors import AutoparError, PlanFileError
 
 INTERRUPTED = 130
 
@@ -85,17 +85,18 @@ def _run(call: Invocation) -> int:
     as_json = "--json" in _before_separator(call.arguments)
     try:
         return _ended(call, as_json)
-    except BrokenPipeError:  # the reader went away (`autopar show P | head`): nothing to tell it
-        call.stdout.abandon()
+    except NoReaderError:
         return 0
+    except PlanFileError as error:  # of the error's own document
+        print(f"autopar: {error}", file=sys.stderr)
+        return error.exit_code
 
 
 def _ended(call: Invocation, as_json: bool) -> int:
     """Run a call and tell how it ended: its results, or its error."""
-    results = call.stdout.results
     try:
         code = autopar.main(args=list(call.arguments), prog_name="autopar", standalone_mode=False, obj=call)
-        results.flush()
+        call.stdout.results.flush()
         return code if isinstance(code, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
@@ -111,11 +112,11 @@ def _ended(call: Invocation, as_json: bool) -> int:
         told = _Ending(code=error.exit_code, kind=type(error).__name__, message=str(error), extra=extra)
     except (click.Abort, KeyboardInterrupt):
         told = _Ending(code=INTERRUPTED, kind="Interrupted", message="interrupted")
-    if not as_json:
+    if not as_json or call.stdout.is_lost:
         print(f"autopar: {told.message}{told.hint}", file=sys.stderr)
         return told.code
     document = {"error": {"code": told.code, "kind": told.kind, "message": told.message, **told.extra}}
-    print(json.dumps(document, indent=2), file=results, flush=True)
+    print(json.dumps(document, indent=2), file=call.stdout.results, flush=True)
     return told.code
 
 

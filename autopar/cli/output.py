@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autopar.cli.results import invocation, print_result
+from autopar.cli.claimed_stdout import invocation, print_result
 
 if TYPE_CHECKING:
-    from autopar.plan.plan import Plan
+    from autopar.core.plan import Plan
 
 PIPED_WIDTH = 120
 NARROWEST = 72
@@ -30,11 +30,11 @@ def print_plan(
 ) -> None:
     """The plan as text or as its JSON document, which ``extra`` keys join."""
     if as_json:
-        from autopar.report.json import plan_document
+        from autopar.report.json_document import plan_document
 
         print_document(plan_document(plan, None if path is None else str(path)) | (extra or {}))
         return
-    from autopar.report.text import plan_text
+    from autopar.report.plan_text import plan_text
 
     print_result(plan_text(plan, width=text_width(), verbose=verbose), end="")
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autopar.cli.results import invocation, print_result
-from autopar.plan.errors import PlanFileError, UsageError
+from autopar.cli.claimed_stdout import invocation, print_result
+from autopar.core.errors import PlanFileError, UsageError
 
 if TYPE_CHECKING:
-    from autopar.plan.write import Destination, FileKind
+    from autopar.core.write_file import Destination, FileKind
 
 STDOUT = "-"
 
@@ -30,7 +30,7 @@ class OutputFile:
     @classmethod
     def checked(cls, output: str, kind: "FileKind", *, force: bool, as_json: bool) -> "OutputFile":
         """The file of ``-o output``; UsageError where it may not be written, or stdout would get two documents."""
-        from autopar.plan.write import destination_of
+        from autopar.core.write_file import destination_of
 
         if output == STDOUT:
             if as_json:
@@ -51,7 +51,7 @@ class OutputFile:
         Where something has appeared at the path since, the result goes to a free name in the same folder, and a line on
         stderr says so. Where nothing can be written there at all, it goes to a folder for temporary files, and the PlanFileError
         names that."""
-        from autopar.plan.write import OccupiedError, write, write_to_free_name
+        from autopar.core.write_file import OccupiedError, write, write_to_free_name
 
         try:
             if self.path is None:
@@ -92,7 +92,7 @@ def _way_out(found: "Destination") -> str:
 
 def _rescued(path: Path, content: bytes) -> Path | None:
     """The path of a copy in a new folder for temporary files, or None where that cannot be written either."""
-    from autopar.plan.write import write_atomically
+    from autopar.core.write_file import write_atomically
 
     with contextlib.suppress(OSError):
         folder = Path(tempfile.mkdtemp(prefix="autopar."))

@@ -6,7 +6,7 @@ cluster.collective_s("all_reduce", 2**28, cluster.axis_group(16, (2, 8), (0,)))
 """
 
 from autopar.cluster.cluster import Cluster, Group
+from autopar.cluster.cost_tables import cluster_names, load_cluster, save_cluster
 from autopar.cluster.device import Device
-from autopar.cluster.load import cluster_names, load_cluster, save_cluster
 
 __all__ = ["Cluster", "Device", "Group", "cluster_names", "load_cluster", "save_cluster"]

@@ -24,7 +24,13 @@ from numpy.typing import ArrayLike
 
 from autopar.cluster.device import Device
 from autopar.cluster.interpolate import Floats
-from autopar.cluster.source import Source, require_fraction, require_not_negative, require_positive, require_sources
+from autopar.cluster.number_source import (
+    Source,
+    require_fraction,
+    require_not_negative,
+    require_positive,
+    require_sources,
+)
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 KINDS: tuple[str, ...] = get_args(Kind)

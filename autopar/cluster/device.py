@@ -16,9 +16,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from autopar.cluster.interpolate import Floats, multilinear
-from autopar.cluster.source import Source, require_fraction, require_not_negative, require_positive, require_sources
-from autopar.plan.dtypes import ITEMSIZE, TRAINING_DTYPES
-from autopar.plan.errors import UsageError
+from autopar.cluster.number_source import (
+    Source,
+    require_fraction,
+    require_not_negative,
+    require_positive,
+    require_sources,
+)
+from autopar.core.dtypes import ITEMSIZE, TRAINING_DTYPES
+from autopar.core.errors import UsageError
 
 REFERENCE_HEAD_DIM = 128  # the attention tables' head_dim
 NARROW_EXPONENT = (

@@ -10,8 +10,8 @@ from typing import Literal
 
 import msgspec
 
-from autopar.cluster.load import software_document
-from autopar.cluster.source import Source, require_not_negative, require_sources
+from autopar.cluster.cost_tables import software_document
+from autopar.cluster.number_source import Source, require_not_negative, require_sources
 
 Chain = Literal["pointwise", "norm", "loss"]
 

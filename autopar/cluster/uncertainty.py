@@ -11,8 +11,8 @@ from typing import Literal
 
 import msgspec
 
-from autopar.cluster.load import uncertainty_document
-from autopar.cluster.source import Source, require_positive, require_sources
+from autopar.cluster.cost_tables import uncertainty_document
+from autopar.cluster.number_source import Source, require_positive, require_sources
 
 
 class IntervalClass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

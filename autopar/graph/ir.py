@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from autopar.plan.dtypes import ITEMSIZE
+from autopar.core.dtypes import ITEMSIZE
 
 MATRIX_OPS = frozenset(
     (

@@ -13,13 +13,13 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
-from autopar.graph.export import functionalised
+from autopar.core.errors import ModelError
+from autopar.graph.aliasing import COPIES, MAY_ALIAS, RESHAPES, same_tensor
 from autopar.graph.fold_masks import fold_masks
-from autopar.graph.functional import functional, written_tensor
+from autopar.graph.functionalize import functional, written_tensor
 from autopar.graph.ir import Batch
-from autopar.graph.source import source_of
-from autopar.graph.views import COPIES, MAY_ALIAS, RESHAPES, same_tensor
-from autopar.plan.errors import ModelError
+from autopar.graph.source_location import source_of
+from autopar.graph.torch_export import functionalised
 
 aten = torch.ops.aten
 _WRAPPERS = {  # higher-order ops whose submodule may be inlined: position of the submodule among the arguments

@@ -7,9 +7,9 @@ model is traced.
 
 import torch
 
+from autopar.core.errors import ModelError
 from autopar.graph.ir import Graph, Op
-from autopar.graph.literals import resolve
-from autopar.plan.errors import ModelError
+from autopar.graph.op_arguments import resolve
 
 DRAWING = frozenset(("rand.default", "rand_like.default", "randn.default", "randn_like.default", "bernoulli.default"))
 _DROPPING = {"dropout": 1, "feature_dropout": 1, "scaled_dot_product_attention": 4}  # position of the probability

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from autopar.graph.batch_rule import check_rule, unclear
-from autopar.graph.convert import to_graph
-from autopar.graph.export import MODEL_PREFIX, export, is_data_dependent
-from autopar.graph.fake import is_fake, tensors_in
+from autopar.core.dtypes import Dtype
+from autopar.core.errors import ModelError
+from autopar.graph.batch_scaling import check_rule, unclear
+from autopar.graph.fake_tensors import is_fake, tensors_in
+from autopar.graph.from_fx import to_graph
 from autopar.graph.ir import Batch, Graph
 from autopar.graph.normalise import normalise
 from autopar.graph.random_ops import refuse_random
-from autopar.graph.source import source_of_function
-from autopar.plan.dtypes import Dtype
-from autopar.plan.errors import ModelError
+from autopar.graph.source_location import source_of_function
+from autopar.graph.torch_export import MODEL_PREFIX, export, is_data_dependent
 from autopar.workload import Workload, user_code
 
 _MULTIPLES = (8, 2, 1, 32)  # of the prime; the later ones for models that want another divisibility

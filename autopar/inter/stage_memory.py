@@ -16,12 +16,12 @@ from math import prod
 
 import numpy as np
 
-from autopar.cost import parameters as pm
-from autopar.inter.finish import StageChoice
-from autopar.inter.stages import StageBook
-from autopar.inter.uses import Use, uses_of
-from autopar.intra import totals as tt
-from autopar.plan.plan import MemoryParts
+from autopar.core.plan import MemoryParts
+from autopar.cost import parameter_storage as pm
+from autopar.inter.block_choice import Use, uses_of
+from autopar.inter.stage_choice import StageChoice
+from autopar.inter.stage_costs import StageBook
+from autopar.intra import block_totals as tt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

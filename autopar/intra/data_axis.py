@@ -20,13 +20,13 @@ from math import prod
 
 import numpy as np
 
+from autopar.choice.mini_buckets import eliminator
+from autopar.core.placement import PARTIAL, REPLICATE, Placement, Shard
 from autopar.graph.ir import Block, Graph, Value
-from autopar.intra.mini_buckets import eliminator
-from autopar.plan.placement import PARTIAL, REPLICATE, Placement, Shard
-from autopar.rules.atoms import Atom, without_size
-from autopar.rules.options import Option
+from autopar.rules.axis_options import Option
+from autopar.rules.dim_factors import Atom, without_size
+from autopar.rules.op_sharding_rule import OpRule
 from autopar.rules.placement_pair import PARTIAL_GRADIENT, PARTIAL_VALUE, REPLICATED, PlacementPair
-from autopar.rules.rule import OpRule
 
 MEMORY = 8.0
 """Bytes of memory traffic that take as long as one byte between GPUs of a node (3.3 TB/s against 0.4 TB/s)."""

@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.cost import parameters as pm
-from autopar.cost.execution import ExecutionModel
-from autopar.cost.redistribute import MeshLinks
+from autopar.cost import parameter_storage as pm
+from autopar.cost.execution_model import ExecutionModel
+from autopar.cost.redistribution_time import MeshLinks
 from autopar.intra import op_metrics as om
-from autopar.intra.price_rows import PriceRow, row_weights
-from autopar.intra.tables import BlockTables
-from autopar.intra.totals import totals_of
+from autopar.intra.block_tables import BlockTables
+from autopar.intra.block_totals import totals_of
+from autopar.intra.priced_objectives import PriceRow, row_weights
 
 Floats = NDArray[np.float64]
 Rests = Callable[[int, pm.Storage], bool]

@@ -17,16 +17,16 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.cost.compute import gradient_products_s, op_seconds
-from autopar.cost.execution import ExecutionModel
+from autopar.cost.compute_time import gradient_products_s, op_seconds
+from autopar.cost.execution_model import ExecutionModel
 from autopar.cost.fusion import NOTHING, Saving
-from autopar.cost.redistribute import MeshLinks
+from autopar.cost.redistribution_time import MeshLinks
 from autopar.graph.ir import Graph, GraphProfile, Op, Value
-from autopar.intra.again import Kept
-from autopar.intra.copies import LocalSizes
-from autopar.intra.space import OpNode
-from autopar.intra.workspace import overwritten_values, passing_bytes, scratch_bytes
-from autopar.rules.options import Option
+from autopar.intra.block_space import OpNode
+from autopar.intra.op_workspace import overwritten_values, passing_bytes, scratch_bytes
+from autopar.intra.recompute import Kept
+from autopar.intra.saved_memory import LocalSizes
+from autopar.rules.axis_options import Option
 from autopar.rules.placement_pair import PlacementPair, forward_placements
 
 Floats = NDArray[np.float64]

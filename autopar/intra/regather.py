@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.graph.ir import GraphProfile
-from autopar.intra.copies import LocalSizes, is_gathered
-from autopar.intra.hiding import Hiding
+from autopar.intra.backward_overlap import Hiding
+from autopar.intra.block_space import BlockSpace, Flow
 from autopar.intra.op_metrics import Savers
-from autopar.intra.space import BlockSpace, Flow
+from autopar.intra.saved_memory import LocalSizes, is_gathered
 from autopar.rules.placement_pair import PlacementPair, forward_placements
 
 Floats = NDArray[np.float64]

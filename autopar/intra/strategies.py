@@ -4,11 +4,11 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from autopar.graph.ir import Value
-from autopar.intra.space import BlockSpace, OpNode
-from autopar.rules.atoms import Atom
-from autopar.rules.options import Option
+from autopar.intra.block_space import BlockSpace, OpNode
+from autopar.rules.axis_options import Option
+from autopar.rules.dim_factors import Atom
+from autopar.rules.op_sharding_rule import OpRule
 from autopar.rules.placement_pair import PARTIAL_GRADIENT, PARTIAL_VALUE, REPLICATED, PlacementPair
-from autopar.rules.rule import OpRule
 
 UNEVEN = 64  # a plain dim may be cut unevenly into k pieces when it has at least 64 k elements (1.6 % imbalance)
 ROLES = ("B", "S", "R")  # named boundary placements of an axis: batch, second dim (sequence or channels), replicated

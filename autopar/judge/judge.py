@@ -21,19 +21,8 @@ import msgspec
 
 from autopar.cluster.cluster import Cluster
 from autopar.cluster.software import load_software
-from autopar.graph.ir import Block, Graph, GraphProfile
-from autopar.graph.profile import profile_graph
-from autopar.judge.block import BlockPrice, Issue, price_block
-from autopar.judge.collectives import listed
-from autopar.judge.ground import Case, Ground
-from autopar.judge.items import step_items
-from autopar.judge.parameters import disagreements
-from autopar.judge.peak import Moment, Passage, fullest_moment
-from autopar.judge.routes import Mesh, Step
-from autopar.judge.tied import Use, exchanges, tied_moves
-from autopar.judge.transfers import Send, sends
-from autopar.plan.errors import CheckError
-from autopar.plan.plan import (
+from autopar.core.errors import CheckError
+from autopar.core.plan import (
     BlockProgram,
     BlockRef,
     Collective,
@@ -43,8 +32,19 @@ from autopar.plan.plan import (
     TimeItem,
     device_memory,
 )
-from autopar.plan.schedule import actions
-from autopar.plan.simulate import StageTimes, simulate
+from autopar.graph.ir import Block, Graph, GraphProfile
+from autopar.graph.op_profiles import profile_graph
+from autopar.judge.block_price import BlockPrice, Issue, price_block
+from autopar.judge.collective_list import listed
+from autopar.judge.context import Case, Ground
+from autopar.judge.judge_mesh import Mesh, Step
+from autopar.judge.parameter_price import disagreements
+from autopar.judge.peak_memory import Moment, Passage, fullest_moment
+from autopar.judge.step_items import step_items
+from autopar.judge.tied_parameter_price import Use, exchanges, tied_moves
+from autopar.judge.transfer_price import Send, sends
+from autopar.pipeline.schedule import actions
+from autopar.pipeline.simulate import StageTimes, simulate
 
 RELATIVE_TOLERANCE = 1e-5
 SCALARS_BYTES = 16.0

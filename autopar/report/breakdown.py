@@ -7,8 +7,8 @@ Where the step goes (devices of stage 0)      exposed            all of it
 
 from rich.table import Table
 
-from autopar.plan.plan import MemoryParts, Plan, TimeItem, device_memory, device_runs
-from autopar.plan.units import GIB, bar_text, percent_text, ranges_text, seconds_text
+from autopar.core.plan import MemoryParts, Plan, TimeItem, device_memory, device_runs
+from autopar.core.units import GIB, bar_text, percent_text, ranges_text, seconds_text
 
 TIME_BAR_WIDTH = 20
 LEAST_SHARE = 5e-4  # of the step: smaller lines are left out

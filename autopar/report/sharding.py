@@ -6,10 +6,10 @@ layers.*.attn.qkv.weight   S(0) on tp, ZeRO-1 over dp
 import re
 from dataclasses import dataclass
 
-from autopar.plan.mesh import Axis
-from autopar.plan.placement import PARTIAL, Shard, parse_placements
-from autopar.plan.plan import BlockProgram, ParameterPlan, Plan
-from autopar.plan.units import ranges_text
+from autopar.core.mesh_axis import Axis
+from autopar.core.placement import PARTIAL, Shard, parse_placements
+from autopar.core.plan import BlockProgram, ParameterPlan, Plan
+from autopar.core.units import ranges_text
 
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from autopar.graph.ir import Op, Value
-from autopar.rules.labels import Labels, broadcast, replicated
-from autopar.rules.rule import NO_LABEL, LabelKind, OpRule
+from autopar.rules.op_sharding_rule import NO_LABEL, LabelKind, OpRule
+from autopar.rules.rule_builder import Labels, broadcast, replicated
 
 
 def linear(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:

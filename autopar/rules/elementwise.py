@@ -5,8 +5,8 @@ from dataclasses import replace
 from math import prod
 
 from autopar.graph.ir import Op, Value
-from autopar.rules.labels import Labels, broadcast, replicated
-from autopar.rules.rule import NO_LABEL, Inside, OpRule
+from autopar.rules.op_sharding_rule import NO_LABEL, Inside, OpRule
+from autopar.rules.rule_builder import Labels, broadcast, replicated
 
 _SCALES = ("aten.mul", "aten.div", "aten.neg", "aten.to")
 

@@ -1,13 +1,13 @@
 """Which ops have the local form that some of their options need (`OpRule.local_form`): what nobody can run, nobody
 plans.
 
-The runtime implements them (`autopar.runtime.kernels`); a test holds the two lists together.
+The runtime implements them (`autopar.runtime.lower.local_kernels`); a test holds the two lists together.
 """
 
 from collections.abc import Iterable
 
 from autopar.graph.ir import Op
-from autopar.rules.rule import OpRule
+from autopar.rules.op_sharding_rule import OpRule
 
 WITH_LOCAL_FORM = frozenset(
     (

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from autopar.graph.ir import Op, Value
-from autopar.rules.labels import Labels, broadcast, replicated
-from autopar.rules.rule import NO_LABEL, OpRule
+from autopar.rules.op_sharding_rule import NO_LABEL, OpRule
+from autopar.rules.rule_builder import Labels, broadcast, replicated
 
 
 def embedding(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:

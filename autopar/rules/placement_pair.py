@@ -13,8 +13,8 @@ from collections.abc import Iterable
 
 import msgspec
 
-from autopar.plan.placement import PARTIAL, REPLICATE, Placement, Placements, Shard
-from autopar.rules.atoms import Atom
+from autopar.core.placement import PARTIAL, REPLICATE, Placement, Placements, Shard
+from autopar.rules.dim_factors import Atom
 
 _UNSHARDED = ((REPLICATE, REPLICATE), (REPLICATE, PARTIAL), (PARTIAL, REPLICATE))
 

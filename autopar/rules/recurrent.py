@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from autopar.graph.ir import Op, Ref, Value
-from autopar.rules.labels import Labels, replicated
-from autopar.rules.rule import NO_LABEL, OpRule
+from autopar.rules.op_sharding_rule import NO_LABEL, OpRule
+from autopar.rules.rule_builder import Labels, replicated
 
 
 def recurrent(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:

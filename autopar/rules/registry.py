@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 from autopar.graph.ir import Op, Value
 from autopar.rules import contractions, elementwise, lookups, recurrent, views, windows
-from autopar.rules.labels import replicated
-from autopar.rules.rule import OpRule
+from autopar.rules.op_sharding_rule import OpRule
+from autopar.rules.rule_builder import replicated
 
 Maker = Callable[[Op, Sequence[Value], Sequence[Value]], OpRule]
 
@@ -165,7 +165,7 @@ def rule_of(op: Op, values: Sequence[Value]) -> OpRule:
 def _tagged_pointwise(target: str) -> bool:
     import torch
 
-    from autopar.graph.literals import resolve
+    from autopar.graph.op_arguments import resolve
 
     try:
         overload = resolve(target)

@@ -8,8 +8,8 @@ alike.
 from collections.abc import Sequence
 
 from autopar.graph.ir import Op, Value
-from autopar.rules.labels import Labels, replicated
-from autopar.rules.rule import NO_LABEL, OpRule
+from autopar.rules.op_sharding_rule import NO_LABEL, OpRule
+from autopar.rules.rule_builder import Labels, replicated
 
 
 def pool(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:

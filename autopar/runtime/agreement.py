@@ -8,10 +8,10 @@ from typing import Any
 import msgspec
 import torch.distributed as dist
 
-from autopar.plan.errors import AutoparError, UsageError
-from autopar.plan.plan import Plan
-from autopar.runtime.collectives import order_of, sequences_of
-from autopar.runtime.runner import StageRunner
+from autopar.core.errors import AutoparError, UsageError
+from autopar.core.plan import Plan
+from autopar.runtime.lower.lowered_collectives import order_of, sequences_of
+from autopar.runtime.stage_runner import StageRunner
 
 PATIENCE_S = 50.0
 """How far apart ranks may come to the first meeting."""

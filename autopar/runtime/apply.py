@@ -8,25 +8,50 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from autopar.graph.blocks import cut_blocks, order_for_blocks
-from autopar.graph.retype import retyped
+from autopar.core.dtypes import LONG_NAMES
+from autopar.core.errors import PlanFileError, UsageError
+from autopar.core.plan import Plan
+from autopar.graph.change_dtype import retyped
+from autopar.graph.split_into_blocks import cut_blocks, order_for_blocks
 from autopar.graph.trace import trace
-from autopar.plan.dtypes import LONG_NAMES
-from autopar.plan.errors import PlanFileError, UsageError
-from autopar.plan.plan import Plan
 from autopar.runtime.agreement import PATIENCE_S, check_collectives, check_world
-from autopar.runtime.build import build_programs
-from autopar.runtime.initialise import DeferredInitialisation
-from autopar.runtime.mesh import make_meshes
-from autopar.runtime.parameters import MakeOptimizer, StageParameters, tie
-from autopar.runtime.runner import Mode, StageRunner
-from autopar.runtime.stage import KEY, StageFunction
+from autopar.runtime.deferred_initialisation import DeferredInitialisation
+from autopar.runtime.lower.build_programs import build_programs
+from autopar.runtime.lower.rank_mesh import make_meshes
+from autopar.runtime.lower.stage_function import KEY, StageFunction
+from autopar.runtime.stage_runner import Mode, StageRunner
+from autopar.runtime.stored_parameters import MakeOptimizer, StageParameters, tie
 from autopar.runtime.trainer import Trainer
-from autopar.workload.load import load_workload
+from autopar.workload.model_file import load_workload
 from autopar.workload.workload import Workload
 
 
 def apply(
+    plan: Plan,
+    model: nn.Module,
+    *,
+    optimizer: MakeOptimizer | None = None,
+    workload: Workload | None = None,
+    clip_norm: float | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+) -> Trainer:
+    """This rank's trainer of ``plan``; collective over the world, which must have as many ranks as the plan GPUs.
+
+    ``model`` has the initial weights, the same on every rank; each rank stores only its shards of them. A model on the
+    meta device is initialised tensor by tensor, as its file, Hugging Face or its modules do it. ``optimizer`` makes a
+    torch optimizer that works element by element (AdamW, SGD) on a list of fp32 parameters. ``workload`` is only needed
+    for a model built in Python; ``clip_norm`` is the largest norm of the gradients, None for no clipping; ``seed`` is
+    that of dropout and initial weights; ``device`` is this rank's own, by default its current GPU or the CPU.
+
+    Raises UsageError (another world size, or ranks with different plans), PlanFileError (the plan is for another model),
+    AutoparError (a rank does not come)."""
+    return build_trainer(
+        plan, model, optimizer=optimizer, workload=workload, clip_norm=clip_norm, seed=seed, device=device
+    )
+
+
+def build_trainer(
     plan: Plan,
     model: nn.Module,
     *,
@@ -40,15 +65,9 @@ def apply(
     twin: bool = False,
     patience_s: float = PATIENCE_S,
 ) -> Trainer:
-    """This rank's trainer of ``plan``; collective over the world, which must have as many ranks as the plan GPUs.
-
-    ``model`` holds the initial weights, alike on every rank; each keeps only its parts of them. One on the meta device
-    is initialised tensor by tensor, as its file, Hugging Face or its modules do it. ``optimizer`` makes a
-    torch optimizer that works element by element (AdamW, SGD) on a list of fp32 parameters. ``seed`` is that of
-    dropout and initial weights; ``workload`` is only needed for
-    a model built in Python. ``dtype`` ("float64") computes in another dtype than the plan's; ``twin`` takes a
-    model of the plan's structure in other sizes; ``patience_s`` is how far apart ranks may come here. Raises UsageError
-    (world size, differing plans), PlanFileError (the model is another), AutoparError (a rank does not come)."""
+    """``apply``, with what checks of plans need besides: ``dtype`` ("float64") computes in another dtype than the plan's;
+    ``twin`` takes a model of the plan's structure in other sizes; ``mode`` "reference" runs ops one by one;
+    ``patience_s`` is how far apart ranks may arrive."""
     check_world(plan, patience_s)
     workload = workload or workload_of(plan)
     where = torch.device(device) if device is not None else _own_device()

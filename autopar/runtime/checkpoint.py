@@ -31,14 +31,14 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
 
-from autopar.plan.errors import AutoparError, CheckpointError, PlanFileError
-from autopar.plan.placement import REPLICATE
-from autopar.plan.write import write_atomically
-from autopar.runtime.checkpoint_files import CheckedReader, check_sums, check_tensors, write_sums
+from autopar.core.errors import AutoparError, CheckpointError, PlanFileError
+from autopar.core.placement import REPLICATE
+from autopar.core.write_file import write_atomically
+from autopar.runtime.checkpoint_integrity import CheckedReader, check_sums, check_tensors, write_sums
 from autopar.runtime.checkpoint_metadata import METADATA, TensorIndex, read_metadata
-from autopar.runtime.checkpoint_parts import Part
-from autopar.runtime.parameters import StoredParameter, rest_held
-from autopar.runtime.scaling import LossScale
+from autopar.runtime.checkpoint_shards import Part
+from autopar.runtime.loss_scale import LossScale
+from autopar.runtime.stored_parameters import StoredParameter, rest_held
 from autopar.runtime.trainer import Trainer
 from autopar.runtime.transfer import Held
 

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from autopar.plan.errors import CheckpointError
+from autopar.core.errors import CheckpointError
 from autopar.runtime.pickled_data import Global, Instance, NotAllowedError, read_data
 
 METADATA = ".metadata"

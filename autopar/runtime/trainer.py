@@ -12,19 +12,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from autopar.core.errors import AutoparError, UsageError
+from autopar.core.placement import PARTIAL, REPLICATE, Placements
+from autopar.core.plan import Plan, device_runs
 from autopar.graph.ir import Graph
-from autopar.plan.errors import AutoparError, UsageError
-from autopar.plan.placement import PARTIAL, REPLICATE, Placements
-from autopar.plan.plan import Plan, device_runs
-from autopar.plan.schedule import Action, actions
-from autopar.runtime.mesh import Mesh
-from autopar.runtime.parameters import StoredParameter, Ties, global_norm
-from autopar.runtime.program import Crossing, StageProgram
-from autopar.runtime.randomness import step_key
-from autopar.runtime.runner import StageRunner
-from autopar.runtime.scaling import LossScale
-from autopar.runtime.stage import KEY
-from autopar.runtime.tally import Counts, Tally
+from autopar.pipeline.schedule import Action, actions
+from autopar.runtime.count_collectives import Counts, Tally
+from autopar.runtime.loss_scale import LossScale
+from autopar.runtime.lower.randomness import step_key
+from autopar.runtime.lower.rank_mesh import Mesh
+from autopar.runtime.lower.stage_function import KEY
+from autopar.runtime.lower.stage_program import Crossing, StageProgram
+from autopar.runtime.stage_runner import StageRunner
+from autopar.runtime.stored_parameters import StoredParameter, Ties, global_norm
 from autopar.runtime.transfer import Channel, Mailbox, make_lanes, mesh_layout
 
 _LOST = ("Connection closed", "Connection reset", "Timed out", "Broken pipe", "Read error", "Write error", "NCCL error")

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from autopar.plan.placement import PARTIAL, Placements
-from autopar.runtime.layout import Shape, global_indices
-from autopar.runtime.mesh import Mesh
+from autopar.core.placement import PARTIAL, Placements
+from autopar.runtime.lower.rank_mesh import Mesh
+from autopar.runtime.lower.shards import Shape, global_indices
 
 Held = tuple[Tensor, ...]
 

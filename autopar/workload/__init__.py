@@ -1,7 +1,7 @@
 """The user's model file: in comes a path (or three callables), out comes a ``Workload`` that builds model and
 inputs."""
 
-from autopar.workload.load import load_workload, parse_setting
+from autopar.workload.model_file import load_workload, parse_setting
 from autopar.workload.user_code import user_code, user_error
 from autopar.workload.workload import Workload
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from autopar.plan.errors import ModelError
+from autopar.core.errors import ModelError
 
 LONGEST_MESSAGE = 300
 
@@ -26,7 +26,7 @@ def user_code(happening: str, *, passes: tuple[type[Exception], ...] = ()) -> It
     >>> with user_code("build_model raised"):
     ...     raise SystemExit(0)
     Traceback (most recent call last):
-    autopar.plan.errors.ModelError: build_model raised SystemExit(0), which would end the program
+    autopar.core.errors.ModelError: build_model raised SystemExit(0), which would end the program
     """
     try:
         yield

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autopar.plan.errors import ModelError
+from autopar.core.errors import ModelError
 from autopar.workload.user_code import user_code
 
 

@@ -23,13 +23,13 @@ import numpy as np
 import torch
 
 from autopar.cluster.cluster import Cluster
-from autopar.cluster.load import load_cluster
+from autopar.cluster.cost_tables import load_cluster
 from autopar.cluster.uncertainty import load_uncertainty
+from autopar.core.errors import AutoparError
+from autopar.core.layout import parse_layout
 from autopar.graph.flops import model_flops
-from autopar.inter.estimate import LayoutPricer, ModelGraph, model_graph
-from autopar.plan.errors import AutoparError
-from autopar.plan.layout import parse_layout
-from autopar.workload.load import load_workload
+from autopar.manual.layout_pricer import LayoutPricer, ModelGraph, model_graph
+from autopar.workload.model_file import load_workload
 from tests.benchmarks.left_out import device_of, left_out
 from tests.benchmarks.runs import GIB, Run, read_runs
 

@@ -18,8 +18,8 @@ import msgspec
 import numpy as np
 
 from autopar.cluster import load_cluster
+from autopar.cluster.cost_tables import load_device
 from autopar.cluster.device import Device
-from autopar.cluster.load import load_device
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB, MIB = 2**30, 2**20

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.cluster.cluster import Cluster
-from autopar.cluster.load import load_cluster
+from autopar.cluster.cost_tables import load_cluster
 from autopar.cluster.software import load_software
 from tests.benchmarks.runs import Run
 
@@ -106,7 +106,7 @@ def jacobian(runs: Sequence[Run], base_s: Floats, price: Price) -> Floats:
         moved = base_s.copy()
         if constant.table == "software":
             with patch(
-                "autopar.cost.execution.load_software", lambda name, c=constant, f=factor: _software(name, c, f)
+                "autopar.cost.execution_model.load_software", lambda name, c=constant, f=factor: _software(name, c, f)
             ):
                 moved[rows] = price(chosen, scaled(constant, factor))
         else:

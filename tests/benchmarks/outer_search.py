@@ -10,11 +10,11 @@ import time
 
 import numpy as np
 
-from autopar.inter.candidates import Stage
-from autopar.inter.partition import search
-from autopar.inter.pipelines import PipelineProblem, StageTable
-from autopar.plan.schedule import Schedule
-from autopar.plan.simulate import StageTimes, simulate
+from autopar.inter.alpa_dp import Stage
+from autopar.inter.branch_and_bound import search
+from autopar.inter.pipeline_problem import PipelineProblem, StageTable
+from autopar.pipeline.schedule import Schedule
+from autopar.pipeline.simulate import StageTimes, simulate
 
 
 def run(

@@ -15,8 +15,9 @@ import torch
 from torch.distributed._tools.mem_tracker import MemTracker  # private; tried on torch 2.13.0
 
 import autopar
-from autopar.inter.estimate import estimate
-from autopar.plan.plan import Plan, device_memory, device_runs
+from autopar.core.plan import Plan, device_memory, device_runs
+from autopar.manual.layout_pricer import plan_layout
+from autopar.runtime.apply import build_trainer
 from autopar.workload.workload import Workload
 from tests.distributed.parity import random_batch, real_model
 from tests.distributed.pool import Pool
@@ -41,7 +42,7 @@ class Case:
     def plan(self) -> Plan:
         keys = dict(part.split("=") for part in self.layout.split(","))
         gpus = int(keys.get("tp", 1)) * int(keys.get("pp", 1)) * int(keys.get("dp", 1))
-        return estimate(
+        return plan_layout(
             self.workload(),
             cluster="cpu-gloo",
             gpus=gpus,
@@ -92,7 +93,8 @@ def peak(case: Case, plan_json: bytes) -> tuple[int, dict[str, int]]:
     """This rank's peak bytes in a step, and what they are."""
     plan, workload = msgspec.json.decode(plan_json, type=Plan), case.workload()
     batch = random_batch(workload, plan.global_batch, 0, case.classes)
-    trainer = plan.apply(
+    trainer = build_trainer(
+        plan,
         real_model(workload, 0),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
         workload=workload,

@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import autopar
-from autopar.inter.estimate import estimate
-from autopar.plan.plan import Plan
+from autopar.core.plan import Plan
+from autopar.manual.layout_pricer import plan_layout
+from autopar.runtime.apply import build_trainer
 from autopar.workload.workload import Workload
 from tests.benchmarks.runtime_by_hand import by_hand_step, plain_step
 from tests.distributed.pool import Pool
@@ -54,7 +55,7 @@ class Case:
 
     def plan(self) -> Plan:
         layout = f"dp={self.dp},tp={self.tp},mbs={self.batch // self.dp},zero={self.zero}"
-        return estimate(
+        return plan_layout(
             self.workload(), cluster="cpu-gloo", gpus=self.ranks, layout=layout, global_batch=self.batch, dtype="fp32"
         )
 
@@ -89,7 +90,8 @@ def measure(case: Case, plan_json: bytes, pairs: int) -> Measured:
     model = workload.build_model(size="125M", tied_embeddings=False, **case.settings)
     assert workload.init_weights is not None
     workload.init_weights(model)
-    trainer = plan.apply(
+    trainer = build_trainer(
+        plan,
         copy.deepcopy(model),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=LEARNING_RATE),
         workload=workload,

@@ -10,7 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 from autopar.graph.trace import Traced, trace
-from autopar.inter.estimate import ModelGraph, model_graph
+from autopar.manual.layout_pricer import ModelGraph, model_graph
 from autopar.workload.workload import Workload
 
 NUM_KEPT = 24
@@ -45,5 +45,8 @@ def known_graph(workload: Workload, *, dtype: str) -> ModelGraph:
 @contextmanager
 def traced_once() -> Iterator[None]:
     """Inside, a workload is traced once, whoever plans or runs it."""
-    with patch("autopar.runtime.apply.trace", known_trace), patch("autopar.inter.estimate.model_graph", known_graph):
+    with (
+        patch("autopar.runtime.apply.trace", known_trace),
+        patch("autopar.manual.layout_pricer.model_graph", known_graph),
+    ):
         yield

@@ -13,12 +13,12 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from autopar.plan.plan import Plan
-from autopar.runtime.apply import apply
-from autopar.runtime.oracle import Widened
-from autopar.runtime.parameters import pick, rest_held
-from autopar.runtime.tally import Counts
-from autopar.workload.load import load_workload
+from autopar.core.plan import Plan
+from autopar.runtime.apply import apply, build_trainer
+from autopar.runtime.count_collectives import Counts
+from autopar.runtime.stored_parameters import pick, rest_held
+from autopar.verify.single_process import Widened
+from autopar.workload.model_file import load_workload
 from autopar.workload.workload import Workload, accepted_settings
 from tests.distributed import once
 
@@ -89,7 +89,7 @@ def reference_gradients(model: nn.Module, workload: Workload, batch: dict[str, T
     """Loss of one process over ``count`` micro-batches; gradients are left in ``.grad``. A model in fp64 computes all in
     fp64, whatever dtype its code casts to."""
     double = next(model.parameters()).dtype == torch.float64
-    from autopar.graph.export import scalar_loss
+    from autopar.graph.torch_export import scalar_loss
 
     parts = {name: tensor.chunk(count) for name, tensor in batch.items()}
     total = torch.zeros((), dtype=torch.float64)
@@ -167,7 +167,8 @@ def check_training(
     workload = source()
     model = real_model(workload, seed, torch.float64)
     options = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-3}  # an eps that does not blow gradients of 1e-16 up
-    trainer = plan.apply(
+    trainer = build_trainer(
+        plan,
         model,
         optimizer=lambda parameters: torch.optim.AdamW(parameters, **options),
         workload=workload,

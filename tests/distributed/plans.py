@@ -5,11 +5,11 @@ from math import prod
 
 import msgspec
 
-from autopar.cluster.load import load_cluster
-from autopar.inter.estimate import estimate
+from autopar.cluster.cost_tables import load_cluster
+from autopar.core.dtypes import LONG_NAMES
+from autopar.core.plan import Plan, StagePlan
 from autopar.judge.judge import judge
-from autopar.plan.dtypes import LONG_NAMES
-from autopar.plan.plan import Plan, StagePlan
+from autopar.manual.layout_pricer import plan_layout
 from autopar.workload.workload import Workload
 from tests.distributed.once import known_graph, traced_once
 
@@ -29,7 +29,7 @@ def layout_plan(
     keys = dict(part.split("=") for part in layout.split(","))
     gpus = prod(int(keys.get(axis, 1)) for axis in ("tp", "cp", "dp", "pp"))
     with traced_once():
-        return estimate(workload, cluster=cluster, gpus=gpus, layout=layout, global_batch=batch, dtype=dtype)
+        return plan_layout(workload, cluster=cluster, gpus=gpus, layout=layout, global_batch=batch, dtype=dtype)
 
 
 def unequal_plan(workload: Workload, layouts: Sequence[str], *, batch: int = 8, dtype: str = "fp32") -> Plan:

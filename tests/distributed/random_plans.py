@@ -5,15 +5,15 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from autopar.graph.blocks import cut_blocks, order_for_blocks
+from autopar.core.mesh_axis import Axis
+from autopar.core.placement import PARTIAL, REPLICATE, Placement, Shard, format_placements
+from autopar.core.plan import BlockProgram, BlockRef, OpPlan, ParameterPlan, Plan, recompute_summary
 from autopar.graph.ir import Block, Graph
+from autopar.graph.split_into_blocks import cut_blocks, order_for_blocks
 from autopar.graph.trace import trace
-from autopar.inter.estimate import estimate
-from autopar.intra.space import block_space
-from autopar.plan.mesh import Axis
-from autopar.plan.placement import PARTIAL, REPLICATE, Placement, Shard, format_placements
-from autopar.plan.plan import BlockProgram, BlockRef, OpPlan, ParameterPlan, Plan, recompute_summary
-from autopar.rules.options import Option
+from autopar.intra.block_space import block_space
+from autopar.manual.layout_pricer import plan_layout
+from autopar.rules.axis_options import Option
 from autopar.rules.placement_pair import PlacementPair, forward_placements, gradient_placements
 from autopar.workload.workload import Workload
 
@@ -22,7 +22,7 @@ def random_plan(workload: Workload, seed: int, max_ranks: int = 4, batch: int = 
     """One or two stages on meshes of one or two axes of 1 to ``max_ranks`` ranks in all."""
     draw = random.Random(seed)
     layout = f"mbs={batch // 2}"
-    base = estimate(workload, cluster="cpu-gloo", gpus=1, layout=layout, global_batch=batch, dtype="fp32")
+    base = plan_layout(workload, cluster="cpu-gloo", gpus=1, layout=layout, global_batch=batch, dtype="fp32")
     graph = order_for_blocks(trace(workload, dtype="float32").graph)
     blocks = cut_blocks(graph)
     num_stages = draw.choice((1, 1, 2)) if len(blocks) > 1 and max_ranks > 1 else 1

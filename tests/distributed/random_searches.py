@@ -2,9 +2,9 @@
 
 import random
 
-from autopar.inter.planner import plan
-from autopar.plan.errors import InfeasibleError, LayoutError, UsageError
-from autopar.plan.plan import Plan
+from autopar.core.errors import InfeasibleError, LayoutError, UsageError
+from autopar.core.plan import Plan
+from autopar.planner.planner import plan
 from autopar.workload.workload import Workload
 from tests.distributed.once import traced_once
 from tests.distributed.plans import layout_plan

@@ -10,7 +10,8 @@ from torch.distributed.checkpoint import save as torch_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from autopar.plan.plan import Plan
+from autopar.core.plan import Plan
+from autopar.runtime.apply import build_trainer
 from autopar.runtime.checkpoint import Part, load, save
 from tests.distributed import parity
 from tests.distributed.pool import Pool
@@ -51,7 +52,9 @@ def _trainer(plan_json: bytes):  # type: ignore[no-untyped-def]
     plan = msgspec.json.decode(plan_json, type=Plan)
     workload = random_workload(SEED)
     model = parity.real_model(workload, SEED)
-    trainer = plan.apply(model, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), workload=workload, mode="reference")
+    trainer = build_trainer(
+        plan, model, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), workload=workload, mode="reference"
+    )
     return trainer, parity.random_batch(workload, plan.global_batch, SEED, 12)
 
 

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
-from autopar.plan.errors import AutoparError
+from autopar.core.errors import AutoparError
 from autopar.runtime.checkpoint import load, save
 from autopar.runtime.trainer import Trainer
 from tests.distributed.plans import layout_plan

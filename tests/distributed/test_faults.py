@@ -13,9 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from autopar.plan.errors import AutoparError, UsageError
-from autopar.plan.plan import Plan
+from autopar.core.errors import AutoparError, UsageError
+from autopar.core.plan import Plan
 from autopar.runtime.agreement import check_world
+from autopar.runtime.apply import build_trainer
 from tests.distributed import parity
 from tests.distributed.plans import layout_plan
 from tests.distributed.pool import Pool
@@ -74,7 +75,8 @@ def run_until_alone(plan_json: bytes) -> str:
     """Rank 1 dies in its third step; what the others say."""
     plan = msgspec.json.decode(plan_json, type=Plan)
     workload = random_workload(SEED)
-    trainer = plan.apply(
+    trainer = build_trainer(
+        plan,
         parity.real_model(workload, SEED),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-3),
         workload=workload,

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autopar.plan.errors import UsageError
-from autopar.plan.plan import Plan
-from autopar.runtime.initialise import DeferredInitialisation
+from autopar.core.errors import UsageError
+from autopar.core.plan import Plan
+from autopar.runtime.apply import build_trainer
+from autopar.runtime.deferred_initialisation import DeferredInitialisation
 from autopar.workload.workload import Workload
 from tests.distributed import parity
 from tests.distributed.plans import layout_plan
@@ -19,7 +20,7 @@ def first_loss(plan_json: bytes, name: str) -> float:
     plan = msgspec.json.decode(plan_json, type=Plan)
     one = MODELS[name]
     workload = one.workload()
-    trainer = plan.apply(workload.build(), workload=workload, mode="reference", seed=3)
+    trainer = build_trainer(plan, workload.build(), workload=workload, mode="reference", seed=3)
     return float(trainer.gradients(parity.random_batch(workload, plan.global_batch, 0, one.classes)))
 
 

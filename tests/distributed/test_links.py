@@ -9,8 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import json, sys, torch, torch.distributed as dist
-from autopar.runtime.measure import Stopwatch
-from autopar.runtime.measure_links import measure_links
+from autopar.measure.kernel_times import Stopwatch
+from autopar.measure.link_times import measure_links
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 watch = Stopwatch(device="cpu", repeats=3, least_s=0.0)

@@ -11,11 +11,11 @@ from torch.distributed._local_tensor import LocalIntNode, LocalTensor, LocalTens
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from autopar.plan.local_shape import is_legal
-from autopar.plan.placement import PARTIAL, REPLICATE, Placements, Shard
-from autopar.runtime.layout import local_part
-from autopar.runtime.mesh import Mesh
-from autopar.runtime.move import move
+from autopar.core.local_shape import is_legal
+from autopar.core.placement import PARTIAL, REPLICATE, Placements, Shard
+from autopar.runtime.lower.rank_mesh import Mesh
+from autopar.runtime.lower.redistribute_tensor import move
+from autopar.runtime.lower.shards import local_part
 
 torch.set_num_threads(1)
 SIZES = (2, 4, 4)

@@ -10,8 +10,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from autopar.plan.plan import Plan
-from autopar.runtime.tally import differences, of_all_ranks
+from autopar.core.plan import Plan
+from autopar.runtime.count_collectives import differences, of_all_ranks
 from autopar.workload.workload import Workload
 from tests.distributed import parity
 from tests.distributed.once import workload_of

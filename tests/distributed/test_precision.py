@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autopar.plan.plan import Plan
-from autopar.runtime.randomness import drop
-from autopar.runtime.tally import Counts, differences, of_all_ranks
+from autopar.core.plan import Plan
+from autopar.runtime.apply import build_trainer
+from autopar.runtime.count_collectives import Counts, differences, of_all_ranks
+from autopar.runtime.lower.randomness import drop
 from autopar.runtime.trainer import Trainer
 from autopar.workload.workload import Workload
 from tests.distributed import parity
@@ -48,7 +49,8 @@ def losses(plan_json: bytes, source: object, classes: int, mode: str, lr: float,
     """Losses of four steps, and of the step's scale where there is one."""
     plan = msgspec.json.decode(plan_json, type=Plan)
     workload = source()  # type: ignore[operator]
-    trainer = plan.apply(
+    trainer = build_trainer(
+        plan,
         parity.real_model(workload, 0),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr),
         workload=workload,
@@ -116,8 +118,8 @@ def counted(plan_json: bytes) -> Counts:
     """The collectives of a step in the plan's own dtype."""
     plan = msgspec.json.decode(plan_json, type=Plan)
     workload = MODELS["gpt-tied"].workload()
-    trainer = plan.apply(
-        parity.real_model(workload, 0), optimizer=lambda given: torch.optim.AdamW(given), workload=workload
+    trainer = build_trainer(
+        plan, parity.real_model(workload, 0), optimizer=lambda given: torch.optim.AdamW(given), workload=workload
     )
     return trainer.count(parity.random_batch(workload, plan.global_batch, 0, 64))
 
@@ -145,7 +147,9 @@ def save_and_load_scale(plan_json: bytes, folder: str) -> tuple[float, int]:
 
     def trainer() -> Trainer:
         model = parity.real_model(workload, 0)
-        return plan.apply(model, optimizer=lambda given: torch.optim.AdamW(given), workload=workload, mode="reference")
+        return build_trainer(
+            plan, model, optimizer=lambda given: torch.optim.AdamW(given), workload=workload, mode="reference"
+        )
 
     first, second = trainer(), trainer()
     assert first.scale is not None

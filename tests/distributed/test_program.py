@@ -6,14 +6,14 @@ import msgspec
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autopar.graph.blocks import cut_blocks, order_for_blocks
+from autopar.core.placement import format_placements, parse_placements
+from autopar.core.plan import Plan
+from autopar.graph.split_into_blocks import cut_blocks, order_for_blocks
 from autopar.graph.trace import trace
-from autopar.plan.placement import format_placements, parse_placements
-from autopar.plan.plan import Plan
-from autopar.runtime.apply import apply
-from autopar.runtime.build import build_programs
-from autopar.runtime.collectives import collectives_of
-from autopar.runtime.usage import settled
+from autopar.runtime.apply import build_trainer
+from autopar.runtime.lower.build_programs import build_programs
+from autopar.runtime.lower.lowered_collectives import collectives_of
+from autopar.runtime.lower.op_sharding import settled
 from tests.distributed import parity
 from tests.distributed.pool import Pool
 from tests.distributed.test_parity import MODELS, make_plan
@@ -59,7 +59,7 @@ def count_collectives(plan_json: bytes, name: str) -> tuple[dict[str, int], dict
     plan = msgspec.json.decode(plan_json, type=Plan)
     one = MODELS[name]
     workload = one.workload()
-    trainer = apply(plan, parity.real_model(workload, 0), workload=workload)
+    trainer = build_trainer(plan, parity.real_model(workload, 0), workload=workload)
     stage = trainer.stages[0]
     data = trainer._slices(parity.random_batch(workload, plan.global_batch, 0, one.classes))
     with Counting() as counting:
@@ -89,7 +89,7 @@ def gathers(plan_json: bytes, name: str) -> set[str]:
     """The operators by which the graphs of a stage gather."""
     plan = msgspec.json.decode(plan_json, type=Plan)
     workload = MODELS[name].workload()
-    trainer = apply(plan, parity.real_model(workload, 0), workload=workload)
+    trainer = build_trainer(plan, parity.real_model(workload, 0), workload=workload)
     trainer.gradients(parity.random_batch(workload, plan.global_batch, 0, MODELS[name].classes))
     lowered = trainer.stages[0].lowered
     assert lowered is not None
@@ -110,7 +110,7 @@ def saved_bytes(plan_json: bytes, name: str) -> int:
     plan = msgspec.json.decode(plan_json, type=Plan)
     one = MODELS[name]
     workload = one.workload()
-    trainer = apply(plan, parity.real_model(workload, 0), workload=workload)
+    trainer = build_trainer(plan, parity.real_model(workload, 0), workload=workload)
     stage = trainer.stages[0]
     assert stage.lowered is not None
     data = trainer._slices(parity.random_batch(workload, plan.global_batch, 0, one.classes))

@@ -6,8 +6,8 @@ from functools import partial
 import msgspec
 import pytest
 
-from autopar.plan.plan import Plan
-from autopar.runtime.tally import differences, of_all_ranks
+from autopar.core.plan import Plan
+from autopar.runtime.count_collectives import differences, of_all_ranks
 from tests.distributed import parity
 from tests.distributed.once import workload_of
 from tests.distributed.pool import Pool

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from autopar.plan.file import save_plan
-from autopar.workload.load import load_workload
+from autopar.core.plan_file import save_plan
+from autopar.workload.model_file import load_workload
 from tests.distributed.plans import layout_plan
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

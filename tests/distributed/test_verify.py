@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from autopar.cli.main import run
-from autopar.plan.file import load_plan
-from autopar.runtime.twin import shrunk
-from autopar.runtime.verify import Report
+from autopar.core.plan_file import load_plan
+from autopar.verify.shrink import shrunk
+from autopar.verify.verify_plan import Report
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = ("size=125M", "layers=2", "hidden=32", "heads=4", "vocab=64", "seq=8")
@@ -51,7 +51,7 @@ def test_wrong_numbers_exit_7(
             collectives={},
         )
 
-    monkeypatch.setattr("autopar.runtime.verify.verify", verify)
+    monkeypatch.setattr("autopar.verify.verify_plan.verify", verify)
     assert run(["verify", plan_file, "-q"]) == 7
     assert "FAIL" in capsys.readouterr().out
     assert run(["verify", plan_file, "-q", "--json"]) == 7

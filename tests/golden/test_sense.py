@@ -7,9 +7,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from autopar.inter.planner import plan
-from autopar.plan.placement import Shard, parse_placements
-from autopar.plan.plan import Plan
+from autopar.core.placement import Shard, parse_placements
+from autopar.core.plan import Plan
+from autopar.planner.planner import plan
 from autopar.workload import Workload, load_workload
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

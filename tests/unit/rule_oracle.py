@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from autopar.core.placement import PARTIAL
 from autopar.graph.ir import Op, Value
-from autopar.graph.literals import resolve, restore
-from autopar.plan.placement import PARTIAL
-from autopar.rules.atoms import Atom
-from autopar.rules.options import Option
+from autopar.graph.op_arguments import resolve, restore
+from autopar.rules.axis_options import Option
+from autopar.rules.dim_factors import Atom
+from autopar.rules.op_sharding_rule import OpRule
 from autopar.rules.placement_pair import PARTIAL_VALUE, PlacementPair
-from autopar.rules.rule import OpRule
 
 RANDOM = frozenset({"dropout", "native_dropout"})
 WIDE = torch.float64

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from autopar.plan.mesh import Axis
-from autopar.plan.plan import (
+from autopar.core.mesh_axis import Axis
+from autopar.core.plan import (
     BlockProgram,
     BlockRef,
     ClusterRef,

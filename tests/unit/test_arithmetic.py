@@ -12,17 +12,17 @@ import pytest
 import torch
 
 from autopar.cluster import load_cluster
-from autopar.cost.execution import ExecutionModel
-from autopar.cost.parameters import Storage, state_bytes
+from autopar.core.layout import parse_layout
+from autopar.core.plan import StagePlan
+from autopar.cost.execution_model import ExecutionModel
+from autopar.cost.parameter_storage import Storage, state_bytes
 from autopar.graph.flops import model_flops, num_parameters
 from autopar.graph.ir import Graph
-from autopar.graph.profile import profile_graph
+from autopar.graph.op_profiles import profile_graph
 from autopar.graph.trace import trace
-from autopar.inter.estimate import LayoutPricer, ModelGraph, model_graph
-from autopar.plan.layout import parse_layout
-from autopar.plan.plan import StagePlan
-from autopar.plan.simulate import StageTimes, simulate
-from autopar.report.training import Training
+from autopar.manual.layout_pricer import LayoutPricer, ModelGraph, model_graph
+from autopar.pipeline.simulate import StageTimes, simulate
+from autopar.report.training_time import Training
 from autopar.workload import load_workload
 
 torch.set_num_threads(1)

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autopar.graph.blocks import cut_blocks, order_for_blocks
-from autopar.graph.crossing import crossing
+from autopar.graph.boundary_values import crossing
 from autopar.graph.ir import Block, Graph, Op
+from autopar.graph.split_into_blocks import cut_blocks, order_for_blocks
 from autopar.graph.trace import trace
 from autopar.workload import Workload, load_workload
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from autopar.graph.bounds.boxes import Bounds, Span, Undecided
+from autopar.graph.bounds.constant_tensors import ConstantTensors
 from autopar.graph.bounds.constants import constant_nodes
-from autopar.graph.bounds.evaluate import ConstantTensors
 from autopar.graph.ir import Batch
 
 SIZE = 23

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from autopar.cluster import load_cluster
-from autopar.inter.estimate import LayoutPricer, model_graph
-from autopar.plan.errors import LayoutError
-from autopar.plan.layout import parse_layout
-from autopar.plan.plan import Plan, TimeItem
-from autopar.report.json import plan_document
+from autopar.core.errors import LayoutError
+from autopar.core.layout import parse_layout
+from autopar.core.plan import Plan, TimeItem
+from autopar.manual.layout_pricer import LayoutPricer, model_graph
+from autopar.report.json_document import plan_document
 from autopar.workload import load_workload
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

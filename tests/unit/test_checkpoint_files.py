@@ -9,8 +9,8 @@ import torch
 from torch.distributed.checkpoint import save
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from autopar.plan.errors import CheckpointError
-from autopar.runtime.checkpoint_files import CheckedReader, check_sums, check_tensors, write_sums
+from autopar.core.errors import CheckpointError
+from autopar.runtime.checkpoint_integrity import CheckedReader, check_sums, check_tensors, write_sums
 from autopar.runtime.checkpoint_metadata import read_metadata
 
 NUM_RANKS = 3

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from autopar.plan.errors import CheckpointError
+from autopar.core.errors import CheckpointError
 from autopar.runtime.checkpoint_metadata import TensorIndex, metadata_of, read_metadata
 from tests.hostile import Call
 

@@ -14,8 +14,8 @@ import pytest
 import autopar
 from autopar.cli.main import autopar as program
 from autopar.cli.main import run
-from autopar.plan.comparison import Comparison
-from autopar.plan.errors import (
+from autopar.core.comparison import Comparison
+from autopar.core.errors import (
     AutoparError,
     CheckError,
     CheckpointError,
@@ -26,7 +26,7 @@ from autopar.plan.errors import (
     TimeLimitError,
     UsageError,
 )
-from autopar.plan.file import load_plan, save_plan
+from autopar.core.plan_file import load_plan, save_plan
 from tests.unit.sample_plan import sample_plan
 
 
@@ -69,14 +69,14 @@ class Library:
 def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Library:
     fake = Library()
     modules: dict[str, dict[str, Any]] = {
-        "autopar.cluster.load": {
+        "autopar.cluster.cost_tables": {
             "load_cluster": fake.load_cluster,
             "cluster_names": lambda: ("dgx-h100", "dgx-a100"),
         },
-        "autopar.workload.load": {"load_workload": fake.load_workload},
-        "autopar.inter.planner": {"plan": fake.plan},
-        "autopar.inter.estimate": {"estimate": fake.estimate},
-        "autopar.inter.grid": {"compare_megatron": fake.compare_megatron},
+        "autopar.workload.model_file": {"load_workload": fake.load_workload},
+        "autopar.planner.planner": {"plan": fake.plan},
+        "autopar.manual.layout_pricer": {"plan_layout": fake.estimate},
+        "autopar.manual.megatron_grid": {"compare_megatron": fake.compare_megatron},
     }
     for name, members in modules.items():
         module = types.ModuleType(name)
@@ -239,7 +239,9 @@ def test_a_changed_model_or_cluster_is_refused(
     source.unlink()
     assert run(["compare", "p.json", "--against", "megatron", "-q"]) == 6
     monkeypatch.setattr(
-        sys.modules["autopar.cluster.load"], "load_cluster", lambda name, **o: types.SimpleNamespace(fingerprint="00")
+        sys.modules["autopar.cluster.cost_tables"],
+        "load_cluster",
+        lambda name, **o: types.SimpleNamespace(fingerprint="00"),
     )
     assert run(["compare", "p.json", "--against", "megatron", "-q"]) == 6
     assert "tables of cluster p3.16xlarge changed" in capsys.readouterr().err
@@ -367,11 +369,9 @@ def test_the_package_is_lazy() -> None:
 
 def test_plan_can_be_called(library: Library) -> None:
     workload: Any = None
-    assert autopar.plan(workload, cluster="dgx-h100", gpus=8, progress=lambda *news: None) == sample_plan()  # type: ignore[operator]
-    estimate = autopar.estimate(workload, gpus=8, layout="tp=2", global_batch=32)
-    assert estimate == sample_plan().estimate
+    assert autopar.plan(workload, cluster="dgx-h100", gpus=8, progress=lambda *news: None) == sample_plan()
     assert autopar.LayoutError is LayoutError
-    assert autopar.plan.errors.LayoutError is LayoutError  # type: ignore[attr-defined]
+
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = autopar.nothing
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from autopar.cluster import Cluster, Group, cluster_names, load_cluster, save_cluster
-from autopar.cluster.load import device_names, load_device
-from autopar.plan.errors import PlanFileError, UsageError
+from autopar.cluster.cost_tables import device_names, load_device
+from autopar.core.errors import PlanFileError, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASURED = ROOT / "../shared/measurements"

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from autopar.cluster.cluster import CollectiveCurve
-from autopar.cluster.load import load_device
+from autopar.cluster.cost_tables import load_device
 from autopar.cluster.software import Software, load_software
 from autopar.cluster.uncertainty import Uncertainty, load_uncertainty
 

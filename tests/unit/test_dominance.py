@@ -9,11 +9,11 @@ import msgspec
 import pytest
 import torch
 
-from autopar.cluster.load import load_cluster
-from autopar.inter.estimate import estimate
-from autopar.inter.grid import compare_megatron
-from autopar.inter.planner import plan
-from autopar.plan.errors import LayoutError
+from autopar.cluster.cost_tables import load_cluster
+from autopar.core.errors import LayoutError
+from autopar.manual.layout_pricer import plan_layout
+from autopar.manual.megatron_grid import compare_megatron
+from autopar.planner.planner import plan
 from autopar.workload import load_workload
 
 torch.set_num_threads(1)
@@ -25,7 +25,7 @@ MODELS = {
     "moe": {"layers": 4, "hidden": 512, "heads": 8, "vocab": 2048, "seq": 256, "experts": 8, "group_size": 256},
     "wide_resnet": {"layers": 50, "base_channels": 64, "width_factor": 2, "image_size": 64},
 }
-BLOCKED = ("autopar.inter.grid", "autopar.cli.compare", "autopar.report.compare")
+BLOCKED = ("autopar.manual.megatron_grid", "autopar.cli.compare_command", "autopar.report.comparison_text")
 
 
 def model(name):
@@ -48,7 +48,7 @@ def assert_dominates(name: str, cluster: str, gpus: int, batch: int, memory_gib:
     slower, compared = [], 0
     for text in restrictions(gpus, batch):
         try:
-            one = estimate(
+            one = plan_layout(
                 model(name), cluster=cluster, gpus=gpus, global_batch=batch, memory_gib=memory_gib, layout=text
             )
         except LayoutError:
@@ -93,7 +93,7 @@ sys.meta_path.insert(0, Removed())
 import torch
 torch.set_num_threads(1)
 import msgspec
-from autopar.inter.planner import plan
+from autopar.planner.planner import plan
 from autopar.workload import load_workload
 found = plan(load_workload({path!r}, **{settings!r}), cluster="p3.16xlarge", gpus=4, global_batch=16)
 assert not set({blocked!r}) & set(sys.modules)

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from autopar.inter.estimate import estimate
-from autopar.inter.planner import plan
-from autopar.plan.errors import LayoutError
-from autopar.plan.invariants import check
+from autopar.core.errors import LayoutError
+from autopar.core.invariants import check
+from autopar.manual.layout_pricer import plan_layout
+from autopar.planner.planner import plan
 from autopar.workload import load_workload
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -32,7 +32,7 @@ def small():
 def test_the_plan_is_no_slower_than_any_layout_that_fits():
     found = plan(small(), cluster="p3.16xlarge", gpus=8, global_batch=64)
     for text in LAYOUTS:
-        priced = estimate(small(), cluster="p3.16xlarge", gpus=8, global_batch=64, layout=text)
+        priced = plan_layout(small(), cluster="p3.16xlarge", gpus=8, global_batch=64, layout=text)
         check(priced)
         assert priced.search.status == "fixed"
         if priced.estimate.fits:
@@ -41,7 +41,7 @@ def test_the_plan_is_no_slower_than_any_layout_that_fits():
 
 def test_sequence_parallelism_and_recompute_move_memory_the_way_they_should():
     def saved(text):
-        priced = estimate(small(), cluster="dgx-a100", gpus=8, global_batch=64, layout=text)
+        priced = plan_layout(small(), cluster="dgx-a100", gpus=8, global_batch=64, layout=text)
         return max(stage.memory.saved_activations_bytes for stage in priced.stages)
 
     assert saved("tp=8,sp=1") < saved("tp=8")
@@ -52,10 +52,10 @@ def test_zero_cuts_state_as_published():
     """Rajbhandari et al., 2020: 4 + 12 bytes a parameter on 8 ranks become 2 + 2 (+ fp32 gradients) + 12 / 8."""
 
     def state(text):
-        memory = estimate(small(), cluster="dgx-a100", gpus=8, global_batch=64, layout=text).stages[0].memory
+        memory = plan_layout(small(), cluster="dgx-a100", gpus=8, global_batch=64, layout=text).stages[0].memory
         return memory.state_bytes
 
-    parameters = estimate(small(), cluster="dgx-a100", gpus=8, global_batch=64, layout="").model.parameters
+    parameters = plan_layout(small(), cluster="dgx-a100", gpus=8, global_batch=64, layout="").model.parameters
     assert state("") == pytest.approx(18 * parameters, rel=1e-6)
     assert state("zero=1") == pytest.approx((6 + 12 / 8) * parameters, rel=1e-3)
     assert state("zero=3") == pytest.approx(18 / 8 * parameters, rel=1e-3)
@@ -63,7 +63,7 @@ def test_zero_cuts_state_as_published():
 
 def test_all_faults_at_once():
     with pytest.raises(LayoutError) as caught:
-        estimate(small(), gpus=8, global_batch=64, layout="tp=3,mbs=5")
+        plan_layout(small(), gpus=8, global_batch=64, layout="tp=3,mbs=5")
     assert len(caught.value.faults) >= 2
 
 
@@ -86,7 +86,7 @@ def test_similarities_of_a_batch_with_itself_grow_twice(tmp_path) -> None:
     )
     workload = load_workload(str(model))
     held = [
-        estimate(workload, cluster="dgx-h100", gpus=1, layout=f"mbs={b},gbs={b}").estimate.peak_tensor_bytes
+        plan_layout(workload, cluster="dgx-h100", gpus=1, layout=f"mbs={b},gbs={b}").estimate.peak_tensor_bytes
         for b in (4096, 8192)
     ]
     assert held[0] > 4 * 4096**2 * 2  # the scores in half precision, at least twice

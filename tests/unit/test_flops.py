@@ -7,7 +7,7 @@ import torch
 
 from autopar.graph.flops import flops_at, model_flops, num_parameters
 from autopar.graph.ir import Batch, Graph
-from autopar.graph.profile import profile_graph
+from autopar.graph.op_profiles import profile_graph
 from autopar.graph.trace import trace
 from autopar.workload import load_workload
 

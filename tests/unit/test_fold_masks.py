@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from autopar.graph.ir import Op
 from autopar.graph.trace import trace
-from autopar.inter.estimate import estimate
-from autopar.report.json import plan_document
-from autopar.report.text import plan_text
+from autopar.manual.layout_pricer import plan_layout
+from autopar.report.json_document import plan_document
+from autopar.report.plan_text import plan_text
 from autopar.workload import Workload
 
 SHORT, LONG, LONGEST = 48, 16_411, 2**20
@@ -289,7 +289,7 @@ def test_masks_of_hugging_face_at_long_sequences(name: str, length: int) -> None
 
 
 def priced(workload: Workload, gpus: int = 2) -> Any:
-    return estimate(workload, cluster="dgx-h100", gpus=gpus, global_batch=4, layout="tp=2")
+    return plan_layout(workload, cluster="dgx-h100", gpus=gpus, global_batch=4, layout="tp=2")
 
 
 def test_a_long_causal_sequence_costs_half_of_one_under_another_mask() -> None:

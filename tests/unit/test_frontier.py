@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from autopar.cluster.load import load_cluster
-from autopar.cost.execution import ExecutionModel
-from autopar.graph.blocks import cut_blocks, order_for_blocks
+from autopar.cluster.cost_tables import load_cluster
+from autopar.cost.execution_model import ExecutionModel
+from autopar.graph.split_into_blocks import cut_blocks, order_for_blocks
 from autopar.graph.trace import trace
-from autopar.inter.blocks import Blocks, Mesh
-from autopar.inter.stages import with_host
-from autopar.intra import totals as tt
-from autopar.intra.price_rows import priced_rows
+from autopar.inter.block_pricer import Blocks, Mesh
+from autopar.inter.stage_costs import with_host
+from autopar.intra import block_totals as tt
+from autopar.intra.priced_objectives import priced_rows
 from autopar.workload import load_workload
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

@@ -9,11 +9,11 @@ from functools import partial
 import numpy as np
 import pytest
 
-from autopar.intra.elimination import Eliminator, WidthError
-from autopar.intra.ilp import solve_ilp
-from autopar.intra.judge import evaluate
-from autopar.intra.lagrangian import Relaxation, filtered, price_search, solve, solve_lagrangian
-from autopar.intra.problem import Edge, Floats, Problem, Row
+from autopar.choice.elimination import Eliminator, WidthError
+from autopar.choice.evaluate import evaluate
+from autopar.choice.ilp import solve_ilp
+from autopar.choice.lagrangian import Relaxation, filtered, price_search, solve, solve_lagrangian
+from autopar.choice.problem import Edge, Floats, Problem, Row
 
 Rng = np.random.Generator
 

@@ -6,17 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from autopar.cluster.load import load_cluster
-from autopar.cost.execution import ExecutionModel
-from autopar.graph.blocks import cut_blocks, order_for_blocks
+from autopar.cluster.cost_tables import load_cluster
+from autopar.core.invariants import check
+from autopar.cost.execution_model import ExecutionModel
+from autopar.graph.split_into_blocks import cut_blocks, order_for_blocks
 from autopar.graph.trace import trace
-from autopar.inter.blocks import Blocks
-from autopar.inter.interleaving import Interleaving, shortest_longest
-from autopar.inter.planner import plan
-from autopar.inter.stage_tables import StageTables
-from autopar.inter.stages import StageBook
-from autopar.plan.invariants import check
-from autopar.plan.simulate import StageTimes, simulate
+from autopar.inter.block_pricer import Blocks
+from autopar.inter.interleaved_search import Interleaving, shortest_longest
+from autopar.inter.stage_cost_tables import StageTables
+from autopar.inter.stage_costs import StageBook
+from autopar.pipeline.simulate import StageTimes, simulate
+from autopar.planner.planner import plan
 from autopar.workload import load_workload
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

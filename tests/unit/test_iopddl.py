@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from autopar.intra.judge import evaluate
-from autopar.intra.lagrangian import solve
+from autopar.choice.evaluate import evaluate
+from autopar.choice.lagrangian import solve
 from tests.iopddl import maximal_live_sets, path_of, read_problem
 
 

@@ -6,22 +6,22 @@ import msgspec
 import pytest
 import torch
 
-from autopar.cluster.load import load_cluster
-from autopar.graph.blocks import cut_blocks, order_for_blocks
+from autopar.cluster.cost_tables import load_cluster
+from autopar.core.dtypes import LONG_NAMES
+from autopar.core.errors import CheckError
+from autopar.core.placement import parse_placements
+from autopar.core.plan import BlockProgram, Execution, OpPlan, Plan, ValuePlan
 from autopar.graph.ir import Batch, Block, Graph, Op, Ref, Value
-from autopar.graph.profile import profile_graph
+from autopar.graph.op_profiles import profile_graph
+from autopar.graph.split_into_blocks import cut_blocks, order_for_blocks
 from autopar.graph.trace import trace
-from autopar.inter.estimate import estimate
-from autopar.inter.planner import plan
-from autopar.judge.flow import moves
-from autopar.judge.ground import Case, Ground
+from autopar.judge.block_redistributions import moves
+from autopar.judge.context import Case, Ground
 from autopar.judge.judge import differences, judge
-from autopar.judge.ops import price_op
-from autopar.judge.routes import Mesh, local_shape
-from autopar.plan.dtypes import LONG_NAMES
-from autopar.plan.errors import CheckError
-from autopar.plan.placement import parse_placements
-from autopar.plan.plan import BlockProgram, Execution, OpPlan, Plan, ValuePlan
+from autopar.judge.judge_mesh import Mesh, local_shape
+from autopar.judge.op_price import price_op
+from autopar.manual.layout_pricer import plan_layout
+from autopar.planner.planner import plan
 from autopar.workload import load_workload
 
 torch.set_num_threads(1)
@@ -209,7 +209,7 @@ def test_an_op_whose_tensors_disagree_is_refused():
 
 @pytest.mark.parametrize(("name", "layout"), [(name, text) for name, texts in LAYOUTS.items() for text in texts])
 def test_layouts_weigh_what_their_placements_do(graphs, name, layout):
-    made = estimate(workload(graphs, name), cluster="p3.16xlarge", gpus=4, global_batch=32, layout=layout)
+    made = plan_layout(workload(graphs, name), cluster="p3.16xlarge", gpus=4, global_batch=32, layout=layout)
     assert list(differences(made, judged(graphs, name, made))) == []
 
 
@@ -243,7 +243,7 @@ def listed(made: Plan, per: str):
 def test_megatron_collectives_of_a_layer_as_published(graphs):
     """Shoeybi et al., 2019, section 3: two all-reduces forward and two backward per layer, of s * b * h; with sequence
     parallelism each is a gather and a scatter (Korthikanti et al., 2022, section 4.2.2)."""
-    made = estimate(workload(graphs, "gpt"), cluster="dgx-a100", gpus=2, global_batch=8, layout="tp=2,mbs=2")
+    made = plan_layout(workload(graphs, "gpt"), cluster="dgx-a100", gpus=2, global_batch=8, layout="tp=2,mbs=2")
     whole = 2 * 128 * 256 * 2  # 2 samples of 128 tokens, 256 wide, bf16
     tp = tuple(axis.name for axis in made.stages[0].axes if axis.size == 2)
     assert listed(made, "microbatch")["all_reduce", tp, whole] >= 4 * 4  # four layers
@@ -253,7 +253,9 @@ def test_sequence_parallelism_gathers_inputs_again_backward(graphs):
     """Korthikanti et al., 2022, section 4.2.2: a layer gathers two inputs forward and two gradients backward, and the
     two inputs again, as it keeps them cut; it scatters two sums each way. The vocabulary, cut by rows, scatters its sum
     forward and gathers the gradient."""
-    made = estimate(workload(graphs, "wide gpt"), cluster="dgx-a100", gpus=2, global_batch=8, layout="tp=2,mbs=2,sp=1")
+    made = plan_layout(
+        workload(graphs, "wide gpt"), cluster="dgx-a100", gpus=2, global_batch=8, layout="tp=2,mbs=2,sp=1"
+    )
     whole = 2 * 2048 * 2048 * 2  # 2 samples of 2048 tokens, 2048 wide, bf16
     counts = listed(made, "microbatch")
     assert counts["all_gather", ("tp",), whole] == 4 * 6 + 1
@@ -275,7 +277,7 @@ def test_where_memory_binds_gathered_inputs_are_kept_as_cut(graphs):
 
 def test_zero_3_gathers_what_each_pass_reads_and_scatters_once(graphs):
     """A backward reads no bias of a linear and no table of positions, so these are gathered once."""
-    made = estimate(workload(graphs, "gpt"), cluster="dgx-a100", gpus=4, global_batch=8, layout="zero=3,grads=same")
+    made = plan_layout(workload(graphs, "gpt"), cluster="dgx-a100", gpus=4, global_batch=8, layout="zero=3,grads=same")
     counts = dict.fromkeys(("all_gather", "reduce_scatter"), 0)
     for (kind, _, size), count in listed(made, "microbatch").items():
         if kind in counts:
@@ -294,7 +296,7 @@ def test_stages_that_hold_a_tied_table_pay_for_its_gradient(graphs):
         made = load_workload(str(EXAMPLES / "gpt.py"), **MODELS["gpt"], tied_embeddings=tied)
         for zero in (0, 1):
             layout = f"tp=2,pp=2,mbs=1,zero={zero}"
-            priced = estimate(made, cluster=cluster, gpus=16, global_batch=32, layout=layout)
+            priced = plan_layout(made, cluster=cluster, gpus=16, global_batch=32, layout=layout)
             own[tied, zero] = [stage.step_s for stage in priced.stages]
             sent = [c.num_bytes for c in priced.estimate.collectives if (c.kind, c.per) == ("send", "step")]
             assert sent == ([512 * 256 * 4 // (8 if zero else 2)] * 2 if tied else [])
@@ -308,7 +310,7 @@ def test_stages_that_hold_a_tied_table_pay_for_its_gradient(graphs):
 
 @pytest.fixture(scope="module")
 def pipeline(graphs):
-    return estimate(
+    return plan_layout(
         workload(graphs, "gpt"), cluster="p3.16xlarge", gpus=8, global_batch=32, layout="tp=2,pp=2,mbs=4,sp=1"
     )
 

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from autopar.cluster.load import load_cluster
-from autopar.graph.blocks import cut_blocks, order_for_blocks
+from autopar.cluster.cost_tables import load_cluster
+from autopar.core.plan import Plan
+from autopar.graph.split_into_blocks import cut_blocks, order_for_blocks
 from autopar.graph.trace import trace
-from autopar.inter.planner import plan
 from autopar.judge.judge import differences, judge
-from autopar.plan.plan import Plan
+from autopar.planner.planner import plan
 from autopar.workload import Workload, load_workload
 
 torch.set_num_threads(1)

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from autopar.inter import lanes
-from autopar.inter.beside import Beside
-from autopar.inter.planner import plan
-from autopar.plan.errors import InfeasibleError
-from autopar.plan.plan import Plan
+from autopar.core.errors import InfeasibleError
+from autopar.core.plan import Plan
+from autopar.inter import parallel_search as lanes
+from autopar.inter.worker_process import Beside
+from autopar.planner.planner import plan
 from autopar.workload import load_workload
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

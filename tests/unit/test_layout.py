@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autopar.plan.errors import LayoutError
-from autopar.plan.layout import Layout, StageSpec, parse_layout
+from autopar.core.errors import LayoutError
+from autopar.core.layout import Layout, StageSpec, parse_layout
 
 
 def faults(text: str, gpus: int = 64, batch: int | None = 512, **heads: tuple[int, ...]) -> tuple[str, ...]:

@@ -7,15 +7,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from autopar.cluster.load import load_cluster, load_device, tables_folder
+from autopar.cluster.cost_tables import load_cluster, load_device, tables_folder
 from autopar.cluster.software import Software, load_software
 from autopar.cluster.uncertainty import Uncertainty, load_uncertainty
-from autopar.inter.estimate import LayoutPricer, estimate, model_graph
-from autopar.inter.layouts import cuts
-from autopar.plan.errors import LayoutError
-from autopar.plan.invariants import check
-from autopar.plan.layout import parse_layout
-from autopar.plan.schedule import actions, held_by_chunk
+from autopar.core.errors import LayoutError
+from autopar.core.invariants import check
+from autopar.core.layout import parse_layout
+from autopar.manual.layout_pricer import LayoutPricer, model_graph, plan_layout
+from autopar.manual.megatron_restriction import cuts
+from autopar.pipeline.schedule import actions, held_by_chunk
 from autopar.workload import load_workload
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -64,7 +64,7 @@ def test_the_vocabulary_is_cut_by_rows_and_positions_are_whole(pricer, text) -> 
 
 
 def _model_of(pricer):
-    from autopar.inter.estimate import ModelGraph
+    from autopar.manual.layout_pricer import ModelGraph
 
     return ModelGraph(
         workload=pricer.workload,
@@ -141,7 +141,7 @@ def test_a_program_has_a_source_for_every_number(name) -> None:
         msgspec.convert(msgspec.to_builtins(load_software(name)) | {"luck": 1.0}, Software)
 
 
-def test_intervals_hold_their_estimate() -> None:
+def test_intervals_hold_their_plan_layout() -> None:
     table = load_uncertainty()
     for one in table.step_time:
         assert one.low < 1 < one.high
@@ -168,7 +168,7 @@ def test_blocking_launches_add_to_what_the_device_computes() -> None:
     times = {}
     for launch in ("async", "blocking"):
         layout = f"mbs=2,gbs=2,launch={launch}"
-        times[launch] = estimate(workload, cluster="dgx-a100", gpus=1, layout=layout).estimate.step_time_s
+        times[launch] = plan_layout(workload, cluster="dgx-a100", gpus=1, layout=layout).estimate.step_time_s
     launch_s = load_cluster("dgx-a100").device.launch_s
     kernels = (times["blocking"] - times["async"]) / launch_s
     assert (

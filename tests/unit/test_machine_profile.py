@@ -10,11 +10,11 @@ import torch
 
 from autopar.cli.main import run
 from autopar.cluster.cluster import Cluster
-from autopar.cluster.load import load_cluster, save_cluster
-from autopar.inter.planner import plan
-from autopar.runtime import profile as profiling
-from autopar.runtime.measure import Stopwatch
-from autopar.runtime.profile import Sizes, profile
+from autopar.cluster.cost_tables import load_cluster, save_cluster
+from autopar.measure import profile_machine as profiling
+from autopar.measure.kernel_times import Stopwatch
+from autopar.measure.profile_machine import Sizes, profile
+from autopar.planner.planner import plan
 from autopar.workload import load_workload
 
 torch.set_num_threads(1)

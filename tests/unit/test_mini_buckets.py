@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autopar.inter.estimate import estimate
-from autopar.inter.planner import plan
-from autopar.intra import mini_buckets
-from autopar.intra.elimination import Eliminator
-from autopar.intra.mini_buckets import MiniBuckets, eliminator
-from autopar.plan.invariants import check
+from autopar.choice import mini_buckets
+from autopar.choice.elimination import Eliminator
+from autopar.choice.mini_buckets import MiniBuckets, eliminator
+from autopar.core.invariants import check
+from autopar.manual.layout_pricer import plan_layout
+from autopar.planner.planner import plan
 from autopar.workload import Workload, load_workload
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -150,5 +150,5 @@ def test_a_layout_of_experts_and_tensors_is_priced():
     workload = load_workload(
         str(EXAMPLES / "moe.py"), layers=2, hidden=256, heads=4, vocab=512, seq=128, experts=8, group_size=128
     )
-    found = estimate(workload, cluster="p3.16xlarge", gpus=8, global_batch=32, layout="tp=2,ep=2,mbs=4")
+    found = plan_layout(workload, cluster="p3.16xlarge", gpus=8, global_batch=32, layout="tp=2,ep=2,mbs=4")
     assert found.estimate.step_time_s > 0

@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from autopar.inter.blocks import Mesh
-from autopar.inter.finish import StagePoints, add, fastest, memory_bytes
-from autopar.inter.mix import best_mix
-from autopar.intra import totals as tt
+from autopar.inter.block_pricer import Mesh
+from autopar.inter.stage_choice import StagePoints, add, fastest, memory_bytes
+from autopar.inter.stage_ilp import best_mix
+from autopar.intra import block_totals as tt
 
 
 class Prices:

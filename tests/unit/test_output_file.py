@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from autopar.cli.main import run
-from autopar.cluster.load import load_cluster, save_cluster
-from autopar.plan.errors import PlanFileError
-from autopar.plan.file import load_plan, save_plan
+from autopar.cluster.cost_tables import load_cluster, save_cluster
+from autopar.core.errors import PlanFileError
+from autopar.core.plan_file import load_plan, save_plan
 from tests.unit.sample_plan import sample_plan
 
 torch.set_num_threads(1)

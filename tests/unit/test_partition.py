@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from autopar.inter.candidates import Stage
-from autopar.inter.partition import search
-from autopar.inter.pipelines import PipelineProblem, StageTable
-from autopar.plan.errors import UsageError
-from autopar.plan.simulate import StageTimes, simulate
+from autopar.core.errors import UsageError
+from autopar.inter.alpa_dp import Stage
+from autopar.inter.branch_and_bound import search
+from autopar.inter.pipeline_problem import PipelineProblem, StageTable
+from autopar.pipeline.simulate import StageTimes, simulate
 
 
 class Case:

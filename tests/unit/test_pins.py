@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 from autopar.cluster import load_cluster
-from autopar.inter.estimate import LayoutPricer, ModelGraph, model_graph
-from autopar.inter.pins import BlockPins
-from autopar.plan.errors import LayoutError, UsageError
-from autopar.plan.layout import parse_layout
-from autopar.plan.pin import meets
-from autopar.plan.placement import REPLICATE, Shard
-from autopar.plan.plan import Plan
+from autopar.core.errors import LayoutError, UsageError
+from autopar.core.layout import parse_layout
+from autopar.core.pin import meets
+from autopar.core.placement import REPLICATE, Shard
+from autopar.core.plan import Plan
+from autopar.inter.block_pins import BlockPins
+from autopar.manual.layout_pricer import LayoutPricer, ModelGraph, model_graph
 from autopar.workload import load_workload
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

@@ -16,12 +16,12 @@ from torch.distributed.tensor import Shard as TorchShard
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset  # private; tried on torch 2.13.0
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from autopar.judge.routes import local_shape as judged_shape
-from autopar.plan.local_shape import is_legal, largest_local_shape, local_shape, local_size
-from autopar.plan.placement import PARTIAL, REPLICATE, Placements, Shard, format_placements, parse_placements
-from autopar.rules.atoms import Atom
+from autopar.core.local_shape import is_legal, largest_local_shape, local_shape, local_size
+from autopar.core.placement import PARTIAL, REPLICATE, Placements, Shard, format_placements, parse_placements
+from autopar.judge.judge_mesh import local_shape as judged_shape
+from autopar.rules.dim_factors import Atom
 from autopar.rules.placement_pair import PARTIAL_GRADIENT, PARTIAL_VALUE, REPLICATED, PlacementPair
-from autopar.runtime.layout import global_indices, local_part
+from autopar.runtime.lower.shards import global_indices, local_part
 
 SHARDS = st.builds(Shard, st.integers(0, 20), st.integers(1, 200))
 PLACEMENTS = st.lists(st.one_of(SHARDS, st.just(REPLICATE), st.just(PARTIAL)), max_size=5).map(tuple)

@@ -14,11 +14,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from autopar.plan.errors import PlanFileError
-from autopar.plan.file import load_plan, save_plan
-from autopar.plan.invariants import INVARIANTS, check
-from autopar.plan.mesh import Axis
-from autopar.plan.plan import Plan
+from autopar.core.errors import PlanFileError
+from autopar.core.invariants import INVARIANTS, check
+from autopar.core.mesh_axis import Axis
+from autopar.core.plan import Plan
+from autopar.core.plan_file import load_plan, save_plan
 from tests.unit.sample_plan import GIB, embedding, estimate, head, layer, sample_plan
 
 changed = msgspec.structs.replace
@@ -113,7 +113,7 @@ def test_kill_leaves_a_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
     save_plan(sample_plan(), path)
     program = (
-        "import sys; from autopar.plan.file import load_plan, save_plan\n"
+        "import sys; from autopar.core.plan_file import load_plan, save_plan\n"
         "plan = load_plan(sys.argv[1]); print('go', flush=True)\n"
         "while True: save_plan(plan, sys.argv[1])"
     )

@@ -9,11 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from autopar.inter import lanes, planner, size_search
-from autopar.inter.planner import micro_batches, plan, submesh_sizes
-from autopar.inter.stage_tables import StageTables
-from autopar.plan.errors import AutoparError, InfeasibleError
-from autopar.plan.invariants import check
+from autopar.core.errors import AutoparError, InfeasibleError
+from autopar.core.invariants import check
+from autopar.inter import micro_batch_search as size_search
+from autopar.inter import parallel_search as lanes
+from autopar.inter.stage_cost_tables import StageTables
+from autopar.planner import planner
+from autopar.planner.planner import micro_batches, plan, submesh_sizes
 from autopar.workload import load_workload
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from autopar.graph.ir import Batch, Graph, Op, OpProfile, Ref, Value
-from autopar.graph.profile import profile_graph, profile_ops
+from autopar.graph.op_profiles import profile_graph, profile_ops
 from autopar.graph.trace import trace
 from autopar.workload import Workload
 

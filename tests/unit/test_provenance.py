@@ -5,7 +5,7 @@ import pytest
 import autopar
 from autopar.cluster import load_cluster
 from autopar.cluster.cluster import Group
-from autopar.cost.provenance import attention_tag, collective_tag, matmul_tag
+from autopar.cost.provenance_tags import attention_tag, collective_tag, matmul_tag
 
 A100, V100 = load_cluster("dgx-a100"), load_cluster("p3.16xlarge")
 SETTINGS = {"layers": 2, "hidden": 512, "heads": 8, "ffn": 2048, "vocab": 1024, "seq": 1024}

@@ -6,13 +6,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from autopar.plan.comparison import Comparison
-from autopar.plan.mesh import Axis
-from autopar.plan.plan import ParameterPlan, Plan
-from autopar.report.compare import comparison_text
-from autopar.report.json import comparison_document, plan_document
+from autopar.core.comparison import Comparison
+from autopar.core.mesh_axis import Axis
+from autopar.core.plan import ParameterPlan, Plan
+from autopar.report.comparison_text import comparison_text
+from autopar.report.json_document import comparison_document, plan_document
+from autopar.report.plan_text import plan_text
 from autopar.report.sharding import parameter_text
-from autopar.report.text import plan_text
 from tests.unit.sample_plan import GIB, estimate, sample_plan
 
 PLAN_TEXT = """\

@@ -9,10 +9,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from autopar.graph.blocks import cut_blocks
 from autopar.graph.ir import frozen
+from autopar.graph.split_into_blocks import cut_blocks
 from autopar.graph.trace import Traced, trace
-from autopar.intra.space import block_space
+from autopar.intra.block_space import block_space
 from autopar.workload import Workload, load_workload
 from tests.unit.rule_oracle import WIDE, Case, call, check_option, ranks_to_try
 

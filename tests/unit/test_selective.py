@@ -12,16 +12,16 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from autopar.cluster.load import load_cluster
-from autopar.cost.execution import ExecutionModel
-from autopar.graph.blocks import cut_blocks
-from autopar.graph.profile import profile_graph
-from autopar.inter.estimate import LayoutPricer, model_graph
-from autopar.intra.again import Again, Kept
-from autopar.intra.space import block_space
+from autopar.cluster.cost_tables import load_cluster
+from autopar.core.layout import parse_layout
+from autopar.cost.execution_model import ExecutionModel
+from autopar.graph.op_profiles import profile_graph
+from autopar.graph.split_into_blocks import cut_blocks
+from autopar.intra.block_space import block_space
+from autopar.intra.recompute import Again, Kept
 from autopar.judge.judge import differences, judge
-from autopar.plan.layout import parse_layout
-from autopar.workload.load import load_workload
+from autopar.manual.layout_pricer import LayoutPricer, model_graph
+from autopar.workload.model_file import load_workload
 
 HIDDEN, HEADS, KEYS, FFN, SEQ, BATCH = 64, 4, 2, 160, 32, 2
 MODEL = f"""

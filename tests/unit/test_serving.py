@@ -11,10 +11,10 @@ from torch import Tensor, nn
 import autopar
 from autopar.cli.main import run
 from autopar.cluster import load_cluster
-from autopar.cost.inference import Product, batch_that_fits, product_s
-from autopar.inter.estimate import estimate
-from autopar.inter.serving import Serving, serve
-from autopar.plan.errors import LayoutError, UsageError
+from autopar.core.errors import LayoutError, UsageError
+from autopar.manual.layout_pricer import plan_layout
+from autopar.serving.decode_step import Product, batch_that_fits, product_s
+from autopar.serving.serve import Serving, serve
 from autopar.workload import load_workload
 
 torch.set_num_threads(1)
@@ -134,7 +134,7 @@ def test_ranks_share_no_key_head() -> None:
     with pytest.raises(LayoutError, match="tp=16 does not divide 8 key/value heads"):
         serve(workload, gpus=16, layout="tp=16", mode="decode")
     with pytest.raises(LayoutError, match="tp=16 does not divide 8 key/value heads"):
-        estimate(workload, gpus=16, layout="tp=16", global_batch=16)
+        plan_layout(workload, gpus=16, layout="tp=16", global_batch=16)
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import pytest
 from torch.distributed.pipelining import schedules as torch_schedules
 from torch.distributed.pipelining.schedules import get_schedule_class
 
-from autopar.inter.bounds import lower_bound_s, max_in_flight
-from autopar.plan.errors import UsageError
-from autopar.plan.schedule import Action, actions, in_flight
-from autopar.plan.simulate import StageTimes, simulate
+from autopar.core.errors import UsageError
+from autopar.inter.pipeline_bounds import lower_bound_s, max_in_flight
+from autopar.pipeline.schedule import Action, actions, in_flight
+from autopar.pipeline.simulate import StageTimes, simulate
 
 TORCH_NAMES = {"1f1b": "1F1B", "gpipe": "GPipe", "interleaved": "Interleaved1F1B"}
 

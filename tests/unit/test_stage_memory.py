@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import autopar
-from autopar.plan.plan import MemoryParts, chunks_memory
+from autopar.core.plan import MemoryParts, chunks_memory
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 RESNET = {"size": "250M", "base_channels": 16, "width_factor": 2, "classes": 64, "image_size": 64}

@@ -5,15 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from autopar.cluster.load import load_cluster
-from autopar.cost.execution import ExecutionModel
-from autopar.graph.blocks import cut_blocks, order_for_blocks
+from autopar.cluster.cost_tables import load_cluster
+from autopar.cost.execution_model import ExecutionModel
+from autopar.graph.split_into_blocks import cut_blocks, order_for_blocks
 from autopar.graph.trace import trace
-from autopar.inter.blocks import Blocks
-from autopar.inter.finish import add
-from autopar.inter.stage_tables import StageTables
-from autopar.inter.stages import FREE, PRICED, StageBook
-from autopar.intra import totals as tt
+from autopar.inter.block_pricer import Blocks
+from autopar.inter.stage_choice import add
+from autopar.inter.stage_cost_tables import StageTables
+from autopar.inter.stage_costs import FREE, PRICED, StageBook
+from autopar.intra import block_totals as tt
 from autopar.workload import load_workload
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

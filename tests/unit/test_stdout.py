@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from autopar.plan.file import save_plan
+from autopar.core.plan_file import save_plan
 from tests.unit.sample_plan import sample_plan
 
 MODEL = """
@@ -99,9 +99,10 @@ def test_a_closed_descriptor_is_no_error(tmp_path: Path, redirection: str) -> No
 
 def test_a_full_disk_is_a_short_error(tmp_path: Path) -> None:
     save_plan(sample_plan(), tmp_path / "p.json")
-    done = shell("show p.json", cwd=tmp_path, redirection=" >/dev/full")
-    assert done.returncode == 6
-    assert done.stderr == "autopar: cannot write to stdout: No space left on device\n"
+    for words in ("show p.json", "show p.json --json", "cluster list --json", "--help"):
+        done = shell(words, cwd=tmp_path, redirection=" >/dev/full")
+        assert done.returncode == 6
+        assert done.stderr == "autopar: cannot write to stdout: No space left on device\n"
 
 
 def test_help_and_version_go_to_stdout(tmp_path: Path) -> None:

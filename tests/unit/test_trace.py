@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autopar.core.errors import ModelError
 from autopar.graph.ir import Graph, Op, Ref
 from autopar.graph.trace import Traced, trace
-from autopar.plan.errors import ModelError
 from autopar.workload import Workload, load_workload
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from autopar.cluster.load import load_cluster
-from autopar.cost.execution import ExecutionModel
-from autopar.graph.blocks import cut_blocks, order_for_blocks
+from autopar.cluster.cost_tables import load_cluster
+from autopar.cost.execution_model import ExecutionModel
+from autopar.graph.split_into_blocks import cut_blocks, order_for_blocks
 from autopar.graph.trace import trace
-from autopar.inter.blocks import Blocks
-from autopar.inter.finish import StageChoice
-from autopar.inter.planner import submesh_sizes
-from autopar.inter.stages import StageBook
-from autopar.inter.transfers import first_devices
+from autopar.inter.block_pricer import Blocks
+from autopar.inter.stage_choice import StageChoice
+from autopar.inter.stage_costs import StageBook
+from autopar.inter.stage_transfers import first_devices
+from autopar.planner.planner import submesh_sizes
 from autopar.workload import load_workload
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

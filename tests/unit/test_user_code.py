@@ -9,9 +9,9 @@ import torch
 
 import autopar
 from autopar.cli.main import run
+from autopar.core.errors import ModelError
 from autopar.graph.trace import trace
-from autopar.plan.errors import ModelError
-from autopar.runtime.initialise import DeferredInitialisation
+from autopar.runtime.deferred_initialisation import DeferredInitialisation
 from autopar.workload import Workload, load_workload
 
 torch.set_num_threads(1)

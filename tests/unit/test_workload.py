@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from autopar.plan.errors import ModelError, UsageError
+from autopar.core.errors import ModelError, UsageError
 from autopar.workload import Workload, load_workload, parse_setting
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

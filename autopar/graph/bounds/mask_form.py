@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, fx
 
 from autopar.graph.bounds.boxes import Bounds, Box, Span, Undecided, position
+from autopar.graph.bounds.constant_tensors import ConstantTensors
 from autopar.graph.bounds.constants import SAMPLES, elements_of
-from autopar.graph.bounds.evaluate import ConstantTensors
 from autopar.graph.ir import Batch
 
 Form = Literal["all", "causal"]

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from autopar.graph.bounds.boxes import Box, Span, position
 from autopar.graph.bounds.constants import Call, with_tensors
-from autopar.graph.kernels import storage_key
+from autopar.graph.kernel_recorder import storage_key
 
 # Ops that return views, or their input as it is, though their schema does not say so.
 _UNSAID = frozenset(("_unsafe_view", "meshgrid", "broadcast_tensors"))

@@ -1,0 +1,68 @@
+"""`autopar compare`: a plan beside the best manual layout of a grid, or beside one of them."""
+
+from pathlib import Path
+
+import click
+
+from autopar.cli.claimed_stdout import ResultCommand, print_result
+from autopar.cli.command_options import output_options
+from autopar.core.errors import UsageError
+
+EXAMPLES = """\b
+Examples:
+  autopar compare gpt.plan.json --against megatron
+  autopar compare gpt.plan.json --against megatron:tp=8,pp=2,zero=1"""
+
+
+@click.command("compare", cls=ResultCommand, short_help="A plan beside the best Megatron layout.", epilog=EXAMPLES)
+@click.argument("plan_file", metavar="PLAN", type=click.Path())
+@click.option("--against", required=True, metavar="megatron[:LAYOUT]", help="megatron, or megatron:tp=8,pp=2 for one.")
+@click.option("--model", type=click.Path(), metavar="MODEL.py", help="The model file, instead of the plan's own.")
+@output_options
+def compare_command(
+    *, plan_file: str, against: str, model: str | None, as_json: bool, quiet: bool, verbose: bool
+) -> None:
+    """Print PLAN and the best Megatron layout side by side, under the same model, budget and judge."""
+    from autopar.core.plan_file import load_plan
+
+    layout = _layout_text(against)
+    path = Path(plan_file)
+    plan = load_plan(path)
+
+    from autopar.cli.inputs import cluster_of, workload_of
+    from autopar.cli.progress import progress_on_stderr
+
+    with progress_on_stderr(quiet) as progress:
+        cluster = cluster_of(plan, path)
+        progress("model", f"loading {model or plan.model.path}", None, None)
+        workload = workload_of(plan, path, model)
+
+        from autopar.manual.megatron_grid import compare_megatron
+
+        progress("compare", f"layout {layout}" if layout is not None else "the grid of layouts", None, None)
+        comparison = compare_megatron(plan, workload, cluster, layout)
+
+    if as_json:
+        from autopar.cli.output import print_document
+        from autopar.report.json_document import comparison_document
+
+        print_document(comparison_document(comparison, plan_file))
+        return
+    from autopar.cli.output import text_width
+    from autopar.report.comparison_text import comparison_text
+
+    print_result(comparison_text(comparison, width=text_width()), end="")
+
+
+def _layout_text(against: str) -> str | None:
+    """The layout of ``megatron:LAYOUT``, checked; None for the whole grid.
+
+    >>> _layout_text("megatron:tp=8,pp=2"), _layout_text("megatron")
+    ('tp=8,pp=2', None)
+    """
+    from autopar.core.layout import parse_layout
+
+    name, colon, text = against.partition(":")
+    if name != "megatron":
+        raise UsageError(f"--against {against!r}: write megatron, or megatron:tp=8,pp=2 for one layout")
+    return str(parse_layout(text)) if colon else None

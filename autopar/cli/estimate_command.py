@@ -1,0 +1,213 @@
+"""`autopar estimate`: the price of one manual layout, in training or in inference."""
+
+import contextlib
+from typing import Any
+
+import click
+
+from autopar.cli.claimed_stdout import ResultCommand, print_result
+from autopar.cli.command_options import (
+    AtLeastOne,
+    Positive,
+    distinct,
+    out_options,
+    output_options,
+    search_options,
+    stacked,
+    workload_options,
+)
+from autopar.cli.inputs import global_batch_of, layout_flags, priced_layout
+from autopar.cli.output_file import OutputFile
+from autopar.core.errors import UsageError
+
+EXAMPLES = """\b
+Examples:
+  autopar estimate gpt.py --gpus 64 --layout tp=8,pp=4,zero=1 --set size=39B --global-batch 1024
+  autopar estimate llama.py --gpus 16000 --layout tp=8,pp=16,sp=1,zero=1,recompute=full,gbs=2000 --set size=405B --tokens 15e12
+  autopar estimate llama.py --gpus 8 --layout tp=8 --mode decode --weights int4 --context 2048"""
+
+TRAINING_ONLY = (
+    "tokens", "output", "force", "micro_batch", "optimizer", "recompute", "schedule", "time_limit", "pins",
+)  # fmt: skip
+SERVING_ONLY = ("context", "weights", "kv_cache")
+STORED = click.Choice(["same", "int8", "int4"])
+
+serving_options = stacked(
+    click.option(
+        "--mode",
+        type=click.Choice(["train", "prefill", "decode"]),
+        default="train",
+        show_default=True,
+        help="Training, or inference on tensor-parallel replicas (layout keys tp, dp, gbs, fusion).",
+    ),
+    click.option(
+        "--context", type=AtLeastOne(), metavar="N", help="Decode: tokens in the cache; else the model's own."
+    ),
+    click.option(
+        "--weights", type=STORED, default="same", show_default=True, help="Inference: how weights are stored."
+    ),
+    click.option("--kv-cache", type=STORED, default="same", show_default=True, help="Inference: how the cache is."),
+)
+
+
+@click.command(
+    "estimate", cls=ResultCommand, short_help="Price one manual layout, in training or in inference.", epilog=EXAMPLES
+)
+@workload_options
+@click.option("--layout", required=True, metavar="TEXT", help="The layout, such as tp=8,pp=4,zero=1.")
+@click.option("--tokens", type=Positive(), metavar="N", help="Tokens of the whole training: adds GPU hours and days.")
+@serving_options
+@search_options
+@out_options("plan")
+@output_options
+@click.pass_context
+def estimate_command(context_: click.Context, /, **arguments: Any) -> None:
+    """Price one manual layout of MODEL.py on N GPUs; with -o, write it as a plan. A time limit changes nothing here.
+
+    Inference takes --global-batch as the sequences of all replicas; without it, decode takes the most that fit."""
+    serving = arguments["mode"] != "train"
+    _refuse(context_, TRAINING_ONLY if serving else SERVING_ONLY, arguments["mode"])
+    (_serve if serving else _train)(**arguments)
+
+
+def _refuse(context: click.Context, names: tuple[str, ...], mode: str) -> None:
+    """UsageError for options that say nothing in this mode."""
+    from click.core import ParameterSource
+
+    given = [
+        "/".join(parameter.opts)
+        for parameter in context.command.params
+        if parameter.name in names and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        other = "inference: add --mode decode" if mode == "train" else "training: leave out --mode"
+        raise UsageError(f"{', '.join(given)} belong to {other}")
+
+
+def _train(
+    *,
+    model: str,
+    gpus: int,
+    cluster: str,
+    cluster_set: tuple[tuple[str, Any], ...],
+    settings: tuple[tuple[str, Any], ...],
+    global_batch: int | None,
+    micro_batch: int | None,
+    dtype: str | None,
+    memory: float | None,
+    optimizer: str,
+    layout: str,
+    tokens: float | None,
+    pins: tuple[tuple[str, str], ...],
+    recompute: str,
+    schedule: str,
+    output: str | None,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **_: Any,
+) -> None:
+    from autopar.core.plan_file import PLAN_FILE, plan_content
+
+    file = None if output is None else OutputFile.checked(output, PLAN_FILE, force=force, as_json=as_json)
+
+    from autopar.cluster.cost_tables import load_cluster
+    from autopar.core.layout import parse_layout
+
+    fixed = parse_layout(layout, layout_flags(recompute=recompute, schedule=schedule))
+    target = load_cluster(cluster, **distinct("--cluster-set", cluster_set))
+    model_settings = distinct("--set", settings)
+
+    from autopar.cli.progress import progress_on_stderr
+    from autopar.workload.model_file import load_workload
+
+    with progress_on_stderr(quiet) as progress:
+        progress("model", f"loading {model}", None, None)
+        workload = load_workload(model, **model_settings)
+        batch = global_batch_of(global_batch, fixed.gbs, workload, model)
+        progress("estimate", str(fixed) or "data parallel", None, None)
+        priced = priced_layout(
+            workload,
+            fixed,
+            cluster=target,
+            gpus=gpus,
+            global_batch=batch,
+            micro_batch=micro_batch,
+            dtype=dtype,
+            memory_gib=memory,
+            optimizer=optimizer,
+            pins=pins,
+        )
+
+    from autopar.cli.output import print_plan, signed
+    from autopar.report.training_time import Training
+
+    priced = signed(priced, cluster, cluster_set)
+    path = None if file is None else file.write(plan_content(priced))
+    training = None if tokens is None else Training.of(tokens, priced.estimate.tokens_per_s, gpus)
+    extra = {} if training is None else {"training": training.document()}
+    with contextlib.nullcontext() if file is None else file.text_stream():
+        print_plan(priced, path, as_json=as_json, verbose=verbose, extra=extra)
+        if training is not None and not as_json:
+            print_result(training.text)
+
+
+def _serve(
+    *,
+    model: str,
+    gpus: int,
+    cluster: str,
+    cluster_set: tuple[tuple[str, Any], ...],
+    settings: tuple[tuple[str, Any], ...],
+    global_batch: int | None,
+    dtype: str | None,
+    memory: float | None,
+    layout: str,
+    mode: Any,
+    context: int | None,
+    weights: Any,
+    kv_cache: Any,
+    as_json: bool,
+    quiet: bool,
+    **_: Any,
+) -> None:
+    from autopar.cluster.cost_tables import load_cluster
+
+    target = load_cluster(cluster, **distinct("--cluster-set", cluster_set))
+    model_settings = distinct("--set", settings)
+    if mode == "prefill" and context is not None:
+        raise UsageError("--context is of decode; a prefill runs the model's own sequence: --set seq=2048, say")
+
+    from autopar.cli.progress import progress_on_stderr
+    from autopar.workload.model_file import load_workload
+
+    with progress_on_stderr(quiet) as progress:
+        progress("model", f"loading {model}", None, None)
+        workload = load_workload(model, **model_settings)
+
+        from autopar.serving.serve import serve
+
+        progress(mode, layout or "a GPU a replica", None, None)
+        priced = serve(
+            workload,
+            cluster=target,
+            gpus=gpus,
+            layout=layout,
+            mode=mode,
+            batch=global_batch,
+            context=context,
+            weights=weights,
+            kv_cache=kv_cache,
+            dtype=dtype,
+            memory_gib=memory,
+        )
+
+    from autopar.cli.output import print_document, text_width
+    from autopar.report.serving_text import serving_document, serving_text
+
+    if as_json:
+        print_document(serving_document(priced, model=model, settings=model_settings))
+        return
+    told = " ".join([model, *(f"{key}={value}" for key, value in model_settings.items())])
+    print_result(serving_text(priced, model=told, width=text_width()), end="")

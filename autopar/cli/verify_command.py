@@ -1,0 +1,132 @@
+"""`autopar verify`: a plan's numbers against one process, on CPU ranks."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from autopar.cli.claimed_stdout import ResultCommand, print_result
+from autopar.cli.command_options import Assignment, AtLeastOne, distinct, output_options
+from autopar.core.dtypes import LONG_NAMES
+from autopar.core.errors import CheckError
+
+if TYPE_CHECKING:
+    from autopar.core.plan import Collective, Plan
+    from autopar.verify.verify_plan import Report
+
+NUM_WORST = 3
+EXAMPLES = """\b
+Examples:
+  autopar verify gpt.plan.json --ranks 4
+  autopar verify gpt.plan.json --model examples/gpt.py --set hidden=64 --set layers=4"""
+
+
+@click.command("verify", cls=ResultCommand, short_help="Check a plan's numbers against one process.", epilog=EXAMPLES)
+@click.argument("plan_file", metavar="PLAN", type=click.Path())
+@click.option("--model", type=click.Path(), metavar="MODEL.py", help="The model file; else the one the plan names.")
+@click.option("--ranks", type=AtLeastOne(), default=8, show_default=True, metavar="N", help="CPU processes to use.")
+@click.option(
+    "--set", "settings", multiple=True, type=Assignment(), metavar="K=V", help="Another size of the same structure."
+)
+@output_options
+def verify_command(
+    *,
+    plan_file: str,
+    model: str | None,
+    ranks: int,
+    settings: tuple[tuple[str, Any], ...],
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> int:
+    """Run PLAN, or a shrunk twin, on CPU processes against one process: loss, gradients, optimizer steps. Exit 7 on
+    FAIL."""
+    from autopar.cli.inputs import workload_of
+    from autopar.core.plan_file import load_plan
+
+    plan = load_plan(plan_file)
+    workload = workload_of(plan, Path(plan_file), model)
+    changed = {**plan.model.settings, **distinct("--set", settings)}
+
+    from autopar.cli.progress import progress_on_stderr
+    from autopar.verify.verify_plan import verify
+
+    with progress_on_stderr(quiet) as progress:
+        progress("verify", f"starting up to {ranks} ranks", None, None)
+        report = verify(
+            plan,
+            model=str(workload.path),
+            settings=changed,
+            ranks=ranks,
+            relist=lambda twin: _relisted(twin, Path(plan_file), str(workload.path), changed),
+        )
+    if as_json:
+        from autopar.cli.output import print_document
+
+        print_document(_document(report))
+        return 0 if report.passed else CheckError.exit_code
+    print_result("\n".join(_lines(report, verbose)))
+    if not report.passed:
+        numbers = "the plan's numbers differ from those of one process"
+        raise CheckError("the collectives that ran are not those that the plan lists" if report.unlisted else numbers)
+    return 0
+
+
+def _relisted(twin: "Plan", plan_file: Path, model: str, settings: dict[str, Any]) -> "tuple[Collective, ...]":
+    """The collectives of a twin, as the judge lists them on the plan's cluster."""
+    from autopar.cli.inputs import cluster_of
+    from autopar.graph.split_into_blocks import cut_blocks, order_for_blocks
+    from autopar.graph.trace import trace
+    from autopar.judge.judge import judge
+    from autopar.workload.model_file import load_workload
+
+    traced = trace(load_workload(model, **settings), dtype=LONG_NAMES[twin.execution.dtype])
+    graph = order_for_blocks(traced.graph)
+    return judge(twin, graph, cut_blocks(graph), cluster_of(twin, plan_file), twin=True).collectives
+
+
+def _lines(report: "Report", verbose: bool) -> list[str]:
+    lines = [f"{report.ranks} ranks, fp64" + (", a twin of the plan:" if report.changes else "")]
+    lines += [f"  {change}" for change in report.changes]
+    lines.append(
+        f"loss        {report.expected_loss:.12g} one process, {report.loss:.12g} plan: error {report.loss_error:.1e}"
+    )
+    for title, errors in (("gradients", report.gradients), ("parameters", report.parameters)):
+        what = "" if title == "gradients" else " after 3 optimizer steps"
+        worst = sorted(errors, key=lambda name: -errors[name])
+        lines.append(f"{title:<11} {len(errors)} tensors{what}, worst {errors[worst[0]]:.1e} {worst[0]}")
+        lines += [f"            {errors[name]:.1e} {name}" for name in worst[1:NUM_WORST] if verbose]
+    count = sum(sum(sizes.values()) for sizes in report.collectives.values())
+    if report.uncompared is not None:
+        verdict = f"not held against the plan's list: {report.uncompared}"
+    else:
+        verdict = "those that the plan lists" if not report.unlisted else "not those that the plan lists"
+    lines.append(f"collectives {count} a step in the plan's dtype, {verdict}")
+    lines += [f"            {line}" for line in report.unlisted]
+    if verbose:
+        for (stage, kind, axes), sizes in sorted(report.collectives.items()):
+            lines += [
+                f"  {count:4} stage {stage} {kind}{' over ' + '*'.join(axes) if axes else ''} of {size} bytes"
+                for size, count in sorted(sizes.items())
+            ]
+    lines.append("PASS" if report.passed else "FAIL")
+    return lines
+
+
+def _document(report: "Report") -> dict[str, Any]:
+    return {
+        "passed": report.passed,
+        "ranks": report.ranks,
+        "twin": list(report.changes),
+        "loss": report.loss,
+        "expected_loss": report.expected_loss,
+        "gradients": dict(report.gradients),
+        "parameters": dict(report.parameters),
+        "collectives": [
+            {"stage": stage, "kind": kind, "axes": list(axes), "num_bytes": size, "count_per_step": count}
+            for (stage, kind, axes), sizes in sorted(report.collectives.items())
+            for size, count in sorted(sizes.items())
+        ],
+        "unlisted_collectives": list(report.unlisted),
+        "collectives_not_compared": report.uncompared,
+    }

@@ -1,0 +1,170 @@
+"""A cluster by name or file, with some keys overridden.
+
+The tables are ``cost_tables/cluster.NAME.json`` and ``cost_tables/device.NAME.json``; a wheel carries the folder inside
+the package, a checkout beside it. A cluster's file names its device or holds it whole (what ``save_cluster`` writes).
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from autopar.cluster.cluster import Cluster
+from autopar.cluster.device import Device
+from autopar.cluster.number_source import Source
+from autopar.core.errors import PlanFileError, UsageError
+from autopar.core.units import GIB
+from autopar.core.write_file import FileKind, write
+
+T = TypeVar("T", Cluster, Device)
+PROFILE_NAME = "profile of "  # what the names of tables made by `autopar profile` begin with
+STRUCTURED = ("name", "device", "provenance", "collectives", "matmul", "flash_attention", "peak_flops_per_s")
+
+
+class _ProfileMarker(msgspec.Struct):
+    """What tables made by `autopar profile` have, and tables that ship or are written by hand do not."""
+
+    name: Annotated[str, msgspec.Meta(pattern=f"^{PROFILE_NAME}")]
+    device: dict[str, msgspec.Raw]
+    provenance: dict[str, msgspec.Raw]
+
+
+PROFILE_FILE = FileKind(name="a cost table made by autopar profile", marker=_ProfileMarker)
+
+
+def tables_folder() -> Path:
+    """The folder of the shipped tables: in the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "cost_tables", package.parent / "cost_tables"):
+        if folder.is_dir():
+            return folder
+    raise PlanFileError(f"no folder cost_tables in or beside {package}: install autopar again")
+
+
+def cluster_names() -> tuple[str, ...]:
+    """Names of the clusters that ship, sorted."""
+    return _names("cluster")
+
+
+def device_names() -> tuple[str, ...]:
+    """Names of the devices that ship, sorted."""
+    return _names("device")
+
+
+def _names(kind: str) -> tuple[str, ...]:
+    found = tables_folder().glob(f"{kind}.*.json")
+    return tuple(sorted(path.name.removeprefix(f"{kind}.").removesuffix(".json") for path in found))
+
+
+def load_device(name: str) -> Device:
+    """A shipped device; UsageError with the known names for another."""
+    if name not in device_names():
+        raise UsageError(f"no device {name!r}; the devices are {', '.join(device_names())}")
+    path = tables_folder() / f"device.{name}.json"
+    return _converted(_document(path), Device, path)
+
+
+def load_cluster(cluster: "str | Path | Cluster", **overrides: Any) -> Cluster:
+    """A shipped cluster, one of a file, or ``cluster`` itself, with keys of it or of its device overridden.
+
+    ``device`` takes a device's name, ``memory_gib`` sets the device's memory. UsageError for an unknown name, key or
+    value; PlanFileError for a file that is torn or breaks a rule of the tables.
+
+    >>> load_cluster("dgx-a100", inter_node_gbits_per_s=800).inter_node_gbits_per_s
+    800.0
+    """
+    found = cluster if isinstance(cluster, Cluster) else _read(cluster)
+    return _overridden(found, overrides) if overrides else found
+
+
+def software_document(name: str) -> Any:
+    """The shipped table of a training program, as it stands in the file."""
+    return _document(tables_folder() / f"software.{name}.json")
+
+
+def uncertainty_document() -> Any:
+    """The shipped table of intervals, as it stands in the file."""
+    return _document(tables_folder() / "uncertainty.json")
+
+
+def save_cluster(cluster: Cluster, path: str | Path) -> None:
+    """Write a cluster with its device, whole or not at all; ``load_cluster(path)`` gives it back. It replaces any
+    file, as ``save_plan`` does."""
+    write(Path(path), cluster_content(cluster), PROFILE_FILE, force=True)
+
+
+def cluster_content(cluster: Cluster) -> bytes:
+    """The bytes of a cluster's file."""
+    return msgspec.json.format(msgspec.json.encode(cluster), indent=1) + b"\n"
+
+
+def check_content(content: bytes, path: Path) -> None:
+    """PlanFileError, which names ``path``, where the bytes of a cluster's file break a rule of the tables."""
+    _converted(msgspec.json.decode(content), Cluster, path)
+
+
+def _read(name: "str | Path") -> Cluster:
+    if str(name) in cluster_names():
+        path = tables_folder() / f"cluster.{name}.json"
+    else:
+        path = Path(name)
+        if not path.is_file():
+            raise UsageError(f"no cluster {str(name)!r}: name a file, or one of {', '.join(cluster_names())}")
+    document = _document(path)
+    if isinstance(document, dict) and isinstance(document.get("device"), str):
+        device = document["device"]
+        if device not in device_names():
+            raise PlanFileError(f"{path}: no device {device!r}; the devices are {', '.join(device_names())}")
+        document["device"] = _document(tables_folder() / f"device.{device}.json")
+    return _converted(document, Cluster, path)
+
+
+def _document(path: Path) -> Any:
+    try:
+        return msgspec.json.decode(path.read_bytes())
+    except (OSError, msgspec.DecodeError) as error:
+        raise PlanFileError(f"cannot read {path}: {error}") from error
+
+
+def _converted(document: Any, kind: type[T], path: Path) -> T:
+    try:
+        return msgspec.convert(document, kind)
+    except msgspec.ValidationError as error:
+        raise PlanFileError(f"{path} is not a table of autopar: {error}") from error
+
+
+def _overridden(cluster: Cluster, overrides: dict[str, Any]) -> Cluster:
+    cluster_keys = {key for key in Cluster.__struct_fields__ if key not in STRUCTURED}
+    device_keys = {key for key in Device.__struct_fields__ if key not in STRUCTURED}
+    known = sorted({"device", "memory_gib", *cluster_keys, *device_keys})
+    unknown = sorted(set(overrides) - set(known))
+    if unknown:
+        raise UsageError(f"no key {', '.join(unknown)} in cluster {cluster.name}; the keys are {', '.join(known)}")
+    device = load_device(str(overrides["device"])) if "device" in overrides else cluster.device
+    changes = {key: value for key, value in overrides.items() if key in device_keys}
+    if "memory_gib" in overrides:
+        if "memory_bytes" in overrides:
+            raise UsageError("memory_gib and memory_bytes both set the device's memory: give one")
+        try:
+            changes["memory_bytes"] = int(float(overrides["memory_gib"]) * GIB)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise UsageError(f"memory_gib = {overrides['memory_gib']!r} is not a number") from error
+    device = _changed(device, changes)
+    cluster = msgspec.structs.replace(cluster, device=device)
+    return _changed(cluster, {key: value for key, value in overrides.items() if key in cluster_keys})
+
+
+def _changed(table: T, changes: dict[str, Any]) -> T:
+    """``table`` with other numbers, checked against the schema; their source is the user."""
+    if not changes:
+        return table
+    document = msgspec.to_builtins(table)
+    given = Source(source="given by the user", date="", status="given")
+    for key, value in changes.items():
+        document[key] = value
+        document["provenance"][key] = msgspec.to_builtins(given)
+    try:
+        return msgspec.convert(document, type(table))
+    except msgspec.ValidationError as error:
+        listed = ", ".join(f"{key}={value!r}" for key, value in changes.items())
+        raise UsageError(f"cannot set {listed} in {table.name}: {error}") from error

@@ -1,0 +1,87 @@
+"""Pins: what a user fixes of a plan, ``--pin GLOB=PLACEMENTS``, and whether a plan keeps to them.
+
+    layers.*.wq.weight=RS(0)     on a mesh of two axes: replicated over the first, sharded on dim 0 over the second
+
+A glob (``*`` also spans dots) names parameters; there is a placement per axis of the mesh, outermost first, as plans
+print them. Over an axis that does not shard a parameter as it is used, its placement says whether it is sharded at rest:
+``S(0)`` over the data axis is ZeRO-3. ``S(d)`` stands for any shard of dim d, also a strided one (a fused projection
+sharded by heads).
+"""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from autopar.core.errors import UsageError
+from autopar.core.placement import PARTIAL, Placement, Placements, Shard, format_placements, parse_placements
+from autopar.core.plan import ParameterPlan, Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pin:
+    """``glob`` over names of parameters, and a placement per mesh axis.
+
+    >>> pin = parse_pin("layers.*.wq.weight", "RS(0)")
+    >>> str(pin), pin.names("layers.11.wq.weight"), pin.names("head.weight")
+    ('layers.*.wq.weight=RS(0)', True, False)
+    """
+
+    glob: str
+    placements: Placements
+
+    def names(self, name: str) -> bool:
+        return fnmatchcase(name, self.glob)
+
+    def __str__(self) -> str:
+        return f"{self.glob}={format_placements(self.placements)}"
+
+
+def parse_pin(glob: str, placements: str) -> Pin:
+    """UsageError for a placement that is none, or of a partial sum, which no parameter is."""
+    try:
+        parsed = parse_placements(placements)
+    except ValueError as error:
+        raise UsageError(f"--pin {glob}: {error}") from None
+    if not parsed or PARTIAL in parsed:
+        raise UsageError(
+            f"--pin {glob}={placements}: write S(dim) or R for each mesh axis; a parameter is no partial sum"
+        )
+    return Pin(glob=glob, placements=parsed)
+
+
+def meets(placement: Placement, pinned: Placement) -> bool:
+    """Whether a placement is what a pin says.
+
+    >>> meets(Shard(0, split_factor=3), Shard(0)), meets(Shard(0), Shard(0, split_factor=3))
+    (True, False)
+    """
+    any_shard = isinstance(pinned, Shard) and pinned.split_factor == 1
+    return placement == pinned or (any_shard and placement.shard_dim == pinned.shard_dim)
+
+
+def unmet(plan: Plan, pins: tuple[Pin, ...]) -> list[str]:
+    """What of the pins a plan does not keep to, a line each; empty for a plan that keeps to all. Of a tied parameter
+    one use in a stage stores it, and that counts."""
+    found: dict[str, None] = {}
+    for stage in plan.stages:
+        axes = [axis.name for axis in stage.axes]
+        stored: dict[str, list[ParameterPlan]] = {}
+        for ref in stage.blocks:
+            for parameter in plan.program(ref.program).parameters:
+                stored.setdefault(parameter.name, []).append(parameter)
+        for name, uses in stored.items():
+            for pin in pins:
+                if not pin.names(name):
+                    continue
+                if len(pin.placements) != len(axes):
+                    line = f"{pin}: {len(pin.placements)} placements, the mesh has {len(axes)} axes ({', '.join(axes)})"
+                    found[line] = None
+                elif not any(_kept(parameter, pin) for parameter in uses):
+                    found[f"{pin}: {name} is placed as {uses[0].parameter} on ({', '.join(axes)})"] = None
+    return list(found)
+
+
+def _kept(parameter: ParameterPlan, pin: Pin) -> bool:
+    return all(
+        meets(placement, pinned)
+        for placement, pinned in zip(parse_placements(parameter.parameter), pin.placements, strict=True)
+    )

@@ -1,0 +1,82 @@
+"""How the software runs a plan, as far as its price depends on it: the settings every price takes."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from autopar.cluster.software import Chain, Software, load_software
+from autopar.core.dtypes import Dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutionModel:
+    """``accumulate``: gradients live over several micro-batches, in fp32 unless ``grads`` is "same".
+
+    ``balanced_context``: ranks that share a sequence take parts of equal work under a causal mask (Megatron-LM's
+    context parallelism); without it a rank runs its queries against all keys under a mask, as our runtime does.
+
+    ``overlap``: reductions of gradients run behind the backward, gathers of parameters behind a block, exchanges of a
+    linear op's input gradient beside the product for its weight's.
+
+    ``whole_checkpoint``: full recomputation runs the whole block again (Megatron-LM's and DeepSpeed's checkpoint);
+    without it only what the backward reads, as torch's does, which stops at the last tensor that was kept, and ours.
+
+    ``selective``: what selective recomputation keeps. "attention": all but attention's insides, which it computes again
+    (Korthikanti et al., 2022, section 5; our runtime). "products": a block's inputs, fused attention's results, and
+    those of every second product with a weight, beginning with the first; the rest is computed again as far as the
+    backward reads it (torchtitan's ``selective_ac_option="op"`` on torch's create_selective_checkpoint_contexts:
+    torchtitan/parallelisms/parallelize_llama.py@004b3148).
+
+    ``loss``: which cross entropy runs. "program": what the program fuses, over a cut vocabulary the chain of kernels that
+    its exchanges are between. "chain": that chain always (Megatron-LM calls vocab_parallel_cross_entropy whatever tp
+    is). "torch": PyTorch's own (torchtitan: ``F.cross_entropy`` of fp32 logits), which keeps log-probabilities and makes
+    two gradients as large.
+
+    ``blocking``: the host waits for every kernel before it launches the next (CUDA_LAUNCH_BLOCKING=1), so that launches
+    and kernels add up instead of running beside each other.
+
+    State per parameter in bytes (Rajbhandari et al., "ZeRO", 2020, section 3.1): half precision 2 + gradient 2 or 4 +
+    12 (fp32 master, two Adam moments); fp32 4 + 4 + 8. Plain SGD keeps only the fp32 master of a half precision weight.
+    """
+
+    dtype: Dtype
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    attn: Literal["flash", "math"] = "flash"
+    overlap: bool = True
+    fusion: Literal["none", "megatron", "compiler"] = "megatron"
+    fp32_grads: bool = True
+    accumulate: bool = False
+    balanced_context: bool = False
+    blocking: bool = False
+    whole_checkpoint: bool = False
+    selective: Literal["attention", "products"] = "attention"
+    loss: Literal["program", "chain", "torch"] = "program"
+
+    @property
+    def software(self) -> Software:
+        """The table of the program that ``fusion`` names."""
+        return load_software(self.fusion)
+
+    @property
+    def fuses(self) -> tuple[Chain, ...]:
+        """What joins its neighbours in one kernel."""
+        return tuple(chain for chain in self.software.fuses if chain != "loss" or self.loss != "torch")
+
+    @property
+    def late_gradients(self) -> bool:
+        """Whether a backward makes gradients that were not there before: with one micro-batch there are none at its
+        start, and without overlap nothing is reduced before its end."""
+        return not (self.accumulate and self.overlap)
+
+    def gradient_bytes(self, itemsize: int) -> int:
+        """Bytes of one gradient element at rest of a parameter of ``itemsize`` bytes."""
+        return 4 if self.fp32_grads else itemsize
+
+    def reduced_bytes(self, itemsize: int) -> int:
+        """Bytes of one gradient element on its way between ranks: fp16 programs reduce in fp16 (Megatron-LM's and
+        DeepSpeed's default), the others what they keep."""
+        return itemsize if self.dtype == "float16" else self.gradient_bytes(itemsize)
+
+    def optimizer_bytes(self, itemsize: int) -> int:
+        """Bytes of optimizer state per element: master copy and moments."""
+        master = 4 if itemsize < 4 else 0
+        return master + (8 if self.optimizer == "adamw" else 0)

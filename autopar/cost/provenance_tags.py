@@ -1,0 +1,91 @@
+"""What stands behind each priced term: a measured table, a model, or a table left behind.
+
+    measured      looked up between the nodes of a table that was measured on this device or this kind of node
+    modelled      a formula (bandwidth, alpha-beta, launches), or the table of a sibling scaled by peak
+    extrapolated  a shape, a size or a number of ranks outside the nodes of its table
+
+An op's forward and its backward are a term each; a backward is as sure as the least sure of its products.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopar.cluster.cluster import Cluster, Group
+from autopar.cluster.device import REFERENCE_HEAD_DIM, Device
+from autopar.cost.compute_time import label_sizes, local_roles
+from autopar.cost.execution_model import ExecutionModel
+from autopar.graph.ir import Graph, Op, OpProfile
+from autopar.rules.op_sharding_rule import OpRule
+
+Tag = Literal["measured", "modelled", "extrapolated"]
+TAGS: tuple[Tag, ...] = ("measured", "modelled", "extrapolated")
+
+
+def least_sure(tags: Iterable[Tag]) -> Tag:
+    """The last of ``TAGS`` that occurs.
+
+    >>> least_sure(["measured", "extrapolated", "modelled"])
+    'extrapolated'
+    """
+    return max(tags, key=TAGS.index)
+
+
+def matmul_tag(device: Device, m: float, n: float, k: float, batch: float = 1.0) -> Tag:
+    """Of ``batch`` products (m, k) @ (k, n); a product too tall for the table is looked up lying on its side."""
+    table = device.matmul
+    upright = all(
+        line[0] <= size <= line[-1] for line, size in ((table.n, n), (table.k, k), (table.m, m)) if len(line) > 1
+    )
+    lying = n <= table.m[-1] and table.n[0] <= m <= table.n[-1] and table.k[0] <= k <= table.k[-1]
+    if not (upright or lying):
+        return "extrapolated"
+    return "measured" if batch == 1 and device.provenance["matmul"].status == "measured" else "modelled"
+
+
+def attention_tag(device: Device, seq: float, batch_heads: float, head_dim: float, *, backward: bool) -> Tag:
+    """Of flash attention; the tables hold causal forward passes of head_dim 128."""
+    table = device.flash_attention
+    if not (table.seq[0] <= seq <= table.seq[-1] and table.batch_heads[0] <= batch_heads <= table.batch_heads[-1]):
+        return "extrapolated"
+    own = device.provenance["flash_attention"].status == "measured"
+    return "measured" if own and head_dim == REFERENCE_HEAD_DIM and not backward else "modelled"
+
+
+def op_tags(
+    graph: Graph,
+    op: Op,
+    rule: OpRule,
+    profile: OpProfile,
+    local_batch: int,
+    degrees: Mapping[int, NDArray[np.float64]],
+    device: Device,
+    execution: ExecutionModel,
+) -> tuple[Tag, Tag]:
+    """(forward, backward) of an op under one strategy; ``degrees`` as for ``compute.op_seconds``, one strategy long."""
+    if not profile.forward_flops or not rule.roles:
+        return "modelled", "modelled"
+    roles = local_roles(rule, label_sizes(graph, op, rule, local_batch), degrees, np.ones(1))
+    b, h, m, n, k, q, d = (float(roles.get(role, np.ones(1))[0]) for role in "bhmnkqd")
+    if rule.compute == "attention":
+        if execution.attn == "math":
+            return "modelled", "modelled"
+        return attention_tag(device, q, b * h, d, backward=False), attention_tag(device, q, b * h, d, backward=True)
+    wanted = [bool(graph.values[value].requires_grad) for value in op.inputs[:2]]
+    shapes = [shape for shape, want in zip(((m, k, n), (n, k, m)), wanted, strict=False) if want] or [(m, n, k)]
+    return matmul_tag(device, m, n, k, b), least_sure(matmul_tag(device, *shape, b) for shape in shapes)
+
+
+def collective_tag(cluster: Cluster, kind: str, num_bytes: float, group: Group) -> Tag:
+    """Of a collective as ``Cluster.collective_s`` prices it: across nodes by a formula, inside by a table."""
+    curves = {curve.num_ranks: curve for curve in cluster.collectives if curve.kind == kind}
+    if not curves or group.num_nodes > 1:
+        return "modelled"
+    ranks = sorted(curves)
+    curve = curves[min(ranks, key=lambda count: abs(count - group.num_ranks))]
+    if not (ranks[0] <= group.num_ranks <= ranks[-1] and curve.num_bytes[0] <= num_bytes <= curve.num_bytes[-1]):
+        return "extrapolated"
+    own = cluster.provenance["collectives"].status == "measured"
+    return "measured" if own and group.num_ranks in curves else "modelled"

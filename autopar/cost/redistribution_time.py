@@ -1,0 +1,99 @@
+"""Seconds to redistribute a tensor inside a mesh, as the cheapest sequence of collectives.
+
+A tensor has a placement per mesh axis. One step changes one axis, or several axes at once with one flattened
+collective; bytes are what a rank stores before it, after it for a gather:
+
+    P -> R  all_reduce          P -> S  reduce_scatter          S -> R  all_gather          S -> S'  all_to_all
+    R -> S  a local slice, free                                 nothing becomes P
+
+Dims are sharded outermost axis first, so where two axes shard one, only the innermost of them may stop or start. The
+cheapest sequence is a shortest path over all placements (Floyd-Warshall, for several tensors at once).
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopar.cluster.cluster import Cluster, Group
+from autopar.core.placement import PARTIAL, REPLICATE, Placement, Placements, Shard
+
+Floats = NDArray[np.float64]
+
+
+class MeshLinks:
+    """The axes of one stage that carry activations: their sizes and the links that each set of them crosses."""
+
+    def __init__(self, cluster: Cluster, num_devices: int, axis_sizes: tuple[int, ...], axes: tuple[int, ...]) -> None:
+        """``axes`` are the positions in ``axis_sizes`` (outermost first) that this object speaks of, in order."""
+        self.cluster = cluster
+        self.sizes = tuple(axis_sizes[axis] for axis in axes)
+        self._groups = {
+            chosen: cluster.axis_group(num_devices, axis_sizes, tuple(axes[axis] for axis in chosen))
+            for count in range(1, len(axes) + 1)
+            for chosen in itertools.combinations(range(len(axes)), count)
+        }
+
+    def group(self, axes: tuple[int, ...]) -> Group:
+        """The group that a collective over these axes, flattened, spans."""
+        return self._groups[axes]
+
+    def collective_s(self, kind: str, num_bytes: Floats | float, axes: tuple[int, ...]) -> Floats:
+        return np.asarray(self.cluster.collective_s(kind, num_bytes, self._groups[axes]), float)
+
+
+def redistribute_s(links: MeshLinks, placements: Sequence[Placements], local_bytes: Floats) -> Floats:
+    """Seconds between every two of ``placements``: (tensors, from, to); inf where there is no path (only ``PARTIAL``
+    cannot be reached from others). ``local_bytes`` (tensors, placements) is what the rank that stores most stores."""
+    count = len(placements)
+    costs = np.full((len(local_bytes), count, count), np.inf)
+    costs[:, np.arange(count), np.arange(count)] = 0.0
+    position = {placement: at for at, placement in enumerate(placements)}
+    known: dict[tuple[str, tuple[int, ...], bytes], Floats] = {}
+    for (axes, _), source in itertools.product(links._groups.items(), placements):
+        for target, kind in _steps(source, axes, placements, len(links.sizes)):
+            if target in position:
+                sizes = local_bytes[:, position[target if kind == "all_gather" else source]]
+                key = (kind, axes, sizes.tobytes())
+                if key not in known:
+                    known[key] = np.zeros_like(sizes) if kind == "slice" else links.collective_s(kind, sizes, axes)
+                at = (slice(None), position[source], position[target])
+                costs[at] = np.minimum(costs[at], known[key])
+    for via in range(count):
+        np.minimum(costs, costs[:, :, via, None] + costs[:, None, via, :], out=costs)
+    return costs
+
+
+def _steps(
+    source: Placements, axes: tuple[int, ...], placements: Sequence[Placements], num_axes: int
+) -> list[tuple[Placements, str]]:
+    """Placements one collective over ``axes`` reaches, and its kind; the axes change alike, from and to one
+    placement."""
+    old = source[axes[0]]
+    if any(source[axis] != old for axis in axes) or not _is_innermost(source, old, axes, num_axes):
+        return []
+    found = []
+    for new in dict.fromkeys(each[axes[0]] for each in placements):
+        if new in (old, PARTIAL):
+            continue
+        target = tuple(new if axis in axes else source[axis] for axis in range(num_axes))
+        if not _is_innermost(target, new, axes, num_axes):
+            continue
+        if old == PARTIAL:
+            kind = "all_reduce" if new == REPLICATE else "reduce_scatter"
+        elif old == REPLICATE:
+            kind = "slice"
+        else:
+            kind = "all_gather" if new == REPLICATE else "all_to_all"
+        found.append((target, kind))
+    return found
+
+
+def _is_innermost(placements: Placements, changing: Placement, axes: tuple[int, ...], num_axes: int) -> bool:
+    """Whether no axis inside those that are ``changing``, and none between them, shards the same dim."""
+    if not isinstance(changing, Shard):
+        return True
+    return not any(
+        axis not in axes and axis > axes[0] and placements[axis].shard_dim == changing.dim for axis in range(num_axes)
+    )

@@ -1,0 +1,242 @@
+"""Dynamic programmes over (stages, blocks, devices) that say how well a partial pipeline can still end.
+
+A state is a tail of the pipeline: s stages that hold blocks i..L-1 on d devices. In the letters of `bounds`:
+
+    tail tables (`tail_tables`), the least each can be over all tails of a state, each for itself:
+        R[s, i, d]   round trip through the tail, transfers between its stages included
+        M[s, i, d]   first arrival at the tail to the end of its first stage's last backward
+        W[s, i, d]   first arrival at the tail to the end of the step
+    head tables (`head_tables`), over the heads that fill blocks 0..i-1 and the other D - d devices, with which the
+    whole step can still be below ``threshold_s``:
+        trip[s, i, d]   sum of t + c over the head, plus its first stage's per-step time
+        down[s, i, d]   sum of f over the head
+        step[s, i, d]   the bound of the head's own stages
+    so a tail with values (M, W) ends no earlier than   max(M + trip, W + down, step)       (`Heads.bound_s`)
+
+Every recursion is monotone in the value it extends, so the least values extend to least values. A level-free version
+(`band`), which lets a stage hold as few micro-batches as any place would, first tells which (i, d) matter at all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopar.inter.pipeline_bounds import own_s
+from autopar.pipeline.schedule import Schedule
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Levels:
+    """A problem in arrays. ``forward_s``, ``backward_s``, ``step_s`` are (S + 1, L + 1, L + 1, K): [s, i, j, k] is
+    stage number s from the last (level 0 unused) with blocks i..j-1 on class k, inf where impossible. ``sizes`` (K,)
+    and ``num_devices`` count units of the greatest common size; ``cut_s`` (K, L + 1, D + 1) bounds the transfers of
+    a cut from a stage of a class, with so many devices behind it."""
+
+    schedule: Schedule
+    num_microbatches: int
+    sizes: tuple[int, ...]
+    num_devices: int
+    cut_s: Floats
+    forward_s: Floats
+    backward_s: Floats
+    step_s: Floats
+    least_s: Floats  # (L + 1, L + 1, K): the least t of any level
+    busy_s: Floats | None  # (S + 1, L + 1, L + 1, K), with relaxed times only
+
+    @property
+    def num_stages(self) -> int:
+        return self.forward_s.shape[0] - 1
+
+    @property
+    def relaxed(self) -> bool:
+        """Whether forward times are bounds of their own and only the sum with backward is one of the whole."""
+        return self.busy_s is not None
+
+    @property
+    def num_blocks(self) -> int:
+        return self.forward_s.shape[1] - 1
+
+    def first(self, num_stages: int) -> "Levels":
+        """The same with at most ``num_stages`` stages."""
+        kept = slice(0, num_stages + 1)
+        busy_s = None if self.busy_s is None else self.busy_s[kept]
+        return replace(
+            self,
+            forward_s=self.forward_s[kept],
+            backward_s=self.backward_s[kept],
+            step_s=self.step_s[kept],
+            busy_s=busy_s,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Tails:
+    """R, M, W of the module's docstring, (S + 1, L + 1, D + 1) seconds, inf where no tail is below the threshold."""
+
+    trip_s: Floats
+    finish_s: Floats
+    total_s: Floats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Heads:
+    """trip, down and step of the module's docstring, (S + 1, L + 1, D + 1) seconds."""
+
+    trip_s: Floats
+    down_s: Floats
+    step_s: Floats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Band:
+    """What a step below ``threshold_s`` can use: devices low[i]..high[i] - 1 behind cut i (empty where none)."""
+
+    threshold_s: float
+    low: Sequence[int]
+    high: Sequence[int]
+
+
+def make_levels(
+    *,
+    schedule: Schedule,
+    num_microbatches: int,
+    sizes: tuple[int, ...],
+    num_devices: int,
+    cut_s: Floats,
+    tables: Sequence[tuple[Floats, Floats, Floats]],
+    busy_s: Sequence[Floats] | None = None,
+) -> Levels:
+    """``tables``: (forward_s, backward_s, step_s) of stage number 1, 2, ... from the last; ``busy_s`` where they are
+    relaxed times, the least from a stage's first forward to the end of its step."""
+    impossible = np.full_like(tables[0][0], np.inf)
+    forward = np.stack([impossible, *(table[0] for table in tables)])
+    backward = np.stack([impossible, *(table[1] for table in tables)])
+    return Levels(
+        schedule=schedule,
+        num_microbatches=num_microbatches,
+        sizes=sizes,
+        num_devices=num_devices,
+        cut_s=cut_s,
+        forward_s=forward,
+        backward_s=backward,
+        step_s=np.stack([impossible, *(table[2] for table in tables)]),
+        least_s=np.asarray((forward + backward).min(axis=0)),
+        busy_s=None if busy_s is None else np.stack([impossible, *busy_s]),
+    )
+
+
+def span(possible: NDArray[np.bool_]) -> tuple[int, int]:
+    """First and last + 1 index that is true; (0, 0) where none is."""
+    where = np.flatnonzero(possible)
+    return (int(where[0]), int(where[-1]) + 1) if len(where) else (0, 0)
+
+
+def level_free(levels: Levels) -> tuple[Floats, Floats]:
+    """(tail, head), each (L + 1, D + 1) seconds by blocks and devices behind a cut: the least M a tail can have, by
+    B t alone, and the least sum of t of a head, with every stage at its least time of any level."""
+    L, D, B = levels.num_blocks, levels.num_devices, levels.num_microbatches
+    tail, head = np.full((L + 1, D + 1), np.inf), np.full((L + 1, D + 1), np.inf)
+    tail[L, 0], head[0, D] = 0.0, 0.0
+    for i in range(L - 1, -1, -1):
+        for k, size in enumerate(levels.sizes):
+            low, high = span(np.isfinite(levels.least_s[i, :, k]))
+            if high and size <= D:
+                time = levels.least_s[i, low:high, k, None]
+                after = time + levels.cut_s[k, low:high, : D + 1 - size] + tail[low:high, : D + 1 - size]
+                best = np.where(np.isfinite(after), np.maximum(B * time, after), np.inf).min(axis=0)
+                np.minimum(tail[i, size:], best, out=tail[i, size:])
+    for i in range(1, L + 1):
+        for k, size in enumerate(levels.sizes):
+            low, high = span(np.isfinite(levels.least_s[:, i, k]))
+            if high and size <= D:
+                best = (levels.least_s[low:high, i, k, None] + head[low:high, size:]).min(axis=0)
+                best = best + levels.cut_s[k, i, : D + 1 - size]
+                np.minimum(head[i, : D + 1 - size], best, out=head[i, : D + 1 - size])
+    return tail, head
+
+
+def make_band(tail: Floats, head: Floats, threshold_s: float) -> Band:
+    spans = [span(row) for row in tail + head < threshold_s]
+    return Band(threshold_s=threshold_s, low=[low for low, _ in spans], high=[high for _, high in spans])
+
+
+@np.errstate(invalid="ignore")
+def tail_tables(levels: Levels, band: Band, head_s: Floats) -> Tails:
+    """The least R, M and W of every tail that can become a step below the band's threshold; ``head_s`` (L + 1, D + 1)
+    or (S + 1, L + 1, D + 1) is the least sum of t + c of the head that is missing."""
+    S, L, D, B = levels.num_stages, levels.num_blocks, levels.num_devices, levels.num_microbatches
+    trip, finish, total = (np.full((S + 1, L + 1, D + 1), np.inf) for _ in range(3))
+    for table in (trip, finish, total):
+        table[0, L, 0] = 0.0
+    missing = head_s[: S + 1] if head_s.ndim == 3 else head_s
+    allowed = np.broadcast_to(band.threshold_s - missing, trip.shape)
+    place = np.arange(1, S + 1)[:, None, None]
+    for i in range(L - 1, -1, -1):
+        depth = min(S, L - i, band.high[i])
+        for k, size in enumerate(levels.sizes):
+            low, high = max(band.low[i], size), band.high[i]
+            first, end = span(B * levels.least_s[i, :, k] < band.threshold_s)
+            if low >= high or not end:
+                continue
+            forward = levels.forward_s[1 : depth + 1, i, first:end, k, None]
+            backward = levels.backward_s[1 : depth + 1, i, first:end, k, None]
+            step = levels.step_s[1 : depth + 1, i, first:end, k, None]
+            before = (slice(0, depth), slice(first, end), slice(low - size, high - size))
+            after = (slice(1, depth + 1), i, slice(low, high))
+            cut = levels.cut_s[k, first:end, low - size : high - size]
+            round_trip = trip[before] + cut
+            through = (forward + backward) + cut
+            own = own_s(levels.schedule, B, place[:depth], forward, backward, round_trip, levels.relaxed)
+            ended = np.maximum(own, through + finish[before])
+            ended[~(ended < allowed[after][:, None])] = np.inf  # not-a-number where an impossible time met a factor 0
+            stepped = ended + step
+            if levels.busy_s is not None:
+                stepped = np.maximum(stepped, levels.busy_s[1 : depth + 1, i, first:end, k, None])
+            whole = np.maximum(stepped, forward + total[before])
+            passed = np.where(np.isfinite(ended), round_trip + (forward + backward), np.inf)
+            np.minimum(trip[after], passed.min(axis=1), out=trip[after])
+            np.minimum(finish[after], ended.min(axis=1), out=finish[after])
+            np.minimum(total[after], whole.min(axis=1), out=total[after])
+    return Tails(trip_s=trip, finish_s=finish, total_s=total)
+
+
+@np.errstate(invalid="ignore")
+def head_tables(levels: Levels, band: Band, tails: Tails) -> Heads:
+    """The head tables within ``band``, for tails that ``tails`` bounds (made with at least this threshold)."""
+    S, L, D, B = levels.num_stages, levels.num_blocks, levels.num_devices, levels.num_microbatches
+    trip, down, worst = (np.full((S + 1, L + 1, D + 1), np.inf) for _ in range(3))
+    for table in (trip, down, worst):
+        table[:, 0, D] = 0.0
+    place = np.arange(1, S + 1)[:, None, None]
+    for i in range(1, L):
+        for k, size in enumerate(levels.sizes):
+            low, high = band.low[i], min(band.high[i], D + 1 - size)
+            first, end = span(B * levels.least_s[:, i, k] < band.threshold_s)
+            if low >= high or not end:
+                continue
+            # Stage number s + 1, blocks j..i-1, stands before a tail of s stages at (i, d).
+            depth = min(S - 1, L - i, high)
+            forward = levels.forward_s[2 : depth + 2, first:end, i, k, None]
+            backward = levels.backward_s[2 : depth + 2, first:end, i, k, None]
+            step = levels.step_s[2 : depth + 2, first:end, i, k, None]
+            before = (slice(2, depth + 2), slice(first, end), slice(low + size, high + size))
+            after = (slice(1, depth + 1), i, slice(low, high))
+            cut = levels.cut_s[k, i, low:high]
+            through = (forward + backward) + cut
+            way = tails.trip_s[after][:, None] + cut
+            own = own_s(levels.schedule, B, place[1 : depth + 1], forward, backward, way, levels.relaxed)
+            ended = np.maximum(own, through + tails.finish_s[after][:, None])
+            stepped = ended + step
+            if levels.busy_s is not None:
+                stepped = np.maximum(stepped, levels.busy_s[2 : depth + 2, first:end, i, k, None])
+            bound = np.maximum(np.maximum(trip[before] + ended, down[before] + stepped), worst[before])
+            possible = bound < band.threshold_s
+            if first == 0:  # the first stage's per-step time follows the last backward of all
+                through = through + np.where(np.arange(end)[:, None] == 0, step, 0.0)
+            for table, value in ((trip, trip[before] + through), (down, down[before] + forward), (worst, bound)):
+                np.minimum(table[after], np.where(possible, value, np.inf).min(axis=1), out=table[after])
+    return Heads(trip_s=trip, down_s=down, step_s=worst)

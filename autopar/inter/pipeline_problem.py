@@ -1,0 +1,125 @@
+"""What the outer search is asked and what it answers: the times of possible stages, and pipelines made of them."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopar.choice.problem import Status
+from autopar.core.errors import UsageError
+from autopar.inter.alpa_dp import Stage
+from autopar.inter.bound_tables import Levels, make_levels
+from autopar.inter.pipeline_bounds import max_in_flight
+from autopar.pipeline.schedule import Schedule
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StageTable:
+    """Seconds of every possible stage: each (L + 1, L + 1, K), [i, j, k] = blocks i..j-1 on submesh class k, per
+    micro-batch (``step_s``: once per step, exposed); ``numpy.inf`` where it does not fit or is not allowed.
+
+    With ``busy_s`` the times are *relaxed*: bounds over many ways to run the stage, each reached by another of them, of
+    the forward, of forward + backward, of the step, and (``busy_s``) of all micro-batches and the step together.
+    """
+
+    forward_s: Floats
+    backward_s: Floats
+    step_s: Floats
+    busy_s: Floats | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PipelineProblem:
+    """Cut ``num_blocks`` blocks into stages whose submeshes take up all of ``num_devices`` devices.
+
+    ``submesh_sizes[k]`` is the number of devices of class k (several classes may have one size);
+    ``stage_times(in_flight)`` the times of stages that hold the saved tensors of ``in_flight`` micro-batches, called
+    once for each value. ``cut_transfer_s`` (L + 1,) or (K, L + 1, D + 1), default 0, is the least time a micro-batch's
+    activation and gradient together take across the cut before block i (next to a stage of class k, with d devices
+    behind). Steps of ``upper_bound_s`` or longer are of no interest.
+    """
+
+    num_blocks: int
+    num_devices: int
+    num_microbatches: int
+    submesh_sizes: tuple[int, ...]
+    stage_times: Callable[[int], StageTable]
+    schedule: Schedule = "1f1b"
+    max_stages: int | None = None
+    upper_bound_s: float = math.inf
+    cut_transfer_s: Floats | None = None
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("1f1b", "gpipe"):
+            raise UsageError(f"the stage search knows the schedules 1f1b and gpipe, not {self.schedule!r}")
+        if min(self.num_blocks, self.num_devices, self.num_microbatches, *self.submesh_sizes) < 1:
+            raise UsageError(
+                f"a pipeline needs blocks, devices, micro-batches and submesh sizes of at least 1, not "
+                f"{self.num_blocks}, {self.num_devices}, {self.num_microbatches}, {self.submesh_sizes}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pipeline:
+    """Stages (first block, last block + 1, submesh class), first to last, and their evaluated step time."""
+
+    stages: tuple[Stage, ...]
+    step_time_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineResult:
+    """``status``: "optimal" = nothing is better than ``best`` by more than the tolerance; "feasible" = stopped by a
+    limit, or the times are relaxed and the bound of an evaluated pipeline is below its time; "infeasible" = no pipeline
+    is below the problem's upper bound by more than the tolerance; "failed" = a limit came before any pipeline. No
+    pipeline at all is below ``lower_bound_s``."""
+
+    best: Pipeline | None
+    lower_bound_s: float
+    status: Status
+    num_evaluated: int
+    seconds: float
+
+    @property
+    def gap(self) -> float:
+        """Relative distance of the best step time from the bound; infinite without a pipeline."""
+        if self.best is None:
+            return math.inf
+        return max(0.0, 1.0 - self.lower_bound_s / self.best.step_time_s) if self.best.step_time_s > 0 else 0.0
+
+
+def levels_of(problem: PipelineProblem) -> Levels | None:
+    """The problem's arrays; None where no number of its submeshes makes up all devices with a stage each."""
+    unit = math.gcd(*problem.submesh_sizes)
+    if problem.num_devices % unit:
+        return None
+    num_stages = min(problem.num_blocks, problem.num_devices // min(problem.submesh_sizes))
+    num_stages = num_stages if problem.max_stages is None else min(num_stages, problem.max_stages)
+    if num_stages < 1:
+        return None
+    held = [max_in_flight(problem.schedule, problem.num_microbatches, place) for place in range(1, num_stages + 1)]
+    tables = {count: problem.stage_times(count) for count in sorted(set(held))}
+    cut_s = np.zeros((len(problem.submesh_sizes), problem.num_blocks + 1, problem.num_devices // unit + 1))
+    if problem.cut_transfer_s is not None:
+        least = problem.cut_transfer_s
+        cut_s[:, 1:-1] = least[1:-1, None] if least.ndim == 1 else least[:, 1:-1, ::unit]
+    return make_levels(
+        schedule=problem.schedule,
+        num_microbatches=problem.num_microbatches,
+        sizes=tuple(size // unit for size in problem.submesh_sizes),
+        num_devices=problem.num_devices // unit,
+        cut_s=cut_s,
+        tables=[(tables[c].forward_s, tables[c].backward_s, tables[c].step_s) for c in held],
+        busy_s=busy_of([tables[c] for c in held]),
+    )
+
+
+def busy_of(tables: Sequence[StageTable]) -> list[Floats] | None:
+    """``busy_s`` of all tables; None when the times are exact."""
+    found = [table.busy_s for table in tables if table.busy_s is not None]
+    assert len(found) in (0, len(tables)), "either all stage tables are relaxed or none"
+    return found or None

@@ -1,0 +1,84 @@
+"""The best manual Megatron layout: every (tp, pp, vpp, dp, mbs, sp, recompute, zero 0/1) is priced, the fastest that
+fits wins."""
+
+import itertools
+import time
+
+from autopar.cluster.cluster import Cluster
+from autopar.core.comparison import Comparison
+from autopar.core.errors import LayoutError, PlanFileError
+from autopar.core.layout import Layout, parse_layout
+from autopar.core.plan import Plan
+from autopar.core.units import GIB
+from autopar.inter.even_partition import layers
+from autopar.inter.interleaved_search import NUM_CHUNKS
+from autopar.manual.layout_pricer import LayoutPricer, Priced, model_graph
+from autopar.workload.workload import Workload
+
+
+def compare_megatron(plan: Plan, workload: Workload, cluster: Cluster, layout_text: str | None = None) -> Comparison:
+    """Price one layout, or the whole grid without ``layout_text``, under the plan's model, cluster, batch and budget.
+
+    Raises PlanFileError when the model's graph is not the plan's, LayoutError for a layout that cannot run.
+    """
+    started = time.perf_counter()
+    pricer = LayoutPricer(
+        model_graph(workload, dtype=plan.execution.dtype),
+        cluster=cluster,
+        gpus=plan.gpus,
+        global_batch=plan.global_batch,
+        memory_gib=plan.estimate.budget_bytes / GIB,
+        optimizer=plan.execution.optimizer,
+    )
+    if pricer.graph.fingerprint != plan.model.graph_fingerprint:
+        raise PlanFileError("the model traces to another graph than the plan was made for; run `autopar plan` again")
+    priced = [pricer.price(parse_layout(layout_text))] if layout_text is not None else _grid(pricer, plan.global_batch)
+    fitting = [one for one in priced if one.fits]
+    pool = fitting or (priced if layout_text is not None else [])
+    best = min(pool, key=lambda one: one.step_time_s, default=None)
+    return Comparison(
+        plan=plan,
+        best=None if best is None else pricer.plan(best, time.perf_counter() - started),
+        num_layouts=len(priced),
+        num_fit=len(fitting),
+        layout="" if best is None else str(best.layout),
+    )
+
+
+def _grid(pricer: LayoutPricer, global_batch: int) -> list[Priced]:
+    found = []
+    num_layers = len(layers(pricer.blocks))
+    divisors = [n for n in range(1, pricer.gpus + 1) if pricer.gpus % n == 0]
+    for tp, pp in itertools.product(divisors, divisors):
+        dp = pricer.gpus // (tp * pp)
+        if pricer.gpus % (tp * pp) or global_batch % dp:
+            continue
+        samples = global_batch // dp
+        sizes = [mbs for mbs in (1, 2, 4, 8, 16, 32, 64) if samples % mbs == 0]
+        chunks = [v for v in NUM_CHUNKS if pp > 1 and num_layers % (pp * v) == 0]
+        for mbs, sp, recompute, zero, vpp in itertools.product(
+            sizes,
+            (False, True) if tp > 1 else (False,),
+            ("none", "selective", "full"),
+            (0, 1) if dp > 1 else (0,),
+            (1, *chunks),
+        ):
+            if vpp > 1 and samples // mbs % pp:
+                continue
+            layout = Layout(
+                tp=tp,
+                pp=pp,
+                dp=dp,
+                mbs=mbs,
+                gbs=global_batch,
+                sp=sp,
+                recompute=recompute,  # type: ignore[arg-type]
+                zero=zero,  # type: ignore[arg-type]
+                vpp=vpp,
+                schedule="interleaved" if vpp > 1 else "1f1b",
+            )
+            try:
+                found.append(pricer.price(layout))
+            except LayoutError:
+                continue  # no runtime can run it
+    return found

@@ -1,0 +1,236 @@
+"""Event simulation of a pipeline schedule: the time that decides between plans.
+
+Each rank runs its actions (`schedule`) one after the other. A forward of chunk c waits for chunk c - 1's forward of the
+same micro-batch plus its transfer, a backward for chunk c + 1's backward plus its transfer; transfers delay the arrival
+and do not occupy the rank:
+
+    end F(c, m) = f_c + max(end of the rank's action before, end F(c - 1, m) + sf_{c-1})
+    end B(c, m) = b_c + max(end of the rank's action before, end B(c + 1, m) + sb_{c+1})
+    step time   = max over ranks [end of the rank's last backward + sum of step_s of its chunks]
+
+All times of a chunk are the same for every micro-batch, which these exact forms use:
+
+* gpipe (`_finish_gpipe`): longest paths in closed form.
+* 1f1b (`_finish_1f1b`): put F(s, m) in slot 2m + s and B(s, m) in slot 2m + 2S - 1 - s. Every stage then does one
+  action a slot and needs only the slot before, so a slot is a max-plus linear map x -> A x of the S end times. While
+  all stages are busy two slots are always the same map, whose powers come by squaring.
+* interleaved (`_finish_interleaved`): rank r does F step n - r, then B step n - (v+1) S + 2 + r, in slot n; ranks form
+  a ring and need only the slot before.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopar.core.errors import UsageError
+from autopar.pipeline.schedule import Action, Schedule, actions, check_schedule, in_flight
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageTimes:
+    """Seconds of one stage (or chunk): per micro-batch, but ``step_s``, which is the exposed time once per step after
+    the stage's last backward (gradient reduction, optimizer). ``send_forward_s`` is the activation's transfer to the
+    next stage, ``send_backward_s`` the gradient's to the previous one."""
+
+    forward_s: float
+    backward_s: float
+    step_s: float = 0.0
+    send_forward_s: float = 0.0
+    send_backward_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Simulation:
+    """What a step of the schedule takes. ``finish_s`` is the end of each rank's last backward; ``bubble_fraction`` the
+    idle share of all device-seconds of the step (the exposed per-step time is work, not idle)."""
+
+    schedule: Schedule
+    stages: tuple[StageTimes, ...]
+    num_microbatches: int
+    num_chunks: int
+    step_time_s: float
+    bubble_fraction: float
+    finish_s: tuple[float, ...]
+
+    @property
+    def in_flight(self) -> tuple[int, ...]:
+        """The most micro-batches (chunks) whose saved tensors each rank holds, counted from its actions."""
+        return in_flight(self.schedule, len(self.finish_s), self.num_microbatches, self.num_chunks)
+
+    def timeline(self) -> list[tuple[int, Action, float, float]]:
+        """(rank, action, start_s, end_s) of every action, rank by rank in the order it runs."""
+        return _event_loop(self.schedule, self.stages, self.num_microbatches, self.num_chunks)
+
+
+def simulate(
+    schedule: Schedule,
+    stages: Sequence[StageTimes],
+    num_microbatches: int,
+    num_chunks: int = 1,
+    *,
+    num_devices: Sequence[int] | None = None,
+) -> Simulation:
+    """Simulate one step. ``stages`` are all S v chunks in model order; ``num_devices`` of each of the S ranks'
+    submeshes weighs the bubble (default: equal).
+
+    >>> even = [StageTimes(forward_s=1.0, backward_s=2.0)] * 4
+    >>> simulate("1f1b", even, 8).step_time_s      # (B + S - 1) (f + b)
+    33.0
+    """
+    num_ranks = len(stages) // num_chunks
+    check_schedule(schedule, num_ranks, num_microbatches, num_chunks)
+    if num_ranks * num_chunks != len(stages):
+        raise UsageError(f"{len(stages)} chunks cannot be dealt to ranks {num_chunks} at a time")
+    forward = np.array([stage.forward_s for stage in stages])
+    backward = np.array([stage.backward_s for stage in stages])
+    send_forward = np.array([stage.send_forward_s for stage in stages])
+    send_backward = np.array([stage.send_backward_s for stage in stages])
+    step = np.array([stage.step_s for stage in stages]).reshape(num_chunks, num_ranks).sum(axis=0)
+    if schedule == "gpipe":
+        finish = _finish_gpipe(forward, backward, send_forward, send_backward, num_microbatches)
+    elif schedule == "1f1b":
+        finish = _finish_1f1b(forward, backward, send_forward, send_backward, num_microbatches)
+    else:
+        finish = _finish_interleaved(forward, backward, send_forward, send_backward, num_microbatches, num_chunks)
+    step_time = float((finish + step).max())
+    devices = np.ones(num_ranks) if num_devices is None else np.asarray(num_devices, dtype=np.float64)
+    busy = num_microbatches * (forward + backward).reshape(num_chunks, num_ranks).sum(axis=0) + step
+    total = step_time * float(devices.sum())
+    return Simulation(
+        schedule=schedule,
+        stages=tuple(stages),
+        num_microbatches=num_microbatches,
+        num_chunks=num_chunks,
+        step_time_s=step_time,
+        bubble_fraction=max(0.0, 1.0 - float(devices @ busy) / total) if total > 0 else 0.0,
+        finish_s=tuple(finish.tolist()),
+    )
+
+
+def _finish_gpipe(forward: Floats, backward: Floats, send_forward: Floats, send_backward: Floats, B: int) -> Floats:
+    """The last forward ends after every stage once and the slowest B - 1 more times; the backwards likewise."""
+    last_forward = forward.sum() + send_forward[:-1].sum() + (B - 1) * forward.max()
+    # send_backward[s + 1] brings the gradient to stage s; sums and maxima run from the last stage to s.
+    arrive = np.append(send_backward[1:], 0.0)
+    back = np.cumsum((backward + arrive)[::-1])[::-1]
+    slowest = np.maximum.accumulate(backward[::-1])[::-1]
+    return np.asarray(last_forward + back + (B - 1) * slowest)
+
+
+def _finish_1f1b(forward: Floats, backward: Floats, send_forward: Floats, send_backward: Floats, B: int) -> Floats:
+    """End of each stage's last backward, by slots (module docstring); (S,) seconds."""
+    S = len(forward)
+    stage = np.arange(S)
+    num_slots = 2 * B + 2 * S - 2
+    first_steady, num_periods = 2 * S - 1, max(B - S, 0)
+    after_steady = first_steady + 2 * num_periods
+    slots = np.concatenate([np.arange(min(first_steady, num_slots)), np.arange(after_steady, num_slots)])
+    is_forward = (slots[:, None] - stage) % 2 == 0
+    microbatch = np.where(is_forward, slots[:, None] - stage, slots[:, None] - 2 * S + 1 + stage) // 2
+    runs = (microbatch >= 0) & (microbatch < B)
+    from_previous = np.concatenate([[-np.inf], send_forward[:-1]])
+    from_next = np.append(send_backward[1:], -np.inf)
+    busy = np.where(runs, np.where(is_forward, forward, backward), 0.0)
+    wait = np.where(runs, np.where(is_forward, from_previous, from_next), -np.inf)
+    source = np.where(is_forward, np.maximum(stage - 1, 0), np.minimum(stage + 1, S - 1))
+    end = np.zeros(S)
+    for index, slot in enumerate(slots.tolist()):
+        if slot == after_steady and num_periods:
+            end = _steady(forward, backward, from_previous, from_next, num_periods, end)
+        end = np.maximum(end, end[source[index]] + wait[index]) + busy[index]
+    return end
+
+
+def _steady(
+    forward: Floats, backward: Floats, from_previous: Floats, from_next: Floats, num_periods: int, end: Floats
+) -> Floats:
+    """``end`` after ``num_periods`` times (an odd slot, an even slot) in which every stage is busy."""
+    stage = np.arange(len(forward))
+
+    def slot(parity: int, ends: Floats) -> Floats:
+        """One slot on a column of end times, or on many columns at once."""
+        is_forward = (parity - stage) % 2 == 0
+        source = np.where(is_forward, np.maximum(stage - 1, 0), np.minimum(stage + 1, len(stage) - 1))
+        wait = np.where(is_forward, from_previous, from_next)[:, None]
+        return np.asarray(np.maximum(ends, ends[source] + wait) + np.where(is_forward, forward, backward)[:, None])
+
+    identity = np.where(np.eye(len(stage), dtype=np.bool_), 0.0, -np.inf)
+    power = slot(0, slot(1, identity))
+    left = num_periods
+    # Squaring costs S^3 and a step S^2, so stop doubling once as many steps as stages would be left.
+    while left > len(stage):
+        if left % 2:
+            end = (power + end).max(axis=1)
+        left //= 2
+        power = (power[:, :, None] + power[None, :, :]).max(axis=1)
+    for _ in range(left):
+        end = (power + end).max(axis=1)
+    return end
+
+
+def _finish_interleaved(
+    forward: Floats, backward: Floats, send_forward: Floats, send_backward: Floats, B: int, v: int
+) -> Floats:
+    """End of each rank's last backward, (S,) seconds; the arrays are (S v,), chunks in model order."""
+    S = len(forward) // v
+    forward, backward = forward.reshape(v, S), backward.reshape(v, S)
+    num_steps, shift = v * B, (v + 1) * S - 2
+    rank = np.arange(S)
+    slots = np.arange(num_steps + shift)[:, None]
+    # What arrives at local chunk l of rank r comes from chunk l S + r - 1 (forward) or l S + r + 1 (backward).
+    from_previous = np.concatenate([[-np.inf], send_forward[:-1]]).reshape(v, S)
+    from_next = np.append(send_backward[1:], -np.inf).reshape(v, S)
+    step_f, step_b = slots - rank, slots - shift + rank
+    runs_f, runs_b = (step_f >= 0) & (step_f < num_steps), (step_b >= 0) & (step_b < num_steps)
+    local_f, local_b = (step_f // S) % v, v - 1 - (step_b // S) % v
+    busy_f = np.where(runs_f, forward[local_f, rank], 0.0)
+    busy_b = np.where(runs_b, backward[local_b, rank], 0.0)
+    wait_f = np.where(runs_f, from_previous[local_f, rank], -np.inf)
+    wait_b = np.where(runs_b, from_next[local_b, rank], -np.inf)
+    before, after = np.roll(rank, 1), np.roll(rank, -1)
+    end_f, end_b = np.zeros(S), np.zeros(S)
+    for n in range(len(slots)):
+        arrived = np.maximum(end_f[before] + wait_f[n], end_f)
+        next_f = np.where(runs_f[n], np.maximum(arrived, end_b) + busy_f[n], end_f)
+        arrived = np.maximum(end_b[after] + wait_b[n], end_b)
+        end_b = np.where(runs_b[n], np.maximum(arrived, next_f) + busy_b[n], end_b)
+        end_f = next_f
+    return end_b
+
+
+def _event_loop(
+    schedule: Schedule, stages: Sequence[StageTimes], num_microbatches: int, num_chunks: int
+) -> list[tuple[int, Action, float, float]]:
+    """Every action's start and end, by running each rank's list as far as its inputs have arrived."""
+    num_ranks = len(stages) // num_chunks
+    orders = actions(schedule, num_ranks, num_microbatches, num_chunks)
+    arrived: dict[Action, float] = {Action("F", 0, m): 0.0 for m in range(num_microbatches)}
+    done: list[list[tuple[int, Action, float, float]]] = [[] for _ in orders]
+    ready, num_left = list(range(num_ranks)), sum(map(len, orders))
+    while ready:
+        rank = ready.pop()
+        time_s = done[rank][-1][3] if done[rank] else 0.0
+        while len(done[rank]) < len(orders[rank]):
+            action = orders[rank][len(done[rank])]
+            if action not in arrived:
+                break
+            stage, number = action.stage, action.microbatch
+            start_s = max(time_s, arrived[action])
+            if action.kind == "F":
+                time_s = start_s + stages[stage].forward_s
+                following = Action("F", stage + 1, number) if stage + 1 < len(stages) else Action("B", stage, number)
+                delay_s = stages[stage].send_forward_s if stage + 1 < len(stages) else 0.0
+            else:
+                time_s = start_s + stages[stage].backward_s
+                following, delay_s = Action("B", stage - 1, number), stages[stage].send_backward_s
+            done[rank].append((rank, action, start_s, time_s))
+            arrived[following] = time_s + delay_s
+            num_left -= 1
+            if following.stage >= 0 and following.stage % num_ranks != rank:
+                ready.append(following.stage % num_ranks)
+    assert num_left == 0, f"{schedule} deadlocks with {num_left} actions left"
+    return [event for events in done for event in events]

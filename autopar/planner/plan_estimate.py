@@ -1,0 +1,155 @@
+"""What a plan comes to: the estimate, and where the time of its slowest stage goes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from autopar.cluster.cluster import Cluster
+from autopar.cluster.uncertainty import load_uncertainty
+from autopar.core.plan import Estimate, StagePlan, TimeParts, device_memory
+from autopar.graph.flops import model_flops
+from autopar.graph.ir import Graph, GraphProfile
+from autopar.inter.block_choice import Use
+from autopar.inter.stage_costs import StageBook
+from autopar.intra import block_totals as tt
+from autopar.intra import op_metrics as om
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """Seconds of a stage: per micro-batch by what computes (recompute included), ``launch_s`` by which the host takes
+    longer to launch than the device to compute, ``activations_s`` in collectives on activations; once per step in
+    reductions, hidden or not, and in the rest."""
+
+    matmul_s: float = 0.0
+    attention_s: float = 0.0
+    memory_bound_s: float = 0.0
+    launch_s: float = 0.0
+    activations_s: float = 0.0
+    reduction_s: float = 0.0
+    optimizer_s: float = 0.0
+
+
+def time_parts(uses: Sequence[Use]) -> Parts:
+    """The parts of a stage, from the tables that the search read."""
+    kinds = dict.fromkeys(("matmul", "attention", "memory"), 0.0)
+    launch = activations = reduction = optimizer = 0.0
+    for use in uses:
+        tables, mode = use.points.tables, use.points.rows[use.row].mode
+        full, selective = float(mode == "full"), float(mode == "selective")
+        computing = 0.0
+        for at, node in enumerate(tables.space.ops):
+            row = tables.node_metrics[2 + at][use.strategy(at)]
+            forward_s = row[om.FORWARD] + (1.0 + selective) * row[om.CORE_FORWARD]
+            seconds = float(forward_s + full * row[om.AGAIN] + row[om.BACKWARD])
+            kinds[node.rule.compute if node.rule.compute in kinds else "memory"] += seconds
+            computing += seconds
+        for (source, target, forward, backward), moved, chosen in zip(
+            tables.edges, tables.moved_again, tables.moved_selectively, strict=True
+        ):
+            pair = tuple(int(use.points.choices[node, use.row, use.boundary]) for node in (source, target))
+            times = 1.0 + full * moved + selective * chosen
+            activations += float(times * forward[pair] + backward[pair])
+        host = tables.host_s[0] + tables.host_s[2] + selective * tables.host_s[1] + full * tables.host_s[3]
+        launch += host if tables.blocking else max(host - computing, 0.0)
+        reduction += float(use.totals[tt.STEP])
+        optimizer += float(use.totals[tt.STEP_EXPOSED])
+    return Parts(
+        matmul_s=kinds["matmul"],
+        attention_s=kinds["attention"],
+        memory_bound_s=kinds["memory"],
+        launch_s=launch,
+        activations_s=activations,
+        reduction_s=reduction,
+        optimizer_s=optimizer,
+    )
+
+
+def alike_on_all_ranks(
+    uses: Sequence[Use], profile: GraphProfile, names: Sequence[str]
+) -> dict[str, tuple[float, bool]]:
+    """Inner axis of a stage (``names``, in order) -> the share of the forward FLOPs that all its ranks compute alike,
+    and whether attention is among them; axes that share out all work are left out."""
+    found: dict[str, tuple[float, bool]] = {}
+    for axis, name in enumerate(names):
+        whole = alike = 0.0
+        attention = False
+        for use in uses:
+            for at, node in enumerate(use.points.tables.space.ops):
+                flops = float(profile.ops[node.op.id].forward_flops)
+                whole += flops
+                if flops and not use.points.tables.strategies[at][use.strategy(at)][axis].sharded:
+                    alike += flops
+                    attention = attention or node.rule.compute == "attention"
+        if alike:
+            found[name] = (alike / whole, attention)
+    return found
+
+
+def summarise(
+    *,
+    book: StageBook,
+    cluster: Cluster,
+    gpus: int,
+    global_batch: int,
+    budget_bytes: int,
+    stages: Sequence[StagePlan],
+    step_time_s: float,
+    bubble_fraction: float,
+    parts: Parts,
+) -> Estimate:
+    """The estimate of a plan; ``parts`` are those of its slowest stage."""
+    graph = book.blocks.graph
+    count = book.num_microbatches
+    model = model_flops(graph, global_batch, book.blocks.profile.ops)
+    flops = model.total
+    tokens = _tokens_per_sample(graph)
+    exposed = count * parts.activations_s + max(0.0, parts.reduction_s - max(stage.backward_s for stage in stages))
+    runs: dict[int, list[StagePlan]] = {}
+    for stage in stages:
+        runs.setdefault(stage.first_device, []).append(stage)
+    memory = [device_memory(tuple(run)) for run in runs.values()]
+    peak = max(one.total for one in memory)
+    uncertainty = load_uncertainty()
+    nodes = -(-gpus // cluster.devices_per_node)
+    low, high = uncertainty.step_time_factors(cluster.device.name, nodes, book.blocks.execution.attn)
+    return Estimate(
+        step_time_s=step_time_s,
+        step_time_low_s=low * step_time_s,
+        step_time_high_s=high * step_time_s,
+        memory_low_bytes=round(uncertainty.memory_low * peak),
+        memory_high_bytes=round(uncertainty.memory_high * peak),
+        tokens_per_s=tokens * global_batch / step_time_s,
+        samples_per_s=global_batch / step_time_s,
+        mfu=flops / (step_time_s * gpus * cluster.device.peak(book.blocks.execution.dtype)),
+        flops_per_step=flops,
+        flops_by_kind=dict(model.by_arithmetic),
+        peak_memory_bytes=peak,
+        peak_tensor_bytes=max(one.tensor_bytes for one in memory),
+        budget_bytes=budget_bytes,
+        fits=peak <= budget_bytes,
+        bubble_fraction=bubble_fraction,
+        exposed_communication_s=exposed,
+        time=TimeParts(
+            matmul_s=count * parts.matmul_s,
+            attention_s=count * parts.attention_s,
+            memory_bound_s=count * parts.memory_bound_s,
+            launch_s=count * parts.launch_s,
+            communication_s={"activations": count * parts.activations_s, "gradients": parts.reduction_s},
+            exposed_communication_s=exposed,
+            optimizer_s=parts.optimizer_s,
+            transfers_s=sum(stage.send_forward_s + stage.send_backward_s for stage in stages),
+        ),
+        collectives=(),
+    )
+
+
+def _tokens_per_sample(graph: Graph) -> float:
+    """Integers a sample's largest integer input holds (its sequence length), 1 for models without one."""
+    sizes = [
+        int(np.prod(value.shape)) / graph.batch.traced
+        for value in (graph.values[v] for v in graph.inputs)
+        if value.dtype == "int64" and len(value.shape) == 2 and graph.batch.grows(value.shape[0])
+    ]
+    return max(sizes, default=1.0)

@@ -1,0 +1,83 @@
+"""How much of a plan's slowest stage stands on measured tables: its terms counted, and their seconds, by tag.
+
+terms      an op's forward and backward in a block, a collective, a transfer, a block's optimizer step
+seconds    per step on a device of the stage, hidden or not; recompute is in the backward that runs it
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from autopar.cluster.cluster import Cluster
+from autopar.core.plan import Plan
+from autopar.cost.provenance_tags import TAGS, Tag, collective_tag, op_tags
+from autopar.graph.ir import GraphProfile
+from autopar.inter.block_choice import Use
+from autopar.inter.block_pricer import Blocks
+from autopar.intra import block_totals as tt
+from autopar.intra import op_metrics as om
+
+
+def with_provenance(plan: Plan, stage: int, uses: Sequence[Use], blocks: Blocks, cluster: Cluster) -> Plan:
+    """``plan`` with the tags of its stage number ``stage``, whose blocks are ``uses``."""
+    counts: dict[str, int] = dict.fromkeys(TAGS, 0)
+    seconds: dict[str, float] = dict.fromkeys(TAGS, 0.0)
+
+    def add(tag: Tag, time_s: float, count: int = 1) -> None:
+        if time_s > 0:
+            counts[tag] += count
+            seconds[tag] += time_s
+
+    kinds: dict[tuple[object, ...], list[tuple[Tag, float]]] = {}
+    for use in uses:
+        key = (use.column, use.ref, use.boundary, use.mesh)
+        if key not in kinds:
+            kinds[key] = _block_terms(use, blocks, blocks.profile, cluster)
+        for tag, time_s in kinds[key]:
+            add(tag, plan.microbatches * time_s)
+        add("modelled", float(use.totals[tt.STEP_EXPOSED]))
+    found = plan.stages[stage]
+    names, sizes = [axis.name for axis in found.axes], tuple(axis.size for axis in found.axes)
+    for one in plan.estimate.collectives:
+        if one.stage == stage and one.axes:
+            axes = tuple(names.index(axis) for axis in one.axes)
+            group = cluster.axis_group(found.num_devices, sizes, axes, found.first_device)
+            kind = "all_gather" if one.kind == "ring" else one.kind
+            each_s = float(cluster.collective_s(kind, one.num_bytes, group))
+            times = one.count * (plan.microbatches if one.per == "microbatch" else 1)
+            add(collective_tag(cluster, one.kind, one.num_bytes, group), times * each_s, one.count)
+    for sent_s in (found.send_forward_s, found.send_backward_s):
+        add("modelled", plan.microbatches * sent_s)
+    estimate = msgspec.structs.replace(plan.estimate, provenance=counts, provenance_s=seconds)
+    return msgspec.structs.replace(plan, estimate=estimate)
+
+
+def _block_terms(use: Use, blocks: Blocks, profile: GraphProfile, cluster: Cluster) -> list[tuple[Tag, float]]:
+    """(tag, seconds per micro-batch) of every op's forward and backward."""
+    tables, mode = use.points.tables, use.points.rows[use.row].mode
+    again, core_again = float(mode == "full"), float(mode == "selective")
+    terms = []
+    for at, node in enumerate(tables.space.ops):
+        strategy = use.strategy(at)
+        row = tables.node_metrics[2 + at][strategy]
+        tags = op_tags(
+            blocks.graph,
+            node.op,
+            node.rule,
+            profile.ops[node.op.id],
+            tables.local_batch * tables.data,
+            om.degrees_of(
+                node,
+                (tables.strategies[at][strategy],),
+                use.mesh.inner,
+                tables.space.data_axis.options[at],
+                tables.data,
+            ),
+            cluster.device,
+            blocks.execution,
+        )
+        inside = tables.inside_s[at][strategy]  # exchanges, which the plan's collectives hold
+        forward_s = float(row[om.FORWARD] + row[om.CORE_FORWARD] - inside[0])
+        redone_s = again * max(float(row[om.AGAIN] - inside[0]), 0.0) + core_again * float(row[om.CORE_FORWARD])
+        terms += list(zip(tags, (forward_s, float(row[om.BACKWARD] - inside[1]) + redone_s), strict=True))
+    return terms

@@ -1,0 +1,284 @@
+"""`plan`: from a workload to the best plan found, over micro-batch sizes, stages, meshes and everything inside them."""
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+
+from autopar.cluster.cluster import Cluster
+from autopar.cluster.cost_tables import load_cluster
+from autopar.core.dtypes import long_dtype
+from autopar.core.errors import InfeasibleError, TimeLimitError, UsageError
+from autopar.core.pin import unmet
+from autopar.core.plan import Plan
+from autopar.core.units import GIB
+from autopar.cost.execution_model import ExecutionModel
+from autopar.graph.split_into_blocks import cut_blocks, order_for_blocks
+from autopar.graph.trace import trace
+from autopar.inter.block_pins import BlockPins
+from autopar.inter.block_pricer import Blocks
+from autopar.inter.micro_batch_search import Best
+from autopar.inter.parallel_search import NUM_LANES, Lanes, Size
+from autopar.inter.pipeline_candidate import Arrangement
+from autopar.inter.stage_costs import MAX_STAGES, StageBook
+from autopar.pipeline.schedule import Schedule
+from autopar.planner.build_plan import Found, build_plan
+from autopar.planner.infeasible_message import why_none_fits
+from autopar.workload.workload import Workload
+
+Progress = Callable[[str, str, float | None, float | None], None]
+NUM_GUESSES = 4
+"""Pipelines, of all micro-batch sizes together, that are simulated before anything is searched."""
+SCHEDULES: dict[str, tuple[Schedule, ...]] = {
+    "auto": ("1f1b", "interleaved"),  # gpipe is 1f1b with more held
+    "1f1b": ("1f1b",),
+    "gpipe": ("gpipe",),
+    "interleaved": ("interleaved",),
+}
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """A search leaves no cycles worth collecting, but looking for them among all of torch's objects takes a tenth of
+    its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_without_garbage_collection()
+def plan(
+    workload: Workload,
+    *,
+    cluster: Cluster | str = "dgx-h100",
+    gpus: int,
+    global_batch: int | None = None,
+    micro_batch: int | None = None,
+    dtype: str | None = None,
+    memory_gib: float | None = None,
+    optimizer: str = "adamw",
+    pins: tuple[tuple[str, str], ...] = (),
+    recompute: str = "auto",
+    schedule: str = "auto",
+    time_limit_s: float | None = None,
+    progress: Progress | None = None,
+    processes: int = 2,
+) -> Plan:
+    """The fastest plan that fits. Raises InfeasibleError (no plan fits), UsageError, ModelError, TimeLimitError.
+
+    ``micro_batch`` counts samples over all ranks of a stage; times are seconds, ``memory_gib`` GiB per device.
+    ``pins`` (glob over parameters, placements over a mesh's axes) are kept to and the rest is searched. A long search
+    uses two ``processes``, where it may run on two cores; the plan is the same with one.
+    """
+    started = time.perf_counter()
+    say = progress or (lambda stage, detail, best_s, gap: None)
+    if schedule not in SCHEDULES:
+        raise UsageError(f"unknown schedule {schedule!r}; it is one of {', '.join(SCHEDULES)}")
+    machine = load_cluster(cluster)
+    batch = global_batch or workload.global_batch
+    if batch is None:
+        raise UsageError("no global batch: give --global-batch or set GLOBAL_BATCH in the model file")
+    long = long_dtype(dtype or machine.device.default_dtype)
+    machine.device.peak(long)
+    graph = order_for_blocks(trace(workload, dtype=long).graph)
+    blocks = cut_blocks(graph)
+    pinned = BlockPins(graph, blocks, pins)
+    say("model", f"{len(graph.ops)} ops, {len(blocks)} blocks", None, None)
+    budget = memory_gib * GIB if memory_gib is not None else float(machine.device.memory_bytes)
+    sizes = submesh_sizes(gpus, machine.devices_per_node)
+    books: list[StageBook] = []
+    for accumulate in (True, False):
+        execution = ExecutionModel(
+            dtype=long,
+            optimizer=optimizer,  # type: ignore[arg-type]
+            fp32_grads=accumulate,
+            accumulate=accumulate,
+        )
+        shared = Blocks(graph, blocks, machine, execution, pins=pinned)
+        for size in [micro_batch] if micro_batch else micro_batches(batch):
+            if batch % size == 0 and (batch // size > 1) == accumulate:
+                modes = ("none", "selective", "full") if recompute == "auto" else (recompute,)
+                straight: Schedule = "gpipe" if schedule == "gpipe" else "1f1b"
+                book = StageBook(shared, size, batch // size, budget, modes, gpus, schedule=straight)
+                if any(book.meshes(submesh) for submesh in sizes):
+                    books.append(book)
+    deadline_s = started + time_limit_s if time_limit_s is not None else math.inf
+    outcome = _Outcome(say=say, num_books=len(books))
+    middle = _middle(books)
+    with closing(
+        Lanes(
+            sorted(books, key=lambda book: _apart(book, middle)),
+            sizes,
+            SCHEDULES[schedule],
+            deadline_s,
+            processes=processes,
+            opened=outcome.opened,
+            lost=outcome.lost,
+        )
+    ) as lanes:
+        outcome.search(lanes, deadline_s)
+    if not outcome.found:
+        if time.perf_counter() > deadline_s:
+            raise TimeLimitError(f"no plan within {time_limit_s} s; raise --time-limit")
+        if schedule == "interleaved":
+            raise InfeasibleError(
+                f"no interleaved pipeline fits {budget / GIB:.2f} GiB per device on {gpus} GPUs: it needs stages of "
+                f"equally many devices, two chunks of the {len(blocks)} blocks for each, and micro-batches that are a "
+                "multiple of the stages; use --schedule auto, more --memory, or another --micro-batch"
+            )
+        raise InfeasibleError(why_none_fits(books, sizes, budget, gpus, pinned=bool(pins)))
+    made = _emitted(outcome, workload, machine, batch, int(budget), started)
+    if faults := unmet(made, pinned.pins):
+        raise UsageError("no plan keeps to these pins: " + "; ".join(faults))
+    return made
+
+
+@dataclass(slots=True, kw_only=True)
+class _Outcome:
+    """What the searches of all micro-batch sizes found, and a bound on what they left open."""
+
+    say: Progress
+    num_books: int
+    num_open: int = 0
+    found: list[Best] = field(default_factory=list)
+    bound_s: float = math.inf
+
+    @property
+    def ranked(self) -> list[Best]:
+        """All that was found, the fastest first."""
+        return sorted(self.found, key=lambda best: best.step_time_s)
+
+    @property
+    def best_s(self) -> float:
+        """The fastest step; inf while there is none."""
+        return min((best.step_time_s for best in self.found), default=math.inf)
+
+    def opened(self, book: StageBook) -> None:
+        """A size is open."""
+        self.num_open += 1
+        self.say("tables", f"micro-batch {book.micro_batch}, {self.num_open} of {self.num_books}", None, None)
+
+    def lost(self, code: int) -> None:
+        """The second process ended early."""
+        self.say("search", f"the second process ended (exit code {code}), doing its part again", None, None)
+
+    def search(self, lanes: Lanes, deadline_s: float) -> None:
+        """Search all micro-batch sizes, the ones first whose even pipelines take least; past the deadline none is begun
+        if there is a plan, and of sizes without a table nothing is known."""
+        opened = lanes.open()
+        if len(opened) < self.num_books:
+            self.bound_s = 0.0
+        pending = [size for size in opened if math.isfinite(size.free_bound_s)]
+        pending.sort(key=lambda size: (min(size.guesses_s, default=math.inf), size.free_bound_s))
+        count = len(pending)
+        guesses = [(seconds, size, at) for size in pending for at, seconds in enumerate(size.guesses_s)]
+        guesses.sort(key=lambda guess: guess[0])
+        self.found += lanes.simulate([(size, at) for _, size, at in guesses[:NUM_GUESSES]])
+        while pending:
+            known_s = self.best_s
+            if math.isfinite(known_s) and time.perf_counter() > deadline_s:
+                self.bound_s = min(self.bound_s, *(size.free_bound_s for size in pending))
+                return
+            beaten = [size for size in pending if size.free_bound_s >= known_s]
+            pending = [size for size in pending if size.free_bound_s < known_s]
+            chosen = [next((size for size in pending if size.lane == lane), None) for lane in range(NUM_LANES)]
+            searched = [size for size in chosen if size is not None]
+            if searched:
+                bound_s, found = lanes.run(searched, known_s)
+                self.bound_s = min(self.bound_s, bound_s)
+                self.found += found
+            pending = [size for size in pending if size not in searched]
+            self._report([*searched, *beaten], pending, count)
+
+    def _report(self, done: list[Size], pending: list[Size], count: int) -> None:
+        best_s = self.best_s if self.found else None
+        open_s = min([self.bound_s, *(size.free_bound_s for size in pending)])
+        gap = None if best_s is None else max(0.0, 1 - open_s / best_s)
+        names = " and ".join(str(size.micro_batch) for size in done)
+        self.say("search", f"micro-batch {names}, {count - len(pending)} of {count}", best_s, gap)
+
+
+def _emitted(
+    outcome: _Outcome, workload: Workload, cluster: Cluster, batch: int, budget_bytes: int, started: float
+) -> Plan:
+    """The plan of the best pipeline, its stages mixed anew."""
+    ranked = outcome.ranked
+    best = ranked[0].arrangement
+    runs = best.finished()
+    assert runs is not None, "the best pipeline was simulated"
+    runs = best.mixed(runs)
+    return build_plan(
+        Found(
+            workload=workload,
+            cluster=cluster,
+            book=best.book,
+            stages=best.stages,
+            runs=runs,
+            held=best.held(),
+            schedule=best.schedule,
+            num_chunks=best.num_chunks,
+            first_devices=best.first_devices(),
+            gpus=best.book.gpus,
+            global_batch=batch,
+            budget_bytes=budget_bytes,
+            lower_bound_s=min(outcome.bound_s, ranked[0].step_time_s),
+            seconds=time.perf_counter() - started,
+            runner_up=_runner_up(ranked),
+            times=best.times(runs),
+        )
+    )
+
+
+def submesh_sizes(gpus: int, per_node: int) -> tuple[int, ...]:
+    """Divisors of a node, whole nodes, and all GPUs: the device counts of a stage. Within one node divisors of the GPUs
+    do, too; of several, they would lie across two nodes and be priced as if they did not.
+
+    >>> submesh_sizes(24, 8), submesh_sizes(6, 8)
+    ((1, 2, 4, 8, 16, 24), (1, 2, 3, 4, 6))
+    """
+    inside = gpus if gpus <= per_node else per_node
+    sizes = {size for size in range(1, min(per_node, gpus) + 1) if per_node % size == 0 or inside % size == 0}
+    nodes = gpus // per_node
+    sizes |= {per_node * count for count in range(1, nodes + 1) if nodes % count == 0 or count & (count - 1) == 0}
+    return tuple(sorted(size for size in sizes | {gpus} if 4 * MAX_STAGES * size >= gpus))
+
+
+def micro_batches(global_batch: int) -> list[int]:
+    """Divisors of the global batch, all powers of two times one of its small odd divisors."""
+    return [size for size in range(1, global_batch + 1) if global_batch % size == 0]
+
+
+def _middle(books: Sequence[StageBook]) -> float:
+    """The geometric mean of micro-batch sizes."""
+    return math.exp(sum(math.log(book.micro_batch) for book in books) / max(len(books), 1))
+
+
+def _apart(book: StageBook, micro_batch: float) -> float:
+    """How far two micro-batch sizes are apart, by their ratio."""
+    return abs(math.log(book.micro_batch / micro_batch))
+
+
+def _runner_up(ranked: list[Best]) -> str | None:
+    """The fastest pipeline found of another micro-batch size, or of other numbers of stages or chunks, than the
+    first."""
+    best = ranked[0]
+    second = next((one for one in ranked if _kind(one.arrangement) != _kind(best.arrangement)), None)
+    if second is None:
+        return None
+    micro_batch, stages, chunks = _kind(second.arrangement)
+    return (
+        f"micro-batch {micro_batch} on {stages} stage{'s' if stages > 1 else ''}"
+        f"{f', {chunks} chunks each' if chunks > 1 else ''}: "
+        f"{second.step_time_s:.4g} s, {second.step_time_s / best.step_time_s - 1:+.1%}"
+    )
+
+
+def _kind(arrangement: Arrangement) -> tuple[int, int, int]:
+    """Micro-batch size, runs of devices, chunks of each."""
+    return arrangement.book.micro_batch, arrangement.num_runs, arrangement.num_chunks

@@ -1,0 +1,50 @@
+"""The builder rules are made with: hands out labels, and finishes an ``OpRule``."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from autopar.graph.ir import Op, Value
+from autopar.rules.op_sharding_rule import NO_LABEL, LabelKind, OpRule
+
+
+class Labels:
+    """Hands out the labels of one rule, with their kinds."""
+
+    def __init__(self) -> None:
+        self.kinds: list[LabelKind] = []
+
+    def new(self, kind: LabelKind = "parallel") -> int:
+        """One label."""
+        self.kinds.append(kind)
+        return len(self.kinds) - 1
+
+    def dims(self, shape: Sequence[int], kind: LabelKind = "parallel") -> tuple[int, ...]:
+        """A label for every dim of a shape; dims of size one cannot be sharded."""
+        return tuple(self.new(kind) if size != 1 else NO_LABEL for size in shape)
+
+    def rule(self, inputs: Sequence[tuple[int, ...]], outputs: Sequence[tuple[int, ...]], **fields: Any) -> OpRule:
+        """The rule of these labels; fields as in ``OpRule``."""
+        return OpRule(inputs=tuple(inputs), outputs=tuple(outputs), kinds=tuple(self.kinds), **fields)
+
+
+def broadcast(shape: Sequence[int], onto: Sequence[int], labels: Sequence[int]) -> tuple[int, ...]:
+    """Labels of a tensor that broadcasts onto one of shape ``onto`` with ``labels``: aligned at the last dim.
+
+    >>> broadcast((4, 1), (2, 4, 8), (0, 1, 2))
+    (1, -1)
+    """
+    skipped = len(onto) - len(shape)
+    return tuple(
+        labels[skipped + dim] if skipped + dim >= 0 and size != 1 and size == onto[skipped + dim] else NO_LABEL
+        for dim, size in enumerate(shape)
+    )
+
+
+def replicated(op: Op, inputs: Sequence[Value], outputs: Sequence[Value], *, known: bool) -> OpRule:
+    """The last resort: nothing can be sharded."""
+    labels = Labels()
+    return labels.rule(
+        [labels.dims(value.shape, "whole") for value in inputs],
+        [labels.dims(value.shape, "whole") for value in outputs],
+        known=known,
+    )

@@ -1,0 +1,111 @@
+"""Initial weights of a model that was built on the meta device, one tensor at a time: it never stands whole anywhere.
+
+The model's own initialisation runs on meta tensors while its in-place writes are recorded; then each tensor's writes
+are replayed on a real one, of which a rank keeps its part. Random numbers are seeded by the tensor's name, so they
+depend on neither the plan nor the rank. A tensor that nothing wrote whole is an error, never zeros.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode  # private; tried on torch 2.13.0
+
+from autopar.core.errors import AutoparError, UsageError
+from autopar.workload.user_code import user_code, user_error
+from autopar.workload.workload import Workload
+
+_WAY_OUT = "initialise the model on the CPU and give that to apply, or write an init_weights(model) in the model file"
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Written:
+    """The writes into one tensor, in order: the op, the part it writes (size, strides, offset), its other arguments."""
+
+    name: str
+    tensor: Tensor
+    writes: list[tuple[Any, tuple[tuple[int, ...], tuple[int, ...], int], tuple[Any, ...], dict[str, Any]]] = field(
+        default_factory=list
+    )
+
+
+class DeferredInitialisation:
+    """Holds what the initialisation of a meta model does; ``tensor(name)`` does it for one parameter or buffer."""
+
+    def __init__(self, model: nn.Module, workload: Workload, seed: int) -> None:
+        self.seed = seed
+        tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        self._by_storage: dict[int, _Written] = {}
+        self._by_name: dict[str, _Written] = {}
+        for name, tensor in tensors:
+            written = self._by_storage.setdefault(_storage(tensor), _Written(name=name, tensor=tensor))
+            self._by_name[name] = written
+        try:
+            with (
+                user_code("initialising the weights raised", passes=(AutoparError, RuntimeError)),
+                _Recorder(self._by_storage),
+                torch.no_grad(),
+            ):
+                _initialise(model, workload)
+        except (RuntimeError, NotImplementedError) as error:
+            raise UsageError(
+                f"the weights cannot be initialised one by one: {user_error(error)}\n  {_WAY_OUT}"
+            ) from error
+
+    def tensor(self, name: str) -> Tensor:
+        """The whole initial tensor, made anew at each call; UsageError where the model leaves some of it unset."""
+        written = self._by_name[name]
+        whole = (tuple(written.tensor.shape), tuple(written.tensor.stride()), written.tensor.storage_offset())
+        if not any(part == whole for _, part, _, _ in written.writes):
+            raise UsageError(f"nothing initialises {name}: {_WAY_OUT}")
+        digest = hashlib.sha256(f"{self.seed} {written.name}".encode()).digest()
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(int.from_bytes(digest[:7], "little"))
+            real = torch.empty_strided(written.tensor.shape, written.tensor.stride(), dtype=written.tensor.dtype)
+            for func, (size, stride, offset), args, kwargs in written.writes:
+                func(real.as_strided(size, stride, offset), *args, **kwargs)
+        return real
+
+
+def _initialise(model: nn.Module, workload: Workload) -> None:
+    """The model file's own way, else Hugging Face's, else ``reset_parameters`` of every module."""
+    if workload.init_weights is not None:
+        workload.init_weights(model)
+        return
+    of_library: Callable[[], Any] | None = getattr(model, "initialize_weights", None)
+    if of_library is not None:
+        of_library()
+        return
+    for module in model.modules():
+        reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+        if reset is not None:
+            reset()
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes every in-place op on a known tensor, or on a view of one, and runs it on meta."""
+
+    def __init__(self, known: dict[int, _Written]) -> None:
+        super().__init__()
+        self.known = known
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        schema_arguments = func._schema.arguments
+        first = schema_arguments[0] if schema_arguments else None
+        if first is not None and first.alias_info is not None and first.alias_info.is_write and args:
+            written = self.known.get(_storage(args[0])) if args[0].is_meta else None
+            if written is not None:
+                rest = args[1:]
+                if any(isinstance(each, Tensor) and each.is_meta for each in (*rest, *(kwargs or {}).values())):
+                    raise UsageError(f"the initial value of {written.name} is computed from other weights: {_WAY_OUT}")
+                part = (tuple(args[0].shape), tuple(args[0].stride()), args[0].storage_offset())
+                written.writes.append((func, part, rest, {k: v for k, v in (kwargs or {}).items() if k != "generator"}))
+                return args[0]
+        return func(*args, **(kwargs or {}))

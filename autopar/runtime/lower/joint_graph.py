@@ -1,0 +1,197 @@
+"""Lowers a stage: its forward and backward traced once into one graph of local ops, then cut in two.
+
+    joint(arguments, tangents) = stage.backward(stage.forward(arguments), tangents)
+
+The partition: the forward graph is what the outputs need. The backward needs what the gradients need, walking back
+until a forward node that is kept: every forward node is, except views, nodes whose block recomputes (the values that
+enter the block are kept), and gathered ZeRO-3 parameters. ``order`` says when each node of the two runs: a recomputed
+one right before its first reader, so one block at a time is computed again. Both graphs hold functional collectives by
+group name: each rank lowers its own.
+"""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functionalize
+from torch.fx import traceback
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.graph import _BoxedCodeGen  # private; tried on torch 2.13.0
+
+from autopar.runtime.lower.schedule_nodes import GATHER, SENDS, Pass, Take, arranged, is_start, is_view, marked
+from autopar.runtime.lower.stage_function import StageFunction
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Lowered:
+    """``run_forward(arguments)`` returns ``num_outputs`` outputs, then the tensors saved for ``run_backward``, which
+    takes the arguments ``kept_arguments``, those, and the tangents. It hands the gradients of parameters over as it
+    makes them and returns the others. Both empty the list they are given, so that a tensor lives until its last reader
+    has run."""
+
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    num_outputs: int
+    kept_arguments: tuple[int, ...]
+    hands_over: bool
+
+    def run_forward(self, arguments: list[Tensor]) -> list[Tensor]:
+        return list(self.forward.forward(arguments))
+
+    def run_backward(self, arguments: list[Any], take: Take) -> list[Tensor]:
+        if self.hands_over:
+            arguments.append(take)
+        return list(self.backward.forward(arguments))
+
+
+def lower(stage: StageFunction, shapes: Sequence[tuple[tuple[int, ...], torch.dtype]], device: torch.device) -> Lowered:
+    """Trace ``stage`` for arguments of these local shapes and dtypes; runs nothing and communicates nothing."""
+    num_arguments = len(shapes)
+
+    def joint(*inputs: Tensor) -> list[Tensor]:
+        leaves = stage.leaves(inputs[:num_arguments])
+        outputs = stage.forward(leaves)
+        gradients = stage.backward(leaves, outputs, inputs[num_arguments:])
+        return [*flat(outputs), *gradients]
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        arguments = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
+        outputs = stage.forward(stage.leaves(arguments))
+        tangents = [torch.empty_like(outputs.sent[at]) for at in stage.sent_with_gradient]
+        tangents += [torch.empty_like(outputs.loss)] if outputs.loss is not None else []
+        num_outputs = len(flat(outputs))
+        with traceback.preserve_node_meta():
+            graph = make_fx(joint)(*arguments, *tangents)
+            if any(_writes(node) for node in graph.graph.nodes):  # a write has no place among what others need
+                written = functionalize(fx.Interpreter(graph).run, remove="mutations")
+                graph = make_fx(written)(*arguments, *tangents)
+    del mode
+    assert not any(_writes(node) for node in graph.graph.nodes), "a node of the lowered graph writes in place"
+    _simplify(graph.graph)
+    for at, node in enumerate(node for node in graph.graph.nodes if is_start(node)):
+        node.meta["collective"] = at  # the same one on all ranks
+    graph.graph.eliminate_dead_code()
+    return partition(graph, num_arguments, num_outputs, stage.num_parameters)
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and schema.is_mutable
+
+
+def flat(outputs: Any) -> list[Tensor]:
+    """Sent activations, the loss, buffers."""
+    return [*outputs.sent, *([outputs.loss] if outputs.loss is not None else []), *outputs.buffers]
+
+
+def _simplify(graph: fx.Graph) -> None:
+    """Without views that change nothing where no autograd runs: ``detach``, and a transpose of a transpose."""
+    aten = torch.ops.aten
+    for node in list(graph.nodes):
+        source = node.args[0] if node.op == "call_function" and node.args else None
+        if not isinstance(source, fx.Node):
+            continue
+        if node.target is aten.detach.default:
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+        elif node.target is aten.t.default and source.target is aten.t.default:
+            node.replace_all_uses_with(source.args[0])
+            graph.erase_node(node)
+
+
+def partition(module: fx.GraphModule, num_arguments: int, num_outputs: int, num_parameters: int) -> Lowered:
+    """Cut a joint graph whose first ``num_outputs`` results are the forward's and the others gradients, of which the
+    first ``num_parameters`` are handed over."""
+    graph = module.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    results = list(next(reversed(graph.nodes)).args[0])
+    forward = _ancestors(node for node in results[:num_outputs] if isinstance(node, fx.Node))
+    arguments = {node: at for at, node in enumerate(placeholders[:num_arguments])}
+    saved: dict[fx.Node, None] = {}
+    wanted: set[fx.Node] = set()
+    stack = [node for node in results[num_outputs:] if isinstance(node, fx.Node)]
+    while stack:
+        node = stack.pop()
+        if node in wanted or node in saved:
+            continue
+        if node.target is operator.getitem and node.args[0] in forward:
+            forward.add(node)
+        if node.op == "placeholder" or (node in forward and not _is_recomputed(node, forward)):
+            saved[node] = None
+            continue
+        wanted.add(node)
+        stack.extend(node.all_input_nodes)
+    order = {node: at for at, node in enumerate(graph.nodes)}
+    kept = sorted((node for node in saved if node in arguments), key=order.__getitem__)
+    held = sorted((node for node in saved if node.op != "placeholder"), key=order.__getitem__)
+    ahead = Pass(
+        inputs=list(arguments), results=[*results[:num_outputs], *held], gradients={}, again=(), backwards=False
+    )
+    gradients = results[num_outputs:]
+    back = Pass(
+        inputs=[*kept, *held, *placeholders[num_arguments:]],
+        results=gradients[num_parameters:],
+        gradients=dict(enumerate(gradients[:num_parameters])),
+        again=forward,
+        backwards=True,
+    )
+    return Lowered(
+        forward=_boxed(module, ahead),
+        backward=_boxed(module, back),
+        num_outputs=num_outputs,
+        kept_arguments=tuple(arguments[node] for node in kept),
+        hands_over=num_parameters > 0,
+    )
+
+
+def _boxed(module: fx.GraphModule, one: Pass) -> fx.GraphModule:
+    graph = arranged(module.graph, one)
+    graph.set_codegen(_BoxedCodeGen())
+    return fx.GraphModule(module, graph)
+
+
+def _ancestors(nodes: Any) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def _is_recomputed(node: fx.Node, forward: set[fx.Node]) -> bool:
+    """Whether the backward computes a forward node again rather than find it saved."""
+    if node.op == "get_attr":
+        return True
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return _is_recomputed(node.args[0], forward)
+    if is_view(node):
+        return True
+    block, recompute = marked(node)
+    if not recompute:
+        return False
+    return block == GATHER or not _leaves(node, block, forward)
+
+
+def _leaves(node: fx.Node, block: int, forward: set[fx.Node]) -> bool:
+    """Whether another block of the stage reads a node, or a view of all of it (views hold no memory of their own);
+    what brings it to another stage keeps nothing."""
+    for user in node.users:
+        reader = marked(user)[0]
+        if user not in forward or reader == SENDS:
+            continue
+        if reader != block or (_views_all(user, node) and _leaves(user, block, forward)):
+            return True
+    return False
+
+
+def _views_all(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a user is a view that shows every element; a slice counts as a copy whether or not it is one."""
+    sizes = [found.numel() for each in (user, node) if isinstance(found := each.meta.get("val"), Tensor)]
+    return is_view(user) and len(set(sizes)) == 1

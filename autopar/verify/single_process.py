@@ -1,0 +1,167 @@
+"""The user's own model in one process: what a plan's numbers are held against. It shares nothing with the runtime but
+the definition of its random numbers.
+
+In fp64 rounding does not hide a wrong term: ``Widened`` turns every floating dtype that the model's code names into it.
+``Redrawn`` gives the model's random calls the numbers that the graph's random ops draw, one after the other.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode  # private; tried on torch 2.13.0
+
+from autopar.core.errors import CheckError
+from autopar.graph.ir import Graph, Op
+from autopar.graph.random_ops import drop_probability, is_random
+from autopar.graph.torch_export import scalar_loss
+from autopar.runtime.lower.randomness import kept, normal, step_key, uniform
+from autopar.workload.workload import Workload
+
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)
+_CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
+
+
+_GROUPED = (torch._grouped_mm, F.grouped_mm)
+
+
+def _grouped_mm(
+    rows: Tensor, weights: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
+) -> Tensor:
+    """torch's product of (t, k) rows with (e, k, n) weights in groups that end at ``offs``, which has no fp64."""
+    if offs is None or rows.dim() != 2 or weights.dim() != 3 or bias is not None:
+        raise CheckError(
+            "grouped_mm is checked in fp64 only for (rows, k) x (experts, k, n) with offs and without bias"
+        )
+    starts = torch.cat((offs.new_zeros(1), offs[:-1])).tolist()
+    parts = [rows[start:end] @ weight for start, end, weight in zip(starts, offs.tolist(), weights, strict=True)]
+    return torch.cat([*parts, rows.new_zeros(len(rows) - int(offs[-1]), weights.shape[-1])])
+
+
+class Widened(TorchFunctionMode):
+    """Calls that name a floating dtype take fp64 instead."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _CASTS:
+            return args[0].double()
+        if func in _GROUPED:
+            return _grouped_mm(*args, **(kwargs or {}))
+        wide = [torch.float64 if each in _NARROW else each for each in args]
+        named = {name: torch.float64 if each in _NARROW else each for name, each in (kwargs or {}).items()}
+        return func(*wide, **named)
+
+
+class Redrawn(TorchDispatchMode):
+    """While entered, the k-th random call draws what ``ops[k]`` draws from ``key`` under any plan."""
+
+    def __init__(self, ops: Sequence[Op], key: Tensor) -> None:
+        super().__init__()
+        self.ops, self.key, self.num_drawn = tuple(ops), key, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.split("::")[1]
+        if name not in _DRAWS:
+            return func(*args, **(kwargs or {}))
+        self.num_drawn += 1
+        if self.num_drawn > len(self.ops):
+            raise CheckError(
+                f"the model drew random numbers by {func}, its graph holds only {len(self.ops)} random ops"
+            )
+        op = self.ops[self.num_drawn - 1]
+        sizes = tuple(args[0].shape if isinstance(args[0], Tensor) else args[0])
+        indices = [torch.arange(size) for size in sizes]
+        if name == "bernoulli_":
+            return args[0].copy_(kept(indices, sizes, drop_probability(op), self.key, op.id))
+        if name in ("randn", "randn_like"):
+            drawn = normal(indices, sizes, self.key, op.id)
+        else:
+            drawn = uniform(indices, sizes, self.key, op.id)
+        if name == "bernoulli":
+            return (drawn < args[0]).to(args[0].dtype)
+        return drawn.to((kwargs or {}).get("dtype") or (args[0].dtype if isinstance(args[0], Tensor) else drawn.dtype))
+
+
+_DRAWS = frozenset(("bernoulli_", "bernoulli", "rand", "rand_like", "randn", "randn_like"))  # dropouts: bernoulli_
+
+
+def real_model(workload: Workload, seed: int) -> nn.Module:
+    """The model on the CPU in fp64 and training mode, initialised by ``init_weights``, else by its own constructors."""
+    torch.manual_seed(seed)
+    model = workload.build(device="cpu")
+    if workload.init_weights is not None:
+        with torch.no_grad():
+            workload.initialise(model)
+    return model.double().train()
+
+
+def gradients(
+    model: nn.Module,
+    workload: Workload,
+    batch: Mapping[str, Any],
+    microbatches: int,
+    graph: Graph,
+    seed: int,
+    step: int,
+) -> Tensor:
+    """The mean loss of the micro-batches, one after the other; gradients are added to ``.grad``. Random numbers are
+    those of ``graph`` in step ``step``, from 0, of a training with ``seed``."""
+    random = [op for op in graph.ops if is_random(op)]
+    total = torch.zeros((), dtype=torch.float64)
+    size = max(len(tensor) for tensor in batch.values()) // microbatches
+    for at in range(microbatches):
+        inputs = {name: tensor[at * size : (at + 1) * size] for name, tensor in batch.items()}
+        with Widened(), Redrawn(random, torch.tensor(step_key(seed, step, at))) as redrawn:
+            loss = scalar_loss(model(**inputs), workload.loss_fn, inputs) / microbatches
+        if redrawn.num_drawn != len(random):
+            raise CheckError(
+                f"the model drew random numbers {redrawn.num_drawn} times, its graph holds {len(random)} random ops"
+            )
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def random_batch(workload: Workload, graph: Graph, size: int, seed: int) -> dict[str, Tensor]:
+    """``random_inputs`` of the model file; else integers below the smallest size they index, floats N(0, 1)."""
+    given = workload.real_inputs(size, seed)
+    if given is None:
+        generator = torch.Generator().manual_seed(seed)
+        given = {}
+        bounds = dict(zip((graph.values[value].name for value in graph.inputs), _bounds(graph), strict=True))
+        for name, meta in workload.inputs(size).items():
+            if meta.is_floating_point():
+                given[name] = torch.randn(meta.shape, generator=generator)
+            else:
+                high = 2 if meta.dtype == torch.bool else bounds.get(name, 2)
+                given[name] = torch.randint(high, meta.shape, generator=generator).to(meta.dtype)
+    return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in given.items()}
+
+
+def _bounds(graph: Graph) -> list[int]:
+    """Per input, the smallest size of a dim that it, or a view of it, indexes; 2 where it indexes nothing."""
+    bounds = []
+    for start in graph.inputs:
+        alike, found = {start}, []
+        for op in graph.ops:
+            name = op.packet
+            if alike.isdisjoint(op.inputs):
+                continue
+            if name == "embedding" and op.inputs[1] in alike:
+                found.append(graph.values[op.inputs[0]].shape[0])
+            elif name in ("cross_entropy_loss", "nll_loss") and op.inputs[1] in alike:
+                found.append(graph.values[op.inputs[0]].shape[1])
+            elif name in ("gather", "index_select") and op.inputs[-1] in alike:
+                found.append(graph.values[op.inputs[0]].shape[op.args[1]])
+            elif name in _VIEWS:
+                alike.update(op.outputs)
+        bounds.append(min(found, default=2))
+    return bounds
+
+
+_VIEWS = frozenset(
+    ("view", "reshape", "flatten", "transpose", "permute", "slice", "to", "clone", "contiguous", "unsqueeze", "squeeze",
+     "select", "expand", "_to_copy", "constant_pad_nd", "pad", "cat")
+)  # fmt: skip

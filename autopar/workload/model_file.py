@@ -1,0 +1,115 @@
+"""Loads a model file: plain Python that names ``build_model`` and ``example_inputs`` and need not import autopar."""
+
+import contextlib
+import hashlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from autopar.core.errors import ModelError, UsageError
+from autopar.workload.user_code import user_code
+from autopar.workload.workload import Workload, accepted_settings
+
+_REQUIRED = {
+    "build_model": "def build_model(**settings) -> torch.nn.Module",
+    "example_inputs": "def example_inputs(batch_size, **settings) -> dict of keyword inputs",
+}
+_OPTIONAL = ("loss_fn", "random_inputs", "init_weights")
+
+
+def load_workload(path: str | Path, /, **settings: Any) -> Workload:
+    """The workload of a model file, with ``settings`` for those of its functions that accept them.
+
+    Raises ModelError (exit 3) where the file cannot be read, raises on import (``sys.exit()`` included) or lacks a
+    required function, and UsageError (exit 2) on a setting that no function accepts.
+
+    >>> load_workload("examples/gpt.py", size="350M").global_batch  # doctest: +SKIP
+    1024
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise ModelError(f"no model file {path}: give the path of a Python file with {' and '.join(_REQUIRED)}")
+        source = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"cannot read model file {path}: {error.strerror or error}") from None
+    module = _execute(path)
+    with user_code(f"{path} raised:"):  # a module may have a __getattr__
+        functions: dict[str, Any] = {name: getattr(module, name, None) for name in (*_REQUIRED, *_OPTIONAL)}
+        global_batch = getattr(module, "GLOBAL_BATCH", None)
+    for name, signature in _REQUIRED.items():
+        if not callable(functions[name]):
+            raise ModelError(f"{path} has no {name}: add\n  {signature}")
+    for name in _OPTIONAL:
+        if functions[name] is not None and not callable(functions[name]):
+            raise ModelError(f"{path}: {name} is a {type(functions[name]).__name__}, it must be a function")
+    if global_batch is not None and (type(global_batch) is not int or global_batch < 1):
+        raise ModelError(f"{path}: GLOBAL_BATCH is {global_batch!r}, it must be a positive whole number of samples")
+    _check_settings(path, functions, settings)
+    return Workload(
+        **functions,
+        global_batch=global_batch,
+        settings=dict(settings),
+        path=str(path),
+        source_hash=hashlib.sha256(source).hexdigest(),
+    )
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """``--set``'s ``key=value``: value as int, float, bool or None where it reads as one, else as text.
+
+    >>> parse_setting("layers=96"), parse_setting("tied_embeddings=false"), parse_setting("size=39B")
+    (('layers', 96), ('tied_embeddings', False), ('size', '39B'))
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise UsageError(f"setting {text!r} is not of the form name=value, e.g. layers=96")
+    words = {"true": True, "false": False, "none": None}
+    if value.lower() in words:
+        return key, words[value.lower()]
+    for number in (int, float):
+        try:
+            return key, number(value)
+        except ValueError:
+            continue
+    return key, value
+
+
+def _execute(path: Path) -> ModuleType:
+    """Runs the file as a module of its own; its folder is importable meanwhile, so it may import its neighbours."""
+    resolved = path.resolve()
+    name = f"_autopar_model_{hashlib.sha256(str(resolved).encode()).hexdigest()[:12]}_{resolved.stem}"
+    spec = importlib.util.spec_from_file_location(name, resolved)
+    if spec is None or spec.loader is None:
+        raise ModelError(f"{path} is not a Python file: its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickling inside the file look their module up by name
+    sys.path.insert(0, str(resolved.parent))
+    try:
+        with user_code(f"{path} raised on import:"):
+            spec.loader.exec_module(module)
+    except BaseException:
+        sys.modules.pop(name, None)
+        raise
+    finally:
+        with contextlib.suppress(ValueError):  # the file may have rearranged sys.path
+            sys.path.remove(str(resolved.parent))
+    return module
+
+
+def _check_settings(path: Path, functions: dict[str, Any], settings: dict[str, Any]) -> None:
+    accepted: set[str] = set()
+    for name in ("build_model", "example_inputs", "random_inputs"):
+        if functions[name] is None:
+            continue
+        with user_code(f"{path}: the parameters of {name} cannot be read:"):
+            names = accepted_settings(functions[name])
+        if names is None:
+            return
+        accepted |= names
+    unknown = sorted(set(settings) - accepted)
+    if unknown:
+        known = ", ".join(sorted(accepted)) or "none"
+        raise UsageError(f"{path} has no setting {', '.join(unknown)}; it accepts: {known}")
