@@ -110,6 +110,18 @@ def test_pins_are_kept_and_the_rest_is_searched(glob, placements, axes):
                     assert parameter.parameter.replace("_S(0,3)", "S(0)") == placements
 
 
+def test_a_pin_may_be_a_strided_shard_of_the_data_axis():
+    pins = (("layers.*.mlp.fc1.weight", "_S(0,2)S(0)"),)
+    found = tiny(cluster="dgx-a100", pins=pins)
+    pinned = {
+        parameter.parameter
+        for program in found.programs
+        for parameter in program.parameters
+        if fnmatch(parameter.name, "*.fc1.weight")
+    }
+    assert pinned == {"_S(0,2)S(0)"}
+
+
 @pytest.mark.parametrize(
     ("pin", "says"),
     [
