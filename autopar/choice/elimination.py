@@ -31,7 +31,7 @@ from autopar.choice.problem import Floats, Problem
 Ints = NDArray[np.integer]
 Scope = tuple[int, ...]  # nodes, in elimination order, kept nodes last
 
-MAX_CELLS = 200_000_000  # of the largest table, for one price
+MAX_TABLE_CELLS = 200_000_000  # of the largest table, for one price
 SLAB_CELLS = 1 << 17  # tables are joined in slabs of about 2 MB, which stay in the cache
 
 
@@ -53,34 +53,34 @@ class Factor:
 
 
 @dataclass(frozen=True, slots=True)
-class _Bucket:
+class _EliminationStep:
     """One elimination step: ``node`` leaves, ``rest`` are its live neighbours in the order of their own elimination."""
 
     node: int
-    rest: Scope
+    neighbours: Scope
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Table:
+class EliminationTable:
     """``values`` is (P, choices of keep[0], choices of keep[1], ...): the optimum for each price and choice of the kept
     nodes, ``inf`` where there is none. ``argmins[i]`` is (1 or P, choices of the rest...) of the i-th node to leave."""
 
     values: Floats
-    keep: Scope
+    query_nodes: Scope
     num_nodes: int
-    buckets: tuple[_Bucket, ...]
+    steps: tuple[_EliminationStep, ...]
     argmins: tuple[Ints, ...]
 
-    def backtrack(self, price: int, kept_choices: Sequence[int] = ()) -> tuple[int, ...]:
+    def backtrack(self, price_index: int, query_choices: Sequence[int] = ()) -> tuple[int, ...]:
         """The choices of all nodes at ``values[price, *kept_choices]``; ``ValueError`` where that is infeasible."""
-        if not math.isfinite(self.values[(price, *kept_choices)]):
-            raise ValueError(f"no feasible choices at price {price} with kept nodes at {tuple(kept_choices)}")
+        if not math.isfinite(self.values[(price_index, *query_choices)]):
+            raise ValueError(f"no feasible choices at price {price_index} with kept nodes at {tuple(query_choices)}")
         choices = [0] * self.num_nodes
-        for node, choice in zip(self.keep, kept_choices, strict=True):
+        for node, choice in zip(self.query_nodes, query_choices, strict=True):
             choices[node] = int(choice)
-        for bucket, argmin in zip(reversed(self.buckets), reversed(self.argmins), strict=True):
-            row = price if argmin.shape[0] > 1 else 0
-            choices[bucket.node] = int(argmin[(row, *(choices[other] for other in bucket.rest))])
+        for bucket, argmin in zip(reversed(self.steps), reversed(self.argmins), strict=True):
+            row = price_index if argmin.shape[0] > 1 else 0
+            choices[bucket.node] = int(argmin[(row, *(choices[other] for other in bucket.neighbours))])
         return tuple(choices)
 
     def backtrack_all(self) -> Ints:
@@ -88,11 +88,11 @@ class Table:
         shape = self.values.shape
         cells = [index.reshape(-1) for index in np.indices(shape)]
         choices = np.zeros((self.num_nodes, cells[0].size), np.int32)
-        for node, index in zip(self.keep, cells[1:], strict=True):
+        for node, index in zip(self.query_nodes, cells[1:], strict=True):
             choices[node] = index
-        for bucket, argmin in zip(reversed(self.buckets), reversed(self.argmins), strict=True):
+        for bucket, argmin in zip(reversed(self.steps), reversed(self.argmins), strict=True):
             row = cells[0] if argmin.shape[0] > 1 else np.zeros_like(cells[0])
-            choices[bucket.node] = argmin[(row, *(choices[other] for other in bucket.rest))]
+            choices[bucket.node] = argmin[(row, *(choices[other] for other in bucket.neighbours))]
         return choices.reshape((self.num_nodes, *shape))
 
 
@@ -110,66 +110,68 @@ class Eliminator:
         self,
         num_choices: tuple[int, ...],
         edges: tuple[tuple[int, int], ...],
-        keep: tuple[int, ...] = (),
+        query_nodes: tuple[int, ...] = (),
         *,
-        max_cells: int = MAX_CELLS,
+        max_cells: int = MAX_TABLE_CELLS,
     ) -> None:
-        assert len(set(keep)) == len(keep), "a node is kept once"
+        assert len(set(query_nodes)) == len(query_nodes), "a node is kept once"
         assert all(count > 0 for count in num_choices), "a node has a choice at least"
         assert all(first != second for first, second in edges), "an edge joins two different nodes"
         self.num_choices = num_choices
         self.edges = edges
-        self.keep = keep
+        self.query_nodes = query_nodes
         neighbours: dict[int, set[int]] = {
-            node: set() for node, count in enumerate(num_choices) if count > 1 or node in keep
+            node: set() for node, count in enumerate(num_choices) if count > 1 or node in query_nodes
         }
         for first, second in edges:
             if first in neighbours and second in neighbours:
                 neighbours[first].add(second)
                 neighbours[second].add(first)
-        orders = [_order(neighbours, num_choices, keep, by_fill=by_fill) for by_fill in (True, False)]
-        order = min(orders, key=lambda candidate: candidate.work)
+        orders = [_greedy_order(neighbours, num_choices, query_nodes, by_fill=by_fill) for by_fill in (True, False)]
+        order = min(orders, key=lambda candidate: candidate.total_cells)
         self.max_table_cells = order.max_cells
         if order.max_cells > max_cells:
-            raise WidthError(order.max_cells, max_cells, tuple(bucket.node for bucket in order.buckets))
+            raise WidthError(order.max_cells, max_cells, tuple(bucket.node for bucket in order.steps))
         folded = tuple(node for node in range(len(num_choices)) if node not in neighbours)
-        self._buckets = (*order.buckets, *(_Bucket(node, ()) for node in folded))
-        self._position = {bucket.node: at for at, bucket in enumerate(self._buckets)}
-        self._position |= {node: len(self._buckets) + at for at, node in enumerate(keep)}
-        self._small = np.int16 if max(num_choices, default=0) <= np.iinfo(np.int16).max else np.int32
+        self._steps = (*order.steps, *(_EliminationStep(node, ()) for node in folded))
+        self._step_of_node = {bucket.node: at for at, bucket in enumerate(self._steps)}
+        self._step_of_node |= {node: len(self._steps) + at for at, node in enumerate(query_nodes)}
+        self._choice_dtype = np.int16 if max(num_choices, default=0) <= np.iinfo(np.int16).max else np.int32
 
     @staticmethod
-    def of(problem: Problem, keep: tuple[int, ...] = (), *, max_cells: int = MAX_CELLS) -> "tuple[Eliminator, Scope]":
+    def of_problem(
+        problem: Problem, query_nodes: tuple[int, ...] = (), *, max_cells: int = MAX_TABLE_CELLS
+    ) -> "tuple[Eliminator, Scope]":
         """The eliminator of a problem's graph without edges that cost and use nothing, and the positions in
         ``problem.edges`` of the edges it does want, in order."""
         priced = {position for row in problem.rows for position, usage in row.edge_usage.items() if usage.any()}
         wanted = tuple(at for at, edge in enumerate(problem.edges) if at in priced or edge.costs.any())
         pairs = tuple((problem.edges[at].first, problem.edges[at].second) for at in wanted)
-        return Eliminator(tuple(map(len, problem.costs)), pairs, keep, max_cells=max_cells), wanted
+        return Eliminator(tuple(map(len, problem.costs)), pairs, query_nodes, max_cells=max_cells), wanted
 
-    def solve(self, node_costs: Sequence[Floats], edge_costs: Sequence[Floats]) -> Table:
+    def solve(self, node_costs: Sequence[Floats], edge_costs: Sequence[Floats]) -> EliminationTable:
         """Optimum for every price and choice of the kept nodes.
 
         ``node_costs[v]`` is (P, choices of v) and ``edge_costs[e]`` (P, choices of first, choices of second), all in
         one unit; a leading 1 instead of P says that the term does not depend on the price, which saves work.
         """
         num_prices = count_prices(node_costs, edge_costs)
-        waiting = self._sorted_factors(node_costs, edge_costs)
+        waiting = self._factors_by_step(node_costs, edge_costs)
         argmins: list[Ints] = []
-        for at, bucket in enumerate(self._buckets):
+        for at, bucket in enumerate(self._steps):
             message, argmin = self._eliminate(bucket, waiting[at])
             argmins.append(argmin)
-            waiting[self._destination(bucket)].append(message)
+            waiting[self._receiving_step(bucket)].append(message)
             waiting[at] = []
         kept = [factor for factors in waiting for factor in factors]
-        values = np.zeros((num_prices, *(self.num_choices[node] for node in self.keep)))
+        values = np.zeros((num_prices, *(self.num_choices[node] for node in self.query_nodes)))
         for factor in kept:
-            values += over_scope(factor, self.keep)
-        return Table(
+            values += align_to_scope(factor, self.query_nodes)
+        return EliminationTable(
             values=values,
-            keep=self.keep,
+            query_nodes=self.query_nodes,
             num_nodes=len(self.num_choices),
-            buckets=self._buckets,
+            steps=self._steps,
             argmins=tuple(argmins),
         )
 
@@ -179,37 +181,37 @@ class Eliminator:
         Upward pass as in ``solve``, then ``down_v[x_N]`` = min of the parent's tables without v's message, and
         ``marginal_v[x_v] = min_(x_N) (tables of v + down_v)``. Needs ``keep`` to be empty.
         """
-        assert not self.keep, "min-marginals are those of the whole problem"
+        assert not self.query_nodes, "min-marginals are those of the whole problem"
         num_prices = count_prices(node_costs, edge_costs)
-        buckets = self._buckets
-        inbox = self._sorted_factors(node_costs, edge_costs)
+        buckets = self._steps
+        inbox = self._factors_by_step(node_costs, edge_costs)
         senders: list[list[int]] = [[-1] * len(factors) for factors in inbox]
         for at, bucket in enumerate(buckets):
             message, _ = self._eliminate(bucket, inbox[at], with_argmin=False)
-            inbox[self._destination(bucket)].append(message)
-            senders[self._destination(bucket)].append(at)
+            inbox[self._receiving_step(bucket)].append(message)
+            senders[self._receiving_step(bucket)].append(at)
         roots = inbox[len(buckets)]
         downs: dict[int, Factor] = {}
-        for sender, others in zip(senders[len(buckets)], _all_but_one(roots), strict=True):
+        for sender, others in zip(senders[len(buckets)], _leave_one_out(roots), strict=True):
             downs[sender] = Factor((), sum((factor.values for factor in others), np.zeros(num_prices)))
         marginals: list[Floats] = [np.zeros((num_prices, count)) for count in self.num_choices]
         for at in reversed(range(len(buckets))):
             bucket = buckets[at]
-            scope = (*bucket.rest, bucket.node)
+            scope = (*bucket.neighbours, bucket.node)
             factors = [*inbox[at], downs[at]]
-            marginals[bucket.node] = self._project(scope, factors, (bucket.node,), num_prices)
-            for number, (sender, others) in enumerate(zip(senders[at], _all_but_one(factors), strict=False)):
+            marginals[bucket.node] = self._minimise_onto(scope, factors, (bucket.node,), num_prices)
+            for number, (sender, others) in enumerate(zip(senders[at], _leave_one_out(factors), strict=False)):
                 if sender >= 0:
                     target = inbox[at][number].scope
-                    downs[sender] = Factor(target, self._project(scope, others, target, num_prices))
+                    downs[sender] = Factor(target, self._minimise_onto(scope, others, target, num_prices))
         return tuple(marginals)
 
-    def _destination(self, bucket: _Bucket) -> int:
+    def _receiving_step(self, step: _EliminationStep) -> int:
         """Where a message goes: the bucket of the first of its nodes to leave, or the end when all are kept."""
-        positions = [self._position[node] for node in bucket.rest]
-        return min([len(self._buckets), *positions])
+        positions = [self._step_of_node[node] for node in step.neighbours]
+        return min([len(self._steps), *positions])
 
-    def _sorted_factors(self, node_costs: Sequence[Floats], edge_costs: Sequence[Floats]) -> list[list[Factor]]:
+    def _factors_by_step(self, node_costs: Sequence[Floats], edge_costs: Sequence[Floats]) -> list[list[Factor]]:
         """Every cost as a factor, in the list of the bucket that eliminates it first; the last list is the kept one.
         Parallel edges are added, and an edge to a folded node becomes a factor over its other end."""
         assert len(node_costs) == len(self.num_choices), "one cost vector a node"
@@ -220,44 +222,46 @@ class Eliminator:
             pairs[(node,)] = costs
         for (first, second), costs in zip(self.edges, edge_costs, strict=True):
             assert costs.shape[1:] == (self.num_choices[first], self.num_choices[second]), f"edge {first}, {second}"
-            flip = self._position[first] > self._position[second]
+            flip = self._step_of_node[first] > self._step_of_node[second]
             scope: Scope = (second, first) if flip else (first, second)
             values = costs.transpose(0, 2, 1) if flip else costs
             single = [axis for axis, node in enumerate(scope, 1) if self.num_choices[node] == 1]
             values = values.reshape([size for axis, size in enumerate(values.shape) if axis not in single])
             scope = tuple(node for node in scope if self.num_choices[node] > 1)
             pairs[scope] = pairs[scope] + values if scope in pairs else values
-        waiting: list[list[Factor]] = [[] for _ in range(len(self._buckets) + 1)]
+        waiting: list[list[Factor]] = [[] for _ in range(len(self._steps) + 1)]
         for scope, values in pairs.items():
-            at = min([len(self._buckets), *(self._position[node] for node in scope)])
+            at = min([len(self._steps), *(self._step_of_node[node] for node in scope)])
             waiting[at].append(Factor(scope, values))
         return waiting
 
-    def _eliminate(self, bucket: _Bucket, factors: list[Factor], *, with_argmin: bool = True) -> tuple[Factor, Ints]:
+    def _eliminate(
+        self, step: _EliminationStep, factors: list[Factor], *, with_argmin: bool = True
+    ) -> tuple[Factor, Ints]:
         """``message[x_rest] = min_(x_node) sum of factors``, and the argmin, slab by slab."""
-        scope = (*bucket.rest, bucket.node)
+        scope = (*step.neighbours, step.node)
         sizes = tuple(self.num_choices[node] for node in scope)
         num_prices = max(factor.values.shape[0] for factor in factors)
         message = np.empty((num_prices, *sizes[:-1]))
-        argmin: Ints = np.empty(message.shape if with_argmin else (0,), self._small)
-        aligned = [over_scope(factor, scope) for factor in factors]
-        for slab, joined in slab_sums(aligned, (num_prices, *sizes)):
+        argmin: Ints = np.empty(message.shape if with_argmin else (0,), self._choice_dtype)
+        aligned = [align_to_scope(factor, scope) for factor in factors]
+        for slab, joined in sum_by_slab(aligned, (num_prices, *sizes)):
             if with_argmin:
                 best = joined.argmin(axis=-1)
                 argmin[slab] = best
                 message[slab] = np.take_along_axis(joined, best[..., None], axis=-1)[..., 0]
             else:
                 message[slab] = joined.min(axis=-1)
-        return Factor(bucket.rest, message), argmin
+        return Factor(step.neighbours, message), argmin
 
-    def _project(self, scope: Scope, factors: list[Factor], target: Scope, num_prices: int) -> Floats:
+    def _minimise_onto(self, scope: Scope, factors: list[Factor], target: Scope, num_prices: int) -> Floats:
         """``min`` of the sum of factors over every node of ``scope`` outside ``target``: (P, choices of target...)."""
         sizes = (num_prices, *(self.num_choices[node] for node in scope))
         left = tuple(node for node in scope if node in target)
         gone = tuple(axis for axis, node in enumerate(scope, 1) if node not in target)
         out = np.full((num_prices, *(self.num_choices[node] for node in left)), np.inf)
-        aligned = [over_scope(factor, scope) for factor in factors]
-        for slab, joined in slab_sums(aligned, sizes):
+        aligned = [align_to_scope(factor, scope) for factor in factors]
+        for slab, joined in sum_by_slab(aligned, sizes):
             part = joined.min(axis=gone)
             view = out[slab] if len(slab) == 2 and scope[0] in target else out[slab[0]]
             np.minimum(view, part, out=view)
@@ -265,15 +269,15 @@ class Eliminator:
 
 
 @dataclass(frozen=True, slots=True)
-class _Order:
-    buckets: tuple[_Bucket, ...]
+class _EliminationOrder:
+    steps: tuple[_EliminationStep, ...]
     max_cells: int
-    work: int
+    total_cells: int
 
 
-def _order(
-    neighbours: dict[int, set[int]], num_choices: tuple[int, ...], keep: tuple[int, ...], *, by_fill: bool
-) -> _Order:
+def _greedy_order(
+    neighbours: dict[int, set[int]], num_choices: tuple[int, ...], query_nodes: tuple[int, ...], *, by_fill: bool
+) -> _EliminationOrder:
     """Greedy order: least fill-in first (ties by table size), or smallest table first. Kept nodes never leave."""
     graph = {node: set(others) for node, others in neighbours.items()}
 
@@ -285,9 +289,9 @@ def _order(
         fill = sum(1 for one, two in itertools.combinations(near, 2) if two not in graph[one])
         return fill, cells, node
 
-    left = {node: key(node) for node in graph if node not in keep}
+    left = {node: key(node) for node in graph if node not in query_nodes}
     steps: list[tuple[int, set[int]]] = []
-    max_cells, work = math.prod(num_choices[node] for node in keep), 0
+    max_cells, work = math.prod(num_choices[node] for node in query_nodes), 0
     while left:
         node = min(left, key=left.__getitem__)
         del left[node]
@@ -302,10 +306,10 @@ def _order(
             left[other] = key(other)
         steps.append((node, near))
     leaves_at = {node: at for at, (node, _) in enumerate(steps)} | {
-        node: len(steps) + at for at, node in enumerate(keep)
+        node: len(steps) + at for at, node in enumerate(query_nodes)
     }
-    buckets = tuple(_Bucket(node, tuple(sorted(near, key=leaves_at.__getitem__))) for node, near in steps)
-    return _Order(buckets, max_cells, work)
+    buckets = tuple(_EliminationStep(node, tuple(sorted(near, key=leaves_at.__getitem__))) for node, near in steps)
+    return _EliminationOrder(buckets, max_cells, work)
 
 
 def count_prices(node_costs: Sequence[Floats], edge_costs: Sequence[Floats]) -> int:
@@ -314,7 +318,7 @@ def count_prices(node_costs: Sequence[Floats], edge_costs: Sequence[Floats]) -> 
     return counts.pop() if counts else 1
 
 
-def over_scope(factor: Factor, scope: Scope) -> Floats:
+def align_to_scope(factor: Factor, scope: Scope) -> Floats:
     """The factor's values as a view that broadcasts over (P, choices of scope...)."""
     axes = sorted(range(len(factor.scope)), key=lambda axis: scope.index(factor.scope[axis]))
     values = factor.values.transpose(0, *(axis + 1 for axis in axes))
@@ -334,7 +338,7 @@ def _slabs(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
         yield from ((slice(price, price + 1), slice(at, at + step)) for at in range(0, shape[1], step))
 
 
-def _merged(tables: list[Floats], shape: tuple[int, ...]) -> list[Floats]:
+def _merge_tables(tables: list[Floats], shape: tuple[int, ...]) -> list[Floats]:
     """The same sum with fewer tables: one that lies inside another, smaller than the whole, is added to it there."""
     merged: list[Floats] = []
     for table in sorted(tables, key=lambda table: table.size, reverse=True):
@@ -348,9 +352,9 @@ def _merged(tables: list[Floats], shape: tuple[int, ...]) -> list[Floats]:
     return merged
 
 
-def slab_sums(tables: list[Floats], shape: tuple[int, ...]) -> Iterator[tuple[tuple[slice, ...], Floats]]:
+def sum_by_slab(tables: list[Floats], shape: tuple[int, ...]) -> Iterator[tuple[tuple[slice, ...], Floats]]:
     """Every slab of ``shape`` with the sum of the broadcastable tables over it; the buffer is reused by the next."""
-    tables = _merged(tables, shape)
+    tables = _merge_tables(tables, shape)
     buffer: Floats | None = None
     for slab in _slabs(shape):
         size = tuple(len(range(*cut.indices(length))) for cut, length in zip(slab, shape, strict=False))
@@ -367,6 +371,6 @@ def slab_sums(tables: list[Floats], shape: tuple[int, ...]) -> Iterator[tuple[tu
         yield slab, buffer
 
 
-def _all_but_one(factors: list[Factor]) -> Iterator[list[Factor]]:
+def _leave_one_out(factors: list[Factor]) -> Iterator[list[Factor]]:
     """For each factor, the list of the others. Summing again rather than subtracting keeps inf and huge costs exact."""
     return (factors[:at] + factors[at + 1 :] for at in range(len(factors)))

@@ -22,12 +22,12 @@ class Verdict:
 
     cost: float
     usages: tuple[float, ...]
-    violated: tuple[str, ...]
+    violated_rows: tuple[str, ...]
 
     @property
-    def feasible(self) -> bool:
+    def is_feasible(self) -> bool:
         """No forbidden choice or pair was taken, and every row holds."""
-        return math.isfinite(self.cost) and not self.violated
+        return math.isfinite(self.cost) and not self.violated_rows
 
 
 def evaluate(problem: Problem, choices: Sequence[int]) -> Verdict:
@@ -54,4 +54,4 @@ def evaluate(problem: Problem, choices: Sequence[int]) -> Verdict:
         usages.append(math.fsum(used))
         if usages[-1] > row.limit + LIMIT_TOLERANCE * abs(row.limit):
             violated.append(row.name)
-    return Verdict(cost=math.fsum(terms), usages=tuple(usages), violated=tuple(violated))
+    return Verdict(cost=math.fsum(terms), usages=tuple(usages), violated_rows=tuple(violated))

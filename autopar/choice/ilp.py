@@ -37,25 +37,25 @@ from autopar.choice.presolve import (
     GAP_TOLERANCE,
     Bools,
     alive_choices,
-    equal_lines,
     greedy_cost,
-    largest_term,
-    least_cost,
-    tightened,
-    without_parallel_edges,
+    group_equal_slices,
+    largest_cost_range,
+    merge_parallel_edges,
+    sum_of_least_costs,
+    tighten_row,
 )
-from autopar.choice.problem import Edge, Floats, Problem, Row, Solution, Status
+from autopar.choice.problem import Edge, Floats, Problem, Row, Solution, SolveStatus
 
-Solver = Literal["highs", "cbc"]
+IlpSolver = Literal["highs", "cbc"]
 SCALED_COST = 1e4
 SCALED_LIMIT = 1e4
-TIGHTEN = (0.0, 1e-9, 1e-7)  # of a row's limit, tried in turn when rounding makes a solution break a row
+ROW_TIGHTENINGS = (0.0, 1e-9, 1e-7)  # of a row's limit, tried in turn when rounding makes a solution break a row
 
 
 def solve_ilp(
     problem: Problem,
     *,
-    solver: Solver = "highs",
+    solver: IlpSolver = "highs",
     time_limit_s: float | None = None,
     warm_start: Sequence[int] | None = None,
     cutoff: float | None = None,
@@ -70,21 +70,21 @@ def solve_ilp(
     start = time.perf_counter()
     if warm_start is not None:
         verdict = evaluate(problem, warm_start)
-        if verdict.feasible:
+        if verdict.is_feasible:
             cutoff = verdict.cost if cutoff is None else min(cutoff, verdict.cost)
         else:
             warm_start = None
     bound = -math.inf
-    for tighten in TIGHTEN:
+    for tighten in ROW_TIGHTENINGS:
         elapsed = time.perf_counter() - start
         left_s = None if time_limit_s is None else max(0.1, time_limit_s - elapsed)
         outcome = _solve_once(problem, solver, left_s, warm_start, cutoff, tighten)
         if tighten == 0.0:
             bound = outcome.bound
-        if outcome.status not in ("optimal", "feasible") or evaluate(problem, outcome.choices).feasible:
+        if outcome.status not in ("optimal", "feasible") or evaluate(problem, outcome.choices).is_feasible:
             break
     seconds = time.perf_counter() - start
-    found = outcome.status in ("optimal", "feasible") and evaluate(problem, outcome.choices).feasible
+    found = outcome.status in ("optimal", "feasible") and evaluate(problem, outcome.choices).is_feasible
     choices = outcome.choices if found else ()
     cost = evaluate(problem, choices).cost if found else math.inf
     if warm_start is not None and (not found or evaluate(problem, warm_start).cost < cost):
@@ -92,9 +92,9 @@ def solve_ilp(
         cost = evaluate(problem, choices).cost
     if not found:
         infeasible = outcome.status == "infeasible" and tighten == 0.0
-        status: Status = "infeasible" if infeasible else "failed"
+        status: SolveStatus = "infeasible" if infeasible else "failed"
         return Solution(
-            status=status, choices=(), cost=math.inf, bound=math.inf if infeasible else bound, seconds=seconds
+            status=status, choices=(), cost=math.inf, lower_bound=math.inf if infeasible else bound, seconds=seconds
         )
     tolerance = max(2 * GAP_TOLERANCE * abs(cost), outcome.tolerance)
     if bound > cost + tolerance:
@@ -104,17 +104,17 @@ def solve_ilp(
         status="optimal" if proved else "feasible",
         choices=choices,
         cost=cost,
-        bound=min(bound, cost),
+        lower_bound=min(bound, cost),
         seconds=seconds,
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _Outcome:
+class _SolverOutcome:
     """What the solver said, not yet judged; ``bound`` and ``tolerance``, the gap at which the solver was told to stop,
     are in the problem's own unit of cost."""
 
-    status: Status
+    status: SolveStatus
     choices: tuple[int, ...]
     bound: float
     tolerance: float = 0.0
@@ -122,22 +122,24 @@ class _Outcome:
 
 def _solve_once(
     problem: Problem,
-    solver: Solver,
+    solver: IlpSolver,
     time_limit_s: float | None,
     warm_start: Sequence[int] | None,
     cutoff: float | None,
-    tighten: float,
-) -> _Outcome:
+    tightening: float,
+) -> _SolverOutcome:
     if not problem.costs:
-        return _Outcome("optimal", (), 0.0)
-    edges, rows = without_parallel_edges(problem)
-    rows = tuple(tightened(row, tighten) for row in rows)
+        return _SolverOutcome("optimal", (), 0.0)
+    edges, rows = merge_parallel_edges(problem)
+    rows = tuple(tighten_row(row, tightening) for row in rows)
     alive = alive_choices(problem.costs, edges, rows, cutoff)
     if alive is None:
-        return _Outcome("infeasible", (), math.inf)
-    model = _build(problem, edges, rows, alive, cutoff, pulp.LpInteger if solver == "highs" else pulp.LpContinuous)
+        return _SolverOutcome("infeasible", (), math.inf)
+    model = _build_model(
+        problem, edges, rows, alive, cutoff, pulp.LpInteger if solver == "highs" else pulp.LpContinuous
+    )
     if model is None:
-        return _Outcome("infeasible", (), math.inf)
+        return _SolverOutcome("infeasible", (), math.inf)
     if solver == "highs":
         return _run_highs(model, time_limit_s, warm_start)
     return _run_cbc(model, time_limit_s)
@@ -147,30 +149,30 @@ def _solve_once(
 
 
 @dataclass(frozen=True, slots=True)
-class _Model:
+class _IlpModel:
     """``nodes[v]`` are (choice, its variable); ``edge_values`` gives every edge variable with the choices of its two
     groups; cost = shift + scaled objective / scale."""
 
     program: pulp.LpProblem
-    nodes: tuple[tuple[tuple[int, Any], ...], ...]
+    node_variables: tuple[tuple[tuple[int, Any], ...], ...]
     edge_variables: tuple[tuple[Any, int, frozenset[int], int, frozenset[int]], ...]
-    shift: float
-    scale: float
-    gap: float
+    cost_shift: float
+    cost_scale: float
+    scaled_gap: float
 
 
-def _build(
+def _build_model(
     problem: Problem,
     edges: tuple[Edge, ...],
     rows: tuple[Row, ...],
     alive: list[Bools],
     cutoff: float | None,
     edge_category: str,
-) -> _Model | None:
-    shift = least_cost(problem.costs, edges, alive)
+) -> _IlpModel | None:
+    shift = sum_of_least_costs(problem.costs, edges, alive)
     reference = cutoff if cutoff is not None else greedy_cost(problem.costs, edges, alive)
     spread = reference - shift
-    largest = largest_term(problem.costs, edges, alive)
+    largest = largest_cost_range(problem.costs, edges, alive)
     scale = SCALED_COST / (spread if spread > 1e-6 * largest else largest or 1.0)
     program = pulp.LpProblem("choices", pulp.LpMinimize)
     objective: dict[Any, float] = {}
@@ -189,7 +191,7 @@ def _build(
     program.setObjective(pulp.LpAffineExpression(objective))
     nodes = tuple(tuple(of.items()) for of in variables)
     gap = max(GAP_TOLERANCE * abs(reference) * scale, 1e-9)
-    return _Model(program, nodes, tuple(edge_variables), shift, scale, gap)
+    return _IlpModel(program, nodes, tuple(edge_variables), shift, scale, gap)
 
 
 def _build_nodes(
@@ -212,10 +214,10 @@ def _build_nodes(
 
 
 def _add_node_usage(
-    rows: tuple[Row, ...], variables: list[dict[int, Any]], row_terms: list[dict[Any, float]]
+    rows: tuple[Row, ...], variables: list[dict[int, Any]], row_coefficients: list[dict[Any, float]]
 ) -> list[list[float]]:
     least_usage: list[list[float]] = []
-    for row, terms in zip(rows, row_terms, strict=True):
+    for row, terms in zip(rows, row_coefficients, strict=True):
         found: list[float] = []
         for node, usage in row.usage.items():
             least = min(float(usage[choice]) for choice in variables[node])
@@ -235,22 +237,22 @@ def _build_edge(
     alive: list[Bools],
     variables: list[dict[int, Any]],
     scale: float,
-    room: float,
+    cutoff_room: float,
     objective: dict[Any, float],
-    row_terms: list[dict[Any, float]],
+    row_coefficients: list[dict[Any, float]],
     least_usage: list[list[float]],
 ) -> list[tuple[Any, int, frozenset[int], int, frozenset[int]]]:
     """``e_uv[G,H]``, ``first_uv_G`` and ``second_uv_H``; pairs that alone cost more than ``room`` are left out."""
     block = np.ix_(alive[edge.first], alive[edge.second])
     tables = np.stack([edge.costs[block], *(usage[block] for usage in usages.values())])
-    first_of = equal_lines(tables.transpose(1, 0, 2))
-    second_of = equal_lines(tables.transpose(2, 0, 1))
+    first_of = group_equal_slices(tables.transpose(1, 0, 2))
+    second_of = group_equal_slices(tables.transpose(2, 0, 1))
     costs = tables[0][np.ix_([group[0] for group in first_of], [group[0] for group in second_of])]
     least = float(costs.min())
     name = f"{edge.first}_{edge.second}"
     members = [
-        (edge.first, [frozenset(_nth(variables[edge.first], group)) for group in first_of]),
-        (edge.second, [frozenset(_nth(variables[edge.second], group)) for group in second_of]),
+        (edge.first, [frozenset(_choices_at(variables[edge.first], group)) for group in first_of]),
+        (edge.second, [frozenset(_choices_at(variables[edge.second], group)) for group in second_of]),
     ]
     by_first: list[dict[Any, float]] = [{} for _ in first_of]
     by_second: list[dict[Any, float]] = [{} for _ in second_of]
@@ -258,7 +260,7 @@ def _build_edge(
     minima = {at: float(usage[block].min()) for at, usage in usages.items()}
     for at, lowest in minima.items():
         least_usage[at].append(lowest)
-    for one, two in zip(*np.nonzero((costs - least) * scale <= min(room, 1e300)), strict=True):
+    for one, two in zip(*np.nonzero((costs - least) * scale <= min(cutoff_room, 1e300)), strict=True):
         variable = program.add_variable(f"e_{name}_{one}_{two}", lowBound=0, upBound=1, cat=category)
         objective[variable] = (float(costs[one, two]) - least) * scale
         by_first[one][variable] = 1.0
@@ -267,7 +269,7 @@ def _build_edge(
         for number, (at, lowest) in enumerate(minima.items(), 1):
             used = float(tables[number][first_of[one][0], second_of[two][0]]) - lowest
             if used > 0:
-                row_terms[at][variable] = used
+                row_coefficients[at][variable] = used
     for side, marginals, (node, groups) in zip(("first", "second"), (by_first, by_second), members, strict=True):
         for number, (terms, group) in enumerate(zip(marginals, groups, strict=True)):
             terms.update((variables[node][choice], -1.0) for choice in group)
@@ -276,7 +278,7 @@ def _build_edge(
     return made
 
 
-def _nth(variables: dict[int, Any], positions: list[int]) -> list[int]:
+def _choices_at(variables: dict[int, Any], positions: list[int]) -> list[int]:
     choices = list(variables)
     return [choices[position] for position in positions]
 
@@ -284,11 +286,11 @@ def _nth(variables: dict[int, Any], positions: list[int]) -> list[int]:
 def _build_rows(
     program: pulp.LpProblem,
     rows: tuple[Row, ...],
-    row_terms: list[dict[Any, float]],
+    row_coefficients: list[dict[Any, float]],
     least_usage: list[list[float]],
 ) -> bool:
     """``row_r``; what alone uses more than is left is fixed to zero. False when a row cannot hold at all."""
-    for number, (row, terms, least) in enumerate(zip(rows, row_terms, least_usage, strict=True)):
+    for number, (row, terms, least) in enumerate(zip(rows, row_coefficients, least_usage, strict=True)):
         if math.isinf(row.limit) and row.limit > 0:
             continue
         left = row.limit - math.fsum(least)
@@ -309,49 +311,51 @@ def _build_rows(
 # --- running it
 
 
-def _run_highs(model: _Model, time_limit_s: float | None, warm_start: Sequence[int] | None) -> _Outcome:
+def _run_highs(model: _IlpModel, time_limit_s: float | None, warm_start: Sequence[int] | None) -> _SolverOutcome:
     start = None if warm_start is None else _start_values(model, warm_start)
     program = model.program
     options = {"mip_feasibility_tolerance": 1e-7, "primal_feasibility_tolerance": 1e-8}
-    solve_highs(program, start, timeLimit=time_limit_s, gapRel=0.0, gapAbs=model.gap, **options)
+    solve_highs(program, start, timeLimit=time_limit_s, gapRel=0.0, gapAbs=model.scaled_gap, **options)
     info = program.solverModel.getInfo()
-    bound = model.shift + info.mip_dual_bound / model.scale
+    bound = model.cost_shift + info.mip_dual_bound / model.cost_scale
     said = program.solverModel.getModelStatus()
     if program.status == pulp.LpStatusInfeasible:
-        return _Outcome("infeasible", (), math.inf)
+        return _SolverOutcome("infeasible", (), math.inf)
     has_solution = info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
     if program.status != pulp.LpStatusOptimal or not has_solution:
-        return _Outcome("failed", (), bound)
+        return _SolverOutcome("failed", (), bound)
     proved = program.sol_status == pulp.LpSolutionOptimal and said == highspy.HighsModelStatus.kOptimal
-    return _Outcome("optimal" if proved else "feasible", _rounded(model), bound, 2 * model.gap / model.scale)
+    return _SolverOutcome(
+        "optimal" if proved else "feasible", _round_choices(model), bound, 2 * model.scaled_gap / model.cost_scale
+    )
 
 
-def _run_cbc(model: _Model, time_limit_s: float | None) -> _Outcome:
+def _run_cbc(model: _IlpModel, time_limit_s: float | None) -> _SolverOutcome:
     """CBC does not hand its bound to PuLP: it is known only when CBC proves optimality."""
     program = model.program
     cbc = pulp.COIN_CMD(
-        path=pulp.PULP_CBC_CMD.pulp_cbc_path, msg=False, timeLimit=time_limit_s, gapRel=0.0, gapAbs=model.gap
+        path=pulp.PULP_CBC_CMD.pulp_cbc_path, msg=False, timeLimit=time_limit_s, gapRel=0.0, gapAbs=model.scaled_gap
     )
     program.solve(cbc)
     if program.status == pulp.LpStatusInfeasible:
-        return _Outcome("infeasible", (), math.inf)
+        return _SolverOutcome("infeasible", (), math.inf)
     if program.status != pulp.LpStatusOptimal:
-        return _Outcome("failed", (), -math.inf)
+        return _SolverOutcome("failed", (), -math.inf)
     if program.sol_status != pulp.LpSolutionOptimal:
-        return _Outcome("feasible", _rounded(model), -math.inf)
-    bound = model.shift + (pulp.value(program.objective) - model.gap) / model.scale
-    return _Outcome("optimal", _rounded(model), bound, 2 * model.gap / model.scale)
+        return _SolverOutcome("feasible", _round_choices(model), -math.inf)
+    bound = model.cost_shift + (pulp.value(program.objective) - model.scaled_gap) / model.cost_scale
+    return _SolverOutcome("optimal", _round_choices(model), bound, 2 * model.scaled_gap / model.cost_scale)
 
 
-def _start_values(model: _Model, choices: Sequence[int]) -> dict[str, float] | None:
+def _start_values(model: _IlpModel, choices: Sequence[int]) -> dict[str, float] | None:
     values: dict[str, float] = {}
-    for choice, of in zip(choices, model.nodes, strict=True):
+    for choice, of in zip(choices, model.node_variables, strict=True):
         values.update((variable.name, float(number == choice)) for number, variable in of)
     for variable, first, group, second, other in model.edge_variables:
         values[variable.name] = float(choices[first] in group and choices[second] in other)
     return values
 
 
-def _rounded(model: _Model) -> tuple[int, ...]:
+def _round_choices(model: _IlpModel) -> tuple[int, ...]:
     """The choice with the largest value of each node: binaries come back as 0.9999999."""
-    return tuple(max(of, key=lambda item: item[1].varValue)[0] for of in model.nodes)
+    return tuple(max(of, key=lambda item: item[1].varValue)[0] for of in model.node_variables)

@@ -21,9 +21,9 @@ import numpy as np
 from autopar.choice.elimination import Eliminator, WidthError
 from autopar.choice.evaluate import evaluate
 from autopar.choice.ilp import solve_ilp
-from autopar.choice.local_search import improve
+from autopar.choice.local_search import repair_and_improve
 from autopar.choice.presolve import GAP_TOLERANCE
-from autopar.choice.problem import Edge, Floats, Problem, Row, Solution, Status
+from autopar.choice.problem import Edge, Floats, Problem, Row, Solution, SolveStatus
 
 MAX_LINE_STEPS = 40
 MAX_ASCENT_STEPS = 40
@@ -31,18 +31,18 @@ STEP_LENGTHS = 2.0 ** np.arange(-5, 3)  # of the Polyak step, all tried in one b
 MAX_ELIMINATED_CELLS = 20_000_000  # above this the many eliminations that prices take cost more than an ILP
 
 
-class Relaxation:
+class LagrangianRelaxation:
     """A problem with its rows moved into the costs; prices are (P, rows), in units of cost per unit of usage."""
 
     def __init__(self, problem: Problem, *, max_cells: int = MAX_ELIMINATED_CELLS) -> None:
         self.problem = problem
         self.limits = np.array([row.limit for row in problem.rows])
-        self._eliminator, self._wanted = Eliminator.of(problem, max_cells=max_cells)
+        self._eliminator, self._edge_positions = Eliminator.of_problem(problem, max_cells=max_cells)
 
-    def solve(self, prices: Floats, *, priced_costs: bool = True) -> tuple[Floats, list[tuple[int, ...]]]:
+    def solve(self, prices: Floats, *, with_costs: bool = True) -> tuple[Floats, list[tuple[int, ...]]]:
         """``L(price)`` (P,) and its minimiser for each price; ``inf`` and an empty tuple where nothing is allowed.
         Without ``priced_costs`` finite costs count as zero: the least priced usage alone."""
-        nodes, edges = self._priced(prices, keep_costs=priced_costs)
+        nodes, edges = self._priced_costs(prices, with_costs=with_costs)
         table = self._eliminator.solve(nodes, edges)
         values = np.broadcast_to(table.values, (len(prices),))
         choices = [
@@ -51,19 +51,19 @@ class Relaxation:
         ]
         return values - prices @ self.limits, choices
 
-    def min_bounds(self, prices: Floats) -> list[Floats]:
+    def min_marginal_bounds(self, prices: Floats) -> list[Floats]:
         """For every node and choice (choices,): the largest bound, over the prices, on any solution that takes it."""
-        nodes, edges = self._priced(prices, keep_costs=True)
+        nodes, edges = self._priced_costs(prices, with_costs=True)
         marginals = self._eliminator.min_marginals(nodes, edges)
         constant = (prices @ self.limits)[:, None]
         return [np.max(marginal - constant, axis=0) for marginal in marginals]
 
-    def _priced(self, prices: Floats, *, keep_costs: bool) -> tuple[list[Floats], list[Floats]]:
+    def _priced_costs(self, prices: Floats, *, with_costs: bool) -> tuple[list[Floats], list[Floats]]:
         def base(costs: Floats) -> Floats:
-            return (costs if keep_costs else np.where(np.isfinite(costs), 0.0, np.inf))[None]
+            return (costs if with_costs else np.where(np.isfinite(costs), 0.0, np.inf))[None]
 
         nodes = [base(costs) for costs in self.problem.costs]
-        edges = {at: base(self.problem.edges[at].costs) for at in self._wanted}
+        edges = {at: base(self.problem.edges[at].costs) for at in self._edge_positions}
         for number, row in enumerate(self.problem.rows):
             price = prices[:, number]
             if not price.any():
@@ -73,11 +73,11 @@ class Relaxation:
             for position, pair_usage in row.edge_usage.items():
                 if position in edges:
                     edges[position] = edges[position] + price[:, None, None] * pair_usage
-        return nodes, [edges[at] for at in self._wanted]
+        return nodes, [edges[at] for at in self._edge_positions]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Dual:
+class DualOutcome:
     """Outcome of the price search: the best feasible choices with the best bound, and good prices (P, rows) for
     filtering, the best first."""
 
@@ -85,16 +85,16 @@ class Dual:
     prices: Floats
 
 
-def solve_lagrangian(problem: Problem, relaxation: Relaxation | None = None) -> Solution:
+def solve_lagrangian(problem: Problem, relaxation: LagrangianRelaxation | None = None) -> Solution:
     """Best feasible choices found by prices and repair, with the Lagrangian bound; "optimal" only when they meet.
 
     "failed" says that no feasible choices were found, which proves nothing; "infeasible" is proved. ``WidthError``
     when the problem is too wide for elimination.
     """
-    return price_search(problem if relaxation else limited(problem), relaxation).solution
+    return search_prices(problem if relaxation else without_unlimited_rows(problem), relaxation).solution
 
 
-def solve(problem: Problem, time_limit_s: float | None = None) -> Solution:
+def solve_exactly(problem: Problem, time_limit_s: float | None = None) -> Solution:
     """Exact: elimination when no row binds, else prices, then the ILP on what the prices could not rule out.
 
     A time limit is handed to the ILP; the price search before it takes milliseconds to a second. The outcome is
@@ -102,163 +102,175 @@ def solve(problem: Problem, time_limit_s: float | None = None) -> Solution:
     and nothing was found).
     """
     start = time.perf_counter()
-    problem = limited(problem)
+    problem = without_unlimited_rows(problem)
     try:
-        relaxation = Relaxation(problem)
+        relaxation = LagrangianRelaxation(problem)
     except WidthError:
         return solve_ilp(problem, time_limit_s=time_limit_s)
-    dual = price_search(problem, relaxation, None if time_limit_s is None else start + time_limit_s)
+    dual = search_prices(problem, relaxation, None if time_limit_s is None else start + time_limit_s)
     found = dual.solution
     if found.status in ("optimal", "infeasible"):
         return found
     left_s = None if time_limit_s is None else max(0.1, time_limit_s - (time.perf_counter() - start))
     if found.status == "failed":
         finished = solve_ilp(problem, time_limit_s=left_s)
-        choices, bound = finished.choices, max(finished.bound, found.bound)
+        choices, bound = finished.choices, max(finished.lower_bound, found.lower_bound)
         status = finished.status
     else:
-        reduced, kept = filtered(problem, relaxation, dual.prices, found.cost)
+        reduced, kept = filter_choices(problem, relaxation, dual.prices, found.cost)
         inside = [int(np.searchsorted(of, choice)) for of, choice in zip(kept, found.choices, strict=True)]
         finished = solve_ilp(reduced, time_limit_s=left_s, warm_start=inside)
         choices = tuple(int(of[choice]) for of, choice in zip(kept, finished.choices, strict=True))
-        bound, status = max(finished.bound, found.bound), finished.status
+        bound, status = max(finished.lower_bound, found.lower_bound), finished.status
     cost = evaluate(problem, choices).cost if status in ("optimal", "feasible") else math.inf
     if status == "feasible" and cost - bound <= GAP_TOLERANCE * abs(cost):
         status = "optimal"
     return Solution(
-        status=status, choices=choices, cost=cost, bound=min(bound, cost), seconds=time.perf_counter() - start
+        status=status, choices=choices, cost=cost, lower_bound=min(bound, cost), seconds=time.perf_counter() - start
     )
 
 
-def limited(problem: Problem) -> Problem:
+def without_unlimited_rows(problem: Problem) -> Problem:
     """The problem without rows whose limit is infinite."""
     rows = tuple(row for row in problem.rows if row.limit != math.inf)
     return Problem(costs=problem.costs, edges=problem.edges, rows=rows, names=problem.names)
 
 
-def filtered(
-    problem: Problem, relaxation: Relaxation, prices: Floats, incumbent_cost: float
+def filter_choices(
+    problem: Problem, relaxation: LagrangianRelaxation, prices: Floats, incumbent_cost: float
 ) -> tuple[Problem, list[np.ndarray]]:
     """The problem without choices that cost more than the incumbent by every min-marginal bound at ``prices``, and the
     original numbers of each node's kept choices, ascending. No solution at or below the incumbent's cost is lost."""
     ceiling = incumbent_cost + GAP_TOLERANCE * abs(incumbent_cost)
-    kept = [np.flatnonzero(bounds <= ceiling) for bounds in relaxation.min_bounds(prices)]
-    return restricted(problem, kept), kept
+    kept = [np.flatnonzero(bounds <= ceiling) for bounds in relaxation.min_marginal_bounds(prices)]
+    return restrict_choices(problem, kept), kept
 
 
-def restricted(problem: Problem, kept: Sequence[np.ndarray]) -> Problem:
+def restrict_choices(problem: Problem, remaining: Sequence[np.ndarray]) -> Problem:
     """The problem in which node v has only the choices ``kept[v]``, renumbered in that order."""
     edges = tuple(
-        Edge(first=edge.first, second=edge.second, costs=edge.costs[np.ix_(kept[edge.first], kept[edge.second])])
+        Edge(
+            first=edge.first,
+            second=edge.second,
+            costs=edge.costs[np.ix_(remaining[edge.first], remaining[edge.second])],
+        )
         for edge in problem.edges
     )
     rows = tuple(
         Row(
             name=row.name,
-            usage={node: usage[kept[node]] for node, usage in row.usage.items()},
+            usage={node: usage[remaining[node]] for node, usage in row.usage.items()},
             limit=row.limit,
             edge_usage={
-                at: usage[np.ix_(kept[problem.edges[at].first], kept[problem.edges[at].second])]
+                at: usage[np.ix_(remaining[problem.edges[at].first], remaining[problem.edges[at].second])]
                 for at, usage in row.edge_usage.items()
             },
         )
         for row in problem.rows
     )
-    costs = tuple(costs[of] for costs, of in zip(problem.costs, kept, strict=True))
+    costs = tuple(costs[of] for costs, of in zip(problem.costs, remaining, strict=True))
     return Problem(costs=costs, edges=edges, rows=rows, names=problem.names)
 
 
 # --- the search over prices
 
 
-class _Search:
+class _PriceSearch:
     """What is known so far: best feasible point, best bound with its prices, and every distinct minimiser seen."""
 
-    def __init__(self, problem: Problem, relaxation: Relaxation, deadline: float | None) -> None:
+    def __init__(self, problem: Problem, relaxation: LagrangianRelaxation, deadline: float | None) -> None:
         self.problem = problem
         self.relaxation = relaxation
         self.deadline = deadline
-        self.cost = math.inf
-        self.choices: tuple[int, ...] = ()
-        self.bound = -math.inf
-        self.tried: list[tuple[float, Floats]] = []
-        self.seen: dict[tuple[int, ...], tuple[float, Floats]] = {}  # choices -> (cost, usage minus limit)
+        self.incumbent_cost = math.inf
+        self.incumbent: tuple[int, ...] = ()
+        self.lower_bound = -math.inf
+        self.tried_prices: list[tuple[float, Floats]] = []
+        self.minimisers: dict[tuple[int, ...], tuple[float, Floats]] = {}  # choices -> (cost, usage minus limit)
 
-    def ask(self, prices: Floats) -> tuple[Floats, list[tuple[float, Floats]]]:
+    def evaluate_prices(self, prices: Floats) -> tuple[Floats, list[tuple[float, Floats]]]:
         """Evaluate L at (P, rows) prices: values and the (cost, usage minus limit) of each minimiser."""
         values, minimisers = self.relaxation.solve(prices)
         points = [self.record(each) for each, value in zip(minimisers, values, strict=True) if math.isfinite(value)]
         for value, price in zip(values, prices, strict=True):
-            self.tried.append((float(value), price))
-            self.bound = max(self.bound, float(value))
+            self.tried_prices.append((float(value), price))
+            self.lower_bound = max(self.lower_bound, float(value))
         return values, points
 
     def record(self, choices: tuple[int, ...]) -> tuple[float, Floats]:
-        if choices not in self.seen:
+        if choices not in self.minimisers:
             verdict = evaluate(self.problem, choices)
-            self.seen[choices] = (verdict.cost, np.array(verdict.usages) - self.relaxation.limits)
-            if verdict.feasible and verdict.cost < self.cost:
-                self.cost, self.choices = verdict.cost, choices
-        return self.seen[choices]
+            self.minimisers[choices] = (verdict.cost, np.array(verdict.usages) - self.relaxation.limits)
+            if verdict.is_feasible and verdict.cost < self.incumbent_cost:
+                self.incumbent_cost, self.incumbent = verdict.cost, choices
+        return self.minimisers[choices]
 
     @property
-    def closed(self) -> bool:
+    def is_finished(self) -> bool:
         """Proved, or out of time."""
-        return self.proved or (self.deadline is not None and time.perf_counter() > self.deadline)
+        return self.is_proved or (self.deadline is not None and time.perf_counter() > self.deadline)
 
     @property
-    def proved(self) -> bool:
+    def is_proved(self) -> bool:
         """The best feasible point meets the bound."""
-        return math.isfinite(self.cost) and self.cost - self.bound <= GAP_TOLERANCE * abs(self.cost)
+        return math.isfinite(self.incumbent_cost) and self.incumbent_cost - self.lower_bound <= GAP_TOLERANCE * abs(
+            self.incumbent_cost
+        )
 
     def best_prices(self, count: int) -> Floats:
-        best = sorted(self.tried, key=lambda item: -item[0])[:count]
+        best = sorted(self.tried_prices, key=lambda item: -item[0])[:count]
         return np.array([price for _, price in best]).reshape(len(best), len(self.relaxation.limits))
 
 
-def price_search(problem: Problem, relaxation: Relaxation | None = None, deadline: float | None = None) -> Dual:
+def search_prices(
+    problem: Problem, relaxation: LagrangianRelaxation | None = None, deadline: float | None = None
+) -> DualOutcome:
     """Maximise the Lagrangian bound and look for feasible points; ``deadline`` is a ``perf_counter`` time. Rows need a
     finite limit (``limited``)."""
     start = time.perf_counter()
     assert all(math.isfinite(row.limit) for row in problem.rows), "rows without a limit are dropped first"
-    relaxation = relaxation or Relaxation(problem)
-    search = _Search(problem, relaxation, deadline)
+    relaxation = relaxation or LagrangianRelaxation(problem)
+    search = _PriceSearch(problem, relaxation, deadline)
     num_rows = len(problem.rows)
-    free, points = search.ask(np.zeros((1, num_rows)))
-    if not math.isfinite(free[0]) or not _rows_can_hold(problem, relaxation, search):
-        return _dual(search, start, "infeasible")
-    if not search.closed:
+    free, points = search.evaluate_prices(np.zeros((1, num_rows)))
+    if not math.isfinite(free[0]) or not _is_each_row_satisfiable(problem, relaxation, search):
+        return _dual_outcome(search, start, "infeasible")
+    if not search.is_finished:
         weights = 1.0 / np.maximum(np.abs(relaxation.limits), 1e-300)
-        _line_dual(search, weights * (points[0][1] > 0))
-        if num_rows > 1 and not search.closed:
-            _line_dual(search, weights)
-            _ascend(search)
-        _repair_all(search)
-    return _dual(search, start, None)
+        _maximise_along_line(search, weights * (points[0][1] > 0))
+        if num_rows > 1 and not search.is_finished:
+            _maximise_along_line(search, weights)
+            _ascend_by_subgradients(search)
+        _repair_minimisers(search)
+    return _dual_outcome(search, start, None)
 
 
-def _dual(search: _Search, start: float, status: Status | None) -> Dual:
+def _dual_outcome(search: _PriceSearch, start: float, status: SolveStatus | None) -> DualOutcome:
     if status is None:
-        status = "failed" if math.isinf(search.cost) else "optimal" if search.proved else "feasible"
-    bound = math.inf if status == "infeasible" else min(search.bound, search.cost)
+        status = "failed" if math.isinf(search.incumbent_cost) else "optimal" if search.is_proved else "feasible"
+    bound = math.inf if status == "infeasible" else min(search.lower_bound, search.incumbent_cost)
     solution = Solution(
-        status=status, choices=search.choices, cost=search.cost, bound=bound, seconds=time.perf_counter() - start
+        status=status,
+        choices=search.incumbent,
+        cost=search.incumbent_cost,
+        lower_bound=bound,
+        seconds=time.perf_counter() - start,
     )
-    return Dual(solution=solution, prices=search.best_prices(6))
+    return DualOutcome(solution=solution, prices=search.best_prices(6))
 
 
-def _rows_can_hold(problem: Problem, relaxation: Relaxation, search: _Search) -> bool:
+def _is_each_row_satisfiable(problem: Problem, relaxation: LagrangianRelaxation, search: _PriceSearch) -> bool:
     """Whether each row alone can hold; the least-usage points are recorded as candidates."""
-    if search.closed or not problem.rows:
+    if search.is_finished or not problem.rows:
         return True
-    least, minimisers = relaxation.solve(np.diag(np.ones(len(problem.rows))), priced_costs=False)
+    least, minimisers = relaxation.solve(np.diag(np.ones(len(problem.rows))), with_costs=False)
     for choices in minimisers:
         search.record(choices)
     slack = GAP_TOLERANCE * np.abs(relaxation.limits)
     return bool(np.all(least <= slack))
 
 
-def _line_dual(search: _Search, direction: Floats) -> None:
+def _maximise_along_line(search: _PriceSearch, direction: Floats) -> None:
     """Maximise L along ``price = t * direction``, t >= 0: exact in as many steps as the frontier has points.
 
     Points (cost, excess) are lines cost + t * excess of t; start from one with excess > 0 and one without, evaluate L
@@ -266,13 +278,13 @@ def _line_dual(search: _Search, direction: Floats) -> None:
     """
     if not direction.any():
         return
-    lines = [(cost, float(direction @ excess)) for cost, excess in search.seen.values()]
+    lines = [(cost, float(direction @ excess)) for cost, excess in search.minimisers.values()]
     over = [line for line in lines if line[1] > 0]
     under = [line for line in lines if line[1] <= 0]
     if not over:
         return
     if not under:
-        _, minimisers = search.relaxation.solve(direction[None], priced_costs=False)
+        _, minimisers = search.relaxation.solve(direction[None], with_costs=False)
         cost, excess = search.record(minimisers[0])
         under = [(cost, float(direction @ excess))]
         if under[0][1] > 0:
@@ -280,35 +292,35 @@ def _line_dual(search: _Search, direction: Floats) -> None:
     low, high = min(over), min(under)
     for _ in range(MAX_LINE_STEPS):
         at = (high[0] - low[0]) / (low[1] - high[1])
-        if at <= 0 or search.closed:
+        if at <= 0 or search.is_finished:
             return
         meeting = low[0] + at * low[1]
-        values, points = search.ask(at * direction[None])
+        values, points = search.evaluate_prices(at * direction[None])
         line = (points[0][0], float(direction @ points[0][1]))
         if values[0] >= meeting - 1e-12 * abs(meeting) or line in (low, high):
             return
         low, high = (line, high) if line[1] > 0 else (low, line)
 
 
-def _ascend(search: _Search) -> None:
+def _ascend_by_subgradients(search: _PriceSearch) -> None:
     """Subgradient ascent on several prices: from the best price so far, steps of every length in one batch."""
     scale = 1.0 / np.maximum(np.abs(search.relaxation.limits), 1e-300)  # one unit of price a row, whatever its limit
     price = search.best_prices(1)[0]
-    values, points = search.ask(price[None])
+    values, points = search.evaluate_prices(price[None])
     best, gradient = float(values[0]), points[0][1]
     stalled, shrink = 0, 1.0
     for _ in range(MAX_ASCENT_STEPS):
-        if search.closed or stalled >= 6:
+        if search.is_finished or stalled >= 6:
             return
         step = gradient * scale * scale
         step = np.where((price <= 0) & (step < 0), 0.0, step)
         norm = float(step @ gradient)
         if norm <= 0:
             return
-        target = search.cost if math.isfinite(search.cost) else best + 0.1 * max(abs(best), 1e-12)
+        target = search.incumbent_cost if math.isfinite(search.incumbent_cost) else best + 0.1 * max(abs(best), 1e-12)
         polyak = max(target - best, 0.0) / norm
         prices = np.maximum(price + (shrink * STEP_LENGTHS * polyak)[:, None] * step, 0.0)
-        values, points = search.ask(prices)
+        values, points = search.evaluate_prices(prices)
         top = int(values.argmax())
         if values[top] > best + 1e-9 * abs(best):
             best, price, gradient, stalled = float(values[top]), prices[top], points[top][1], 0
@@ -316,13 +328,16 @@ def _ascend(search: _Search) -> None:
             gradient, shrink, stalled = 0.5 * (gradient + points[0][1]), shrink * 0.5, stalled + 1
 
 
-def _repair_all(search: _Search) -> None:
+def _repair_minimisers(search: _PriceSearch) -> None:
     """Greedy repair and improvement of the cheapest points seen by the best price."""
     price = search.best_prices(1)[0]
-    order = sorted(search.seen, key=lambda choices: search.seen[choices][0] + float(price @ search.seen[choices][1]))
+    order = sorted(
+        search.minimisers,
+        key=lambda choices: search.minimisers[choices][0] + float(price @ search.minimisers[choices][1]),
+    )
     for choices in order[:8]:
-        if search.closed:
+        if search.is_finished:
             return
-        better = improve(search.problem, choices)
+        better = repair_and_improve(search.problem, choices)
         if better is not None:
             search.record(better)

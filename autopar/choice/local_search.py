@@ -16,19 +16,19 @@ from autopar.choice.problem import Floats, Problem
 MAX_MOVES = 400
 
 
-def improve(problem: Problem, choices: Sequence[int]) -> tuple[int, ...] | None:
+def repair_and_improve(problem: Problem, choices: Sequence[int]) -> tuple[int, ...] | None:
     """Feasible choices near ``choices``, or ``None`` when single moves do not lead to any."""
-    state = _State(problem, choices)
+    state = _LocalSearch(problem, choices)
     for _ in range(MAX_MOVES):
-        move = state.repair_move() if (state.excess() > 0).any() else state.saving_move()
+        move = state.find_repair_move() if (state.excess() > 0).any() else state.find_saving_move()
         if move is None:
             break
-        state.take(*move)
+        state.apply_move(*move)
     found = tuple(state.choices)
-    return found if evaluate(problem, found).feasible else None
+    return found if evaluate(problem, found).is_feasible else None
 
 
-class _State:
+class _LocalSearch:
     """Costs and usages of every node's every choice, given the others' present choices, kept up to date by moves.
 
     Flat arrays over all (node, choice): ``cost`` (total,), ``usage`` (rows, total); ``at[v]`` is node v's first entry.
@@ -38,33 +38,33 @@ class _State:
         self.problem = problem
         self.choices = list(choices)
         sizes = [len(costs) for costs in problem.costs]
-        self.at = np.concatenate([[0], np.cumsum(sizes)])
-        self.owner = np.repeat(np.arange(len(sizes)), sizes)
-        self.cost = np.concatenate(problem.costs).astype(float)
-        self.usage = np.zeros((len(problem.rows), len(self.cost)))
+        self.first_entry = np.concatenate([[0], np.cumsum(sizes)])
+        self.node_of_entry = np.repeat(np.arange(len(sizes)), sizes)
+        self.entry_costs = np.concatenate(problem.costs).astype(float)
+        self.entry_usages = np.zeros((len(problem.rows), len(self.entry_costs)))
         self.limits = np.array([row.limit for row in problem.rows])
-        self.unit = 1.0 / np.maximum(np.abs(self.limits), 1e-300)
-        self.near: list[list[int]] = [[] for _ in sizes]
-        self.pair_usage: dict[int, list[tuple[int, Floats]]] = {}
-        self.used = np.zeros(len(problem.rows))
+        self.inverse_limits = 1.0 / np.maximum(np.abs(self.limits), 1e-300)
+        self.edges_of_node: list[list[int]] = [[] for _ in sizes]
+        self.edge_usages: dict[int, list[tuple[int, Floats]]] = {}
+        self.row_usages = np.zeros(len(problem.rows))
         for number, row in enumerate(problem.rows):
             for node, usage in row.usage.items():
-                self.usage[number, self._slice(node)] += usage
-                self.used[number] += usage[self.choices[node]]
+                self.entry_usages[number, self._slice(node)] += usage
+                self.row_usages[number] += usage[self.choices[node]]
             for position, pairs in row.edge_usage.items():
-                self.pair_usage.setdefault(position, []).append((number, pairs))
+                self.edge_usages.setdefault(position, []).append((number, pairs))
                 edge = problem.edges[position]
-                self.used[number] += pairs[self.choices[edge.first], self.choices[edge.second]]
+                self.row_usages[number] += pairs[self.choices[edge.first], self.choices[edge.second]]
         for position, edge in enumerate(problem.edges):
-            self.near[edge.first].append(position)
-            self.near[edge.second].append(position)
-            self._see(position, edge.first)
-            self._see(position, edge.second)
+            self.edges_of_node[edge.first].append(position)
+            self.edges_of_node[edge.second].append(position)
+            self._add_edge(position, edge.first)
+            self._add_edge(position, edge.second)
 
     def _slice(self, node: int) -> slice:
-        return slice(self.at[node], self.at[node + 1])
+        return slice(self.first_entry[node], self.first_entry[node + 1])
 
-    def _see(self, position: int, node: int) -> None:
+    def _add_edge(self, position: int, node: int) -> None:
         """Add what an edge costs and uses, given its other end's choice, to ``node``'s entries."""
         edge = self.problem.edges[position]
         where = self._slice(node)
@@ -72,32 +72,36 @@ class _State:
         def line(table: Floats) -> Floats:
             return table[:, self.choices[edge.second]] if node == edge.first else table[self.choices[edge.first]]
 
-        self.cost[where] += line(edge.costs)
-        for number, pairs in self.pair_usage.get(position, ()):
-            self.usage[number, where] += line(pairs)
+        self.entry_costs[where] += line(edge.costs)
+        for number, pairs in self.edge_usages.get(position, ()):
+            self.entry_usages[number, where] += line(pairs)
 
-    def _rebuild(self, node: int) -> None:
+    def _refresh_node(self, node: int) -> None:
         where = self._slice(node)
-        self.cost[where] = self.problem.costs[node]
+        self.entry_costs[where] = self.problem.costs[node]
         for number, row in enumerate(self.problem.rows):
-            self.usage[number, where] = row.usage.get(node, 0.0)
-        for position in self.near[node]:
-            self._see(position, node)
+            self.entry_usages[number, where] = row.usage.get(node, 0.0)
+        for position in self.edges_of_node[node]:
+            self._add_edge(position, node)
 
     def excess(self) -> Floats:
         """By how much each row is over its limit, as a share of the limit (rows,)."""
-        return np.maximum((self.used - self.limits) * self.unit, 0.0)
+        return np.maximum((self.row_usages - self.limits) * self.inverse_limits, 0.0)
 
     def _deltas(self) -> tuple[Floats, Floats]:
         """Change of the cost (total,) and of every row (rows, total) by each move; ``inf`` cost where forbidden."""
-        now = self.at[:-1] + np.array(self.choices)
+        now = self.first_entry[:-1] + np.array(self.choices)
         with np.errstate(invalid="ignore"):
-            delta = self.cost - self.cost[now][self.owner]
-        return np.where(np.isfinite(delta), delta, np.inf), self.usage - self.usage[:, now][:, self.owner]
+            delta = self.entry_costs - self.entry_costs[now][self.node_of_entry]
+        return np.where(np.isfinite(delta), delta, np.inf), self.entry_usages - self.entry_usages[:, now][
+            :, self.node_of_entry
+        ]
 
-    def repair_move(self) -> tuple[int, int] | None:
+    def find_repair_move(self) -> tuple[int, int] | None:
         delta, change = self._deltas()
-        after = np.maximum((self.used[:, None] + change - self.limits[:, None]) * self.unit[:, None], 0.0).sum(axis=0)
+        after = np.maximum(
+            (self.row_usages[:, None] + change - self.limits[:, None]) * self.inverse_limits[:, None], 0.0
+        ).sum(axis=0)
         relief = self.excess().sum() - after
         allowed = (relief > 1e-15) & np.isfinite(delta)
         if not allowed.any():
@@ -105,27 +109,27 @@ class _State:
         rate = np.where(allowed, np.maximum(delta, 0.0) / np.maximum(relief, 1e-300), math.inf)
         best = rate.min()
         ties = np.flatnonzero(rate <= best)
-        return self._move(int(ties[(delta[ties] - relief[ties]).argmin()]))
+        return self._move_of_entry(int(ties[(delta[ties] - relief[ties]).argmin()]))
 
-    def saving_move(self) -> tuple[int, int] | None:
+    def find_saving_move(self) -> tuple[int, int] | None:
         delta, change = self._deltas()
-        holds = (self.used[:, None] + change <= self.limits[:, None]).all(axis=0)
+        holds = (self.row_usages[:, None] + change <= self.limits[:, None]).all(axis=0)
         delta = np.where(holds, delta, np.inf)
         best = int(delta.argmin())
         return (
-            self._move(best)
-            if delta[best] < -1e-12 * float(np.abs(self.cost[self.at[:-1] + self.choices]).sum())
+            self._move_of_entry(best)
+            if delta[best] < -1e-12 * float(np.abs(self.entry_costs[self.first_entry[:-1] + self.choices]).sum())
             else None
         )
 
-    def _move(self, entry: int) -> tuple[int, int]:
-        node = int(self.owner[entry])
-        return node, entry - int(self.at[node])
+    def _move_of_entry(self, entry: int) -> tuple[int, int]:
+        node = int(self.node_of_entry[entry])
+        return node, entry - int(self.first_entry[node])
 
-    def take(self, node: int, choice: int) -> None:
-        entry, now = self.at[node] + choice, self.at[node] + self.choices[node]
-        self.used += self.usage[:, entry] - self.usage[:, now]
+    def apply_move(self, node: int, choice: int) -> None:
+        entry, now = self.first_entry[node] + choice, self.first_entry[node] + self.choices[node]
+        self.row_usages += self.entry_usages[:, entry] - self.entry_usages[:, now]
         self.choices[node] = choice
-        for position in self.near[node]:
+        for position in self.edges_of_node[node]:
             edge = self.problem.edges[position]
-            self._rebuild(edge.second if edge.first == node else edge.first)
+            self._refresh_node(edge.second if edge.first == node else edge.first)

@@ -17,7 +17,7 @@ Bools = NDArray[np.bool_]
 GAP_TOLERANCE = 1e-9  # relative gap at which a solution counts as proved
 
 
-def without_parallel_edges(problem: Problem) -> tuple[tuple[Edge, ...], tuple[Row, ...]]:
+def merge_parallel_edges(problem: Problem) -> tuple[tuple[Edge, ...], tuple[Row, ...]]:
     """One edge per pair of nodes, costs and usages added; edges that cost and use nothing are dropped."""
     costs: dict[tuple[int, int], Floats] = {}
     usages: list[dict[tuple[int, int], Floats]] = [{} for _ in problem.rows]
@@ -46,8 +46,8 @@ def without_parallel_edges(problem: Problem) -> tuple[tuple[Edge, ...], tuple[Ro
     return tuple(Edge(first=pair[0], second=pair[1], costs=costs[pair]) for pair in wanted), rows
 
 
-def tightened(row: Row, tighten: float) -> Row:
-    limit = row.limit - tighten * abs(row.limit)
+def tighten_row(row: Row, tightening: float) -> Row:
+    limit = row.limit - tightening * abs(row.limit)
     return Row(name=row.name, usage=row.usage, limit=limit, edge_usage=row.edge_usage)
 
 
@@ -65,17 +65,17 @@ def alive_choices(
         for row in rows:
             if not all(mask.any() for mask in alive):
                 return None
-            _drop_by_row(row, edges, alive)
+            _drop_row_violators(row, edges, alive)
         if not all(mask.any() for mask in alive):
             return None
         if cutoff is not None:
-            room = cutoff - least_cost(costs, edges, alive) + GAP_TOLERANCE * abs(cutoff)
+            room = cutoff - sum_of_least_costs(costs, edges, alive) + GAP_TOLERANCE * abs(cutoff)
             for values, mask in zip(costs, alive, strict=True):
                 mask &= values - values[mask].min() <= room
     return alive if all(mask.any() for mask in alive) else None
 
 
-def _drop_by_row(row: Row, edges: tuple[Edge, ...], alive: list[Bools]) -> None:
+def _drop_row_violators(row: Row, edges: tuple[Edge, ...], alive: list[Bools]) -> None:
     """Drop the choices that break the row even when all else uses its least."""
     least = {node: float(usage[alive[node]].min()) for node, usage in row.usage.items()}
     pairs = [
@@ -86,27 +86,27 @@ def _drop_by_row(row: Row, edges: tuple[Edge, ...], alive: list[Bools]) -> None:
         alive[node] &= usage - least[node] <= slack
 
 
-def _finite_block(edge: Edge, alive: list[Bools]) -> Floats:
+def _alive_block(edge: Edge, alive: list[Bools]) -> Floats:
     return edge.costs[np.ix_(alive[edge.first], alive[edge.second])]
 
 
-def least_cost(costs: tuple[Floats, ...], edges: tuple[Edge, ...], alive: list[Bools]) -> float:
+def sum_of_least_costs(costs: tuple[Floats, ...], edges: tuple[Edge, ...], alive: list[Bools]) -> float:
     """The sum of every term's least cost: the origin of scaled costs, and a bound by itself."""
     nodes = [float(values[mask].min()) for values, mask in zip(costs, alive, strict=True)]
-    return math.fsum(nodes + [float(_finite_block(edge, alive).min()) for edge in edges])
+    return math.fsum(nodes + [float(_alive_block(edge, alive).min()) for edge in edges])
 
 
-def largest_term(costs: tuple[Floats, ...], edges: tuple[Edge, ...], alive: list[Bools]) -> float:
+def largest_cost_range(costs: tuple[Floats, ...], edges: tuple[Edge, ...], alive: list[Bools]) -> float:
     """The largest finite cost of any term, counted from that term's least."""
     blocks = [values[mask] for values, mask in zip(costs, alive, strict=True)]
-    blocks += [_finite_block(edge, alive) for edge in edges]
+    blocks += [_alive_block(edge, alive) for edge in edges]
     return max((float(block[np.isfinite(block)].max() - block.min()) for block in blocks), default=0.0)
 
 
-def equal_lines(lines: Floats) -> list[list[int]]:
+def group_equal_slices(slices: Floats) -> list[list[int]]:
     """Positions along the first axis with equal content, in order of first appearance."""
     groups: dict[bytes, list[int]] = {}
-    for at, line in enumerate(np.ascontiguousarray(lines) + 0.0):  # adding 0.0 turns -0.0 into 0.0
+    for at, line in enumerate(np.ascontiguousarray(slices) + 0.0):  # adding 0.0 turns -0.0 into 0.0
         groups.setdefault(line.tobytes(), []).append(at)
     return list(groups.values())
 

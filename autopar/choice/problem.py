@@ -46,7 +46,7 @@ class Problem:
     names: tuple[str, ...] = ()
 
 
-Status = Literal["optimal", "feasible", "infeasible", "failed"]
+SolveStatus = Literal["optimal", "feasible", "infeasible", "failed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,13 +54,13 @@ class Solution:
     """A typed outcome. ``choices`` is one choice per node and ``cost`` their cost (both empty/inf unless optimal or
     feasible); ``bound`` is a proved lower bound; ``seconds`` is wall time."""
 
-    status: Status
+    status: SolveStatus
     choices: tuple[int, ...]
     cost: float
-    bound: float
+    lower_bound: float
     seconds: float
 
     @property
     def gap(self) -> float:
         """Relative distance of the cost from the bound, 0 when proved."""
-        return 0.0 if self.status == "optimal" else (self.cost - self.bound) / max(abs(self.cost), 1e-300)
+        return 0.0 if self.status == "optimal" else (self.cost - self.lower_bound) / max(abs(self.cost), 1e-300)

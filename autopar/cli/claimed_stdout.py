@@ -15,7 +15,13 @@ from typing import Any, TextIO
 import click
 
 from autopar.core.errors import PlanFileError
-from autopar.core.stdout_descriptor import STDERR, STDOUT, flush, redirect_stdout, restore_stdout
+from autopar.core.stdout_descriptor import (
+    STDERR_DESCRIPTOR,
+    STDOUT_DESCRIPTOR,
+    flush_output,
+    redirect_stdout_descriptor,
+    restore_stdout_descriptor,
+)
 
 
 class NoReaderError(Exception):
@@ -60,7 +66,7 @@ class ClaimedStdout:
 
     def __init__(self) -> None:
         self._python_stdout = sys.stdout
-        self._saved = redirect_stdout(STDERR)
+        self._saved = redirect_stdout_descriptor(STDERR_DESCRIPTOR)
         self.results = self._stream()
         sys.stdout = self.results
 
@@ -68,7 +74,7 @@ class ClaimedStdout:
         stdout = self._python_stdout
         if stdout is None or self._saved is None:
             return open(os.devnull, "w")
-        if _descriptor(stdout) != STDOUT:
+        if _descriptor(stdout) != STDOUT_DESCRIPTOR:
             return stdout
         binary = io.BufferedWriter(io.FileIO(os.dup(self._saved), "w"))
         return ResultStream(binary, stdout.encoding, stdout.errors, line_buffering=os.isatty(self._saved))
@@ -90,13 +96,13 @@ class ClaimedStdout:
     def restore(self) -> None:
         """Give stdout back to a process, or to a program in its place, that goes on."""
         self.results.flush()
-        restore_stdout(self._saved)
+        restore_stdout_descriptor(self._saved)
         sys.stdout = self._python_stdout
 
     def close(self) -> None:
         """No more results: what a model's exit handlers and threads still print goes to stderr."""
         self.results.flush()
-        flush()
+        flush_output()
         sys.stdout = sys.stderr
 
 

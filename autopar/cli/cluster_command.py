@@ -6,9 +6,9 @@ from typing import Any
 import click
 
 from autopar.cli.claimed_stdout import ResultCommand, print_result
-from autopar.cli.command_options import Assignment, distinct
+from autopar.cli.command_options import Assignment, unique_assignments
 
-LONGEST_LIST = 8
+MAX_LISTED_NUMBERS = 8
 EXAMPLES = """\b
 Examples:
   autopar cluster list
@@ -49,7 +49,7 @@ def show_cluster_command(*, name: str, cluster_set: tuple[tuple[str, Any], ...],
 
     from autopar.cluster.cost_tables import load_cluster
 
-    cluster = load_cluster(name, **distinct("--cluster-set", cluster_set))
+    cluster = load_cluster(name, **unique_assignments("--cluster-set", cluster_set))
     document = msgspec.to_builtins(cluster, enc_hook=lambda value: value.tolist())
     if as_json:
         from autopar.cli.output import print_document
@@ -60,13 +60,13 @@ def show_cluster_command(*, name: str, cluster_set: tuple[tuple[str, Any], ...],
         print_result(line)
 
 
-def table_lines(part: Any, indent: str) -> Iterator[str]:
+def table_lines(table: Any, indent: str) -> Iterator[str]:
     """Lines of nested keys; long lists of numbers are cut to their ends.
 
     >>> list(table_lines({"link": {"latency_s": 1e-06}, "sizes": [1, 2]}, ""))
     ['link:', '  latency_s: 1e-06', 'sizes: 1, 2']
     """
-    for key, value in part.items():
+    for key, value in table.items():
         if isinstance(value, dict):
             yield f"{indent}{key}:"
             yield from table_lines(value, indent + "  ")
@@ -78,8 +78,8 @@ def table_lines(part: Any, indent: str) -> Iterator[str]:
                 yield from (f"{indent}    {line}" for line in rest)
         elif isinstance(value, list | tuple):
             items = [str(item) for item in value]
-            if len(items) > LONGEST_LIST:
-                half = LONGEST_LIST // 2
+            if len(items) > MAX_LISTED_NUMBERS:
+                half = MAX_LISTED_NUMBERS // 2
                 items = [*items[:half], f"... {len(items) - 2 * half} more ...", *items[-half:]]
             yield f"{indent}{key}: {', '.join(items)}"
         else:

@@ -59,7 +59,7 @@ class Assignment(click.ParamType):  # type: ignore[type-arg]
         return key, parse_scalar(text)
 
 
-class Pin(click.ParamType):  # type: ignore[type-arg]
+class PinParameter(click.ParamType):  # type: ignore[type-arg]
     """``GLOB=PLACEMENTS``: names of parameters, and one placement per mesh axis."""
 
     name = "glob=placements"
@@ -95,7 +95,7 @@ def parse_scalar(text: str) -> bool | int | float | str:
     return text
 
 
-def distinct(option: str, assignments: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+def unique_assignments(option: str, assignments: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
     """Assignments as a dict; a key given twice is a usage error, not a silent choice."""
     values: dict[str, Any] = {}
     for key, value in assignments:
@@ -104,7 +104,7 @@ def distinct(option: str, assignments: tuple[tuple[str, Any], ...]) -> dict[str,
     return values
 
 
-def stacked(*options: Callable[[Function], Function]) -> Callable[[Function], Function]:
+def combine_options(*options: Callable[[Function], Function]) -> Callable[[Function], Function]:
     """One decorator of several, shown by ``--help`` in the order given."""
 
     def decorate(function: Function) -> Function:
@@ -115,20 +115,20 @@ def stacked(*options: Callable[[Function], Function]) -> Callable[[Function], Fu
     return decorate
 
 
-output_options = stacked(
+print_options = combine_options(
     click.option("--json", "as_json", is_flag=True, help="Print one JSON document, errors included."),
     click.option("-q", "--quiet", is_flag=True, help="No progress."),
     click.option("-v", "--verbose", is_flag=True, help="Every collective, not only their sums."),
 )
 
-cluster_options = stacked(
+cluster_options = combine_options(
     click.option("--cluster", default="dgx-h100", show_default=True, metavar="NAME|FILE", help="What to plan for."),
     click.option(
         "--cluster-set", multiple=True, type=Assignment(), metavar="K=V", help="Override a key of the cluster's table."
     ),
 )
 
-workload_options = stacked(
+workload_options = combine_options(
     click.argument("model", type=click.Path()),
     click.option("--gpus", required=True, type=AtLeastOne(), metavar="N", help="GPUs to use."),
     cluster_options,
@@ -142,12 +142,12 @@ workload_options = stacked(
     click.option("--optimizer", type=click.Choice(["adamw", "sgd"]), default="adamw", show_default=True),
 )
 
-search_options = stacked(
+search_options = combine_options(
     click.option(
         "--pin",
         "pins",
         multiple=True,
-        type=Pin(),
+        type=PinParameter(),
         metavar="GLOB=PLACEMENTS",
         help="Fix how parameters lie, leave the rest open.",
     ),
@@ -169,9 +169,9 @@ search_options = stacked(
 )
 
 
-def out_options(result: str, *, required: bool = False) -> Callable[[Function], Function]:
+def output_file_options(result: str, *, required: bool = False) -> Callable[[Function], Function]:
     """``-o`` and ``--force``, for a file that holds a ``result`` ("plan")."""
-    return stacked(
+    return combine_options(
         click.option(
             "-o",
             "--output",

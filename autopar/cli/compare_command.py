@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from autopar.cli.claimed_stdout import ResultCommand, print_result
-from autopar.cli.command_options import output_options
+from autopar.cli.command_options import print_options
 from autopar.core.errors import UsageError
 
 EXAMPLES = """\b
@@ -18,7 +18,7 @@ Examples:
 @click.argument("plan_file", metavar="PLAN", type=click.Path())
 @click.option("--against", required=True, metavar="megatron[:LAYOUT]", help="megatron, or megatron:tp=8,pp=2 for one.")
 @click.option("--model", type=click.Path(), metavar="MODEL.py", help="The model file, instead of the plan's own.")
-@output_options
+@print_options
 def compare_command(
     *, plan_file: str, against: str, model: str | None, as_json: bool, quiet: bool, verbose: bool
 ) -> None:
@@ -29,13 +29,13 @@ def compare_command(
     path = Path(plan_file)
     plan = load_plan(path)
 
-    from autopar.cli.inputs import cluster_of, workload_of
+    from autopar.cli.inputs import load_plan_cluster, load_plan_workload
     from autopar.cli.progress import progress_on_stderr
 
     with progress_on_stderr(quiet) as progress:
-        cluster = cluster_of(plan, path)
+        cluster = load_plan_cluster(plan, path)
         progress("model", f"loading {model or plan.model.path}", None, None)
-        workload = workload_of(plan, path, model)
+        workload = load_plan_workload(plan, path, model)
 
         from autopar.manual.megatron_grid import compare_megatron
 

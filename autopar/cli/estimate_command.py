@@ -9,14 +9,14 @@ from autopar.cli.claimed_stdout import ResultCommand, print_result
 from autopar.cli.command_options import (
     AtLeastOne,
     Positive,
-    distinct,
-    out_options,
-    output_options,
+    combine_options,
+    output_file_options,
+    print_options,
     search_options,
-    stacked,
+    unique_assignments,
     workload_options,
 )
-from autopar.cli.inputs import global_batch_of, layout_flags, priced_layout
+from autopar.cli.inputs import choose_global_batch, layout_flags, plan_of_layout
 from autopar.cli.output_file import OutputFile
 from autopar.core.errors import UsageError
 
@@ -26,13 +26,13 @@ Examples:
   autopar estimate llama.py --gpus 16000 --layout tp=8,pp=16,sp=1,zero=1,recompute=full,gbs=2000 --set size=405B --tokens 15e12
   autopar estimate llama.py --gpus 8 --layout tp=8 --mode decode --weights int4 --context 2048"""
 
-TRAINING_ONLY = (
+TRAINING_ONLY_OPTIONS = (
     "tokens", "output", "force", "micro_batch", "optimizer", "recompute", "schedule", "time_limit", "pins",
 )  # fmt: skip
-SERVING_ONLY = ("context", "weights", "kv_cache")
-STORED = click.Choice(["same", "int8", "int4"])
+SERVING_ONLY_OPTIONS = ("context", "weights", "kv_cache")
+STORAGE_TYPE = click.Choice(["same", "int8", "int4"])
 
-serving_options = stacked(
+serving_options = combine_options(
     click.option(
         "--mode",
         type=click.Choice(["train", "prefill", "decode"]),
@@ -44,9 +44,11 @@ serving_options = stacked(
         "--context", type=AtLeastOne(), metavar="N", help="Decode: tokens in the cache; else the model's own."
     ),
     click.option(
-        "--weights", type=STORED, default="same", show_default=True, help="Inference: how weights are stored."
+        "--weights", type=STORAGE_TYPE, default="same", show_default=True, help="Inference: how weights are stored."
     ),
-    click.option("--kv-cache", type=STORED, default="same", show_default=True, help="Inference: how the cache is."),
+    click.option(
+        "--kv-cache", type=STORAGE_TYPE, default="same", show_default=True, help="Inference: how the cache is."
+    ),
 )
 
 
@@ -58,19 +60,19 @@ serving_options = stacked(
 @click.option("--tokens", type=Positive(), metavar="N", help="Tokens of the whole training: adds GPU hours and days.")
 @serving_options
 @search_options
-@out_options("plan")
-@output_options
+@output_file_options("plan")
+@print_options
 @click.pass_context
 def estimate_command(context_: click.Context, /, **arguments: Any) -> None:
     """Price one manual layout of MODEL.py on N GPUs; with -o, write it as a plan. A time limit changes nothing here.
 
     Inference takes --global-batch as the sequences of all replicas; without it, decode takes the most that fit."""
     serving = arguments["mode"] != "train"
-    _refuse(context_, TRAINING_ONLY if serving else SERVING_ONLY, arguments["mode"])
-    (_serve if serving else _train)(**arguments)
+    _refuse_options(context_, TRAINING_ONLY_OPTIONS if serving else SERVING_ONLY_OPTIONS, arguments["mode"])
+    (_estimate_serving if serving else _estimate_training)(**arguments)
 
 
-def _refuse(context: click.Context, names: tuple[str, ...], mode: str) -> None:
+def _refuse_options(context: click.Context, names: tuple[str, ...], mode: str) -> None:
     """UsageError for options that say nothing in this mode."""
     from click.core import ParameterSource
 
@@ -84,7 +86,7 @@ def _refuse(context: click.Context, names: tuple[str, ...], mode: str) -> None:
         raise UsageError(f"{', '.join(given)} belong to {other}")
 
 
-def _train(
+def _estimate_training(
     *,
     model: str,
     gpus: int,
@@ -108,7 +110,7 @@ def _train(
     verbose: bool,
     **_: Any,
 ) -> None:
-    from autopar.core.plan_file import PLAN_FILE, plan_content
+    from autopar.core.plan_file import PLAN_FILE, encode_plan
 
     file = None if output is None else OutputFile.checked(output, PLAN_FILE, force=force, as_json=as_json)
 
@@ -116,8 +118,8 @@ def _train(
     from autopar.core.layout import parse_layout
 
     fixed = parse_layout(layout, layout_flags(recompute=recompute, schedule=schedule))
-    target = load_cluster(cluster, **distinct("--cluster-set", cluster_set))
-    model_settings = distinct("--set", settings)
+    target = load_cluster(cluster, **unique_assignments("--cluster-set", cluster_set))
+    model_settings = unique_assignments("--set", settings)
 
     from autopar.cli.progress import progress_on_stderr
     from autopar.workload.model_file import load_workload
@@ -125,9 +127,9 @@ def _train(
     with progress_on_stderr(quiet) as progress:
         progress("model", f"loading {model}", None, None)
         workload = load_workload(model, **model_settings)
-        batch = global_batch_of(global_batch, fixed.gbs, workload, model)
+        batch = choose_global_batch(global_batch, fixed.gbs, workload, model)
         progress("estimate", str(fixed) or "data parallel", None, None)
-        priced = priced_layout(
+        priced = plan_of_layout(
             workload,
             fixed,
             cluster=target,
@@ -140,12 +142,12 @@ def _train(
             pins=pins,
         )
 
-    from autopar.cli.output import print_plan, signed
-    from autopar.report.training_time import Training
+    from autopar.cli.output import print_plan, with_command_line
+    from autopar.report.training_time import TrainingTime
 
-    priced = signed(priced, cluster, cluster_set)
-    path = None if file is None else file.write(plan_content(priced))
-    training = None if tokens is None else Training.of(tokens, priced.estimate.tokens_per_s, gpus)
+    priced = with_command_line(priced, cluster, cluster_set)
+    path = None if file is None else file.write(encode_plan(priced))
+    training = None if tokens is None else TrainingTime.of(tokens, priced.estimate.tokens_per_s, gpus)
     extra = {} if training is None else {"training": training.document()}
     with contextlib.nullcontext() if file is None else file.text_stream():
         print_plan(priced, path, as_json=as_json, verbose=verbose, extra=extra)
@@ -153,7 +155,7 @@ def _train(
             print_result(training.text)
 
 
-def _serve(
+def _estimate_serving(
     *,
     model: str,
     gpus: int,
@@ -174,8 +176,8 @@ def _serve(
 ) -> None:
     from autopar.cluster.cost_tables import load_cluster
 
-    target = load_cluster(cluster, **distinct("--cluster-set", cluster_set))
-    model_settings = distinct("--set", settings)
+    target = load_cluster(cluster, **unique_assignments("--cluster-set", cluster_set))
+    model_settings = unique_assignments("--set", settings)
     if mode == "prefill" and context is not None:
         raise UsageError("--context is of decode; a prefill runs the model's own sequence: --set seq=2048, say")
 
@@ -186,10 +188,10 @@ def _serve(
         progress("model", f"loading {model}", None, None)
         workload = load_workload(model, **model_settings)
 
-        from autopar.serving.serve import serve
+        from autopar.serving.serve import estimate_serving
 
         progress(mode, layout or "a GPU a replica", None, None)
-        priced = serve(
+        priced = estimate_serving(
             workload,
             cluster=target,
             gpus=gpus,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from autopar.workload.workload import Workload
 
 
-def global_batch_of(given: int | None, layout_batch: int | None, workload: "Workload", model: str) -> int:
+def choose_global_batch(given: int | None, layout_batch: int | None, workload: "Workload", model: str) -> int:
     """``--global-batch``, else the layout's gbs, else the model file's GLOBAL_BATCH."""
     for batch in (given, layout_batch, workload.global_batch):
         if batch is not None:
@@ -26,7 +26,7 @@ def layout_flags(**flags: str) -> dict[str, str]:
     return {key: value for key, value in flags.items() if value != "auto"}
 
 
-def priced_layout(workload: "Workload", layout: "Layout", *, micro_batch: int | None, **options: Any) -> "Plan":
+def plan_of_layout(workload: "Workload", layout: "Layout", *, micro_batch: int | None, **options: Any) -> "Plan":
     """The plan of one layout; ``options`` are those of ``autopar.manual.layout_pricer.plan_layout``. LayoutError where
     ``micro_batch`` (``--micro-batch``) is not the layout's."""
     from autopar.manual.layout_pricer import plan_layout
@@ -40,7 +40,7 @@ def priced_layout(workload: "Workload", layout: "Layout", *, micro_batch: int | 
     return priced
 
 
-def workload_of(plan: "Plan", plan_path: Path, model: str | None) -> "Workload":
+def load_plan_workload(plan: "Plan", plan_path: Path, model: str | None) -> "Workload":
     """The workload a plan was made for, from its own model file or from ``model``; PlanFileError when it changed."""
     path = Path(model) if model is not None else _model_path(plan, plan_path)
     if model is None and plan.model.source_hash is not None:
@@ -66,7 +66,7 @@ def _model_path(plan: "Plan", plan_path: Path) -> Path:
     raise PlanFileError(f"{plan_path} is for {plan.model.path}, which is not there; name it with --model")
 
 
-def cluster_of(plan: "Plan", plan_path: Path) -> "Cluster":
+def load_plan_cluster(plan: "Plan", plan_path: Path) -> "Cluster":
     """The cluster a plan was made for; PlanFileError when its tables changed since."""
     from autopar.cluster.cost_tables import load_cluster
 

@@ -19,7 +19,7 @@ from autopar.cli.show_command import show_command
 from autopar.cli.verify_command import verify_command
 from autopar.core.errors import AutoparError, PlanFileError
 
-INTERRUPTED = 130
+INTERRUPTED_EXIT_CODE = 130
 
 
 EPILOG = """Results go to stdout, progress and errors to stderr; --json prints one document, errors included, to whose keys later
@@ -53,7 +53,7 @@ for _command in (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Ending:
+class _ErrorReport:
     """An error as it is told: a few lines on stderr, or the one JSON document on stdout, where ``extra`` keys join."""
 
     code: int
@@ -66,7 +66,7 @@ class _Ending:
 def entry() -> None:
     """The program: run the command line's arguments, end with its exit code."""
     stdout = ClaimedStdout()
-    code = _run(Invocation(arguments=tuple(sys.argv[1:]), stdout=stdout))
+    code = _exit_code_of(Invocation(arguments=tuple(sys.argv[1:]), stdout=stdout))
     stdout.close()
     sys.exit(code)
 
@@ -75,16 +75,16 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command line in a process that goes on, and return its exit code."""
     stdout = ClaimedStdout()
     try:
-        return _run(Invocation(arguments=tuple(arguments), stdout=stdout))
+        return _exit_code_of(Invocation(arguments=tuple(arguments), stdout=stdout))
     finally:
         stdout.restore()
 
 
-def _run(call: Invocation) -> int:
+def _exit_code_of(call: Invocation) -> int:
     """The exit code of one call; no exception but a bug of ours leaves."""
     as_json = "--json" in _before_separator(call.arguments)
     try:
-        return _ended(call, as_json)
+        return _run_and_report(call, as_json)
     except NoReaderError:
         return 0
     except PlanFileError as error:  # of the error's own document
@@ -92,7 +92,7 @@ def _run(call: Invocation) -> int:
         return error.exit_code
 
 
-def _ended(call: Invocation, as_json: bool) -> int:
+def _run_and_report(call: Invocation, as_json: bool) -> int:
     """Run a call and tell how it ended: its results, or its error."""
     try:
         code = autopar.main(args=list(call.arguments), prog_name="autopar", standalone_mode=False, obj=call)
@@ -105,13 +105,13 @@ def _ended(call: Invocation, as_json: bool) -> int:
         hint = ""
         if isinstance(error, click.UsageError) and error.ctx is not None:
             hint = f"\ntry: {error.ctx.command_path} --help"
-        told = _Ending(code=error.exit_code, kind=type(error).__name__, message=error.format_message(), hint=hint)
+        told = _ErrorReport(code=error.exit_code, kind=type(error).__name__, message=error.format_message(), hint=hint)
     except AutoparError as error:
         faults = getattr(error, "faults", None)
         extra = {} if faults is None else {"faults": list(faults)}
-        told = _Ending(code=error.exit_code, kind=type(error).__name__, message=str(error), extra=extra)
+        told = _ErrorReport(code=error.exit_code, kind=type(error).__name__, message=str(error), extra=extra)
     except (click.Abort, KeyboardInterrupt):
-        told = _Ending(code=INTERRUPTED, kind="Interrupted", message="interrupted")
+        told = _ErrorReport(code=INTERRUPTED_EXIT_CODE, kind="Interrupted", message="interrupted")
     if not as_json or call.stdout.is_lost:
         print(f"autopar: {told.message}{told.hint}", file=sys.stderr)
         return told.code

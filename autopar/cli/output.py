@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from autopar.core.plan import Plan
 
 PIPED_WIDTH = 120
-NARROWEST = 72
+MIN_WIDTH = 72
 
 
 def text_width() -> int:
     """Columns of the terminal, or a fixed width in a pipe so that the same plan prints the same text."""
     if not invocation().stdout.results.isatty():
         return PIPED_WIDTH
-    return max(NARROWEST, shutil.get_terminal_size((PIPED_WIDTH, 24)).columns)
+    return max(MIN_WIDTH, shutil.get_terminal_size((PIPED_WIDTH, 24)).columns)
 
 
 def print_document(document: dict[str, Any]) -> None:
@@ -39,7 +39,7 @@ def print_plan(
     print_result(plan_text(plan, width=text_width(), verbose=verbose), end="")
 
 
-def signed(plan: "Plan", cluster: str, overrides: tuple[tuple[str, Any], ...]) -> "Plan":
+def with_command_line(plan: "Plan", cluster: str, overrides: tuple[tuple[str, Any], ...]) -> "Plan":
     """The plan with the command line that made it: its words, and the cluster as they name it, so that the commands
     that take only the plan find the same tables."""
     import shlex

@@ -14,7 +14,7 @@ from autopar.core.errors import PlanFileError, UsageError
 if TYPE_CHECKING:
     from autopar.core.write_file import Destination, FileKind
 
-STDOUT = "-"
+STDOUT_NAME = "-"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,14 +32,14 @@ class OutputFile:
         """The file of ``-o output``; UsageError where it may not be written, or stdout would get two documents."""
         from autopar.core.write_file import destination_of
 
-        if output == STDOUT:
+        if output == STDOUT_NAME:
             if as_json:
                 raise UsageError("-o - and --json would both print to stdout: leave out one of them")
             return cls(path=None, folder=Path(), kind=kind, force=force)
         path = Path(output)
         found = destination_of(path, kind)
         if found.refuses(force=force):
-            raise UsageError(f"cannot write {path}: {found.obstacle}; {_way_out(found)}")
+            raise UsageError(f"cannot write {path}: {found.obstacle}; {_hint(found)}")
         try:
             return cls(path=path, folder=Path.cwd(), kind=kind, force=force)
         except OSError as error:
@@ -51,28 +51,28 @@ class OutputFile:
         Where something has appeared at the path since, the result goes to a free name in the same folder, and a line on
         stderr says so. Where nothing can be written there at all, it goes to a folder for temporary files, and the PlanFileError
         names that."""
-        from autopar.core.write_file import OccupiedError, write, write_to_free_name
+        from autopar.core.write_file import OccupiedError, write_file, write_to_free_name
 
         try:
             if self.path is None:
                 print_result(content.decode(), end="")
                 return None
             try:
-                write(self._place(self.path), content, self.kind, force=self.force)
+                write_file(self._resolved(self.path), content, self.kind, force=self.force)
                 return self.path
             except OccupiedError as error:
-                written = self.path.with_name(write_to_free_name(self._place(self.path), content).name)
+                written = self.path.with_name(write_to_free_name(self._resolved(self.path), content).name)
                 print(f"autopar: {error}; the result is in {written}", file=sys.stderr)
                 return written
         except PlanFileError as error:
-            rescued = _rescued(self.path or Path("result.json"), content)
+            rescued = _write_rescue_copy(self.path or Path("result.json"), content)
             raise PlanFileError(f"{error}; the result is in {rescued}" if rescued else str(error)) from None
 
     def text_stream(self) -> contextlib.AbstractContextManager[object]:
         """Where what is printed for people goes: stdout, or stderr if stdout has the result."""
         return contextlib.nullcontext() if self.path is not None else invocation().stdout.diverted()
 
-    def _place(self, path: Path) -> Path:
+    def _resolved(self, path: Path) -> Path:
         """The path, absolute where the working folder has changed since it was given."""
         with contextlib.suppress(OSError):  # the working folder may be gone
             if Path.cwd() == self.folder:
@@ -80,7 +80,7 @@ class OutputFile:
         return self.folder / path
 
 
-def _way_out(found: "Destination") -> str:
+def _hint(found: "Destination") -> str:
     if found.access in ("never", "nowhere"):
         return "choose another file with -o"
     if found.access == "write into":
@@ -90,7 +90,7 @@ def _way_out(found: "Destination") -> str:
     return "choose another file with -o, or replace this one with --force"
 
 
-def _rescued(path: Path, content: bytes) -> Path | None:
+def _write_rescue_copy(path: Path, content: bytes) -> Path | None:
     """The path of a copy in a new folder for temporary files, or None where that cannot be written either."""
     from autopar.core.write_file import write_atomically
 

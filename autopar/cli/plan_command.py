@@ -7,8 +7,14 @@ from typing import Any
 import click
 
 from autopar.cli.claimed_stdout import ResultCommand
-from autopar.cli.command_options import distinct, out_options, output_options, search_options, workload_options
-from autopar.cli.inputs import global_batch_of, layout_flags, priced_layout
+from autopar.cli.command_options import (
+    output_file_options,
+    print_options,
+    search_options,
+    unique_assignments,
+    workload_options,
+)
+from autopar.cli.inputs import choose_global_batch, layout_flags, plan_of_layout
 from autopar.cli.output_file import OutputFile
 
 EXAMPLES = """\b
@@ -23,8 +29,8 @@ Examples:
 @workload_options
 @click.option("--layout", metavar="TEXT", help="Search nothing: price this layout, such as tp=8,pp=4,zero=1.")
 @search_options
-@out_options("plan")
-@output_options
+@output_file_options("plan")
+@print_options
 def plan_command(
     *,
     model: str,
@@ -49,7 +55,7 @@ def plan_command(
     verbose: bool,
 ) -> None:
     """Find the fastest plan for MODEL.py on N GPUs and write it to FILE (default: MODEL.plan.json)."""
-    from autopar.core.plan_file import PLAN_FILE, plan_content
+    from autopar.core.plan_file import PLAN_FILE, encode_plan
 
     name = output if output is not None else f"{Path(model).stem}.plan.json"
     file = OutputFile.checked(name, PLAN_FILE, force=force, as_json=as_json)
@@ -60,8 +66,8 @@ def plan_command(
     fixed = None
     if layout is not None:
         fixed = parse_layout(layout, layout_flags(recompute=recompute, schedule=schedule))
-    target = load_cluster(cluster, **distinct("--cluster-set", cluster_set))
-    model_settings = distinct("--set", settings)
+    target = load_cluster(cluster, **unique_assignments("--cluster-set", cluster_set))
+    model_settings = unique_assignments("--set", settings)
 
     from autopar.cli.progress import progress_on_stderr
     from autopar.workload.model_file import load_workload
@@ -69,7 +75,7 @@ def plan_command(
     with progress_on_stderr(quiet) as progress:
         progress("model", f"loading {model}", None, None)
         workload = load_workload(model, **model_settings)
-        batch = global_batch_of(global_batch, fixed.gbs if fixed is not None else None, workload, model)
+        batch = choose_global_batch(global_batch, fixed.gbs if fixed is not None else None, workload, model)
 
         options: dict[str, Any] = {
             "cluster": target,
@@ -82,7 +88,7 @@ def plan_command(
             "pins": pins,
         }
         if fixed is not None:
-            found = priced_layout(workload, fixed, **options)
+            found = plan_of_layout(workload, fixed, **options)
         else:
             from autopar.planner.planner import plan
 
@@ -95,10 +101,10 @@ def plan_command(
                 progress=progress,
             )
 
-    from autopar.cli.output import print_plan, signed
+    from autopar.cli.output import print_plan, with_command_line
 
-    found = signed(found, cluster, cluster_set)
-    path = file.write(plan_content(found))
+    found = with_command_line(found, cluster, cluster_set)
+    path = file.write(encode_plan(found))
     with file.text_stream():
         print_plan(found, path, as_json=as_json, verbose=verbose)
     if path is not None and not as_json and not quiet:

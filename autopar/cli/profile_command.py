@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from autopar.cli.claimed_stdout import ResultCommand, print_result
-from autopar.cli.command_options import out_options
+from autopar.cli.command_options import output_file_options
 from autopar.cli.output_file import OutputFile
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ Examples:
 @click.command(
     "profile", cls=ResultCommand, short_help="Measure this machine into a table for --cluster.", epilog=EXAMPLES
 )
-@out_options("table", required=True)
+@output_file_options("table", required=True)
 @click.option("--quick", is_flag=True, help="A coarse table in seconds rather than minutes.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="What to measure; else a GPU where there is one.")
 @click.option("--base", metavar="NAME", help="The cluster that gives what is not measured; else the one most alike.")
@@ -37,21 +37,21 @@ def profile_command(
 
     Each number of the table says whether it was measured here or comes from a cluster that ships. On CPUs a rank is a
     thread."""
-    from autopar.cluster.cost_tables import PROFILE_FILE, check_content, cluster_content
+    from autopar.cluster.cost_tables import PROFILE_FILE_KIND, check_cluster_content, cluster_content
 
-    file = OutputFile.checked(output, PROFILE_FILE, force=force, as_json=as_json)
+    file = OutputFile.checked(output, PROFILE_FILE_KIND, force=force, as_json=as_json)
 
     from autopar.cli.progress import progress_on_stderr
-    from autopar.measure.profile_machine import profile
+    from autopar.measure.profile_machine import profile_machine
 
     with progress_on_stderr(quiet) as progress:
-        cluster = profile(device=device, quick=quick, base=base, progress=progress)
+        cluster = profile_machine(device=device, quick=quick, base=base, progress=progress)
     if cluster is None:  # another rank of the group writes and tells
         return
 
     content = cluster_content(cluster)
     path = file.write(content)
-    check_content(
+    check_cluster_content(
         content, path or Path(output)
     )  # a table that its own rules refuse is an error now, not at its first use
     if as_json:
@@ -62,12 +62,12 @@ def profile_command(
         print_document(msgspec.json.decode(msgspec.json.encode(cluster)))
         return
     with file.text_stream():
-        print_result("\n".join(summary(cluster)))
+        print_result("\n".join(profile_lines(cluster)))
         if path is not None:
             print_result(f"written     {path}")
 
 
-def summary(cluster: "Cluster") -> list[str]:
+def profile_lines(cluster: "Cluster") -> list[str]:
     """What was measured, a line each."""
     from autopar.core.units import gib_text, percent_text, seconds_text
 

@@ -60,7 +60,7 @@ def run_command(
     arguments = list(script)
     if "--plan" not in arguments:
         arguments += ["--plan", str(Path(plan_file))]
-    line = command_line(launcher, nodes, per_node, arguments, rendezvous, max_restarts)
+    line = launch_command(launcher, nodes, per_node, arguments, rendezvous, max_restarts)
     if not execute:
         print_result(shlex.join(line))
         return
@@ -73,7 +73,7 @@ def run_command(
         raise UsageError(f"there is no {line[0]} on this machine; leave out --exec to print the command") from None
 
 
-def command_line(
+def launch_command(
     launcher: str, nodes: int, per_node: int, arguments: list[str], rendezvous: str | None, max_restarts: int
 ) -> list[str]:
     """The words of the launch command.

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from autopar.cli.claimed_stdout import ResultCommand
-from autopar.cli.command_options import output_options
+from autopar.cli.command_options import print_options
 
 EXAMPLES = """\b
 Examples:
@@ -16,7 +16,7 @@ Examples:
 
 @click.command("show", cls=ResultCommand, short_help="Print a plan.", epilog=EXAMPLES)
 @click.argument("plan_file", metavar="PLAN", type=click.Path())
-@output_options
+@print_options
 def show_command(*, plan_file: str, as_json: bool, quiet: bool, verbose: bool) -> None:
     """Print a plan: its stages, times, memory, and where each parameter lies."""
     from autopar.cli.output import print_plan

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from autopar.cli.claimed_stdout import ResultCommand, print_result
-from autopar.cli.command_options import Assignment, AtLeastOne, distinct, output_options
+from autopar.cli.command_options import Assignment, AtLeastOne, print_options, unique_assignments
 from autopar.core.dtypes import LONG_NAMES
 from autopar.core.errors import CheckError
 
 if TYPE_CHECKING:
     from autopar.core.plan import Collective, Plan
-    from autopar.verify.verify_plan import Report
+    from autopar.verify.verify_plan import VerifyReport
 
-NUM_WORST = 3
+MAX_LISTED_ERRORS = 3
 EXAMPLES = """\b
 Examples:
   autopar verify gpt.plan.json --ranks 4
@@ -28,7 +28,7 @@ Examples:
 @click.option(
     "--set", "settings", multiple=True, type=Assignment(), metavar="K=V", help="Another size of the same structure."
 )
-@output_options
+@print_options
 def verify_command(
     *,
     plan_file: str,
@@ -41,52 +41,56 @@ def verify_command(
 ) -> int:
     """Run PLAN, or a shrunk twin, on CPU processes against one process: loss, gradients, optimizer steps. Exit 7 on
     FAIL."""
-    from autopar.cli.inputs import workload_of
+    from autopar.cli.inputs import load_plan_workload
     from autopar.core.plan_file import load_plan
 
     plan = load_plan(plan_file)
-    workload = workload_of(plan, Path(plan_file), model)
-    changed = {**plan.model.settings, **distinct("--set", settings)}
+    workload = load_plan_workload(plan, Path(plan_file), model)
+    changed = {**plan.model.settings, **unique_assignments("--set", settings)}
 
     from autopar.cli.progress import progress_on_stderr
-    from autopar.verify.verify_plan import verify
+    from autopar.verify.verify_plan import verify_plan
 
     with progress_on_stderr(quiet) as progress:
         progress("verify", f"starting up to {ranks} ranks", None, None)
-        report = verify(
+        report = verify_plan(
             plan,
             model=str(workload.path),
             settings=changed,
-            ranks=ranks,
-            relist=lambda twin: _relisted(twin, Path(plan_file), str(workload.path), changed),
+            max_ranks=ranks,
+            list_collectives=lambda twin: _list_collectives(twin, Path(plan_file), str(workload.path), changed),
         )
     if as_json:
         from autopar.cli.output import print_document
 
-        print_document(_document(report))
+        print_document(_report_document(report))
         return 0 if report.passed else CheckError.exit_code
-    print_result("\n".join(_lines(report, verbose)))
+    print_result("\n".join(_report_lines(report, verbose)))
     if not report.passed:
         numbers = "the plan's numbers differ from those of one process"
-        raise CheckError("the collectives that ran are not those that the plan lists" if report.unlisted else numbers)
+        raise CheckError(
+            "the collectives that ran are not those that the plan lists" if report.collective_differences else numbers
+        )
     return 0
 
 
-def _relisted(twin: "Plan", plan_file: Path, model: str, settings: dict[str, Any]) -> "tuple[Collective, ...]":
+def _list_collectives(
+    shrunk: "Plan", plan_file: Path, model: str, settings: dict[str, Any]
+) -> "tuple[Collective, ...]":
     """The collectives of a twin, as the judge lists them on the plan's cluster."""
-    from autopar.cli.inputs import cluster_of
-    from autopar.graph.split_into_blocks import cut_blocks, order_for_blocks
+    from autopar.cli.inputs import load_plan_cluster
+    from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
     from autopar.graph.trace import trace
     from autopar.judge.judge import judge
     from autopar.workload.model_file import load_workload
 
-    traced = trace(load_workload(model, **settings), dtype=LONG_NAMES[twin.execution.dtype])
-    graph = order_for_blocks(traced.graph)
-    return judge(twin, graph, cut_blocks(graph), cluster_of(twin, plan_file), twin=True).collectives
+    traced = trace(load_workload(model, **settings), dtype=LONG_NAMES[shrunk.execution.dtype])
+    graph = hoist_light_ops(traced.graph)
+    return judge(shrunk, graph, split_into_blocks(graph), load_plan_cluster(shrunk, plan_file), shrunk=True).collectives
 
 
-def _lines(report: "Report", verbose: bool) -> list[str]:
-    lines = [f"{report.ranks} ranks, fp64" + (", a twin of the plan:" if report.changes else "")]
+def _report_lines(report: "VerifyReport", verbose: bool) -> list[str]:
+    lines = [f"{report.num_ranks} ranks, fp64" + (", a twin of the plan:" if report.changes else "")]
     lines += [f"  {change}" for change in report.changes]
     lines.append(
         f"loss        {report.expected_loss:.12g} one process, {report.loss:.12g} plan: error {report.loss_error:.1e}"
@@ -95,14 +99,14 @@ def _lines(report: "Report", verbose: bool) -> list[str]:
         what = "" if title == "gradients" else " after 3 optimizer steps"
         worst = sorted(errors, key=lambda name: -errors[name])
         lines.append(f"{title:<11} {len(errors)} tensors{what}, worst {errors[worst[0]]:.1e} {worst[0]}")
-        lines += [f"            {errors[name]:.1e} {name}" for name in worst[1:NUM_WORST] if verbose]
+        lines += [f"            {errors[name]:.1e} {name}" for name in worst[1:MAX_LISTED_ERRORS] if verbose]
     count = sum(sum(sizes.values()) for sizes in report.collectives.values())
-    if report.uncompared is not None:
-        verdict = f"not held against the plan's list: {report.uncompared}"
+    if report.not_compared_because is not None:
+        verdict = f"not held against the plan's list: {report.not_compared_because}"
     else:
-        verdict = "those that the plan lists" if not report.unlisted else "not those that the plan lists"
+        verdict = "those that the plan lists" if not report.collective_differences else "not those that the plan lists"
     lines.append(f"collectives {count} a step in the plan's dtype, {verdict}")
-    lines += [f"            {line}" for line in report.unlisted]
+    lines += [f"            {line}" for line in report.collective_differences]
     if verbose:
         for (stage, kind, axes), sizes in sorted(report.collectives.items()):
             lines += [
@@ -113,10 +117,10 @@ def _lines(report: "Report", verbose: bool) -> list[str]:
     return lines
 
 
-def _document(report: "Report") -> dict[str, Any]:
+def _report_document(report: "VerifyReport") -> dict[str, Any]:
     return {
         "passed": report.passed,
-        "ranks": report.ranks,
+        "ranks": report.num_ranks,
         "twin": list(report.changes),
         "loss": report.loss,
         "expected_loss": report.expected_loss,
@@ -127,6 +131,6 @@ def _document(report: "Report") -> dict[str, Any]:
             for (stage, kind, axes), sizes in sorted(report.collectives.items())
             for size, count in sorted(sizes.items())
         ],
-        "unlisted_collectives": list(report.unlisted),
-        "collectives_not_compared": report.uncompared,
+        "unlisted_collectives": list(report.collective_differences),
+        "collectives_not_compared": report.not_compared_because,
     }

@@ -25,20 +25,20 @@ from numpy.typing import ArrayLike
 from autopar.cluster.device import Device
 from autopar.cluster.interpolate import Floats
 from autopar.cluster.number_source import (
-    Source,
+    NumberSource,
     require_fraction,
-    require_not_negative,
+    require_non_negative,
     require_positive,
     require_sources,
 )
 
-Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
-KINDS: tuple[str, ...] = get_args(Kind)
+MeasuredCollective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
+MEASURED_COLLECTIVES: tuple[str, ...] = get_args(MeasuredCollective)
 RAMP_EXPONENT = 0.9  # of 2 x 8 H100 from 64 MiB to 16 GiB: 43 %, 70 %, 90 % of the rate of the largest
 RAMP_LIMIT_S = 1e-3  # what filling adds at most
 
 
-class Group(msgspec.Struct, frozen=True, kw_only=True):
+class RankGroup(msgspec.Struct, frozen=True, kw_only=True):
     """Ranks that talk: the most of them inside one node, the nodes they touch, and how many such groups, all crossing
     nodes, share one node's NICs at once."""
 
@@ -52,7 +52,7 @@ class CollectiveCurve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Seconds of one collective among ``num_ranks`` of a node against bytes: the tensor of all_reduce, the output of
     all_gather, the input of reduce_scatter, what a rank holds before all_to_all."""
 
-    kind: Kind
+    kind: MeasuredCollective
     num_ranks: int
     num_bytes: tuple[int, ...]
     time_s: tuple[float, ...]
@@ -93,7 +93,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     first_communicator_bytes: int
     next_communicator_bytes: int
     collectives: tuple[CollectiveCurve, ...]
-    provenance: dict[str, Source]
+    provenance: dict[str, NumberSource]
 
     def __post_init__(self) -> None:
         for key in ("devices_per_node", "inter_node_gbits_per_s", "nics_per_node", "link_bytes_per_s"):
@@ -107,11 +107,11 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             "first_communicator_bytes",
             "next_communicator_bytes",
         ):
-            require_not_negative(key, getattr(self, key))
+            require_non_negative(key, getattr(self, key))
         if not self.training_slowdown >= 1:
             raise ValueError(f"training_slowdown = {self.training_slowdown} is below 1")
         names = [(curve.kind, curve.num_ranks) for curve in self.collectives]
-        missing = sorted(set(KINDS) - {kind for kind, _ in names})
+        missing = sorted(set(MEASURED_COLLECTIVES) - {kind for kind, _ in names})
         if missing or len(set(names)) < len(names):
             raise ValueError(f"{self.name}: no curve for {missing}, or two for one kind and number of ranks")
         require_sources(self, self.provenance, ("device",))
@@ -125,23 +125,23 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()
 
     @property
-    def node_bytes_per_s(self) -> float:
+    def nics_bytes_per_s(self) -> float:
         """What all NICs of a node sustain, one direction."""
         return self.inter_node_gbits_per_s * 1e9 / 8 * self.inter_node_efficiency
 
-    def crossing_bytes_per_s(self, ranks_per_node: int, groups_per_node: int) -> float:
+    def inter_node_bytes_per_s(self, ranks_per_node: int, groups_per_node: int) -> float:
         """What the ranks of one group in a node get of its NICs: their share, and no more than a NIC each."""
-        share = self.node_bytes_per_s / groups_per_node
-        return min(share, self.node_bytes_per_s / self.nics_per_node * ranks_per_node)
+        share = self.nics_bytes_per_s / groups_per_node
+        return min(share, self.nics_bytes_per_s / self.nics_per_node * ranks_per_node)
 
     def axis_group(
         self, num_devices: int, axis_sizes: tuple[int, ...], axes: tuple[int, ...], first_device: int = 0
-    ) -> Group:
+    ) -> RankGroup:
         """The slowest of the groups that span ``axes`` of a row-major mesh on devices ``first_device``... ."""
         assert int(np.prod(axis_sizes)) == num_devices, f"mesh {axis_sizes} is not {num_devices} devices"
         num_ranks = int(np.prod([axis_sizes[axis] for axis in axes]))
         if num_ranks == 1:
-            return Group(num_ranks=1, ranks_per_node=1, num_nodes=1, groups_per_node=1)
+            return RankGroup(num_ranks=1, ranks_per_node=1, num_nodes=1, groups_per_node=1)
         node = (np.arange(first_device, first_device + num_devices) // self.devices_per_node).reshape(axis_sizes)
         rest = [axis for axis in range(len(axis_sizes)) if axis not in axes]
         node = node.transpose(*rest, *axes).reshape(-1, num_ranks)
@@ -157,24 +157,24 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         )
         share = np.minimum(1.0 / sharing, ranks_per_node / self.nics_per_node)
         worst = int(np.lexsort((ranks_per_node, num_nodes, (num_nodes - 1) / num_nodes / share))[-1])
-        return Group(
+        return RankGroup(
             num_ranks=num_ranks,
             ranks_per_node=int(ranks_per_node[worst]),
             num_nodes=int(num_nodes[worst]),
             groups_per_node=int(sharing[worst]) if num_nodes[worst] > 1 else 1,
         )
 
-    def collective_s(self, kind: str, num_bytes: ArrayLike, group: Group) -> Floats:
+    def collective_s(self, kind: str, num_bytes: ArrayLike, group: RankGroup) -> Floats:
         """Seconds of one collective; 0 for one rank or no bytes. Bytes mean what ``CollectiveCurve`` says."""
-        assert kind in KINDS, kind
+        assert kind in MEASURED_COLLECTIVES, kind
         size = np.asarray(num_bytes, float)
         if group.num_ranks == 1:
             return np.zeros_like(size)
         n, local, nodes = group.num_ranks, group.ranks_per_node, group.num_nodes
-        inside = self._inside_s(kind, size * (local / n if kind == "all_to_all" else 1.0), local)
+        inside = self._intra_node_s(kind, size * (local / n if kind == "all_to_all" else 1.0), local)
         if nodes > 1:
-            rate = self.crossing_bytes_per_s(local, group.groups_per_node)
-            crossing = size * local * (n - local) / n if kind == "all_to_all" else size * _factor(kind, nodes)
+            rate = self.inter_node_bytes_per_s(local, group.groups_per_node)
+            crossing = size * local * (n - local) / n if kind == "all_to_all" else size * _traffic_factor(kind, nodes)
             # trees of all_reduce go up and down; rings of the others pass every node
             hops = 2 * np.ceil(np.log2(nodes)) if kind == "all_reduce" else nodes - 1
             ramp = 1 + (self.inter_node_ramp_bytes / np.maximum(size, 1.0)) ** RAMP_EXPONENT
@@ -184,11 +184,11 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             )
         return np.asarray(np.where(size > 0, inside * self.training_slowdown, 0.0), float)
 
-    def transfer_s(self, num_bytes: ArrayLike, *, same_node: bool, sharers: int = 1) -> Floats:
+    def transfer_s(self, num_bytes: ArrayLike, *, same_node: bool, num_senders: int = 1) -> Floats:
         """Seconds from one device to another; ``sharers`` devices of the node send at once over its NICs."""
         size = np.asarray(num_bytes, float)
         ratio = self.inter_node_transfer_efficiency / self.inter_node_efficiency
-        rate = self.link_bytes_per_s if same_node else ratio * self.crossing_bytes_per_s(1, sharers)
+        rate = self.link_bytes_per_s if same_node else ratio * self.inter_node_bytes_per_s(1, num_senders)
         latency_s = self.link_latency_s if same_node else self.inter_node_latency_s
         return np.asarray(np.where(size > 0, (latency_s + size / rate) * self.training_slowdown, 0.0), float)
 
@@ -199,12 +199,12 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     @cached_property
     def _curves(self) -> dict[str, tuple[tuple[int, Floats, Floats], ...]]:
         """kind -> (ranks, log bytes, log seconds) by ranks."""
-        found: dict[str, list[tuple[int, Floats, Floats]]] = {kind: [] for kind in KINDS}
+        found: dict[str, list[tuple[int, Floats, Floats]]] = {kind: [] for kind in MEASURED_COLLECTIVES}
         for curve in sorted(self.collectives, key=lambda curve: curve.num_ranks):
             found[curve.kind].append((curve.num_ranks, np.log(curve.num_bytes), np.log(curve.time_s)))
         return {kind: tuple(curves) for kind, curves in found.items()}
 
-    def _inside_s(self, kind: str, size: Floats, num_ranks: int) -> Floats:
+    def _intra_node_s(self, kind: str, size: Floats, num_ranks: int) -> Floats:
         if num_ranks == 1:
             return np.zeros_like(size)
         curves = self._curves[kind]
@@ -212,13 +212,13 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         high = curves[above]
         low = curves[above - 1] if above and high[0] > num_ranks else high
         weight = (num_ranks - low[0]) / (high[0] - low[0]) if high[0] > low[0] else 1.0
-        low_s, high_s = (_curve_s(curve, size) / _factor(kind, curve[0]) for curve in (low, high))
-        return np.asarray(((1 - weight) * low_s + weight * high_s) * _factor(kind, num_ranks), float)
+        low_s, high_s = (_curve_s(curve, size) / _traffic_factor(kind, curve[0]) for curve in (low, high))
+        return np.asarray(((1 - weight) * low_s + weight * high_s) * _traffic_factor(kind, num_ranks), float)
 
 
-def _factor(kind: str, parts: int) -> float:
+def _traffic_factor(kind: str, num_parts: int) -> float:
     """Times that its bytes pass each part's link in the least-traffic algorithm."""
-    return (2.0 if kind == "all_reduce" else 1.0) * (parts - 1) / parts
+    return (2.0 if kind == "all_reduce" else 1.0) * (num_parts - 1) / num_parts
 
 
 def _curve_s(curve: tuple[int, Floats, Floats], size: Floats) -> Floats:

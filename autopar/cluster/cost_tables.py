@@ -11,28 +11,28 @@ import msgspec
 
 from autopar.cluster.cluster import Cluster
 from autopar.cluster.device import Device
-from autopar.cluster.number_source import Source
+from autopar.cluster.number_source import NumberSource
 from autopar.core.errors import PlanFileError, UsageError
 from autopar.core.units import GIB
-from autopar.core.write_file import FileKind, write
+from autopar.core.write_file import FileKind, write_file
 
 T = TypeVar("T", Cluster, Device)
-PROFILE_NAME = "profile of "  # what the names of tables made by `autopar profile` begin with
-STRUCTURED = ("name", "device", "provenance", "collectives", "matmul", "flash_attention", "peak_flops_per_s")
+PROFILE_NAME_PREFIX = "profile of "  # what the names of tables made by `autopar profile` begin with
+NOT_OVERRIDABLE = ("name", "device", "provenance", "collectives", "matmul", "flash_attention", "peak_flops_per_s")
 
 
 class _ProfileMarker(msgspec.Struct):
     """What tables made by `autopar profile` have, and tables that ship or are written by hand do not."""
 
-    name: Annotated[str, msgspec.Meta(pattern=f"^{PROFILE_NAME}")]
+    name: Annotated[str, msgspec.Meta(pattern=f"^{PROFILE_NAME_PREFIX}")]
     device: dict[str, msgspec.Raw]
     provenance: dict[str, msgspec.Raw]
 
 
-PROFILE_FILE = FileKind(name="a cost table made by autopar profile", marker=_ProfileMarker)
+PROFILE_FILE_KIND = FileKind(name="a cost table made by autopar profile", marker=_ProfileMarker)
 
 
-def tables_folder() -> Path:
+def cost_tables_folder() -> Path:
     """The folder of the shipped tables: in the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "cost_tables", package.parent / "cost_tables"):
@@ -43,16 +43,16 @@ def tables_folder() -> Path:
 
 def cluster_names() -> tuple[str, ...]:
     """Names of the clusters that ship, sorted."""
-    return _names("cluster")
+    return _shipped_names("cluster")
 
 
 def device_names() -> tuple[str, ...]:
     """Names of the devices that ship, sorted."""
-    return _names("device")
+    return _shipped_names("device")
 
 
-def _names(kind: str) -> tuple[str, ...]:
-    found = tables_folder().glob(f"{kind}.*.json")
+def _shipped_names(kind: str) -> tuple[str, ...]:
+    found = cost_tables_folder().glob(f"{kind}.*.json")
     return tuple(sorted(path.name.removeprefix(f"{kind}.").removesuffix(".json") for path in found))
 
 
@@ -60,8 +60,8 @@ def load_device(name: str) -> Device:
     """A shipped device; UsageError with the known names for another."""
     if name not in device_names():
         raise UsageError(f"no device {name!r}; the devices are {', '.join(device_names())}")
-    path = tables_folder() / f"device.{name}.json"
-    return _converted(_document(path), Device, path)
+    path = cost_tables_folder() / f"device.{name}.json"
+    return _validated(_read_json(path), Device, path)
 
 
 def load_cluster(cluster: "str | Path | Cluster", **overrides: Any) -> Cluster:
@@ -73,24 +73,24 @@ def load_cluster(cluster: "str | Path | Cluster", **overrides: Any) -> Cluster:
     >>> load_cluster("dgx-a100", inter_node_gbits_per_s=800).inter_node_gbits_per_s
     800.0
     """
-    found = cluster if isinstance(cluster, Cluster) else _read(cluster)
+    found = cluster if isinstance(cluster, Cluster) else _read_cluster(cluster)
     return _overridden(found, overrides) if overrides else found
 
 
 def software_document(name: str) -> Any:
     """The shipped table of a training program, as it stands in the file."""
-    return _document(tables_folder() / f"software.{name}.json")
+    return _read_json(cost_tables_folder() / f"software.{name}.json")
 
 
 def uncertainty_document() -> Any:
     """The shipped table of intervals, as it stands in the file."""
-    return _document(tables_folder() / "uncertainty.json")
+    return _read_json(cost_tables_folder() / "uncertainty.json")
 
 
 def save_cluster(cluster: Cluster, path: str | Path) -> None:
     """Write a cluster with its device, whole or not at all; ``load_cluster(path)`` gives it back. It replaces any
     file, as ``save_plan`` does."""
-    write(Path(path), cluster_content(cluster), PROFILE_FILE, force=True)
+    write_file(Path(path), cluster_content(cluster), PROFILE_FILE_KIND, force=True)
 
 
 def cluster_content(cluster: Cluster) -> bytes:
@@ -98,35 +98,35 @@ def cluster_content(cluster: Cluster) -> bytes:
     return msgspec.json.format(msgspec.json.encode(cluster), indent=1) + b"\n"
 
 
-def check_content(content: bytes, path: Path) -> None:
+def check_cluster_content(content: bytes, path: Path) -> None:
     """PlanFileError, which names ``path``, where the bytes of a cluster's file break a rule of the tables."""
-    _converted(msgspec.json.decode(content), Cluster, path)
+    _validated(msgspec.json.decode(content), Cluster, path)
 
 
-def _read(name: "str | Path") -> Cluster:
+def _read_cluster(name: "str | Path") -> Cluster:
     if str(name) in cluster_names():
-        path = tables_folder() / f"cluster.{name}.json"
+        path = cost_tables_folder() / f"cluster.{name}.json"
     else:
         path = Path(name)
         if not path.is_file():
             raise UsageError(f"no cluster {str(name)!r}: name a file, or one of {', '.join(cluster_names())}")
-    document = _document(path)
+    document = _read_json(path)
     if isinstance(document, dict) and isinstance(document.get("device"), str):
         device = document["device"]
         if device not in device_names():
             raise PlanFileError(f"{path}: no device {device!r}; the devices are {', '.join(device_names())}")
-        document["device"] = _document(tables_folder() / f"device.{device}.json")
-    return _converted(document, Cluster, path)
+        document["device"] = _read_json(cost_tables_folder() / f"device.{device}.json")
+    return _validated(document, Cluster, path)
 
 
-def _document(path: Path) -> Any:
+def _read_json(path: Path) -> Any:
     try:
         return msgspec.json.decode(path.read_bytes())
     except (OSError, msgspec.DecodeError) as error:
         raise PlanFileError(f"cannot read {path}: {error}") from error
 
 
-def _converted(document: Any, kind: type[T], path: Path) -> T:
+def _validated(document: Any, kind: type[T], path: Path) -> T:
     try:
         return msgspec.convert(document, kind)
     except msgspec.ValidationError as error:
@@ -134,8 +134,8 @@ def _converted(document: Any, kind: type[T], path: Path) -> T:
 
 
 def _overridden(cluster: Cluster, overrides: dict[str, Any]) -> Cluster:
-    cluster_keys = {key for key in Cluster.__struct_fields__ if key not in STRUCTURED}
-    device_keys = {key for key in Device.__struct_fields__ if key not in STRUCTURED}
+    cluster_keys = {key for key in Cluster.__struct_fields__ if key not in NOT_OVERRIDABLE}
+    device_keys = {key for key in Device.__struct_fields__ if key not in NOT_OVERRIDABLE}
     known = sorted({"device", "memory_gib", *cluster_keys, *device_keys})
     unknown = sorted(set(overrides) - set(known))
     if unknown:
@@ -149,17 +149,17 @@ def _overridden(cluster: Cluster, overrides: dict[str, Any]) -> Cluster:
             changes["memory_bytes"] = int(float(overrides["memory_gib"]) * GIB)
         except (TypeError, ValueError, OverflowError) as error:
             raise UsageError(f"memory_gib = {overrides['memory_gib']!r} is not a number") from error
-    device = _changed(device, changes)
+    device = _with_numbers(device, changes)
     cluster = msgspec.structs.replace(cluster, device=device)
-    return _changed(cluster, {key: value for key, value in overrides.items() if key in cluster_keys})
+    return _with_numbers(cluster, {key: value for key, value in overrides.items() if key in cluster_keys})
 
 
-def _changed(table: T, changes: dict[str, Any]) -> T:
+def _with_numbers(table: T, changes: dict[str, Any]) -> T:
     """``table`` with other numbers, checked against the schema; their source is the user."""
     if not changes:
         return table
     document = msgspec.to_builtins(table)
-    given = Source(source="given by the user", date="", status="given")
+    given = NumberSource(source="given by the user", date="", status="given")
     for key, value in changes.items():
         document[key] = value
         document["provenance"][key] = msgspec.to_builtins(given)

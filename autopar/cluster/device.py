@@ -17,9 +17,9 @@ from numpy.typing import ArrayLike
 
 from autopar.cluster.interpolate import Floats, multilinear
 from autopar.cluster.number_source import (
-    Source,
+    NumberSource,
     require_fraction,
-    require_not_negative,
+    require_non_negative,
     require_positive,
     require_sources,
 )
@@ -27,10 +27,10 @@ from autopar.core.dtypes import ITEMSIZE, TRAINING_DTYPES
 from autopar.core.errors import UsageError
 
 REFERENCE_HEAD_DIM = 128  # the attention tables' head_dim
-NARROW_EXPONENT = (
+NARROW_MATMUL_EXPONENT = (
     0.5  # time of a matmul narrower than its table falls with the root of its width: tiles stay half empty
 )
-ROW_TILE = 64  # rows that a batched kernel computes at least per matrix
+BATCHED_MATMUL_MIN_ROWS = 64  # rows that a batched kernel computes at least per matrix
 
 
 class MatmulTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -93,7 +93,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     flash_head_dim_exponent: float
     math_forward_bytes_per_score: float
     math_backward_bytes_per_score: float
-    provenance: dict[str, Source]
+    provenance: dict[str, NumberSource]
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.peak_flops_per_s) - set(TRAINING_DTYPES))
@@ -109,9 +109,9 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         for key in ("memory_bytes", "memory_bytes_per_s"):
             require_positive(key, getattr(self, key))
         for key in ("launch_s", "kernel_latency_s", "context_bytes", "flash_head_dim_exponent"):
-            require_not_negative(key, getattr(self, key))
+            require_non_negative(key, getattr(self, key))
         for key in ("math_forward_bytes_per_score", "math_backward_bytes_per_score"):
-            require_not_negative(key, getattr(self, key))
+            require_non_negative(key, getattr(self, key))
         require_sources(self, self.provenance, ())
 
     @property
@@ -144,7 +144,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         ``aligned``: every row begins at a multiple of 16 bytes, as vector loads need."""
         peak = self.peak(dtype)
         m_, n_, k_, b_ = np.broadcast_arrays(*(np.maximum(np.asarray(x, float), 1.0) for x in (m, n, k, batch)))
-        rows = np.where(b_ > 1, b_ * np.maximum(m_, ROW_TILE), m_)
+        rows = np.where(b_ > 1, b_ * np.maximum(m_, BATCHED_MATMUL_MIN_ROWS), m_)
         table_s = self._table_s(rows, n_, k_)
         flops = 2.0 * b_ * m_ * n_ * k_
         if peak < self.peak(self.default_dtype):
@@ -201,21 +201,21 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def _table_s(self, m: Floats, n: Floats, k: Floats) -> Floats:
         """Seconds by the table; a product taller than the table is looked up lying on its side."""
-        upright = self._looked_up_s(m, n, k)
+        upright = self._interpolated_s(m, n, k)
         tallest = float(self.matmul.m[-1])
         on_side = (m > tallest) & (n < m)
         if not on_side.any():
             return upright
-        lying = np.maximum(self._looked_up_s(n, m, k), self._looked_up_s(np.full_like(m, tallest), n, k))
+        lying = np.maximum(self._interpolated_s(n, m, k), self._interpolated_s(np.full_like(m, tallest), n, k))
         return np.where(on_side, np.minimum(lying, upright), upright)
 
-    def _looked_up_s(self, m: Floats, n: Floats, k: Floats) -> Floats:
+    def _interpolated_s(self, m: Floats, n: Floats, k: Floats) -> Floats:
         nodes, log_s = self._log_grid
         sizes = (m, n, k)
         inside = multilinear(nodes, log_s, tuple(np.log(x) for x in sizes))
         for axis, (line, size) in enumerate(zip(nodes, sizes, strict=True)):
             beyond = np.maximum(np.log(size) - line[-1], 0.0)
-            short = np.minimum(np.log(size) - line[0], 0.0) * (0.0 if axis == 0 else NARROW_EXPONENT)
+            short = np.minimum(np.log(size) - line[0], 0.0) * (0.0 if axis == 0 else NARROW_MATMUL_EXPONENT)
             inside = inside + beyond + short
         return np.exp(inside)
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import msgspec
 
 
-class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class NumberSource(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``status``: measured; published (a data sheet); recalled (unverified); modelled (a sibling's, scaled); assumed;
     given (an override of the user's, which has no date)."""
 
@@ -23,7 +23,7 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             datetime.date.fromisoformat(self.date)
 
 
-def require_sources(table: Any, provenance: Mapping[str, Source], exempt: tuple[str, ...]) -> None:
+def require_sources(table: Any, provenance: Mapping[str, NumberSource], exempt: tuple[str, ...]) -> None:
     """ValueError when a field of ``table`` outside ``exempt`` has no source, or a source no field."""
     fields = {name for name in table.__struct_fields__ if name not in (*exempt, "name", "provenance")}
     missing, unknown = sorted(fields - set(provenance)), sorted(set(provenance) - fields)
@@ -43,7 +43,7 @@ def require_positive(key: str, value: float) -> None:
         raise ValueError(f"{key} = {value} must be positive and finite")
 
 
-def require_not_negative(key: str, value: float) -> None:
+def require_non_negative(key: str, value: float) -> None:
     """ValueError when a size or a time is negative."""
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{key} = {value} must be finite and not negative")

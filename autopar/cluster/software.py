@@ -11,9 +11,9 @@ from typing import Literal
 import msgspec
 
 from autopar.cluster.cost_tables import software_document
-from autopar.cluster.number_source import Source, require_not_negative, require_sources
+from autopar.cluster.number_source import NumberSource, require_non_negative, require_sources
 
-Chain = Literal["pointwise", "norm", "loss"]
+FusedChain = Literal["pointwise", "norm", "loss"]
 
 
 class Software(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -28,7 +28,7 @@ class Software(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     element of the optimizer step, clipping and loss scaling included, of a half precision weight and of an fp32 one."""
 
     name: str
-    fuses: tuple[Chain, ...]
+    fuses: tuple[FusedChain, ...]
     view_calls: float
     fixed_calls: float
     collective_calls: float
@@ -41,12 +41,12 @@ class Software(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     loss_backward_bytes_per_logit: float
     optimizer_bytes_half: float
     optimizer_bytes_full: float
-    provenance: dict[str, Source]
+    provenance: dict[str, NumberSource]
 
     def __post_init__(self) -> None:
         for key in self.__struct_fields__:
             if isinstance(getattr(self, key), float):
-                require_not_negative(key, getattr(self, key))
+                require_non_negative(key, getattr(self, key))
         require_sources(self, self.provenance, ())
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 import msgspec
 
 from autopar.cluster.cost_tables import uncertainty_document
-from autopar.cluster.number_source import Source, require_positive, require_sources
+from autopar.cluster.number_source import NumberSource, require_positive, require_sources
 
 
 class IntervalClass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -38,7 +38,7 @@ class Uncertainty(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     step_time: tuple[IntervalClass, ...]
     memory_low: float
     memory_high: float
-    provenance: dict[str, Source]
+    provenance: dict[str, NumberSource]
 
     def __post_init__(self) -> None:
         require_sources(self, self.provenance, ())

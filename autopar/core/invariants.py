@@ -20,15 +20,15 @@ from autopar.core.plan import (
     Plan,
     StagePlan,
     device_memory,
-    device_runs,
     recompute_summary,
+    stages_by_submesh,
 )
 
 RELATIVE_TOLERANCE = 1e-6
 MAX_LISTED = 20
 
 
-def check(plan: Plan) -> None:
+def check_plan(plan: Plan) -> None:
     """Raise PlanFileError that lists what is violated as ``name: what``, one a line; return on a sound plan."""
     violations = list(_numbers_finite(msgspec.to_builtins(plan), ""))
     if not violations:  # the other invariants compute with the numbers
@@ -41,17 +41,17 @@ def check(plan: Plan) -> None:
         raise PlanFileError("the plan contradicts itself:\n" + "\n".join(f"  - {line}" for line in listed))
 
 
-def _numbers_finite(part: Any, where: str) -> Iterator[str]:
+def _numbers_finite(node: Any, path: str) -> Iterator[str]:
     """Every number is finite and not negative (settings and overrides, which are the user's, excepted)."""
-    if isinstance(part, dict):
-        for key, value in part.items():
+    if isinstance(node, dict):
+        for key, value in node.items():
             if key not in ("settings", "overrides"):
-                yield from _numbers_finite(value, f"{where}.{key}" if where else str(key))
-    elif isinstance(part, list | tuple):
-        for position, value in enumerate(part):
-            yield from _numbers_finite(value, f"{where}[{position}]")
-    elif isinstance(part, int | float) and not (math.isfinite(part) and part >= 0):
-        yield f"numbers-finite: {where} is {part}"
+                yield from _numbers_finite(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, list | tuple):
+        for position, value in enumerate(node):
+            yield from _numbers_finite(value, f"{path}[{position}]")
+    elif isinstance(node, int | float) and not (math.isfinite(node) and node >= 0):
+        yield f"numbers-finite: {path} is {node}"
 
 
 def _format_version(plan: Plan) -> Iterator[str]:
@@ -151,7 +151,7 @@ def _placement_texts(program: BlockProgram) -> set[str]:
     return texts | {value.placement for value in values} | (gradients - {""})
 
 
-def _parameters_whole(plan: Plan) -> Iterator[str]:
+def _parameters_not_partial(plan: Plan) -> Iterator[str]:
     """No parameter, as computed with or at rest, and no optimizer state is partial."""
     for program in plan.programs:
         for parameter in program.parameters:
@@ -176,7 +176,7 @@ def _recompute_summary(plan: Plan) -> Iterator[str]:
 def _schedule_chunks(plan: Plan) -> Iterator[str]:
     """One chunk unless interleaved; interleaved runs have equal sizes and own stages in turn, chunk by chunk, and the
     micro-batches come in multiples of the runs."""
-    runs = device_runs(plan)
+    runs = stages_by_submesh(plan)
     if plan.schedule != "interleaved":
         if plan.num_chunks != 1 or any(stage.chunk for stage in plan.stages):
             yield f"schedule {plan.schedule} has one chunk a device, the plan {plan.num_chunks}"
@@ -205,7 +205,7 @@ def _in_flight(plan: Plan) -> Iterator[str]:
 
 def _memory_sums(plan: Plan) -> Iterator[str]:
     """The estimate's peaks are those of the fullest device."""
-    devices = [device_memory(run) for run in device_runs(plan)]
+    devices = [device_memory(run) for run in stages_by_submesh(plan)]
     peaks = (
         ("peak_memory_bytes", plan.estimate.peak_memory_bytes, max((d.total for d in devices), default=0)),
         ("peak_tensor_bytes", plan.estimate.peak_tensor_bytes, max((d.tensor_bytes for d in devices), default=0)),
@@ -227,7 +227,7 @@ def _step_time(plan: Plan) -> Iterator[str]:
     if estimate.step_time_s <= 0:
         yield f"step_time_s is {estimate.step_time_s}"
         return
-    busy = max((_busy_s(run, plan.microbatches) for run in device_runs(plan)), default=0.0)
+    busy = max((_busy_s(run, plan.microbatches) for run in stages_by_submesh(plan)), default=0.0)
     if busy > estimate.step_time_s * (1 + RELATIVE_TOLERANCE):
         yield f"a device is busy for {busy} s of a step of {estimate.step_time_s} s"
     samples_per_s = plan.global_batch / estimate.step_time_s
@@ -243,9 +243,9 @@ def _step_time(plan: Plan) -> Iterator[str]:
         )
 
 
-def _busy_s(run: tuple[StagePlan, ...], microbatches: int) -> float:
+def _busy_s(stages: tuple[StagePlan, ...], microbatches: int) -> float:
     """Seconds one device computes in a step: its chunks follow each other."""
-    return microbatches * math.fsum(stage.forward_s + stage.backward_s for stage in run)
+    return microbatches * math.fsum(stage.forward_s + stage.backward_s for stage in stages)
 
 
 def _search_bound(plan: Plan) -> Iterator[str]:
@@ -286,7 +286,7 @@ INVARIANTS: tuple[Callable[[Plan], Iterator[str]], ...] = (
     _batch_product,
     _programs_exist,
     _placements_per_axis,
-    _parameters_whole,
+    _parameters_not_partial,
     _recompute_summary,
     _schedule_chunks,
     _in_flight,

@@ -28,7 +28,7 @@ class Pin:
     glob: str
     placements: Placements
 
-    def names(self, name: str) -> bool:
+    def matches(self, name: str) -> bool:
         return fnmatchcase(name, self.glob)
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ def parse_pin(glob: str, placements: str) -> Pin:
     return Pin(glob=glob, placements=parsed)
 
 
-def meets(placement: Placement, pinned: Placement) -> bool:
+def satisfies(placement: Placement, pinned: Placement) -> bool:
     """Whether a placement is what a pin says.
 
     >>> meets(Shard(0, split_factor=3), Shard(0)), meets(Shard(0), Shard(0, split_factor=3))
@@ -58,7 +58,7 @@ def meets(placement: Placement, pinned: Placement) -> bool:
     return placement == pinned or (any_shard and placement.shard_dim == pinned.shard_dim)
 
 
-def unmet(plan: Plan, pins: tuple[Pin, ...]) -> list[str]:
+def unsatisfied_pins(plan: Plan, pins: tuple[Pin, ...]) -> list[str]:
     """What of the pins a plan does not keep to, a line each; empty for a plan that keeps to all. Of a tied parameter
     one use in a stage stores it, and that counts."""
     found: dict[str, None] = {}
@@ -70,18 +70,18 @@ def unmet(plan: Plan, pins: tuple[Pin, ...]) -> list[str]:
                 stored.setdefault(parameter.name, []).append(parameter)
         for name, uses in stored.items():
             for pin in pins:
-                if not pin.names(name):
+                if not pin.matches(name):
                     continue
                 if len(pin.placements) != len(axes):
                     line = f"{pin}: {len(pin.placements)} placements, the mesh has {len(axes)} axes ({', '.join(axes)})"
                     found[line] = None
-                elif not any(_kept(parameter, pin) for parameter in uses):
+                elif not any(_is_satisfied(parameter, pin) for parameter in uses):
                     found[f"{pin}: {name} is placed as {uses[0].parameter} on ({', '.join(axes)})"] = None
     return list(found)
 
 
-def _kept(parameter: ParameterPlan, pin: Pin) -> bool:
+def _is_satisfied(parameter: ParameterPlan, pin: Pin) -> bool:
     return all(
-        meets(placement, pinned)
+        satisfies(placement, pinned)
         for placement, pinned in zip(parse_placements(parameter.parameter), pin.placements, strict=True)
     )

@@ -28,11 +28,11 @@ Schedule = Literal["1f1b", "gpipe", "interleaved"]
 Scalar = bool | int | float | str | None
 
 
-class Noun(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class PlanStruct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of the nouns in the file: frozen and strict about unknown fields."""
 
 
-class OpPlan(Noun, frozen=True, kw_only=True):
+class OpPlan(PlanStruct, frozen=True, kw_only=True):
     """One op of a block: placements of each tensor input and output, in the order of ``graph.ir.Op``.
 
     ``input_gradients`` say how the op's backward leaves the gradient of each input, ``output_gradients`` how it takes
@@ -45,10 +45,10 @@ class OpPlan(Noun, frozen=True, kw_only=True):
     outputs: tuple[str, ...]
     input_gradients: tuple[str, ...] = ()
     output_gradients: tuple[str, ...] = ()
-    gathers_again: tuple[int, ...] = ()
+    regathered: tuple[int, ...] = msgspec.field(default=(), name="gathers_again")
 
 
-class ValuePlan(Noun, frozen=True, kw_only=True):
+class ValuePlan(PlanStruct, frozen=True, kw_only=True):
     """How an activation lies between ops, and its gradient ("" where it has none); ``name`` is that of the value in the
     first block of the program's kind."""
 
@@ -57,7 +57,7 @@ class ValuePlan(Noun, frozen=True, kw_only=True):
     gradient: str
 
 
-class ParameterPlan(Noun, frozen=True, kw_only=True):
+class ParameterPlan(PlanStruct, frozen=True, kw_only=True):
     """One parameter or buffer of a block: placements as the ops use it (``compute``), and at rest.
 
     ZeRO is where these differ: stage 1 cuts ``optimizer`` over the data axis, 2 also ``gradient``, 3 all.
@@ -70,7 +70,7 @@ class ParameterPlan(Noun, frozen=True, kw_only=True):
     optimizer: str
 
 
-class BlockProgram(Noun, frozen=True, kw_only=True):
+class BlockProgram(PlanStruct, frozen=True, kw_only=True):
     """How blocks of one ``kind`` run: ``ops`` and ``parameters`` align by position with those of each such block.
 
     ``inputs`` and ``outputs`` are the block's own, as they lie where blocks meet. ``shared`` are the activations that
@@ -87,7 +87,7 @@ class BlockProgram(Noun, frozen=True, kw_only=True):
     shared: tuple[ValuePlan, ...] = ()
 
 
-class BlockRef(Noun, frozen=True, kw_only=True):
+class BlockRef(PlanStruct, frozen=True, kw_only=True):
     """A block of the graph in a stage, and the id of the program it follows."""
 
     index: int
@@ -95,7 +95,7 @@ class BlockRef(Noun, frozen=True, kw_only=True):
     program: str
 
 
-class MemoryParts(Noun, frozen=True, kw_only=True):
+class MemoryParts(PlanStruct, frozen=True, kw_only=True):
     """Bytes on the fullest device of a stage at its peak. ``saved_activations_bytes`` covers all micro-batches in
     flight; ``workspace_bytes`` is what passes at the peak; ``fixed_bytes`` is what torch's allocator does not count
     (context, communication buffers, fragmentation). While a backward frees saved tensors, block by block, and a single
@@ -124,7 +124,7 @@ class MemoryParts(Noun, frozen=True, kw_only=True):
         return self.tensor_bytes + self.fixed_bytes
 
 
-class StagePlan(Noun, frozen=True, kw_only=True):
+class StagePlan(PlanStruct, frozen=True, kw_only=True):
     """Consecutive blocks on devices ``first_device <= d < first_device + num_devices`` laid out as ``axes`` (outermost
     first, the last axis over neighbouring devices). With an interleaved schedule a run of devices owns one stage per
     ``chunk``. Seconds are per micro-batch, but ``step_s`` (exposed work once per step) is per step; the two sends are
@@ -139,13 +139,13 @@ class StagePlan(Noun, frozen=True, kw_only=True):
     forward_s: float
     backward_s: float
     step_s: float
-    send_forward_s: float
-    send_backward_s: float
+    transfer_forward_s: float = msgspec.field(name="send_forward_s")
+    transfer_backward_s: float = msgspec.field(name="send_backward_s")
     in_flight: int
     memory: MemoryParts
 
 
-class TimeParts(Noun, frozen=True, kw_only=True):
+class TimeParts(PlanStruct, frozen=True, kw_only=True):
     """Where the step goes on the devices of the slowest stage, seconds per step. ``communication_s`` maps a kind of
     collective to its total, hidden or not; ``exposed_communication_s`` is what compute does not hide."""
 
@@ -165,7 +165,7 @@ ItemKind = (
 )
 
 
-class TimeItem(Noun, frozen=True, kw_only=True):
+class TimeItem(PlanStruct, frozen=True, kw_only=True):
     """A line of where a step goes on the devices of the busiest stage, seconds per step: all that ``kind`` takes, and
     what nothing else hides; the ``exposed_s`` of all items add up to the step time. Collectives say over which mesh
     ``axes`` and ``of`` what they are."""
@@ -177,7 +177,7 @@ class TimeItem(Noun, frozen=True, kw_only=True):
     of: Literal["activations", "parameters", "gradients", ""] = ""
 
 
-class Collective(Noun, frozen=True, kw_only=True):
+class Collective(PlanStruct, frozen=True, kw_only=True):
     """``count`` equal collectives of ``stage`` (a position in ``Plan.stages``) per micro-batch or per step, each over
     the group of its mesh ``axes``; ``num_bytes`` is the full tensor as one group sees it (a gather's output, a
     reduce-scatter's input)."""
@@ -190,7 +190,7 @@ class Collective(Noun, frozen=True, kw_only=True):
     stage: int
 
 
-class Estimate(Noun, frozen=True, kw_only=True):
+class Estimate(PlanStruct, frozen=True, kw_only=True):
     """What the cost model says of a plan. ``peak_memory_bytes`` is all that the fullest device holds, against
     ``budget_bytes``; ``peak_tensor_bytes`` is torch's part of it. ``flops_per_step`` counts matmul and full attention,
     forward and backward, without recompute; ``mfu`` = that / (step time x GPUs x dense peak of the dtype).
@@ -225,7 +225,7 @@ class Estimate(Noun, frozen=True, kw_only=True):
     provenance_s: dict[str, float] = {}
 
 
-class SearchOutcome(Noun, frozen=True, kw_only=True):
+class SearchOutcome(PlanStruct, frozen=True, kw_only=True):
     """How the plan was found. ``lower_bound_s`` bounds every plan of the space that was searched, ``gap`` is the
     relative distance of the step time from it. A manual layout leaves nothing to search: "fixed", gap 0."""
 
@@ -236,7 +236,7 @@ class SearchOutcome(Noun, frozen=True, kw_only=True):
     runner_up: str | None = None
 
 
-class Execution(Noun, frozen=True, kw_only=True):
+class Execution(PlanStruct, frozen=True, kw_only=True):
     """What the price assumes about the software, as a layout's keys say it. ``checkpoint``: full recomputation runs
     again what the backward needs, or the whole block. ``selective``: selective recomputation runs attention again, or all
     but it and every second product with a weight. ``loss``: the cross entropy is the program's, its
@@ -254,7 +254,7 @@ class Execution(Noun, frozen=True, kw_only=True):
     loss: Literal["program", "chain", "torch"] = "program"
 
 
-class ModelRef(Noun, frozen=True, kw_only=True):
+class ModelRef(PlanStruct, frozen=True, kw_only=True):
     """The model a plan is for: the file (None when built in Python), its settings and the hash of its source, the
     fingerprint of its graph, and how many parameters it has."""
 
@@ -262,10 +262,10 @@ class ModelRef(Noun, frozen=True, kw_only=True):
     settings: dict[str, Scalar]
     source_hash: str | None
     graph_fingerprint: str
-    parameters: int
+    num_parameters: int = msgspec.field(name="parameters")
 
 
-class ClusterRef(Noun, frozen=True, kw_only=True):
+class ClusterRef(PlanStruct, frozen=True, kw_only=True):
     """The cluster a plan is for: its name, the fingerprint of its tables, and the keys the user overrode."""
 
     name: str
@@ -273,7 +273,7 @@ class ClusterRef(Noun, frozen=True, kw_only=True):
     overrides: dict[str, Scalar]
 
 
-class Plan(Noun, frozen=True, kw_only=True):
+class Plan(PlanStruct, frozen=True, kw_only=True):
     """A whole plan; ``invariants.check`` says what holds between its parts. ``num_chunks`` is 1 unless interleaved;
     ``recompute`` is "mixed" when programs differ; ``notes`` is what the user should know (ops replicated for want of a
     rule, a padded vocabulary); ``command`` is how it was made."""
@@ -320,7 +320,7 @@ class Plan(Noun, frozen=True, kw_only=True):
         raise KeyError(id)
 
 
-def device_runs(plan: Plan) -> tuple[tuple[StagePlan, ...], ...]:
+def stages_by_submesh(plan: Plan) -> tuple[tuple[StagePlan, ...], ...]:
     """The stages of each run of devices, in order of first appearance: one stage a run unless interleaved."""
     runs: dict[int, list[StagePlan]] = {}
     for stage in plan.stages:
@@ -330,10 +330,10 @@ def device_runs(plan: Plan) -> tuple[tuple[StagePlan, ...], ...]:
 
 def device_memory(stages: tuple[StagePlan, ...]) -> MemoryParts:
     """Memory of the fullest device of one run."""
-    return chunks_memory([stage.memory for stage in stages])
+    return memory_of_chunks([stage.memory for stage in stages])
 
 
-def chunks_memory(parts: Sequence[MemoryParts]) -> MemoryParts:
+def memory_of_chunks(parts: Sequence[MemoryParts]) -> MemoryParts:
     """What the chunks of one device hold together: state and saved tensors add up; one chunk at a time has its
     workspace and less than all its saved tensors; what is fixed per device is there once."""
     busy = max(parts, key=lambda part: part.workspace_bytes - part.overlaid_bytes)

@@ -7,12 +7,12 @@ from typing import Any
 import msgspec
 
 from autopar.core.errors import PlanFileError
-from autopar.core.invariants import check
+from autopar.core.invariants import check_plan
 from autopar.core.plan import FORMAT_VERSION, Plan
-from autopar.core.write_file import FileKind, write
+from autopar.core.write_file import FileKind, write_file
 
 
-class _Marker(msgspec.Struct):
+class _PlanMarker(msgspec.Struct):
     """What plan files of every format have. ``format_version`` alone is also in what ``--json`` prints, and in files of
     other programs."""
 
@@ -21,7 +21,7 @@ class _Marker(msgspec.Struct):
     stages: list[msgspec.Raw]
 
 
-PLAN_FILE = FileKind(name="an autopar plan", marker=_Marker)
+PLAN_FILE = FileKind(name="an autopar plan", marker=_PlanMarker)
 
 
 def save_plan(plan: Plan, path: str | os.PathLike[str], *, force: bool = True) -> None:
@@ -30,12 +30,12 @@ def save_plan(plan: Plan, path: str | os.PathLike[str], *, force: bool = True) -
     It replaces any file, as Python's own functions do; a link stays and leads to the plan, a device or pipe is written
     into. With ``force=False`` it takes the care of ``autopar plan -o``: only a plan is replaced (``plan.write`` has the
     rules). Raises PlanFileError when the plan breaks an invariant, or the file cannot or may not be written."""
-    write(Path(path), plan_content(plan), PLAN_FILE, force=force)
+    write_file(Path(path), encode_plan(plan), PLAN_FILE, force=force)
 
 
-def plan_content(plan: Plan) -> bytes:
+def encode_plan(plan: Plan) -> bytes:
     """The bytes of a plan's file; PlanFileError when the plan breaks an invariant."""
-    check(plan)
+    check_plan(plan)
     return msgspec.json.format(msgspec.json.encode(plan), indent=1) + b"\n"
 
 
@@ -50,26 +50,26 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
         _check_version(msgspec.json.decode(content), source)
         plan = msgspec.json.decode(content, type=Plan)
     except msgspec.ValidationError as error:
-        raise PlanFileError(f"{source} is no plan of format {FORMAT_VERSION}: {error}; {_WAY_OUT}") from None
+        raise PlanFileError(f"{source} is no plan of format {FORMAT_VERSION}: {error}; {_REPLAN_HINT}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise PlanFileError(
-            f"{source} is torn or no JSON ({len(content)} bytes): {error or type(error).__name__}; {_WAY_OUT}"
+            f"{source} is torn or no JSON ({len(content)} bytes): {error or type(error).__name__}; {_REPLAN_HINT}"
         ) from None
     try:
-        check(plan)
+        check_plan(plan)
     except PlanFileError as error:
         raise PlanFileError(f"{source}: {error}") from None
     return plan
 
 
-_WAY_OUT = "make it again with `autopar plan`"
+_REPLAN_HINT = "make it again with `autopar plan`"
 
 
 def _check_version(document: Any, source: Path) -> None:
     """Refuse another version before its fields are looked at, so that the message says what is really wrong."""
     version = document.get("format_version") if isinstance(document, dict) else None
     if not isinstance(version, str):
-        raise PlanFileError(f"{source} is no autopar plan: it has no format_version; {_WAY_OUT}")
+        raise PlanFileError(f"{source} is no autopar plan: it has no format_version; {_REPLAN_HINT}")
     if version != FORMAT_VERSION:
         raise PlanFileError(
             f"{source} has plan format {version!r}, this autopar reads {FORMAT_VERSION!r}; "

@@ -23,7 +23,7 @@ import msgspec
 
 from autopar.core.errors import PlanFileError
 
-LARGEST_BYTES = 2**28  # of a file that is read to see what it is; the plan of GPT-1T on 1,024 GPUs has 58 kB
+MAX_INSPECTED_BYTES = 2**28  # of a file that is read to see what it is; the plan of GPT-1T on 1,024 GPUs has 58 kB
 _HEAD_BYTES = 4096
 
 
@@ -62,28 +62,28 @@ def destination_of(path: Path, kind: FileKind) -> Destination:
     try:
         mode = os.lstat(path).st_mode
         if not stat.S_ISLNK(mode):
-            return _destination(path, mode, kind)
+            return _destination_of_file(path, mode, kind)
         link = f"it is a symbolic link to {os.readlink(path)}"
     except (FileNotFoundError, NotADirectoryError):
-        return _destination(path, None, kind)
+        return _destination_of_file(path, None, kind)
     except OSError as error:
-        return Destination(target=path, access="nowhere", obstacle=_text(error))
+        return Destination(target=path, access="nowhere", obstacle=_error_text(error))
     target = Path(os.path.realpath(path))
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
-        end, link = _destination(target, None, kind), f"{link}, which does not exist"
+        end, link = _destination_of_file(target, None, kind), f"{link}, which does not exist"
     except OSError as error:
-        return Destination(target=path, access="never", obstacle=f"{link} ({_text(error)})", is_link=True)
+        return Destination(target=path, access="never", obstacle=f"{link} ({_error_text(error)})", is_link=True)
     else:
         # A pipe behind /dev/stdout has no path of its own, so what is written into is opened by the link's.
-        end = _destination(target if stat.S_ISREG(mode) else path, mode, kind)
+        end = _destination_of_file(target if stat.S_ISREG(mode) else path, mode, kind)
     if end.access in ("never", "nowhere", "write into"):
         link = f"{link}; {end.obstacle}"
     return Destination(target=end.target, access=end.access, obstacle=link, is_link=True)
 
 
-def write(path: Path, content: bytes, kind: FileKind, *, force: bool) -> None:
+def write_file(path: Path, content: bytes, kind: FileKind, *, force: bool) -> None:
     """Write ``content``, under the rules of this module.
 
     Raises OccupiedError where they refuse what is at the path, another PlanFileError where writing fails."""
@@ -134,12 +134,12 @@ def write_atomically(path: Path, content: bytes, *, replace: bool = True) -> Non
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
         if isinstance(error, OSError) and not (isinstance(error, FileExistsError) and not replace):
-            raise PlanFileError(f"cannot write {path}: {_text(error)}") from None
+            raise PlanFileError(f"cannot write {path}: {_error_text(error)}") from None
         raise
     _sync_folder(path.parent)
 
 
-def _destination(path: Path, mode: int | None, kind: FileKind) -> Destination:
+def _destination_of_file(path: Path, mode: int | None, kind: FileKind) -> Destination:
     """The destination of a path that is no link; ``mode`` is its ``st_mode``, None where nothing is there."""
     if mode is not None and (stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)):
         what = "it is a device" if stat.S_ISCHR(mode) else "it is a pipe"
@@ -156,10 +156,10 @@ def _destination(path: Path, mode: int | None, kind: FileKind) -> Destination:
         return Destination(target=path, access="nowhere", obstacle=f"the folder {path.parent} cannot be written")
     if mode is None:
         return Destination(target=path, access="create")
-    return Destination(target=path, access="replace", obstacle=_difference(path, kind))
+    return Destination(target=path, access="replace", obstacle=_obstacle_of(path, kind))
 
 
-def _difference(path: Path, kind: FileKind) -> str:
+def _obstacle_of(path: Path, kind: FileKind) -> str:
     """Why the regular file at ``path`` is not one of ``kind`` to replace, as a clause; empty where it is one."""
     try:
         size = os.stat(path).st_size
@@ -167,12 +167,12 @@ def _difference(path: Path, kind: FileKind) -> str:
             return "it is an empty file"
         with open(path, "rb") as stream:
             content = stream.read(_HEAD_BYTES)
-            if size > LARGEST_BYTES or not content.lstrip().startswith(b"{"):
+            if size > MAX_INSPECTED_BYTES or not content.lstrip().startswith(b"{"):
                 return f"it is a file of {size:,} bytes that is not {kind.name}"
             content += stream.read()
         msgspec.json.decode(content, type=kind.marker)
     except OSError as error:
-        return f"it is a file that cannot be read ({_text(error)}), so maybe not {kind.name}"
+        return f"it is a file that cannot be read ({_error_text(error)}), so maybe not {kind.name}"
     except msgspec.ValidationError:
         return f"it is a JSON file that is not {kind.name}"
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -186,7 +186,7 @@ def _write_into(path: Path, content: bytes) -> None:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_NOCTTY), "wb") as stream:
             stream.write(content)
     except OSError as error:
-        raise PlanFileError(f"cannot write {path}: {_text(error)}") from None
+        raise PlanFileError(f"cannot write {path}: {_error_text(error)}") from None
 
 
 def _rename_to_free(temporary: str, path: Path) -> None:
@@ -202,7 +202,7 @@ def _rename_to_free(temporary: str, path: Path) -> None:
         os.unlink(temporary)
 
 
-def _text(error: OSError) -> str:
+def _error_text(error: OSError) -> str:
     return error.strerror or str(error)
 
 

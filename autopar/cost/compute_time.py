@@ -18,18 +18,18 @@ from numpy.typing import NDArray
 from autopar.cluster.device import Device
 from autopar.core.dtypes import ITEMSIZE, TRAINING_DTYPES
 from autopar.cost.execution_model import ExecutionModel
-from autopar.cost.fusion import NOTHING, Saving, memory_kernels
-from autopar.graph.flops import flops_at
+from autopar.cost.fusion import NO_SAVINGS, FusionSavings, memory_kernels
+from autopar.graph.flops import flops_at_batch
 from autopar.graph.ir import Graph, Op, OpProfile
-from autopar.rules.op_sharding_rule import NO_LABEL, OpRule
+from autopar.rules.op_sharding_rule import NO_LABEL, OpShardingRule
 
 Floats = NDArray[np.float64]
 
 
-def label_sizes(graph: Graph, op: Op, rule: OpRule, local_batch: int) -> dict[int, int]:
+def label_sizes(graph: Graph, op: Op, rule: OpShardingRule, local_batch: int) -> dict[int, int]:
     """Sizes of the labels of an op at ``local_batch`` samples."""
-    sizes = dict(rule.sizes)
-    for value, dims in zip((*op.inputs, *op.outputs), (*rule.inputs, *rule.outputs), strict=True):
+    sizes = dict(rule.hidden_label_sizes)
+    for value, dims in zip((*op.inputs, *op.outputs), (*rule.input_labels, *rule.output_labels), strict=True):
         for size, label in zip(graph.values[value].shape, dims, strict=True):
             if label != NO_LABEL:
                 sizes[label] = graph.batch.scale(size, local_batch)
@@ -39,13 +39,13 @@ def label_sizes(graph: Graph, op: Op, rule: OpRule, local_batch: int) -> dict[in
 def op_seconds(
     graph: Graph,
     op: Op,
-    rule: OpRule,
+    rule: OpShardingRule,
     profile: OpProfile,
     local_batch: int,
     degrees: Mapping[int, Floats],
     device: Device,
     execution: ExecutionModel,
-    fused: Saving = NOTHING,
+    savings: FusionSavings = NO_SAVINGS,
 ) -> tuple[Floats, Floats]:
     """Forward and backward seconds per strategy; ``degrees`` maps a label to what each strategy divides it by, and
     ``fused`` is what fusion saves."""
@@ -54,40 +54,40 @@ def op_seconds(
     share = one.copy()
     for degree in degrees.values():
         share = share * degree
-    growth = graph.batch.growth((graph.values[v].shape for v in (*op.inputs, *op.outputs)), local_batch)
+    growth = graph.batch.bytes_factor((graph.values[v].shape for v in (*op.inputs, *op.outputs)), local_batch)
     traffic = (profile.forward_bytes, profile.backward_bytes)
     forward_bytes, backward_bytes = (
-        one * (max(whole - saved, 0.0) * growth) for whole, saved in zip(traffic, fused[:2], strict=True)
+        one * (max(whole - saved, 0.0) * growth) for whole, saved in zip(traffic, savings[:2], strict=True)
     )
     if op.target.startswith("aten.cross_entropy_loss"):
-        cut = _vocabulary_cut(rule, degrees, one) | (execution.loss == "chain")
+        cut = _shards_vocabulary(rule, degrees, one) | (execution.loss_kernels == "chain")
         logits = graph.values[op.inputs[0]].shape
-        chain = math.prod(logits) * graph.batch.growth([logits], local_batch)
+        chain = math.prod(logits) * graph.batch.bytes_factor([logits], local_batch)
         software = execution.software
         forward_bytes = np.where(cut, chain * software.loss_forward_bytes_per_logit, forward_bytes)
         backward_bytes = np.where(cut, chain * software.loss_backward_bytes_per_logit, backward_bytes)
     forward = np.asarray(device.memory_bound_s(forward_bytes / share), float)
     backward = np.asarray(device.memory_bound_s(backward_bytes / share), float)
-    wanted = [bool(graph.values[value].requires_grad) for value in _operands(op)]
+    wanted = [bool(graph.values[value].requires_grad) for value in _matmul_operands(op)]
     num_products = (1, max(sum(wanted[:2]), 1)) if profile.forward_flops else (0, 0)
     if rule.compute == "attention":
         num_products = (profile.forward_kernels, profile.backward_kernels)
-    kernels = memory_kernels(fused, profile, num_products)
+    kernels = memory_kernels(savings, profile, num_products)
     forward, backward = (
         time_s + count * device.kernel_latency_s for time_s, count in zip((forward, backward), kernels, strict=True)
     )
     if not profile.forward_flops:
         return forward, backward
-    roles = local_roles(rule, sizes, degrees, one)
+    roles = local_role_sizes(rule, sizes, degrees, one)
     if rule.compute == "attention":
-        return _attention(op, roles, graph, forward, backward, profile, device, execution)
+        return _attention_seconds(op, roles, graph, forward, backward, profile, device, execution)
     b, m, n, k = (roles.get(role, one) for role in "bmnk")
-    dtype = _dtype(op, graph)
-    aligned = _aligned(rule, sizes, degrees, one, dtype)
+    dtype = _compute_dtype(op, graph)
+    aligned = _rows_are_aligned(rule, sizes, degrees, one, dtype)
     whole = 2.0 * math.prod(sizes.get(label, 1) for label, role in rule.roles if role in "bmnk")
-    scale = flops_at(profile.forward_flops, graph.batch, local_batch) / max(whole, 1.0)
+    scale = flops_at_batch(profile.forward_flops, graph.batch, local_batch) / max(whole, 1.0)
     if not rule.roles:  # a matmul-like op without a rule: a square matmul of its FLOPs
-        m = n = k = one * (flops_at(profile.forward_flops, graph.batch, local_batch) / 2 / share) ** (1 / 3)
+        m = n = k = one * (flops_at_batch(profile.forward_flops, graph.batch, local_batch) / 2 / share) ** (1 / 3)
         b, scale = one, 1.0
     forward = forward + scale * np.asarray(device.matmul_s(m, n, k, b, dtype=dtype, aligned=aligned), float)
     ratio = profile.backward_flops / profile.forward_flops
@@ -98,24 +98,24 @@ def op_seconds(
     return forward, backward
 
 
-def _operands(op: Op) -> tuple[int, ...]:
+def _matmul_operands(op: Op) -> tuple[int, ...]:
     """The two values an op multiplies; what addmm and baddbmm add comes before them."""
     return op.inputs[1:3] if op.target.startswith(("aten.addmm", "aten.baddbmm")) else op.inputs[:2]
 
 
-def _vocabulary_cut(rule: OpRule, degrees: Mapping[int, Floats], one: Floats) -> NDArray[np.bool_]:
+def _shards_vocabulary(rule: OpShardingRule, degrees: Mapping[int, Floats], ones: Floats) -> NDArray[np.bool_]:
     """Whether a cross entropy sees part of the vocabulary: then it is a chain of fp32 kernels around its exchanges."""
-    cut = one < 0
-    for label, kind in enumerate(rule.kinds):
+    cut = ones < 0
+    for label, kind in enumerate(rule.label_kinds):
         if kind == "inside":
-            cut = cut | (degrees.get(label, one) > 1)
+            cut = cut | (degrees.get(label, ones) > 1)
     return cut
 
 
-def host_calls(op: Op, profile: OpProfile, execution: ExecutionModel, is_core: bool) -> tuple[float, float]:
+def host_calls(op: Op, profile: OpProfile, execution: ExecutionModel, is_attention: bool) -> tuple[float, float]:
     """What the host does for an op, forward and backward, counted in kernel launches."""
     software = execution.software
-    if is_core and execution.attn == "math":
+    if is_attention and execution.attn == "math":
         return software.math_attention_forward_calls, software.math_attention_backward_calls
     views = software.view_calls if not profile.forward_kernels else 0.0
     return profile.forward_kernels + views, profile.backward_kernels
@@ -124,7 +124,7 @@ def host_calls(op: Op, profile: OpProfile, execution: ExecutionModel, is_core: b
 def gradient_products_s(
     graph: Graph,
     op: Op,
-    rule: OpRule,
+    rule: OpShardingRule,
     profile: OpProfile,
     local_batch: int,
     degrees: Mapping[int, Floats],
@@ -133,16 +133,16 @@ def gradient_products_s(
 ) -> tuple[Floats, Floats] | None:
     """Seconds of a linear op's two backward products, (count,) strategies each: its input's gradient and its weight's.
     None for what is no linear op, and where one of the two is not wanted."""
-    operands = [graph.values[value] for value in _operands(op)]
+    operands = [graph.values[value] for value in _matmul_operands(op)]
     if rule.compute != "matmul" or not rule.roles or len(operands) < 2 or operands[1].kind != "parameter":
         return None
     if not (profile.forward_flops and all(value.requires_grad for value in operands)):
         return None
     sizes, one = label_sizes(graph, op, rule, local_batch), np.ones(count)
-    roles = local_roles(rule, sizes, degrees, one)
+    roles = local_role_sizes(rule, sizes, degrees, one)
     b, m, n, k = (roles.get(role, one) for role in "bmnk")
-    dtype = _dtype(op, graph)
-    aligned = _aligned(rule, sizes, degrees, one, dtype)
+    dtype = _compute_dtype(op, graph)
+    aligned = _rows_are_aligned(rule, sizes, degrees, one, dtype)
     products = [
         np.asarray(device.matmul_s(*shape, b, dtype=dtype, aligned=aligned), float) for shape in ((m, k, n), (n, k, m))
     ]
@@ -159,30 +159,30 @@ def exposed_s(communication_s: Floats, compute_s: Floats, contention: float) -> 
     return np.asarray(communication_s - hidden + contention * hidden, float)
 
 
-def local_roles(
-    rule: OpRule, sizes: Mapping[int, int], degrees: Mapping[int, Floats], one: Floats
+def local_role_sizes(
+    rule: OpShardingRule, sizes: Mapping[int, int], degrees: Mapping[int, Floats], ones: Floats
 ) -> dict[str, Floats]:
     """Role -> product of the local sizes of its labels, per strategy."""
     roles: dict[str, Floats] = {}
     for label, role in rule.roles:
-        roles[role] = roles.get(role, one) * np.ceil(sizes.get(label, 1) / degrees.get(label, one))
+        roles[role] = roles.get(role, ones) * np.ceil(sizes.get(label, 1) / degrees.get(label, ones))
     return roles
 
 
-def _aligned(
-    rule: OpRule, sizes: Mapping[int, int], degrees: Mapping[int, Floats], one: Floats, dtype: str
+def _rows_are_aligned(
+    rule: OpShardingRule, sizes: Mapping[int, int], degrees: Mapping[int, Floats], ones: Floats, dtype: str
 ) -> NDArray[np.bool_]:
     """Whether rows of all operands begin at 16 bytes. What an axis cuts is padded so that they do (a vocabulary of
     50257 to a multiple of 128 per rank); what none cuts runs as the model has it."""
     elements = 16 // ITEMSIZE[dtype]
-    aligned = one > 0
+    aligned = ones > 0
     for label, role in rule.roles:
         if role in "nk" and sizes.get(label, 1) % elements and sizes.get(label, 1) > elements:
-            aligned = aligned & (degrees.get(label, one) > 1)
+            aligned = aligned & (degrees.get(label, ones) > 1)
     return aligned
 
 
-def _attention(
+def _attention_seconds(
     op: Op,
     roles: Mapping[str, Floats],
     graph: Graph,
@@ -207,7 +207,7 @@ def _attention(
                 roles["k"],
                 roles["d"],
                 causal=masked,
-                dtype=_dtype(op, graph),
+                dtype=_compute_dtype(op, graph),
                 backward=is_backward,
                 flash=execution.attn == "flash",
             ),
@@ -217,13 +217,13 @@ def _attention(
     times = []
     for is_backward in (False, True):
         time_s = seconds(causal, is_backward)
-        if causal and not execution.balanced_context and np.any(cut):
+        if causal and not execution.balances_causal_context and np.any(cut):
             time_s = np.where(cut, seconds(False, is_backward), time_s)
         times.append(time_s)
     return forward + times[0], backward + (times[1] if profile.backward_flops else 0.0)
 
 
-def _dtype(op: Op, graph: Graph) -> str:
+def _compute_dtype(op: Op, graph: Graph) -> str:
     for value in op.inputs:
         if graph.values[value].dtype in TRAINING_DTYPES:
             return graph.values[value].dtype

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from autopar.cluster.software import Chain, Software, load_software
+from autopar.cluster.software import FusedChain, Software, load_software
 from autopar.core.dtypes import Dtype
 
 
@@ -44,12 +44,12 @@ class ExecutionModel:
     overlap: bool = True
     fusion: Literal["none", "megatron", "compiler"] = "megatron"
     fp32_grads: bool = True
-    accumulate: bool = False
-    balanced_context: bool = False
-    blocking: bool = False
-    whole_checkpoint: bool = False
-    selective: Literal["attention", "products"] = "attention"
-    loss: Literal["program", "chain", "torch"] = "program"
+    accumulates_gradients: bool = False
+    balances_causal_context: bool = False
+    blocking_launches: bool = False
+    recomputes_whole_block: bool = False
+    selective_policy: Literal["attention", "products"] = "attention"
+    loss_kernels: Literal["program", "chain", "torch"] = "program"
 
     @property
     def software(self) -> Software:
@@ -57,26 +57,26 @@ class ExecutionModel:
         return load_software(self.fusion)
 
     @property
-    def fuses(self) -> tuple[Chain, ...]:
+    def fused_chains(self) -> tuple[FusedChain, ...]:
         """What joins its neighbours in one kernel."""
-        return tuple(chain for chain in self.software.fuses if chain != "loss" or self.loss != "torch")
+        return tuple(chain for chain in self.software.fuses if chain != "loss" or self.loss_kernels != "torch")
 
     @property
-    def late_gradients(self) -> bool:
+    def backward_allocates_gradients(self) -> bool:
         """Whether a backward makes gradients that were not there before: with one micro-batch there are none at its
         start, and without overlap nothing is reduced before its end."""
-        return not (self.accumulate and self.overlap)
+        return not (self.accumulates_gradients and self.overlap)
 
-    def gradient_bytes(self, itemsize: int) -> int:
+    def gradient_itemsize(self, itemsize: int) -> int:
         """Bytes of one gradient element at rest of a parameter of ``itemsize`` bytes."""
         return 4 if self.fp32_grads else itemsize
 
-    def reduced_bytes(self, itemsize: int) -> int:
+    def reduced_gradient_itemsize(self, itemsize: int) -> int:
         """Bytes of one gradient element on its way between ranks: fp16 programs reduce in fp16 (Megatron-LM's and
         DeepSpeed's default), the others what they keep."""
-        return itemsize if self.dtype == "float16" else self.gradient_bytes(itemsize)
+        return itemsize if self.dtype == "float16" else self.gradient_itemsize(itemsize)
 
-    def optimizer_bytes(self, itemsize: int) -> int:
+    def optimizer_state_itemsize(self, itemsize: int) -> int:
         """Bytes of optimizer state per element: master copy and moments."""
         master = 4 if itemsize < 4 else 0
         return master + (8 if self.optimizer == "adamw" else 0)

@@ -23,17 +23,19 @@ from typing import NamedTuple
 
 from autopar.graph.ir import Graph, GraphProfile, Op, OpProfile
 
-POINTWISE = frozenset(
+FUSABLE_POINTWISE_OPS = frozenset(
     (
         "add", "add_", "sub", "rsub", "mul", "mul_", "div", "neg", "pow", "sqrt", "rsqrt", "exp", "tanh", "sigmoid", "relu",
         "relu_", "gelu", "silu", "silu_", "leaky_relu", "hardtanh", "dropout", "native_dropout", "to", "_to_copy", "where",
         "clamp", "erf", "cos", "sin", "reciprocal", "type_as",
     )
 )  # fmt: skip
-NORM = frozenset(("layer_norm", "native_layer_norm", "rms_norm", "group_norm", "softmax", "_softmax", "mean", "sum"))
+FUSABLE_REDUCTION_OPS = frozenset(
+    ("layer_norm", "native_layer_norm", "rms_norm", "group_norm", "softmax", "_softmax", "mean", "sum")
+)
 
 
-class Saving(NamedTuple):
+class FusionSavings(NamedTuple):
     """What fusion saves of an op: bytes, whole at the traced batch, and kernels, forward and backward."""
 
     forward_bytes: float = 0.0
@@ -42,12 +44,12 @@ class Saving(NamedTuple):
     backward_kernels: int = 0
 
 
-NOTHING = Saving()
+NO_SAVINGS = FusionSavings()
 
 
-def savings(graph: Graph, profile: GraphProfile, fuses: Sequence[str]) -> dict[int, Saving]:
+def fusion_savings(graph: Graph, profile: GraphProfile, fuses: Sequence[str]) -> dict[int, FusionSavings]:
     """Op id -> what fusion saves; ops that save nothing are left out."""
-    fusable = {op.id: op for op in graph.ops if op.packet in _kinds(fuses)}
+    fusable = {op.id: op for op in graph.ops if op.packet in _fusable_ops(fuses)}
     if not fusable:
         return {}
     makers = graph.producers()
@@ -57,46 +59,50 @@ def savings(graph: Graph, profile: GraphProfile, fuses: Sequence[str]) -> dict[i
         held = profile.ops[op.id]
         for value in op.inputs:
             readers[value].append(op)
-        kept.update(profile.owners[op.inputs[i]] for i in held.saved_inputs)
-        kept.update(profile.owners[op.outputs[i]] for i in held.saved_outputs)
+        kept.update(profile.storage_owner[op.inputs[i]] for i in held.saved_inputs)
+        kept.update(profile.storage_owner[op.outputs[i]] for i in held.saved_outputs)
     saved: dict[int, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for op in fusable.values():
         for value in set(op.inputs):
             maker = makers.get(value)
-            if maker is None or maker.id not in fusable or maker.module.split(".")[:2] != op.module.split(".")[:2]:
+            if (
+                maker is None
+                or maker.id not in fusable
+                or maker.module_path.split(".")[:2] != op.module_path.split(".")[:2]
+            ):
                 continue
             size = float(prod(graph.values[value].shape) * graph.values[value].itemsize)
             saved[op.id][0] += size
-            if all(reader.id in fusable for reader in readers[value]) and profile.owners[value] not in kept:
+            if all(reader.id in fusable for reader in readers[value]) and profile.storage_owner[value] not in kept:
                 saved[maker.id][0] += size / len(readers[value])
             if len(readers[value]) == 1 and graph.values[value].requires_grad:
                 saved[op.id][1] += size
                 saved[maker.id][1] += size
-    first = fused_kernels(graph, fuses)
-    found: dict[int, Saving] = {}
+    first = fused_kernel_of(graph, fuses)
+    found: dict[int, FusionSavings] = {}
     for number, (forward, backward) in saved.items():
         ran, joins = profile.ops[number], first.get(number, number) != number
         kernels = (ran.forward_kernels, ran.backward_kernels) if joins else (0, 0)
-        found[number] = Saving(forward, backward, *kernels)
+        found[number] = FusionSavings(forward, backward, *kernels)
     return found
 
 
-def memory_kernels(saving: Saving, ran: OpProfile, products: tuple[int, int]) -> tuple[int, int]:
+def memory_kernels(savings: FusionSavings, profile: OpProfile, num_products: tuple[int, int]) -> tuple[int, int]:
     """Kernels of an op, forward and backward, that move memory and are its own: neither products nor fused.
 
     >>> memory_kernels(NOTHING, linear, (1, 2))  # a bias gradient is a sum of its own  # doctest: +SKIP
     (0, 1)
     """
     return (
-        max(ran.forward_kernels - saving.forward_kernels - products[0], 0),
-        max(ran.backward_kernels - saving.backward_kernels - products[1], 0),
+        max(profile.forward_kernels - savings.forward_kernels - num_products[0], 0),
+        max(profile.backward_kernels - savings.backward_kernels - num_products[1], 0),
     )
 
 
-def fused_kernels(graph: Graph, fuses: Sequence[str]) -> dict[int, int]:
+def fused_kernel_of(graph: Graph, fuses: Sequence[str]) -> dict[int, int]:
     """Op id -> the first op of the kernel it is part of, for ops that are fused with others: those of one module (its
     first two names) that pass tensors to each other."""
-    fusable = {op.id: op for op in graph.ops if op.packet in _kinds(fuses)}
+    fusable = {op.id: op for op in graph.ops if op.packet in _fusable_ops(fuses)}
     makers = {value: op for op in fusable.values() for value in op.outputs}
     first: dict[int, int] = {}
 
@@ -108,14 +114,16 @@ def fused_kernels(graph: Graph, fuses: Sequence[str]) -> dict[int, int]:
     for op in fusable.values():
         for value in op.inputs:
             maker = makers.get(value)
-            if maker is not None and maker.module.split(".")[:2] == op.module.split(".")[:2]:
+            if maker is not None and maker.module_path.split(".")[:2] == op.module_path.split(".")[:2]:
                 ends = sorted((root(op.id), root(maker.id)))
                 first[ends[1]] = ends[0]
     return {op: root(op) for op in fusable}
 
 
-def _kinds(fuses: Sequence[str]) -> frozenset[str]:
-    return (POINTWISE if "pointwise" in fuses else frozenset()) | (NORM if "norm" in fuses else frozenset())
+def _fusable_ops(fuses: Sequence[str]) -> frozenset[str]:
+    return (FUSABLE_POINTWISE_OPS if "pointwise" in fuses else frozenset()) | (
+        FUSABLE_REDUCTION_OPS if "norm" in fuses else frozenset()
+    )
 
 
 def with_fused_loss(graph: Graph, profile: GraphProfile, fuses: Sequence[str]) -> GraphProfile:
@@ -127,11 +135,11 @@ def with_fused_loss(graph: Graph, profile: GraphProfile, fuses: Sequence[str]) -
         ran = profile.ops[op.id]
         if op.packet != "cross_entropy_loss" or not graph.values[op.inputs[0]].requires_grad:
             continue
-        logits, small = graph.values[op.inputs[0]], ran.saved_internal[1:]
+        logits, small = graph.values[op.inputs[0]], ran.saved_internal_tensors[1:]
         if logits.dtype == "float32":
             kept = tuple(sorted({0, *ran.saved_inputs}))
-            changed = replace(ran, saved_inputs=kept, saved_internal=small, overwritten=(0,))
+            changed = replace(ran, saved_inputs=kept, saved_internal_tensors=small, overwritten_inputs=(0,))
         else:  # it makes the fp32 copy itself, and its gradient from there
-            changed = replace(ran, saved_internal=((logits.shape, 4), *small))
-        ops[op.id] = replace(changed, forward_scratch_bytes=0, backward_scratch_bytes=0)
+            changed = replace(ran, saved_internal_tensors=((logits.shape, 4), *small))
+        ops[op.id] = replace(changed, forward_workspace_bytes=0, backward_workspace_bytes=0)
     return replace(profile, ops=tuple(ops))

@@ -20,30 +20,44 @@ from autopar.cost.execution_model import ExecutionModel
 from autopar.cost.redistribution_time import MeshLinks
 
 Floats = NDArray[np.float64]
-GATHER_FORWARD, GATHER_BACKWARD, STEP, STEP_EXPOSED, STATE, GATHERED, ACCUMULATE, LATE = range(8)
+(
+    GATHER_FORWARD_S,
+    GATHER_BACKWARD_S,
+    STEP_OVERLAPPABLE_S,
+    STEP_EXPOSED_S,
+    STATE_BYTES,
+    GATHERED_BYTES,
+    ACCUMULATE_S,
+    NEW_GRADIENT_BYTES,
+) = range(8)
 NUM_PARAMETER_METRICS = 8
 BUCKET_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Storage:
+class ParameterStorage:
     """One choice: ZeRO ``stage`` over mesh ``axes`` (positions in the mesh)."""
 
     stage: int
     axes: tuple[int, ...]
 
 
-def storages(axes: tuple[int, ...]) -> tuple[Storage, ...]:
+def storage_choices(axes: tuple[int, ...]) -> tuple[ParameterStorage, ...]:
     """All choices for a parameter replicated over ``axes``."""
-    found = [Storage(stage=0, axes=())]
+    found = [ParameterStorage(stage=0, axes=())]
     for count in range(1, len(axes) + 1):
         for chosen in itertools.combinations(axes, count):
-            found += [Storage(stage=stage, axes=chosen) for stage in (1, 2, 3)]
+            found += [ParameterStorage(stage=stage, axes=chosen) for stage in (1, 2, 3)]
     return tuple(found)
 
 
 def storage_metrics(
-    storage: Storage, axes: tuple[int, ...], elements: int, itemsize: int, links: MeshLinks, execution: ExecutionModel
+    storage: ParameterStorage,
+    axes: tuple[int, ...],
+    elements: int,
+    itemsize: int,
+    links: MeshLinks,
+    execution: ExecutionModel,
 ) -> Floats:
     """The eight metrics above of ``elements`` trainable elements (local to one rank as its op uses them), replicated
     with partial gradient over ``axes``: seconds, seconds, seconds that backward can hide, seconds, bytes at rest,
@@ -51,48 +65,52 @@ def storage_metrics(
     (``state_bytes``)."""
     shards = int(np.prod([links.sizes[axis] for axis in storage.axes], dtype=int))
     rest = tuple(axis for axis in axes if axis not in storage.axes)
-    parameter, sent = float(elements * itemsize), float(elements * execution.reduced_bytes(itemsize))
+    parameter, sent = float(elements * itemsize), float(elements * execution.reduced_gradient_itemsize(itemsize))
     metrics = np.zeros(NUM_PARAMETER_METRICS)
     if storage.axes:
-        gather = bucketed_s(links, "all_gather", parameter, storage.axes)
-        scatter = bucketed_s(links, "reduce_scatter", sent, storage.axes)
+        gather = bucketed_collective_s(links, "all_gather", parameter, storage.axes)
+        scatter = bucketed_collective_s(links, "reduce_scatter", sent, storage.axes)
         if storage.stage == 3:
-            metrics[GATHER_FORWARD] = gather
-            metrics[GATHER_BACKWARD] = gather + scatter
-            metrics[GATHERED] = parameter if shards > 1 else 0.0  # beside the part at rest
+            metrics[GATHER_FORWARD_S] = gather
+            metrics[GATHER_BACKWARD_S] = gather + scatter
+            metrics[GATHERED_BYTES] = parameter if shards > 1 else 0.0  # beside the part at rest
         else:
-            metrics[STEP_EXPOSED] += gather
-            metrics[GATHER_BACKWARD if storage.stage == 2 else STEP] += scatter
+            metrics[STEP_EXPOSED_S] += gather
+            metrics[GATHER_BACKWARD_S if storage.stage == 2 else STEP_OVERLAPPABLE_S] += scatter
     if rest:
-        metrics[STEP] += bucketed_s(links, "all_reduce", sent / shards, rest)
-    metrics[STEP_EXPOSED] += float(
-        links.cluster.device.memory_bound_s(elements / shards * _step_bytes(execution, itemsize))
+        metrics[STEP_OVERLAPPABLE_S] += bucketed_collective_s(links, "all_reduce", sent / shards, rest)
+    metrics[STEP_EXPOSED_S] += float(
+        links.cluster.device.memory_bound_s(elements / shards * _optimizer_step_bytes(execution, itemsize))
     )
-    if execution.accumulate:  # the new gradient is read and added to the sum, every micro-batch
-        added = float(elements * (itemsize + 2 * execution.gradient_bytes(itemsize)))
-        metrics[ACCUMULATE] = float(links.cluster.device.memory_bound_s(added / (shards if storage.stage >= 2 else 1)))
+    if execution.accumulates_gradients:  # the new gradient is read and added to the sum, every micro-batch
+        added = float(elements * (itemsize + 2 * execution.gradient_itemsize(itemsize)))
+        metrics[ACCUMULATE_S] = float(
+            links.cluster.device.memory_bound_s(added / (shards if storage.stage >= 2 else 1))
+        )
     parameters, gradients, optimizer = state_bytes(storage, shards, elements, itemsize, execution)
-    metrics[STATE] = parameters + optimizer + (gradients if execution.accumulate else 0.0)
-    metrics[LATE] = late_bytes(storage, gradients, elements, itemsize, execution)
+    metrics[STATE_BYTES] = parameters + optimizer + (gradients if execution.accumulates_gradients else 0.0)
+    metrics[NEW_GRADIENT_BYTES] = new_gradient_bytes(storage, gradients, elements, itemsize, execution)
     return metrics
 
 
-def late_bytes(storage: Storage, at_rest: float, elements: int, itemsize: int, execution: ExecutionModel) -> float:
+def new_gradient_bytes(
+    storage: ParameterStorage, stored_bytes: float, elements: int, itemsize: int, execution: ExecutionModel
+) -> float:
     """Bytes of gradients that a backward makes and that were not there before, in the place of the saved tensors it
     frees.
     Where gradients are cut but nothing is reduced before the backward's end, they are whole until then: Alpa's peaks of
     ZeRO-2 and 3 on two to eight V100."""
     if storage.stage >= 2 and not execution.overlap:
         return float(elements * itemsize)
-    return 0.0 if execution.accumulate else at_rest
+    return 0.0 if execution.accumulates_gradients else stored_bytes
 
 
-def bucketed_s(links: MeshLinks, kind: str, num_bytes: float, axes: tuple[int, ...]) -> float:
+def bucketed_collective_s(links: MeshLinks, kind: str, num_bytes: float, axes: tuple[int, ...]) -> float:
     """Seconds of a parameter's part in the collective of a bucket: programs join the tensors of a block or more."""
     return float(links.collective_s(kind, BUCKET_BYTES, axes)) * num_bytes / BUCKET_BYTES
 
 
-def _step_bytes(execution: ExecutionModel, itemsize: int) -> float:
+def _optimizer_step_bytes(execution: ExecutionModel, itemsize: int) -> float:
     """Bytes that the optimizer step moves per element; plain SGD keeps no moments to read and write."""
     software = execution.software
     num_bytes = software.optimizer_bytes_half if itemsize < 4 else software.optimizer_bytes_full
@@ -100,11 +118,11 @@ def _step_bytes(execution: ExecutionModel, itemsize: int) -> float:
 
 
 def state_bytes(
-    storage: Storage, shards: int, elements: int, itemsize: int, execution: ExecutionModel
+    storage: ParameterStorage, num_shards: int, elements: int, itemsize: int, execution: ExecutionModel
 ) -> tuple[float, float, float]:
     """Bytes at rest of parameter, gradient and optimizer state."""
     return (
-        elements * itemsize / (shards if storage.stage == 3 else 1),
-        elements * execution.gradient_bytes(itemsize) / (shards if storage.stage >= 2 else 1),
-        elements * execution.optimizer_bytes(itemsize) / (shards if storage.stage >= 1 else 1),
+        elements * itemsize / (num_shards if storage.stage == 3 else 1),
+        elements * execution.gradient_itemsize(itemsize) / (num_shards if storage.stage >= 2 else 1),
+        elements * execution.optimizer_state_itemsize(itemsize) / (num_shards if storage.stage >= 1 else 1),
     )

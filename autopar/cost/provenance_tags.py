@@ -13,27 +13,27 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.cluster.cluster import Cluster, Group
+from autopar.cluster.cluster import Cluster, RankGroup
 from autopar.cluster.device import REFERENCE_HEAD_DIM, Device
-from autopar.cost.compute_time import label_sizes, local_roles
+from autopar.cost.compute_time import label_sizes, local_role_sizes
 from autopar.cost.execution_model import ExecutionModel
 from autopar.graph.ir import Graph, Op, OpProfile
-from autopar.rules.op_sharding_rule import OpRule
+from autopar.rules.op_sharding_rule import OpShardingRule
 
-Tag = Literal["measured", "modelled", "extrapolated"]
-TAGS: tuple[Tag, ...] = ("measured", "modelled", "extrapolated")
+ProvenanceTag = Literal["measured", "modelled", "extrapolated"]
+PROVENANCE_TAGS: tuple[ProvenanceTag, ...] = ("measured", "modelled", "extrapolated")
 
 
-def least_sure(tags: Iterable[Tag]) -> Tag:
+def least_certain(tags: Iterable[ProvenanceTag]) -> ProvenanceTag:
     """The last of ``TAGS`` that occurs.
 
     >>> least_sure(["measured", "extrapolated", "modelled"])
     'extrapolated'
     """
-    return max(tags, key=TAGS.index)
+    return max(tags, key=PROVENANCE_TAGS.index)
 
 
-def matmul_tag(device: Device, m: float, n: float, k: float, batch: float = 1.0) -> Tag:
+def matmul_tag(device: Device, m: float, n: float, k: float, batch: float = 1.0) -> ProvenanceTag:
     """Of ``batch`` products (m, k) @ (k, n); a product too tall for the table is looked up lying on its side."""
     table = device.matmul
     upright = all(
@@ -45,7 +45,7 @@ def matmul_tag(device: Device, m: float, n: float, k: float, batch: float = 1.0)
     return "measured" if batch == 1 and device.provenance["matmul"].status == "measured" else "modelled"
 
 
-def attention_tag(device: Device, seq: float, batch_heads: float, head_dim: float, *, backward: bool) -> Tag:
+def attention_tag(device: Device, seq: float, batch_heads: float, head_dim: float, *, backward: bool) -> ProvenanceTag:
     """Of flash attention; the tables hold causal forward passes of head_dim 128."""
     table = device.flash_attention
     if not (table.seq[0] <= seq <= table.seq[-1] and table.batch_heads[0] <= batch_heads <= table.batch_heads[-1]):
@@ -57,17 +57,17 @@ def attention_tag(device: Device, seq: float, batch_heads: float, head_dim: floa
 def op_tags(
     graph: Graph,
     op: Op,
-    rule: OpRule,
+    rule: OpShardingRule,
     profile: OpProfile,
     local_batch: int,
     degrees: Mapping[int, NDArray[np.float64]],
     device: Device,
     execution: ExecutionModel,
-) -> tuple[Tag, Tag]:
+) -> tuple[ProvenanceTag, ProvenanceTag]:
     """(forward, backward) of an op under one strategy; ``degrees`` as for ``compute.op_seconds``, one strategy long."""
     if not profile.forward_flops or not rule.roles:
         return "modelled", "modelled"
-    roles = local_roles(rule, label_sizes(graph, op, rule, local_batch), degrees, np.ones(1))
+    roles = local_role_sizes(rule, label_sizes(graph, op, rule, local_batch), degrees, np.ones(1))
     b, h, m, n, k, q, d = (float(roles.get(role, np.ones(1))[0]) for role in "bhmnkqd")
     if rule.compute == "attention":
         if execution.attn == "math":
@@ -75,10 +75,10 @@ def op_tags(
         return attention_tag(device, q, b * h, d, backward=False), attention_tag(device, q, b * h, d, backward=True)
     wanted = [bool(graph.values[value].requires_grad) for value in op.inputs[:2]]
     shapes = [shape for shape, want in zip(((m, k, n), (n, k, m)), wanted, strict=False) if want] or [(m, n, k)]
-    return matmul_tag(device, m, n, k, b), least_sure(matmul_tag(device, *shape, b) for shape in shapes)
+    return matmul_tag(device, m, n, k, b), least_certain(matmul_tag(device, *shape, b) for shape in shapes)
 
 
-def collective_tag(cluster: Cluster, kind: str, num_bytes: float, group: Group) -> Tag:
+def collective_tag(cluster: Cluster, kind: str, num_bytes: float, group: RankGroup) -> ProvenanceTag:
     """Of a collective as ``Cluster.collective_s`` prices it: across nodes by a formula, inside by a table."""
     curves = {curve.num_ranks: curve for curve in cluster.collectives if curve.kind == kind}
     if not curves or group.num_nodes > 1:

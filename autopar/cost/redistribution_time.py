@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.cluster.cluster import Cluster, Group
+from autopar.cluster.cluster import Cluster, RankGroup
 from autopar.core.placement import PARTIAL, REPLICATE, Placement, Placements, Shard
 
 Floats = NDArray[np.float64]
@@ -29,18 +29,18 @@ class MeshLinks:
         """``axes`` are the positions in ``axis_sizes`` (outermost first) that this object speaks of, in order."""
         self.cluster = cluster
         self.sizes = tuple(axis_sizes[axis] for axis in axes)
-        self._groups = {
+        self._group_of_axes = {
             chosen: cluster.axis_group(num_devices, axis_sizes, tuple(axes[axis] for axis in chosen))
             for count in range(1, len(axes) + 1)
             for chosen in itertools.combinations(range(len(axes)), count)
         }
 
-    def group(self, axes: tuple[int, ...]) -> Group:
+    def group(self, axes: tuple[int, ...]) -> RankGroup:
         """The group that a collective over these axes, flattened, spans."""
-        return self._groups[axes]
+        return self._group_of_axes[axes]
 
     def collective_s(self, kind: str, num_bytes: Floats | float, axes: tuple[int, ...]) -> Floats:
-        return np.asarray(self.cluster.collective_s(kind, num_bytes, self._groups[axes]), float)
+        return np.asarray(self.cluster.collective_s(kind, num_bytes, self._group_of_axes[axes]), float)
 
 
 def redistribute_s(links: MeshLinks, placements: Sequence[Placements], local_bytes: Floats) -> Floats:
@@ -51,8 +51,8 @@ def redistribute_s(links: MeshLinks, placements: Sequence[Placements], local_byt
     costs[:, np.arange(count), np.arange(count)] = 0.0
     position = {placement: at for at, placement in enumerate(placements)}
     known: dict[tuple[str, tuple[int, ...], bytes], Floats] = {}
-    for (axes, _), source in itertools.product(links._groups.items(), placements):
-        for target, kind in _steps(source, axes, placements, len(links.sizes)):
+    for (axes, _), source in itertools.product(links._group_of_axes.items(), placements):
+        for target, kind in _reachable_by_one_collective(source, axes, placements, len(links.sizes)):
             if target in position:
                 sizes = local_bytes[:, position[target if kind == "all_gather" else source]]
                 key = (kind, axes, sizes.tobytes())
@@ -65,7 +65,7 @@ def redistribute_s(links: MeshLinks, placements: Sequence[Placements], local_byt
     return costs
 
 
-def _steps(
+def _reachable_by_one_collective(
     source: Placements, axes: tuple[int, ...], placements: Sequence[Placements], num_axes: int
 ) -> list[tuple[Placements, str]]:
     """Placements one collective over ``axes`` reaches, and its kind; the axes change alike, from and to one

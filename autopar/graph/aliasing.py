@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-RESHAPES = frozenset(("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default"))
-COPIES = frozenset(("aten.clone.default", "aten._to_copy.default", "aten.lift_fresh_copy.default"))
+RESHAPE_OPS = frozenset(("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default"))
+COPY_OPS = frozenset(("aten.clone.default", "aten._to_copy.default", "aten.lift_fresh_copy.default"))
 # Ops that return their first argument itself, or a view of it, where shape, strides and dtype already fit.
-MAY_ALIAS = RESHAPES | frozenset(
+MAY_ALIAS_OPS = RESHAPE_OPS | frozenset(
     f"aten.{name}"
     for name in (
         "alias.default", "lift_fresh.default", "contiguous.default", "detach.default", "to.dtype", "to.dtype_layout",
@@ -19,7 +19,7 @@ MAY_ALIAS = RESHAPES | frozenset(
 )  # fmt: skip
 
 
-def same_tensor(one: Any, other: Any) -> bool:
+def same_metadata(one: Any, other: Any) -> bool:
     """Whether both are tensors of the same shape, dtype, device and strides (strides of one element do not count)."""
     if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
         return False

@@ -14,7 +14,7 @@ from math import prod
 from autopar.graph.bounds.constants import SHAPE_ONLY
 from autopar.graph.ir import Graph, Op, Value, ValueKind
 
-MOVES = frozenset(
+LAYOUT_OPS = frozenset(
     (
         "expand", "repeat", "repeat_interleave", "reshape", "view", "_unsafe_view", "unsqueeze", "squeeze", "transpose",
         "permute", "contiguous", "clone", "flatten", "unflatten", "alias",
@@ -32,20 +32,20 @@ class AttentionCall:
     values for the call, which a kernel that reads the cache does not need. ``masked``: causal, or under a mask that may
     be. ``crossing``: its keys come of a model input that its queries do not come of, as a decoder's from an encoder."""
 
-    op: int
+    op_id: int
     heads: int
     head_dim: int
-    sequence: int
-    key_sequence: int
-    key_elements: int
-    value_elements: int
-    moving: tuple[int, ...]
-    masked: bool
-    crossing: bool
+    query_length: int
+    key_length: int
+    key_elements_per_token: int
+    value_elements_per_token: int
+    repeat_ops: tuple[int, ...]
+    is_masked: bool
+    is_cross_attention: bool
 
     @property
     def kv_heads(self) -> int:
-        return max(self.key_elements // self.head_dim, 1)
+        return max(self.key_elements_per_token // self.head_dim, 1)
 
 
 def attention_calls(graph: Graph) -> tuple[AttentionCall, ...]:
@@ -53,26 +53,28 @@ def attention_calls(graph: Graph) -> tuple[AttentionCall, ...]:
 
     Example: Llama 3 8B has 32 calls of 32 heads whose keys are 8 * 128 numbers a token."""
     makers = graph.producers()
-    origins = _origins(graph)
+    origins = _input_dependencies(graph)
     found = []
     for op in graph.ops:
         if not op.is_attention:
             continue
         query, key = (graph.values[value].shape for value in op.inputs[:2])
-        samples = graph.batch.traced * key[-2]
-        (keys, moving_keys), (values, moving_values) = (_cached(graph, makers, value) for value in op.inputs[1:3])
+        samples = graph.batch.traced_size * key[-2]
+        (keys, moving_keys), (values, moving_values) = (
+            _before_repeats(graph, makers, value) for value in op.inputs[1:3]
+        )
         found.append(
             AttentionCall(
-                op=op.id,
-                heads=prod(query[:-2]) // graph.batch.traced,
+                op_id=op.id,
+                heads=prod(query[:-2]) // graph.batch.traced_size,
                 head_dim=query[-1],
-                sequence=query[-2],
-                key_sequence=key[-2],
-                key_elements=keys // samples,
-                value_elements=values // samples,
-                moving=(*moving_keys, *moving_values),
-                masked=len(op.inputs) > 3 or True in op.args[3:] or dict(op.kwargs).get("is_causal") is True,
-                crossing=not origins[op.inputs[1]] <= origins[op.inputs[0]],
+                query_length=query[-2],
+                key_length=key[-2],
+                key_elements_per_token=keys // samples,
+                value_elements_per_token=values // samples,
+                repeat_ops=(*moving_keys, *moving_values),
+                is_masked=len(op.inputs) > 3 or True in op.args[3:] or dict(op.kwargs).get("is_causal") is True,
+                is_cross_attention=not origins[op.inputs[1]] <= origins[op.inputs[0]],
             )
         )
     return tuple(found)
@@ -104,10 +106,19 @@ def masked_calls(graph: Graph) -> tuple[MaskedCalls, ...]:
             continue
         mask = op.inputs[3]
         origin, names = _origin(graph, makers, mask)
-        mask_source = makers[mask].source if mask in makers else ""
-        kind = (op.source, mask_source, *(_NUMBER.sub("*", text) for text in (op.module, origin or "", *names)))
+        mask_source = makers[mask].source_location if mask in makers else ""
+        kind = (
+            op.source_location,
+            mask_source,
+            *(_NUMBER.sub("*", text) for text in (op.module_path, origin or "", *names)),
+        )
         calls = found.get(kind) or MaskedCalls(
-            module=op.module, source=op.source, count=0, mask_source=mask_source, origin=origin, names=names
+            module=op.module_path,
+            source=op.source_location,
+            count=0,
+            mask_source=mask_source,
+            origin=origin,
+            names=names,
         )
         found[kind] = replace(calls, count=calls.count + 1)
     return tuple(found.values())
@@ -131,7 +142,7 @@ def _origin(graph: Graph, makers: Mapping[int, Op], mask: int) -> tuple[ValueKin
     return None, ()
 
 
-def _origins(graph: Graph) -> dict[int, frozenset[int]]:
+def _input_dependencies(graph: Graph) -> dict[int, frozenset[int]]:
     """Value -> the model inputs that it is computed from."""
     found = {value.id: frozenset((value.id,) if value.kind == "input" else ()) for value in graph.values}
     for op in graph.ops:
@@ -140,10 +151,10 @@ def _origins(graph: Graph) -> dict[int, frozenset[int]]:
     return found
 
 
-def _cached(graph: Graph, makers: dict[int, Op], value: int) -> tuple[int, list[int]]:
+def _before_repeats(graph: Graph, producers: dict[int, Op], value: int) -> tuple[int, list[int]]:
     """Elements of the smallest tensor that ``value`` is moved or repeated from, and the ops between."""
     least, passed, behind = prod(graph.values[value].shape), [], []
-    while (op := makers.get(value)) is not None and op.packet in MOVES and len(op.inputs) == 1:
+    while (op := producers.get(value)) is not None and op.packet in LAYOUT_OPS and len(op.inputs) == 1:
         value = op.inputs[0]
         passed.append(op.id)
         if prod(graph.values[value].shape) < least:

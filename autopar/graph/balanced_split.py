@@ -15,7 +15,7 @@ from autopar.graph.op_profiles import profile_graph
 MAX_BLOCKS = 16
 
 
-def narrow_cuts(graph: Graph) -> list[int]:
+def balanced_split_points(graph: Graph) -> list[int]:
     """Ids of the ops that begin a block, the first (0) included, at most ``MAX_BLOCKS``.
 
     Example: 32 equal linear layers with a ReLU each are cut in front of every second linear layer."""

@@ -8,98 +8,106 @@ from collections import Counter
 from collections.abc import Iterator
 
 from autopar.core.errors import ModelError
-from autopar.graph.ir import Batch, Graph, Op, Value
+from autopar.graph.ir import Graph, Op, TracedBatch, Value
 
 
-def unclear(graph: Graph) -> bool:
+def may_break_batch_scaling(graph: Graph) -> bool:
     """Whether some size may break the rule: a literal or result that neither divides a known size nor is one, or one
     that is divisible by the prime without coming from the batch.
 
     Example: a capacity of ceil(2 * 808 * 1024 / 60) = 27580 slots grows with the batch, yet 101 does not divide it."""
     batch = graph.batch
-    calls = Counter((op.target, op.module, op.source) for op in graph.ops)
-    if any(batch.grows(count) for count in calls.values()):
+    calls = Counter((op.target, op.module_path, op.source_location) for op in graph.ops)
+    if any(batch.is_proportional(count) for count in calls.values()):
         return True  # a Python loop over the samples
     known = {
-        size for value in graph.values if value.kind != "activation" for size in value.shape if not batch.grows(size)
+        size
+        for value in graph.values
+        if value.kind != "activation"
+        for size in value.shape
+        if not batch.is_proportional(size)
     }
     for op in graph.ops:
         inputs = [graph.values[value] for value in op.inputs]
         outputs = [graph.values[value] for value in op.outputs]
-        fixed = {size for value in inputs for size in value.shape if not batch.grows(size)}
-        spans = {math.prod(size for size in value.shape if not batch.grows(size)) for value in inputs}
-        grows = any(batch.grows(size) for value in inputs for size in value.shape)
+        fixed = {size for value in inputs for size in value.shape if not batch.is_proportional(size)}
+        spans = {math.prod(size for size in value.shape if not batch.is_proportional(size)) for value in inputs}
+        grows = any(batch.is_proportional(size) for value in inputs for size in value.shape)
         for value in outputs:
             for size in value.shape:
-                if batch.grows(size):
-                    if not grows and size % batch.traced:
+                if batch.is_proportional(size):
+                    if not grows and size % batch.traced_size:
                         return True
-                elif size > 1 and not _follows(size, fixed) and not any(other % size == 0 for other in spans | known):
+                elif (
+                    size > 1
+                    and not _is_near_fixed_size(size, fixed)
+                    and not any(other % size == 0 for other in spans | known)
+                ):
                     return True
-        if any(_suspicious_literal(literal, batch) for literal in _numbers((op.args, op.kwargs))):
+        if any(_may_be_batch_literal(literal, batch) for literal in _numbers_in((op.args, op.kwargs))):
             return True
     return False
 
 
-def _follows(size: int, fixed: set[int]) -> bool:
+def _is_near_fixed_size(size: int, fixed: set[int]) -> bool:
     """Whether a size is a fixed one of the inputs, or that with a few rows cut or padded."""
     return any(abs(size - other) <= 8 for other in fixed)
 
 
-def _suspicious_literal(number: float, batch: Batch) -> bool:
+def _may_be_batch_literal(number: float, batch: TracedBatch) -> bool:
     """A float that is, or is one over, a multiple of the prime: a mean over the batch written by hand."""
     if not isinstance(number, float) or not math.isfinite(number) or number == 0:
         return False
     size = max(abs(number), 1 / abs(number))
-    return batch.prime <= size < 2**53 and abs(size - round(size)) < 1e-6 * size and batch.grows(round(size))
+    return batch.prime <= size < 2**53 and abs(size - round(size)) < 1e-6 * size and batch.is_proportional(round(size))
 
 
-def _numbers(literal: object) -> Iterator[float]:
+def _numbers_in(literal: object) -> Iterator[float]:
     if isinstance(literal, tuple):
         for element in literal:
-            yield from _numbers(element)
+            yield from _numbers_in(element)
     elif type(literal) in (int, float):
         yield literal  # type: ignore[misc]
 
 
-def check_rule(graph: Graph, again: Graph) -> None:
+def check_batch_scaling(graph: Graph, retraced: Graph) -> None:
     """Raises ModelError unless ``again``, traced at another batch, is ``graph`` scaled to it."""
-    for op, twin in zip(graph.ops, again.ops, strict=False):
-        if (op.target, op.source) != (twin.target, twin.source):
-            raise _other_ops(op, graph, again)
-    if len(graph.ops) != len(again.ops):
-        raise _other_ops(graph.ops[-1], graph, again)
-    for op, twin in zip(graph.ops, again.ops, strict=True):
-        for value, other in zip(_values(graph, op), _values(again, twin), strict=True):
-            if tuple(_scaled(size, graph.batch, again.batch) for size in value.shape) != other.shape:
-                at = f"at batch {graph.batch.traced} and {other.shape} at batch {again.batch.traced}"
-                raise _error(op, f"its result is {value.shape} {at}")
-        numbers = zip(_numbers((op.args, op.kwargs)), _numbers((twin.args, twin.kwargs)), strict=True)
+    for op, twin in zip(graph.ops, retraced.ops, strict=False):
+        if (op.target, op.source_location) != (twin.target, twin.source_location):
+            raise _different_ops_error(op, graph, retraced)
+    if len(graph.ops) != len(retraced.ops):
+        raise _different_ops_error(graph.ops[-1], graph, retraced)
+    for op, twin in zip(graph.ops, retraced.ops, strict=True):
+        for value, other in zip(_outputs_of(graph, op), _outputs_of(retraced, twin), strict=True):
+            if tuple(_scaled(size, graph.batch, retraced.batch) for size in value.shape) != other.shape:
+                at = f"at batch {graph.batch.traced_size} and {other.shape} at batch {retraced.batch.traced_size}"
+                raise _not_proportional_error(op, f"its result is {value.shape} {at}")
+        numbers = zip(_numbers_in((op.args, op.kwargs)), _numbers_in((twin.args, twin.kwargs)), strict=True)
         for number, other_number in numbers:
-            expected = _scaled(number, graph.batch, again.batch) if type(number) is int else number
+            expected = _scaled(number, graph.batch, retraced.batch) if type(number) is int else number
             if expected != other_number:
-                at = f"at batch {graph.batch.traced} and {other_number} at batch {again.batch.traced}"
-                raise _error(op, f"its literal argument is {number} {at}")
+                at = f"at batch {graph.batch.traced_size} and {other_number} at batch {retraced.batch.traced_size}"
+                raise _not_proportional_error(op, f"its literal argument is {number} {at}")
 
 
-def _values(graph: Graph, op: Op) -> list[Value]:
+def _outputs_of(graph: Graph, op: Op) -> list[Value]:
     return [graph.values[value] for value in op.outputs]
 
 
-def _scaled(size: float, batch: Batch, other: Batch) -> float:
-    return batch.scale(size, other.traced) if type(size) is int else size
+def _scaled(size: float, batch: TracedBatch, other: TracedBatch) -> float:
+    return batch.scale(size, other.traced_size) if type(size) is int else size
 
 
-def _other_ops(op: Op, graph: Graph, again: Graph) -> ModelError:
+def _different_ops_error(op: Op, graph: Graph, retraced: Graph) -> ModelError:
     return ModelError(
-        f"the model runs {len(graph.ops)} operations at batch {graph.batch.traced} and {len(again.ops)} at batch "
-        f"{again.batch.traced}; they part {'at ' + op.source if op.source else 'at ' + op.target}\n"
+        f"the model runs {len(graph.ops)} operations at batch {graph.batch.traced_size} and {len(retraced.ops)} at batch "
+        f"{retraced.batch.traced_size}; they part {'at ' + op.source_location if op.source_location else 'at ' + op.target}\n"
         "  write a Python loop over the samples as one operation on the whole batch"
     )
 
 
-def _error(op: Op, what: str) -> ModelError:
-    place = f" at {op.source}" if op.source else ""
+def _not_proportional_error(op: Op, what: str) -> ModelError:
+    place = f" at {op.source_location}" if op.source_location else ""
     return ModelError(
         f"cannot plan {op.target}{place}: {what}, which is not in proportion to the batch\n"
         "  make this size independent of the batch (for example per group or per sample), or proportional to it"

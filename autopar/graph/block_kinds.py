@@ -14,11 +14,11 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from autopar.graph.ir import Block, Graph, Op, Value, frozen
+from autopar.graph.ir import Block, Graph, Op, Value, hashable_literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
+class BlockSpan:
     """Ops ``first_op <= id < end_op`` that are to be a block."""
 
     name: str
@@ -26,7 +26,7 @@ class Span:
     end_op: int
 
 
-def fold(graph: Graph, spans: list[Span]) -> tuple[Block, ...]:
+def blocks_of_spans(graph: Graph, spans: list[BlockSpan]) -> tuple[Block, ...]:
     """Blocks of the spans, in order, numbered by kind in the order of first appearance.
 
     Example: GPT with 12 layers -> embedding (kind 0), 12 layers (kind 1), head (kind 2)."""
@@ -38,7 +38,7 @@ def fold(graph: Graph, spans: list[Span]) -> tuple[Block, ...]:
     numbers: dict[Any, int] = {}
     blocks = []
     for index, span in enumerate(spans):
-        key, inputs, outputs, parameters = _structure(graph, index, span, readers)
+        key, inputs, outputs, parameters = _block_structure(graph, index, span, readers)
         blocks.append(
             Block(
                 index=index,
@@ -54,8 +54,8 @@ def fold(graph: Graph, spans: list[Span]) -> tuple[Block, ...]:
     return tuple(blocks)
 
 
-def _structure(
-    graph: Graph, index: int, span: Span, readers: dict[int, set[int]]
+def _block_structure(
+    graph: Graph, index: int, span: BlockSpan, readers: dict[int, set[int]]
 ) -> tuple[Any, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """The key of a block, and its inputs, outputs and parameters."""
     produced: dict[int, tuple[int, int]] = {}
@@ -65,7 +65,8 @@ def _structure(
     keys = []
     for offset, op in enumerate(graph.ops[span.first_op : span.end_op]):
         sources = tuple(
-            _source(graph.values[value], produced, inputs, parameters, len(readers[value]) > 1) for value in op.inputs
+            _input_key(graph.values[value], produced, inputs, parameters, len(readers[value]) > 1)
+            for value in op.inputs
         )
         results = []
         for position, value in enumerate(op.outputs):
@@ -74,21 +75,21 @@ def _structure(
             leaves = bool(others) or value in graph.outputs
             if leaves:
                 outputs.append(value)
-            results.append((_type(graph.values[value]), leaves, len(others) > 1))
-        keys.append((*_call(op), sources, tuple(results)))
+            results.append((_type_key(graph.values[value]), leaves, len(others) > 1))
+        keys.append((*_call_key(op), sources, tuple(results)))
     return tuple(keys), tuple(inputs), tuple(outputs), tuple(parameters)
 
 
-def _call(op: Op) -> tuple[Any, ...]:
-    return op.target, frozen(op.args), frozen(op.kwargs)
+def _call_key(op: Op) -> tuple[Any, ...]:
+    return op.target, hashable_literal(op.args), hashable_literal(op.kwargs)
 
 
-def _source(
+def _input_key(
     value: Value,
     produced: dict[int, tuple[int, int]],
     inputs: dict[int, int],
     parameters: dict[int, int],
-    shared: bool,
+    read_elsewhere: bool,
 ) -> tuple[Any, ...]:
     """Where an input of an op comes from; a new external value is appended to ``inputs`` or ``parameters``."""
     if value.id in produced:
@@ -96,9 +97,9 @@ def _source(
     is_parameter = value.kind in ("parameter", "buffer")
     place = parameters if is_parameter else inputs
     position = place.setdefault(value.id, len(place))
-    tied = shared or len(value.names) > 1
-    return ("parameter" if is_parameter else "input", position, value.kind, _type(value), tied)
+    tied = read_elsewhere or len(value.qualified_names) > 1
+    return ("parameter" if is_parameter else "input", position, value.kind, _type_key(value), tied)
 
 
-def _type(value: Value) -> tuple[Any, ...]:
+def _type_key(value: Value) -> tuple[Any, ...]:
     return value.shape, value.dtype, value.requires_grad

@@ -5,7 +5,7 @@ from collections import defaultdict
 from autopar.graph.ir import Block, Graph
 
 
-def crossing(graph: Graph, blocks: tuple[Block, ...]) -> tuple[tuple[int, ...], ...]:
+def boundary_values(graph: Graph, blocks: tuple[Block, ...]) -> tuple[tuple[int, ...], ...]:
     """For each boundary i | i + 1 the ids of the activations made in blocks <= i that blocks > i read, in order of id.
 
     >>> crossing(gpt, cut_blocks(gpt))[0]  # the result of the embedding  # doctest: +SKIP

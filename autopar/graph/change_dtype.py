@@ -10,7 +10,7 @@ from autopar.core.dtypes import TRAINING_DTYPES
 from autopar.graph.ir import Graph
 
 
-def retyped(graph: Graph, dtype: str) -> Graph:
+def with_dtype(graph: Graph, dtype: str) -> Graph:
     """``graph`` with every floating dtype, of values and among literals, replaced by ``dtype``."""
 
     def changed(literal: Any) -> Any:

@@ -14,13 +14,13 @@ from torch import Tensor
 from autopar.graph.ir import Op, OpProfile, Value
 from autopar.graph.kernel_recorder import attention_flops
 
-ByHand: TypeAlias = tuple[OpProfile, tuple[tuple[int, ...], ...]]
+HandwrittenProfile: TypeAlias = tuple[OpProfile, tuple[tuple[int, ...], ...]]
 
 ATTENTION_KERNELS = (1, 2)  # flash attention: forward one; backward the row sums of out * grad, then the gradients
 NORM_KERNELS = (1, 2)  # _fused_rms_norm: backward is one kernel for the input and one for the weight
 
 
-def attention(op: Op, inputs: list[Value], outputs: list[Value]) -> ByHand:
+def flash_attention_profile(op: Op, inputs: list[Value], outputs: list[Value]) -> HandwrittenProfile:
     """Scaled dot product attention as flash attention, whatever the cpu would run (Dao et al. 2022, algorithms 1, 4).
 
     q (b, h, sq, d), k and v (b, hk, skv, d), kept with the result and the fp32 log-sum-exp (b, h, sq). Its bytes are
@@ -42,7 +42,7 @@ def attention(op: Op, inputs: list[Value], outputs: list[Value]) -> ByHand:
         backward_kernels=ATTENTION_KERNELS[1] if grad else 0,
         saved_inputs=tuple(range(len(inputs))) if grad else (),
         saved_outputs=(0,) if grad else (),
-        saved_internal=((query.shape[:-1], 4),) if grad else (),
+        saved_internal_tensors=((query.shape[:-1], 4),) if grad else (),
     )
     *batch, heads, length, width = outputs[0].shape
     inner = (width, heads * width, 1)  # heads, length, width
@@ -50,7 +50,7 @@ def attention(op: Op, inputs: list[Value], outputs: list[Value]) -> ByHand:
     return profile, ((*steps, *inner),)
 
 
-def rms_norm(op: Op, inputs: list[Value], outputs: list[Value]) -> ByHand:
+def rms_norm_profile(op: Op, inputs: list[Value], outputs: list[Value]) -> HandwrittenProfile:
     """``aten.rms_norm`` as ``aten._fused_rms_norm``: keeps its input, its weight and one fp32 number a row.
 
     Backward reads the gradient, the input and the weight, and writes the gradients of both."""
@@ -69,7 +69,7 @@ def rms_norm(op: Op, inputs: list[Value], outputs: list[Value]) -> ByHand:
         backward_kernels=min(NORM_KERNELS[1], sum(value.requires_grad for value in inputs)) if grad else 0,
         saved_inputs=tuple(range(len(inputs))) if grad else (),
         saved_outputs=(),
-        saved_internal=((rows, 4),) if grad else (),
+        saved_internal_tensors=((rows, 4),) if grad else (),
     )
     return profile, (tuple(prod(hidden.shape[i + 1 :]) for i in range(len(hidden.shape))),)
 
@@ -82,8 +82,8 @@ def native_dropout(hidden: Tensor, probability: float, train: bool) -> Any:
     return torch.ops.aten.native_dropout.default(hidden, probability, train)[0]
 
 
-FUSED: dict[str, Callable[[Op, list[Value], list[Value]], ByHand]] = {
-    "aten.scaled_dot_product_attention": attention,
-    "aten.rms_norm": rms_norm,
+HANDWRITTEN_PROFILES: dict[str, Callable[[Op, list[Value], list[Value]], HandwrittenProfile]] = {
+    "aten.scaled_dot_product_attention": flash_attention_profile,
+    "aten.rms_norm": rms_norm_profile,
 }
-SUBSTITUTES: dict[str, Callable[..., Any]] = {"aten.dropout.default": native_dropout}
+CUDA_SUBSTITUTES: dict[str, Callable[..., Any]] = {"aten.dropout.default": native_dropout}

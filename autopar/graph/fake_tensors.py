@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # private;
 from torch.utils import _pytree as pytree  # private; tried on torch 2.13.0
 
 
-class Faker:
+class FakeTensorFactory:
     """Makes one fake tensor per original, floating ones in ``dtype`` (training in mixed precision stores weights
     so)."""
 
@@ -24,7 +24,7 @@ class Faker:
         self._dtype = dtype
         self._made: dict[int, tuple[Tensor, Tensor]] = {}  # the original is kept, else its id could be used again
 
-    def fake(self, tensor: Tensor) -> Tensor:
+    def fake_of(self, tensor: Tensor) -> Tensor:
         if id(tensor) not in self._made:
             self._made[id(tensor)] = (tensor, self._make(tensor))
         return self._made[id(tensor)][1]
@@ -42,7 +42,7 @@ class Faker:
         return fake
 
 
-def tensors_in(inputs: dict[str, Any]) -> list[Tensor]:
+def input_tensors(inputs: dict[str, Any]) -> list[Tensor]:
     """The tensors of a nested structure, in a fixed order."""
     return [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
 
@@ -53,7 +53,7 @@ def is_fake(tensor: Tensor) -> bool:
 
 
 @contextmanager
-def faked(model: nn.Module, faker: Faker) -> Iterator[nn.Module]:
+def with_fake_tensors(model: nn.Module, faker: FakeTensorFactory) -> Iterator[nn.Module]:
     """The model in training mode with fake parameters, buffers and tensor attributes, for the length of a ``with``."""
     restore: list[tuple[dict[str, Any], str, Tensor]] = []
     modes = [(module, module.training) for module in model.modules()]
@@ -63,7 +63,7 @@ def faked(model: nn.Module, faker: Faker) -> Iterator[nn.Module]:
             for name, tensor in slots.items():
                 if isinstance(tensor, Tensor):
                     restore.append((slots, name, tensor))
-                    slots[name] = faker.fake(tensor)
+                    slots[name] = faker.fake_of(tensor)
     config = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
     try:

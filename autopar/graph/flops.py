@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from autopar.graph.ir import Batch, Graph, Op, OpProfile
+from autopar.graph.ir import Graph, Op, OpProfile, TracedBatch
 
-Arithmetic = Literal["matmul", "attention", "convolution"]
+ArithmeticKind = Literal["matmul", "attention", "convolution"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +25,7 @@ class ModelFlops:
 
     forward: int
     backward: int
-    by_arithmetic: tuple[tuple[Arithmetic, int], ...]
+    by_kind: tuple[tuple[ArithmeticKind, int], ...]
 
     @property
     def total(self) -> int:
@@ -37,22 +37,22 @@ def model_flops(graph: Graph, batch_size: int, profiles: Sequence[OpProfile]) ->
 
     Example: Llama-2-7B, one sample of 4,096 tokens: 62.92e12 forward, 188.76e12 in all."""
     forward = backward = 0
-    parts: dict[Arithmetic, int] = defaultdict(int)
+    parts: dict[ArithmeticKind, int] = defaultdict(int)
     for op, profile in zip(graph.ops, profiles, strict=True):
         if not profile.forward_flops:
             continue
-        kind = arithmetic(op)
-        once = flops_at(profile.forward_flops, graph.batch, batch_size)
-        back = flops_at(profile.backward_flops, graph.batch, batch_size)
+        kind = arithmetic_kind(op)
+        once = flops_at_batch(profile.forward_flops, graph.batch, batch_size)
+        back = flops_at_batch(profile.backward_flops, graph.batch, batch_size)
         if kind == "attention":
             back = back * 4 // 5  # five matmuls run, four are the model's
         forward += once
         backward += back
         parts[kind] += once + back
-    return ModelFlops(forward=forward, backward=backward, by_arithmetic=tuple(sorted(parts.items())))
+    return ModelFlops(forward=forward, backward=backward, by_kind=tuple(sorted(parts.items())))
 
 
-def flops_at(flops: int, batch: Batch, batch_size: int) -> int:
+def flops_at_batch(flops: int, batch: TracedBatch, batch_size: int) -> int:
     """FLOPs counted at the traced batch, at ``batch_size``.
 
     FLOPs are products of sizes, so the prime divides them as often as the batch occurs among these: once in a linear
@@ -66,10 +66,10 @@ def flops_at(flops: int, batch: Batch, batch_size: int) -> int:
     while rest and rest % batch.prime == 0:
         rest //= batch.prime
         power += 1
-    return flops * batch_size**power // batch.traced**power
+    return flops * batch_size**power // batch.traced_size**power
 
 
-def arithmetic(op: Op) -> Arithmetic:
+def arithmetic_kind(op: Op) -> ArithmeticKind:
     """Which arithmetic a matmul-like op does.
 
     >>> arithmetic(graph.ops[5])  # aten.linear.default  # doctest: +SKIP

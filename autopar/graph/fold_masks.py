@@ -12,12 +12,12 @@ from torch import fx
 
 from autopar.graph.bounds.constants import constant_nodes, sources_of
 from autopar.graph.bounds.mask_form import Form, mask_form
-from autopar.graph.ir import Batch
+from autopar.graph.ir import TracedBatch
 
 _ATTENTION = "aten.scaled_dot_product_attention.default"
 
 
-def fold_masks(graph: fx.Graph, batch: Batch) -> None:
+def fold_masks(graph: fx.Graph, batch: TracedBatch) -> None:
     """Replaces constant masks of attention ops in place; each distinct mask is decided once."""
     forms = _Forms(batch)
     for node in graph.nodes:
@@ -38,7 +38,7 @@ def fold_masks(graph: fx.Graph, batch: Batch) -> None:
 class _Forms:
     """Forms of masks, those computed alike decided once (a model may make its mask anew in every layer)."""
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: TracedBatch) -> None:
         self._batch = batch
         self._numbers: dict[Any, int] = {}
         self._number_of: dict[fx.Node, int] = {}

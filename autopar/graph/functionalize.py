@@ -12,14 +12,14 @@ import torch
 from torch import fx
 
 from autopar.core.errors import ModelError
-from autopar.graph.aliasing import MAY_ALIAS, same_tensor
-from autopar.graph.source_location import source_of
+from autopar.graph.aliasing import MAY_ALIAS_OPS, same_metadata
+from autopar.graph.source_location import location_of_node
 
 aten = torch.ops.aten
-_SCATTERS = {"aten.slice.Tensor": aten.slice_scatter.default, "aten.select.int": aten.select_scatter.default}
+_SCATTER_OF_VIEW = {"aten.slice.Tensor": aten.slice_scatter.default, "aten.select.int": aten.select_scatter.default}
 
 
-def functional(graph: fx.Graph, buffers: frozenset[str], inputs: frozenset[Any]) -> bool:
+def functionalize_in_place_ops(graph: fx.Graph, buffers: frozenset[str], inputs: frozenset[Any]) -> bool:
     """Turns every in-place op into its functional twin, except on buffers, which keep it (running statistics).
 
     A write through ``x[..., 1:]`` or ``x[i]`` becomes a ``slice_scatter`` or ``select_scatter`` into ``x``. Returns
@@ -33,13 +33,13 @@ def functional(graph: fx.Graph, buffers: frozenset[str], inputs: frozenset[Any])
     for node, root in roots.items():
         members.setdefault(root, []).append(node)
     for node in list(graph.nodes):
-        written = written_tensor(node)
+        written = mutated_input(node)
         if written is None:
             continue
         root = roots[written]
         if root.op == "placeholder" and root.name not in buffers | inputs:
             raise ModelError(
-                f"{node.target}{source_of(node, ' at ')} writes a parameter, or a tensor that is no buffer, in the "
+                f"{node.target}{location_of_node(node, ' at ')} writes a parameter, or a tensor that is no buffer, in the "
                 "forward pass\n"
                 "  change parameters in the optimizer step, or keep what the forward pass updates in a buffer"
             )
@@ -49,31 +49,31 @@ def functional(graph: fx.Graph, buffers: frozenset[str], inputs: frozenset[Any])
         # Views taken after the write see it through the tensor they are taken from.
         before = (alias for alias in members[roots[written]] if order[alias] <= now and alias is not node)
         later = {alias for alias in before if any(order[user] > now for user in alias.users)}
-        base = written.all_input_nodes[0] if str(written.target) in _SCATTERS else None
+        base = written.all_input_nodes[0] if str(written.target) in _SCATTER_OF_VIEW else None
         if later - {written, base}:
             return False
         if written in later:
-            _redirect(written, node, order, now)
+            _replace_later_uses(written, node, order, now)
         if written.op == "placeholder" and written.name in buffers:
             continue
-        twin = _functional_twin(node)
+        twin = _functional_variant(node)
         if twin is None:
             return False
         node.target = twin
         if base is not None and base in later:
             with graph.inserting_after(node):
-                scatter = graph.call_function(_SCATTERS[str(written.target)], (base, node, *written.args[1:]))
+                scatter = graph.call_function(_SCATTER_OF_VIEW[str(written.target)], (base, node, *written.args[1:]))
             scatter.meta = {**node.meta, "val": base.meta["val"]}
             order[scatter] = now
             roots[scatter] = roots[base]
             members[roots[base]].append(scatter)
-            _redirect(base, scatter, order, now)
+            _replace_later_uses(base, scatter, order, now)
         if twin is aten.copy.default:
             _simplify_copy(node)
     return True
 
 
-def _redirect(old: fx.Node, new: fx.Node, order: dict[fx.Node, int], now: int) -> None:
+def _replace_later_uses(old: fx.Node, new: fx.Node, order: dict[fx.Node, int], now: int) -> None:
     """Lets the readers of ``old`` that run after ``now`` read ``new``."""
     for user in list(old.users):
         if order[user] > now:
@@ -84,7 +84,7 @@ def _simplify_copy(node: fx.Node) -> None:
     """``copy(written, source)`` of like tensors is the source itself."""
     destination, source = node.args[:2]
     assert isinstance(destination, fx.Node)
-    if isinstance(source, fx.Node) and same_tensor(destination.meta["val"], source.meta["val"]):
+    if isinstance(source, fx.Node) and same_metadata(destination.meta["val"], source.meta["val"]):
         node.replace_all_uses_with(source)
 
 
@@ -96,14 +96,14 @@ def _alias_roots(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
         if node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
             schema = getattr(node.target, "_schema", None)
             aliases = schema is not None and any(result.alias_info is not None for result in schema.returns)
-            maybe = str(node.target) in MAY_ALIAS
+            maybe = str(node.target) in MAY_ALIAS_OPS
             if aliases or maybe or (node.target is operator.getitem and roots[node.args[0]] is not node.args[0]):
                 base = node.args[0]
         roots[node] = roots.get(base, base)
     return roots
 
 
-def written_tensor(node: fx.Node) -> fx.Node | None:
+def mutated_input(node: fx.Node) -> fx.Node | None:
     """The tensor an in-place op writes (its first argument), or None for a functional op."""
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None or not schema.is_mutable:
@@ -114,7 +114,7 @@ def written_tensor(node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _functional_twin(node: fx.Node) -> Callable[..., Any] | None:
+def _functional_variant(node: fx.Node) -> Callable[..., Any] | None:
     """``aten.add_.Tensor`` -> ``aten.add.Tensor``; None where aten has none."""
     namespace, name, overload = str(node.target).split(".")
     packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)

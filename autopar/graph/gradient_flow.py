@@ -5,27 +5,27 @@ import operator
 from torch import Tensor, fx
 
 # Ops with a floating result through which no gradient flows.
-_CUTS = frozenset(
+_GRADIENT_STOPPING_OPS = frozenset(
     f"aten.{name}"
     for name in (
         "detach", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros",
         "new_ones", "new_full", "new_empty", "bernoulli", "sign", "one_hot",
     )
 )  # fmt: skip
-Result = tuple[fx.Node, int]
+NodeResult = tuple[fx.Node, int]
 
 
-def requires_grad(graph: fx.Graph) -> set[Result]:
+def results_with_gradient(graph: fx.Graph) -> set[NodeResult]:
     """(op or placeholder, position of the result) of every floating tensor that lies on a path from a trainable
     parameter to the loss, with no detach or ``no_grad`` region on it."""
-    reached = _from_parameters(graph)
+    reached = _reached_from_parameters(graph)
     loss = next(reversed(graph.nodes)).args[0]
     used: set[fx.Node] = {loss}  # type: ignore[arg-type]
     for node in reversed(graph.nodes):
         # Behind the last reader of a node all of its readers have been seen, as nodes are in execution order.
-        if node in used and node in reached and not _cuts(node):
+        if node in used and node in reached and not _stops_gradient(node):
             used.update(source for source in node.all_input_nodes if source in reached)
-    live: set[Result] = set()
+    live: set[NodeResult] = set()
     for node in graph.nodes:
         if node not in used or node not in reached:
             continue
@@ -37,7 +37,7 @@ def requires_grad(graph: fx.Graph) -> set[Result]:
     return live
 
 
-def _from_parameters(graph: fx.Graph) -> set[fx.Node]:
+def _reached_from_parameters(graph: fx.Graph) -> set[fx.Node]:
     """Floating nodes that depend on a trainable parameter."""
     reached: set[fx.Node] = set()
     for node in graph.nodes:
@@ -45,7 +45,7 @@ def _from_parameters(graph: fx.Graph) -> set[fx.Node]:
         if node.op == "placeholder":
             if isinstance(value, Tensor) and value.requires_grad:
                 reached.add(node)
-        elif node.op == "call_function" and not _cuts(node) and _is_floating(value):
+        elif node.op == "call_function" and not _stops_gradient(node) and _is_floating(value):
             reached.update({node} if not reached.isdisjoint(node.all_input_nodes) else ())
     return reached
 
@@ -55,5 +55,5 @@ def _is_floating(value: object) -> bool:
     return any(isinstance(result, Tensor) and (result.is_floating_point() or result.is_complex()) for result in results)
 
 
-def _cuts(node: fx.Node) -> bool:
-    return bool(node.meta.get("no_grad")) or str(node.target).rsplit(".", 1)[0] in _CUTS
+def _stops_gradient(node: fx.Node) -> bool:
+    return bool(node.meta.get("no_grad")) or str(node.target).rsplit(".", 1)[0] in _GRADIENT_STOPPING_OPS

@@ -22,7 +22,7 @@ ValueKind = Literal["parameter", "buffer", "input", "constant", "activation"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
+class TracedBatch:
     """How sizes follow the batch: traced at ``traced`` samples, a multiple of the prime ``prime``.
 
     >>> batch = Batch(traced=808, prime=101)
@@ -30,31 +30,31 @@ class Batch:
     (2048, 4096)
     """
 
-    traced: int
+    traced_size: int
     prime: int
 
-    def grows(self, size: int) -> bool:
+    def is_proportional(self, size: int) -> bool:
         """Whether a size (of a dimension, or a literal argument) is proportional to the batch."""
         return size > 0 and size % self.prime == 0
 
     def scale(self, size: int, batch_size: int) -> int:
         """``size`` as it would be at ``batch_size`` samples; raises ValueError where that is not a whole number."""
-        if not self.grows(size):
+        if not self.is_proportional(size):
             return size
-        scaled, rest = divmod(size * batch_size, self.traced)
+        scaled, rest = divmod(size * batch_size, self.traced_size)
         if rest:
-            raise ValueError(f"size {size} traced at batch {self.traced} is no whole number at batch {batch_size}")
+            raise ValueError(f"size {size} traced at batch {self.traced_size} is no whole number at batch {batch_size}")
         return scaled
 
-    def growth(self, shapes: Iterable[tuple[int, ...]], batch_size: int) -> float:
+    def bytes_factor(self, shapes: Iterable[tuple[int, ...]], batch_size: int) -> float:
         """By what the bytes of tensors of these traced shapes change at ``batch_size`` samples: as those that have the
         batch in most of their dims (two in the similarities of a contrastive loss).
 
         >>> Batch(traced=808, prime=101).growth([(808, 64), (808, 808)], 404)
         0.25
         """
-        power = max((sum(map(self.grows, shape)) for shape in shapes), default=0)
-        return float((batch_size / self.traced) ** power)
+        power = max((sum(map(self.is_proportional, shape)) for shape in shapes), default=0)
+        return float((batch_size / self.traced_size) ** power)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +68,7 @@ class Value:
     shape: tuple[int, ...]
     dtype: str  # "float32", "bfloat16", "int64", "bool", ...
     requires_grad: bool
-    names: tuple[str, ...] = ()
+    qualified_names: tuple[str, ...] = ()
 
     @property
     def itemsize(self) -> int:
@@ -76,7 +76,7 @@ class Value:
 
 
 @dataclass(frozen=True, slots=True)
-class Ref:
+class InputRef:
     """Stands for a tensor among an op's literal arguments: ``index`` counts the op's ``inputs``."""
 
     index: int
@@ -95,8 +95,8 @@ class Op:
     outputs: tuple[int, ...]
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...]
-    module: str  # dotted path of the module that ran it, "" at the root
-    source: str  # "file.py:123" in the user's code, "" when unknown
+    module_path: str  # dotted path of the module that ran it, "" at the root
+    source_location: str  # "file.py:123" in the user's code, "" when unknown
 
     @property
     def packet(self) -> str:
@@ -134,7 +134,7 @@ class Graph:
     ops: tuple[Op, ...]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    batch: Batch
+    batch: TracedBatch
     fingerprint: str  # independent of the batch the graph was traced at
 
     def depending_on_parameters(self) -> frozenset[int]:
@@ -154,14 +154,14 @@ class Graph:
         return {value: op for op in self.ops for value in op.outputs}
 
 
-def frozen(literal: Any) -> Any:
+def hashable_literal(literal: Any) -> Any:
     """A hashable key, equal for equal literals only: 1, 1.0 and True differ, and so do nan's of one kind not.
 
     >>> frozen((1, 2.0)) == frozen((1, 2)), frozen((Ref(0), "a")) == frozen((Ref(0), "a"))
     (False, True)
     """
     if isinstance(literal, (tuple, list)):
-        return tuple(map(frozen, literal))
+        return tuple(map(hashable_literal, literal))
     if isinstance(literal, float):
         return ("float", repr(literal))
     if isinstance(literal, bool):
@@ -187,10 +187,10 @@ class OpProfile:
     backward_kernels: int
     saved_inputs: tuple[int, ...]
     saved_outputs: tuple[int, ...]
-    saved_internal: tuple[tuple[tuple[int, ...], int], ...]
-    forward_scratch_bytes: int = 0
-    backward_scratch_bytes: int = 0
-    overwritten: tuple[int, ...] = ()
+    saved_internal_tensors: tuple[tuple[tuple[int, ...], int], ...]
+    forward_workspace_bytes: int = 0
+    backward_workspace_bytes: int = 0
+    overwritten_inputs: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,8 +200,8 @@ class GraphProfile:
     ``notes`` are (op, what could not be profiled)."""
 
     ops: tuple[OpProfile, ...]
-    owners: tuple[int, ...]
-    notes: tuple[tuple[int, str], ...]
+    storage_owner: tuple[int, ...]
+    unprofiled_ops: tuple[tuple[int, str], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,10 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 Tensors: TypeAlias = list[Tensor]
-BytesRule: TypeAlias = Callable[[Tensors, Tensors], int]
+TrafficRule: TypeAlias = Callable[[Tensors, Tensors], int]
 
 # Allocation and bookkeeping: no kernel at all.
-FREE = frozenset(
+OPS_WITHOUT_KERNEL = frozenset(
     {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh", "detach"}
     | {"alias", "is_same_size", "_has_compatible_shallow_copy_type", "sym_size", "sym_stride", "sym_numel", "lift"}
 )
@@ -34,7 +34,7 @@ FREE = frozenset(
 # Launches per call on CUDA where it is not one (aten/src/ATen/native/cuda of torch 2.13): gradients of weights are a
 # second kernel beside gradients of inputs (a convolution's output_mask says which are wanted), and gradients that only
 # touch part of a tensor first fill it with zeros.
-KERNELS = {
+KERNELS_PER_CALL = {
     "native_layer_norm_backward": 2,
     "_fused_rms_norm_backward": 2,
     "native_group_norm": 2,
@@ -53,7 +53,7 @@ KERNELS = {
 }
 
 # Statistics that CUDA keeps in fp32 whatever the type of the activations; the CPU keeps them in the activations' type.
-FP32_STATISTICS = frozenset({"layer_norm", "native_layer_norm", "group_norm", "batch_norm", "native_batch_norm"})
+FP32_STATISTICS_OPS = frozenset({"layer_norm", "native_layer_norm", "group_norm", "batch_norm", "native_batch_norm"})
 
 
 class KernelRecorder(TorchDispatchMode):
@@ -80,7 +80,7 @@ class KernelRecorder(TorchDispatchMode):
         self._live = {key: entry for key, entry in self._live.items() if entry[0]() is not None}
         return sum(num_bytes for _, num_bytes in self._live.values())
 
-    def _allocated(self, read: Tensors, written: Tensors) -> None:
+    def _record_allocations(self, read: Tensors, written: Tensors) -> None:
         known = {storage_key(tensor) for tensor in read}
         for tensor in written:
             storage = tensor.untyped_storage()
@@ -96,28 +96,28 @@ class KernelRecorder(TorchDispatchMode):
         if func.namespace == "prim":
             return out
         name = func._schema.name.split("::")[1]
-        read, written = list(tensors_of((args, kwargs))), list(tensors_of(out))
-        self._allocated(read, written)
-        if name in FREE or not written or _is_view(func, read, written):
+        read, written = list(nested_tensors((args, kwargs))), list(nested_tensors(out))
+        self._record_allocations(read, written)
+        if name in OPS_WITHOUT_KERNEL or not written or _is_view(func, read, written):
             return out
         formula = _flop_formula(func)
         if formula is None:
-            self.num_bytes += PARTIAL_BYTES.get(name, _all_bytes)(read, written)
+            self.num_bytes += TRAFFIC_RULES.get(name, _all_bytes)(read, written)
         else:
             self.flops += int(formula(*args, **kwargs, out_val=out))
-        self.kernels += sum(args[-1][:2]) if name == "convolution_backward" else KERNELS.get(name, 1)
+        self.kernels += sum(args[-1][:2]) if name == "convolution_backward" else KERNELS_PER_CALL.get(name, 1)
         return out
 
 
-def tensors_of(tree: Any) -> Iterator[Tensor]:
+def nested_tensors(tree: Any) -> Iterator[Tensor]:
     """The tensors in nested lists, tuples and dicts, in order of appearance."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, (list, tuple)):
         for item in tree:
-            yield from tensors_of(item)
+            yield from nested_tensors(item)
     elif isinstance(tree, dict):
-        yield from tensors_of(list(tree.values()))
+        yield from nested_tensors(list(tree.values()))
 
 
 def storage_key(tensor: Tensor) -> int:
@@ -161,23 +161,23 @@ def grouped_matmul_flops(left: tuple[int, ...], right: tuple[int, ...]) -> int:
     return 2 * prod(left) * right[-1]
 
 
-def _cpu_flash(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+def _cpu_flash_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
     return attention_flops(tuple(query.shape), tuple(key.shape), tuple(value.shape))
 
 
-def _cpu_flash_backward(_: Tensor, query: Tensor, key: Tensor, value: Tensor, *__: Any, **___: Any) -> int:
+def _cpu_flash_backward_flops(_: Tensor, query: Tensor, key: Tensor, value: Tensor, *__: Any, **___: Any) -> int:
     return attention_flops(tuple(query.shape), tuple(key.shape), tuple(value.shape), backward=True)
 
 
-def _grouped(left: Tensor, right: Tensor, *_: Any, **__: Any) -> int:
+def _grouped_mm_flops(left: Tensor, right: Tensor, *_: Any, **__: Any) -> int:
     return grouped_matmul_flops(tuple(left.shape), tuple(right.shape))
 
 
 EXTRA_FLOPS: dict[str, Callable[..., int]] = {  # what torch.utils.flop_counter misses
-    "aten::_scaled_dot_product_flash_attention_for_cpu": _cpu_flash,
-    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _cpu_flash_backward,
-    "aten::_grouped_mm": _grouped,
-    "transformers::grouped_mm_fallback": _grouped,
+    "aten::_scaled_dot_product_flash_attention_for_cpu": _cpu_flash_flops,
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _cpu_flash_backward_flops,
+    "aten::_grouped_mm": _grouped_mm_flops,
+    "transformers::grouped_mm_fallback": _grouped_mm_flops,
 }
 
 
@@ -240,7 +240,7 @@ def _nll_backward_bytes(read: Tensors, written: Tensors) -> int:
     return _written_bytes(read, written) + _index_bytes(read)
 
 
-PARTIAL_BYTES: dict[str, BytesRule] = {
+TRAFFIC_RULES: dict[str, TrafficRule] = {
     **dict.fromkeys(("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"), _written_bytes),
     **dict.fromkeys(("rand_like", "randn_like", "fill_", "zero_", "uniform_", "normal_", "bernoulli_"), _written_bytes),
     **dict.fromkeys(("embedding", "index", "index_select", "gather", "take_along_dim"), _gather_bytes),

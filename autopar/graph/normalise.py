@@ -14,12 +14,12 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
 from autopar.core.errors import ModelError
-from autopar.graph.aliasing import COPIES, MAY_ALIAS, RESHAPES, same_tensor
+from autopar.graph.aliasing import COPY_OPS, MAY_ALIAS_OPS, RESHAPE_OPS, same_metadata
 from autopar.graph.fold_masks import fold_masks
-from autopar.graph.functionalize import functional, written_tensor
-from autopar.graph.ir import Batch
-from autopar.graph.source_location import source_of
-from autopar.graph.torch_export import functionalised
+from autopar.graph.functionalize import functionalize_in_place_ops, mutated_input
+from autopar.graph.ir import TracedBatch
+from autopar.graph.source_location import location_of_node
+from autopar.graph.torch_export import functionalized_by_torch
 
 aten = torch.ops.aten
 _WRAPPERS = {  # higher-order ops whose submodule may be inlined: position of the submodule among the arguments
@@ -28,37 +28,39 @@ _WRAPPERS = {  # higher-order ops whose submodule may be inlined: position of th
     "tag_activation_checkpoint": 0,
     "wrap_activation_checkpoint": 0,
 }
-_NEUTRAL = {"aten.add.Tensor": 0, "aten.sub.Tensor": 0, "aten.mul.Tensor": 1, "aten.div.Tensor": 1}
+_NEUTRAL_ELEMENTS = {"aten.add.Tensor": 0, "aten.sub.Tensor": 0, "aten.mul.Tensor": 1, "aten.div.Tensor": 1}
 _DROPOUTS = ("aten.dropout.default", "aten.feature_dropout.default", "aten.alpha_dropout.default")
 
 
 def normalise(
-    program: ExportedProgram, tied: Mapping[str, str], batch: Batch
+    program: ExportedProgram, tied: Mapping[str, str], batch: TracedBatch
 ) -> tuple[ExportedProgram, fx.GraphModule]:
     """The normalised graph: placeholders (parameters, buffers, constants, inputs), aten calls, the loss as output; with
     the exported program whose signature describes the placeholders.
 
     ``tied`` maps every path of a parameter or buffer to the first path of the same tensor: one placeholder stays."""
     module = program.graph_module
-    inline(module)
+    inline_regions(module)
     signature = program.graph_signature
-    if not functional(module.graph, frozenset(signature.inputs_to_buffers), frozenset(signature.user_inputs)):
-        program = functionalised(program)
+    if not functionalize_in_place_ops(
+        module.graph, frozenset(signature.inputs_to_buffers), frozenset(signature.user_inputs)
+    ):
+        program = functionalized_by_torch(program)
         module = program.graph_module
-        inline(module)
-    keep_only_loss(program, module.graph)
-    merge_tied(program, module.graph, tied)
-    forget_devices(module.graph)
+        inline_regions(module)
+    return_only_loss(program, module.graph)
+    merge_tied_placeholders(program, module.graph, tied)
+    device_moves_to_casts(module.graph)
     drop_identities(module.graph)
     resolve_sizes(module.graph)
     fold_masks(module.graph, batch)
-    drop_dead(module.graph, frozenset(program.graph_signature.inputs_to_lifted_tensor_constants))
+    eliminate_dead_ops(module.graph, frozenset(program.graph_signature.inputs_to_lifted_tensor_constants))
     module.graph.lint()
     module.recompile()
     return program, module
 
 
-def inline(module: fx.GraphModule) -> None:
+def inline_regions(module: fx.GraphModule) -> None:
     """Replaces calls of wrapper ops by the nodes of their submodule; nodes of ``no_grad`` regions get
     meta["no_grad"]."""
     graph = module.graph
@@ -69,19 +71,19 @@ def inline(module: fx.GraphModule) -> None:
         name = str(node.target)
         position = _WRAPPERS.get(name)
         if position is None:
-            raise ModelError(f"cannot plan the operation torch.ops.higher_order.{name}{source_of(node, ' at ')}: "
+            raise ModelError(f"cannot plan the operation torch.ops.higher_order.{name}{location_of_node(node, ' at ')}: "
                              "replace it by ordinary tensor operations")  # fmt: skip
         reference = node.args[position]
         submodule = getattr(module, str(reference.target))
-        inline(submodule)
+        inline_regions(submodule)
         no_grad = name == "wrap_with_set_grad_enabled" and not node.args[0]
-        _paste(graph, node, submodule, list(node.args[position + 1 :]), no_grad or bool(node.meta.get("no_grad")))
+        _inline_call(graph, node, submodule, list(node.args[position + 1 :]), no_grad or bool(node.meta.get("no_grad")))
         graph.erase_node(node)
         if not reference.users:
             graph.erase_node(reference)
 
 
-def _paste(graph: fx.Graph, call: fx.Node, submodule: fx.GraphModule, args: list[Any], no_grad: bool) -> None:
+def _inline_call(graph: fx.Graph, call: fx.Node, submodule: fx.GraphModule, args: list[Any], no_grad: bool) -> None:
     """Copies the submodule's nodes before ``call`` and replaces the uses of the call by what the submodule returns."""
     copies: dict[fx.Node, Any] = {}
     inputs = iter(args)
@@ -106,7 +108,7 @@ def _paste(graph: fx.Graph, call: fx.Node, submodule: fx.GraphModule, args: list
                 copies[node].meta["no_grad"] = True
 
 
-def merge_tied(program: ExportedProgram, graph: fx.Graph, tied: Mapping[str, str]) -> None:
+def merge_tied_placeholders(program: ExportedProgram, graph: fx.Graph, tied: Mapping[str, str]) -> None:
     """Lets the placeholder of a tensor's first path stand for those of its other paths."""
     signature = program.graph_signature
     paths = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -119,7 +121,7 @@ def merge_tied(program: ExportedProgram, graph: fx.Graph, tied: Mapping[str, str
                 graph.erase_node(node)
 
 
-def forget_devices(graph: fx.Graph) -> None:
+def device_moves_to_casts(graph: fx.Graph) -> None:
     """Moves to the (fake cpu) device become plain casts: a plan decides where a tensor lies."""
     for node in graph.nodes:
         if str(node.target) == "aten.to.device":
@@ -130,7 +132,7 @@ def forget_devices(graph: fx.Graph) -> None:
 
 def drop_identities(graph: fx.Graph) -> None:
     """Removes ops that return their input unchanged: same shape, strides and dtype."""
-    grad = _needs_grad(graph)
+    grad = _may_carry_gradient(graph)
     for node in list(graph.nodes):
         if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
             continue
@@ -138,8 +140,10 @@ def drop_identities(graph: fx.Graph) -> None:
         if target in _DROPOUTS:
             identity = node.args[1] == 0.0 or not node.args[2]
         else:
-            identity = target in MAY_ALIAS | COPIES and same_tensor(node.meta.get("val"), source.meta.get("val"))
-            identity = identity or _is_neutral(node, source)
+            identity = target in MAY_ALIAS_OPS | COPY_OPS and same_metadata(
+                node.meta.get("val"), source.meta.get("val")
+            )
+            identity = identity or _adds_zero_or_multiplies_by_one(node, source)
             # A detach cuts the gradient: it changes nothing only where none flows.
             identity = identity and not (grad[source] and (target == "aten.detach.default" or node.meta.get("no_grad")))
         if identity:
@@ -147,14 +151,14 @@ def drop_identities(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _is_neutral(node: fx.Node, source: fx.Node) -> bool:
+def _adds_zero_or_multiplies_by_one(node: fx.Node, source: fx.Node) -> bool:
     """``x + 0`` or ``x * 1`` of the same dtype."""
-    neutral = _NEUTRAL.get(str(node.target))
+    neutral = _NEUTRAL_ELEMENTS.get(str(node.target))
     plain = neutral is not None and len(node.args) == 2 and not node.kwargs
-    return plain and node.args[1] == neutral and same_tensor(node.meta.get("val"), source.meta.get("val"))
+    return plain and node.args[1] == neutral and same_metadata(node.meta.get("val"), source.meta.get("val"))
 
 
-def _needs_grad(graph: fx.Graph) -> dict[fx.Node, bool]:
+def _may_carry_gradient(graph: fx.Graph) -> dict[fx.Node, bool]:
     """Whether a floating tensor that may carry a gradient stands behind a node (an upper bound, for detach)."""
     needs: dict[fx.Node, bool] = {}
     for node in graph.nodes:
@@ -171,22 +175,22 @@ def resolve_sizes(graph: fx.Graph) -> None:
     """Writes the true size for ``-1`` in reshapes and for an open slice end, so literals scale with the batch."""
     for node in graph.nodes:
         target = str(node.target)
-        if target in RESHAPES:
+        if target in RESHAPE_OPS:
             node.update_arg(1, list(node.meta["val"].shape))
         elif target == "aten.slice.Tensor" and len(node.args) > 3 and isinstance(node.args[3], int):
             dim = node.args[1]
             node.update_arg(3, min(node.args[3], node.args[0].meta["val"].shape[dim]))
 
 
-def drop_dead(graph: fx.Graph, constants: frozenset[str]) -> None:
+def eliminate_dead_ops(graph: fx.Graph, constants: frozenset[str]) -> None:
     """Removes ops that nobody reads, except those that write a buffer, and the ``constants`` that nobody reads."""
     for node in reversed(list(graph.nodes)):
         droppable = node.op in ("call_function", "get_attr") or (node.op == "placeholder" and node.name in constants)
-        if droppable and not node.users and written_tensor(node) is None:
+        if droppable and not node.users and mutated_input(node) is None:
             graph.erase_node(node)
 
 
-def keep_only_loss(program: ExportedProgram, graph: fx.Graph) -> None:
+def return_only_loss(program: ExportedProgram, graph: fx.Graph) -> None:
     """The loss as the one output; buffers that torch's functionalisation returns beside it are written in place."""
     output = next(reversed(graph.nodes))
     signature = program.graph_signature

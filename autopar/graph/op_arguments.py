@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autopar.graph.ir import Op, Ref
+from autopar.graph.ir import InputRef, Op
 
 
-def resolve(target: str) -> Any:
+def resolve_overload(target: str) -> Any:
     """``aten.linear.default`` -> the callable of that name; raises AttributeError for one that is not loaded."""
     found: Any = torch.ops
     for part in target.split("."):
@@ -19,29 +19,29 @@ def resolve(target: str) -> Any:
     return found
 
 
-def restore(op: Op, tensors: list[Tensor], schema: Any) -> tuple[list[Any], dict[str, Any]]:
+def call_arguments(op: Op, tensors: list[Tensor], schema: Any) -> tuple[list[Any], dict[str, Any]]:
     """The call's positional and keyword arguments, tensors in place of ``Ref``s; ``schema`` tells a dtype's name from
     other strings (None: no string is translated)."""
     arguments = list(schema.arguments) if schema is not None else []
     types = {argument.name: str(argument.type) for argument in arguments}
     args = [
-        _restored(literal, tensors, str(arguments[position].type) if position < len(arguments) else "")
+        _to_torch(literal, tensors, str(arguments[position].type) if position < len(arguments) else "")
         for position, literal in enumerate(op.args)
     ]
-    return args, {name: _restored(literal, tensors, types.get(name, "")) for name, literal in op.kwargs}
+    return args, {name: _to_torch(literal, tensors, types.get(name, "")) for name, literal in op.kwargs}
 
 
-def _restored(literal: Any, tensors: list[Tensor], kind: str) -> Any:
-    if isinstance(literal, Ref):
+def _to_torch(literal: Any, tensors: list[Tensor], kind: str) -> Any:
+    if isinstance(literal, InputRef):
         return tensors[literal.index]
     if isinstance(literal, tuple):
-        return [_restored(element, tensors, kind) for element in literal]
-    if isinstance(literal, str) and not _is_text(kind):
+        return [_to_torch(element, tensors, kind) for element in literal]
+    if isinstance(literal, str) and not _is_string_type(kind):
         if literal in ("cpu", "meta") or ":" in literal or literal == "cuda":
             return torch.device("cpu")
         return getattr(torch, literal, literal)
     return literal
 
 
-def _is_text(kind: str) -> bool:
+def _is_string_type(kind: str) -> bool:
     return kind in ("str", "Optional[str]", "string", "")

@@ -26,24 +26,24 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from autopar.graph.cuda_profiles import FUSED, SUBSTITUTES
-from autopar.graph.ir import Graph, GraphProfile, Op, OpProfile, Value, frozen
-from autopar.graph.kernel_recorder import FP32_STATISTICS, KernelRecorder, storage_key, tensors_of
-from autopar.graph.op_arguments import resolve, restore
+from autopar.graph.cuda_profiles import CUDA_SUBSTITUTES, HANDWRITTEN_PROFILES
+from autopar.graph.ir import Graph, GraphProfile, Op, OpProfile, Value, hashable_literal
+from autopar.graph.kernel_recorder import FP32_STATISTICS_OPS, KernelRecorder, nested_tensors, storage_key
+from autopar.graph.op_arguments import call_arguments, resolve_overload
 
 Strides: TypeAlias = tuple[int, ...]
-RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+RECURRENT_OPS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Outcome:
+class _ProfiledOp:
     """A profile with what the walk needs: per output its strides and the position of the input whose memory it is (or
     None), and the positions of the inputs that get a gradient."""
 
     profile: OpProfile
     strides: tuple[Strides, ...]
     aliases: tuple[int | None, ...]
-    gradients: tuple[int, ...]
+    inputs_with_gradient: tuple[int, ...]
     note: str = ""
 
 
@@ -62,27 +62,29 @@ def profile_graph(graph: Graph) -> GraphProfile:
     """Profiles of all ops, who owns the memory of each value, and what could not be profiled."""
     strides: dict[int, Strides] = {}
     owners = list(range(len(graph.values)))
-    seen: dict[Any, _Outcome] = {}
-    outcomes: list[_Outcome] = []
+    seen: dict[Any, _ProfiledOp] = {}
+    outcomes: list[_ProfiledOp] = []
     for op in graph.ops:
         inputs = [graph.values[value] for value in op.inputs]
         outputs = [graph.values[value] for value in op.outputs]
-        layout = tuple(strides.get(value.id) or _contiguous(value.shape) for value in inputs)
+        layout = tuple(strides.get(value.id) or _contiguous_strides(value.shape) for value in inputs)
         tensors = tuple((value.shape, value.dtype, value.requires_grad) for value in (*inputs, *outputs))
-        signature = (op.target, frozen(op.args), frozen(op.kwargs), tensors, layout)
+        signature = (op.target, hashable_literal(op.args), hashable_literal(op.kwargs), tensors, layout)
         outcome = seen.get(signature)
         if outcome is None:
-            outcome = seen[signature] = _run(op, inputs, outputs, layout)
+            outcome = seen[signature] = _profile_op(op, inputs, outputs, layout)
         outcomes.append(outcome)
         for value, stride, alias in zip(op.outputs, outcome.strides, outcome.aliases, strict=True):
             strides[value] = stride
             if alias is not None:
                 owners[value] = owners[op.inputs[alias]]
     notes = tuple((op.id, outcome.note) for op, outcome in zip(graph.ops, outcomes, strict=True) if outcome.note)
-    return GraphProfile(ops=_with_gradient_sums(graph, outcomes), owners=tuple(owners), notes=notes)
+    return GraphProfile(
+        ops=_with_gradient_accumulation(graph, outcomes), storage_owner=tuple(owners), unprofiled_ops=notes
+    )
 
 
-def _with_gradient_sums(graph: Graph, outcomes: list[_Outcome]) -> tuple[OpProfile, ...]:
+def _with_gradient_accumulation(graph: Graph, outcomes: list[_ProfiledOp]) -> tuple[OpProfile, ...]:
     """Profiles with the additions of gradients that meet: backward goes from the last op to the first, the first
     gradient of a value is kept, each later one is added to it (two reads, one write)."""
     reached: set[int] = set()
@@ -91,7 +93,7 @@ def _with_gradient_sums(graph: Graph, outcomes: list[_Outcome]) -> tuple[OpProfi
         profile = outcome.profile
         sums = 0
         num_bytes = 0
-        for position in outcome.gradients:
+        for position in outcome.inputs_with_gradient:
             value = graph.values[op.inputs[position]]
             if value.id in reached:
                 sums += 1
@@ -107,22 +109,28 @@ def _with_gradient_sums(graph: Graph, outcomes: list[_Outcome]) -> tuple[OpProfi
     return tuple(reversed(profiles))
 
 
-def _run(op: Op, inputs: list[Value], outputs: list[Value], layout: tuple[Strides, ...]) -> _Outcome:
+def _profile_op(op: Op, inputs: list[Value], outputs: list[Value], layout: tuple[Strides, ...]) -> _ProfiledOp:
     packet = op.target.rsplit(".", 1)[0]
-    if packet in FUSED:
-        profile, strides = FUSED[packet](op, inputs, outputs)
-        gradients = tuple(i for i, value in enumerate(inputs) if value.requires_grad) if _wants(outputs) else ()
-        return _Outcome(profile=profile, strides=strides, aliases=(None,) * len(outputs), gradients=gradients)
+    if packet in HANDWRITTEN_PROFILES:
+        profile, strides = HANDWRITTEN_PROFILES[packet](op, inputs, outputs)
+        gradients = (
+            tuple(i for i, value in enumerate(inputs) if value.requires_grad) if _any_requires_grad(outputs) else ()
+        )
+        return _ProfiledOp(
+            profile=profile, strides=strides, aliases=(None,) * len(outputs), inputs_with_gradient=gradients
+        )
     try:
-        return _run_fake(op, inputs, outputs, layout)
+        return _profile_on_fake_tensors(op, inputs, outputs, layout)
     except Exception as error:  # fake tensors raise anything from RuntimeError to their own classes
-        return _unknown(inputs, outputs, f"{op.target} cannot run on fake tensors: {str(error).splitlines()[:1]}")
+        return _unprofiled(inputs, outputs, f"{op.target} cannot run on fake tensors: {str(error).splitlines()[:1]}")
 
 
-def _run_fake(op: Op, inputs: list[Value], outputs: list[Value], layout: tuple[Strides, ...]) -> _Outcome:
-    function = SUBSTITUTES.get(op.target) or resolve(op.target)
-    grad = _wants(outputs)
-    with FakeTensorMode(), _without_onednn(op.packet in RECURRENT):
+def _profile_on_fake_tensors(
+    op: Op, inputs: list[Value], outputs: list[Value], layout: tuple[Strides, ...]
+) -> _ProfiledOp:
+    function = CUDA_SUBSTITUTES.get(op.target) or resolve_overload(op.target)
+    grad = _any_requires_grad(outputs)
+    with FakeTensorMode(), _without_onednn(op.packet in RECURRENT_OPS):
         leaves = [
             torch.empty_strided(
                 value.shape, stride, dtype=getattr(torch, value.dtype), requires_grad=value.requires_grad and grad
@@ -133,7 +141,7 @@ def _run_fake(op: Op, inputs: list[Value], outputs: list[Value], layout: tuple[S
         mutable = schema is not None and schema.is_mutable
         # A leaf may not be written in place; the gradient of a copy passes through to it without a kernel.
         arguments = [leaf.clone() if mutable and leaf.requires_grad else leaf for leaf in leaves]
-        args, kwargs = restore(op, arguments, schema)
+        args, kwargs = call_arguments(op, arguments, schema)
         saved: list[Tensor] = []
 
         def keep(tensor: Tensor) -> Tensor:
@@ -141,53 +149,56 @@ def _run_fake(op: Op, inputs: list[Value], outputs: list[Value], layout: tuple[S
             return tensor
 
         forward, backward = KernelRecorder(), KernelRecorder()
-        with torch.set_grad_enabled(grad), torch.autograd.graph.saved_tensors_hooks(keep, _same), forward:
-            results = list(tensors_of(function(*args, **kwargs)))[: len(outputs)]
+        with torch.set_grad_enabled(grad), torch.autograd.graph.saved_tensors_hooks(keep, _identity), forward:
+            results = list(nested_tensors(function(*args, **kwargs)))[: len(outputs)]
         staying = forward.live_bytes()
         assert len(results) == len(outputs), f"{op.target} returned {len(results)} tensors, not {len(outputs)}"
-        of_input, of_output = _positions(arguments), _positions(results)
-        kept = _classify(saved, (of_output, of_input) if mutable else (of_input, of_output), of_input, op.packet)
+        of_input, of_output = _positions_by_storage(arguments), _positions_by_storage(results)
+        kept = _classify_saved(saved, (of_output, of_input) if mutable else (of_input, of_output), of_input, op.packet)
         try:
-            gradients = _backward(leaves, results, outputs, backward) if grad else ()
+            gradients = _record_backward(leaves, results, outputs, backward) if grad else ()
             note = ""
         except Exception as error:
             gradients, note = (), f"{op.target} has no backward on its own: {str(error).splitlines()[:1]}"
             backward = KernelRecorder()
-        profile = _profile(forward, backward, kept)
+        profile = _op_profile(forward, backward, kept)
         written = sum(leaves[at].numel() * leaves[at].element_size() for at in gradients)
         profile = replace(
             profile,
-            forward_scratch_bytes=max(forward.peak_bytes - staying, 0),
-            backward_scratch_bytes=max(backward.peak_bytes - written, 0),
+            forward_workspace_bytes=max(forward.peak_bytes - staying, 0),
+            backward_workspace_bytes=max(backward.peak_bytes - written, 0),
         )
-        return _Outcome(
+        return _ProfiledOp(
             profile=profile,
             strides=tuple(tuple(result.stride()) for result in results),
             aliases=tuple(of_input.get(storage_key(result), [None])[0] for result in results),
-            gradients=gradients,
+            inputs_with_gradient=gradients,
             note=note,
         )
 
 
 @contextmanager
-def _without_onednn(wanted: bool) -> Iterator[None]:
+def _without_onednn(disabled: bool) -> Iterator[None]:
     """oneDNN runs a recurrent layer as one kernel, which hides its matmuls."""
     before: bool = bool(torch.backends.mkldnn.enabled)
     try:
-        if wanted:
+        if disabled:
             setattr(torch.backends.mkldnn, "enabled", False)  # noqa: B010  # a property of the module
         yield
     finally:
-        if wanted:
+        if disabled:
             setattr(torch.backends.mkldnn, "enabled", before)  # noqa: B010
 
 
-_Kept: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[tuple[int, ...], int], ...]]
+_SavedTensors: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[tuple[int, ...], int], ...]]
 
 
-def _classify(
-    saved: list[Tensor], order: tuple[dict[int, list[int]], ...], of_input: dict[int, list[int]], packet: str
-) -> _Kept:
+def _classify_saved(
+    saved: list[Tensor],
+    positions_by_owner: tuple[dict[int, list[int]], ...],
+    of_input: dict[int, list[int]],
+    packet: str,
+) -> _SavedTensors:
     """Saved tensors as (input positions, output positions, internal tensors), each memory once. An in-place op's result
     has its input's memory: the first map of ``order`` that knows the memory has it."""
     saved_inputs: set[int] = set()
@@ -195,20 +206,20 @@ def _classify(
     internal: dict[int, tuple[tuple[int, ...], int]] = {}
     for tensor in saved:
         key = storage_key(tensor)
-        owner = next((positions for positions in order if key in positions), None)
+        owner = next((positions for positions in positions_by_owner if key in positions), None)
         if owner is of_input:
             saved_inputs.update(owner[key])
         elif owner is not None:
             saved_outputs.update(owner[key][:1])
         else:
-            itemsize = max(4, tensor.element_size()) if packet in FP32_STATISTICS else tensor.element_size()
+            itemsize = max(4, tensor.element_size()) if packet in FP32_STATISTICS_OPS else tensor.element_size()
             elements = tensor.untyped_storage().nbytes() // tensor.element_size()
             shape = tuple(tensor.shape) if elements == tensor.numel() else (elements,)
             internal.setdefault(key, (shape, itemsize))
     return tuple(sorted(saved_inputs)), tuple(sorted(saved_outputs)), tuple(internal.values())
 
 
-def _backward(
+def _record_backward(
     leaves: list[Tensor], results: list[Tensor], outputs: list[Value], recorder: KernelRecorder
 ) -> tuple[int, ...]:
     """Runs the backward under the recorder; the positions of the inputs that got a gradient."""
@@ -231,7 +242,7 @@ def _gradient_like(head: Tensor) -> Tensor:
     return torch.empty_strided(head.shape, head.stride(), dtype=head.dtype)
 
 
-def _profile(forward: KernelRecorder, backward: KernelRecorder, kept: _Kept) -> OpProfile:
+def _op_profile(forward: KernelRecorder, backward: KernelRecorder, saved: _SavedTensors) -> OpProfile:
     return OpProfile(
         forward_flops=forward.flops,
         backward_flops=backward.flops,
@@ -239,42 +250,42 @@ def _profile(forward: KernelRecorder, backward: KernelRecorder, kept: _Kept) -> 
         backward_bytes=backward.num_bytes,
         forward_kernels=forward.kernels,
         backward_kernels=backward.kernels,
-        saved_inputs=kept[0],
-        saved_outputs=kept[1],
-        saved_internal=kept[2],
+        saved_inputs=saved[0],
+        saved_outputs=saved[1],
+        saved_internal_tensors=saved[2],
     )
 
 
-def _unknown(inputs: list[Value], outputs: list[Value], note: str) -> _Outcome:
+def _unprofiled(inputs: list[Value], outputs: list[Value], note: str) -> _ProfiledOp:
     """One kernel that reads every input and writes every output, without a backward."""
     recorder = KernelRecorder()
     recorder.num_bytes = sum(prod(value.shape) * value.itemsize for value in (*inputs, *outputs))
     recorder.kernels = 1
-    return _Outcome(
-        profile=_profile(recorder, KernelRecorder(), ((), (), ())),
-        strides=tuple(_contiguous(value.shape) for value in outputs),
+    return _ProfiledOp(
+        profile=_op_profile(recorder, KernelRecorder(), ((), (), ())),
+        strides=tuple(_contiguous_strides(value.shape) for value in outputs),
         aliases=(None,) * len(outputs),
-        gradients=(),
+        inputs_with_gradient=(),
         note=note,
     )
 
 
-def _wants(outputs: list[Value]) -> bool:
+def _any_requires_grad(outputs: list[Value]) -> bool:
     return any(value.requires_grad for value in outputs)
 
 
-def _same(tensor: Tensor) -> Tensor:
+def _identity(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _positions(tensors: list[Tensor]) -> dict[int, list[int]]:
+def _positions_by_storage(tensors: list[Tensor]) -> dict[int, list[int]]:
     positions: dict[int, list[int]] = {}
     for position, tensor in enumerate(tensors):
         positions.setdefault(storage_key(tensor), []).append(position)
     return positions
 
 
-def _contiguous(shape: tuple[int, ...]) -> Strides:
+def _contiguous_strides(shape: tuple[int, ...]) -> Strides:
     strides = []
     step = 1
     for size in reversed(shape):

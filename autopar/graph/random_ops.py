@@ -9,32 +9,40 @@ import torch
 
 from autopar.core.errors import ModelError
 from autopar.graph.ir import Graph, Op
-from autopar.graph.op_arguments import resolve
+from autopar.graph.op_arguments import resolve_overload
 
-DRAWING = frozenset(("rand.default", "rand_like.default", "randn.default", "randn_like.default", "bernoulli.default"))
-_DROPPING = {"dropout": 1, "feature_dropout": 1, "scaled_dot_product_attention": 4}  # position of the probability
-_RECURRENT = ("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input")
+INDEXED_RANDOM_OPS = frozenset(
+    ("rand.default", "rand_like.default", "randn.default", "randn_like.default", "bernoulli.default")
+)
+_DROPOUT_ARGUMENT = {
+    "dropout": 1,
+    "feature_dropout": 1,
+    "scaled_dot_product_attention": 4,
+}  # position of the probability
+_RECURRENT_OPS = ("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input")
 
 
-def drop_probability(op: Op) -> float:
+def dropout_probability(op: Op) -> float:
     """The share of elements that a dropout, or attention with dropout, drops; 0 for other ops."""
     name = op.packet
-    if name not in _DROPPING:
+    if name not in _DROPOUT_ARGUMENT:
         return 0.0
-    probability = float(op.argument(_DROPPING[name], "dropout_p", 0.0))
+    probability = float(op.argument(_DROPOUT_ARGUMENT[name], "dropout_p", 0.0))
     return probability if name == "scaled_dot_product_attention" or op.args[2] else 0.0
 
 
 def is_random(op: Op) -> bool:
     """Whether an op draws random numbers that the runtime draws by index."""
-    return drop_probability(op) > 0.0 or op.target.removeprefix("aten.") in DRAWING
+    return dropout_probability(op) > 0.0 or op.target.removeprefix("aten.") in INDEXED_RANDOM_OPS
 
 
-def refuse_random(graph: Graph) -> None:
+def check_random_ops(graph: Graph) -> None:
     """ModelError for the first op whose random numbers would depend on the plan."""
     for op in graph.ops:
-        if _is_foreign(op):
-            place = f" at {op.source}" if op.source else f" in {op.module}" if op.module else ""
+        if _draws_per_rank(op):
+            place = (
+                f" at {op.source_location}" if op.source_location else f" in {op.module_path}" if op.module_path else ""
+            )
             raise ModelError(
                 f"{op.target}{place} draws random numbers that would differ from rank to rank\n"
                 "  draw them by torch.nn.functional.dropout, torch.rand, torch.randn or torch.bernoulli, or outside of the "
@@ -42,14 +50,14 @@ def refuse_random(graph: Graph) -> None:
             )
 
 
-def _is_foreign(op: Op) -> bool:
+def _draws_per_rank(op: Op) -> bool:
     target = op.target.removeprefix("aten.")
-    if target.split(".")[0] in _DROPPING or target in DRAWING:
+    if target.split(".")[0] in _DROPOUT_ARGUMENT or target in INDEXED_RANDOM_OPS:
         return False
-    if target in _RECURRENT:
+    if target in _RECURRENT_OPS:
         return bool(op.args[4] > 1 and op.args[5] and op.args[6])  # dropout between its layers
     try:
-        overload = resolve(op.target)
+        overload = resolve_overload(op.target)
     except AttributeError:
         return False
     return torch.Tag.nondeterministic_seeded in getattr(overload, "tags", ())

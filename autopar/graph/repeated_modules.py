@@ -11,21 +11,21 @@ from collections.abc import Iterable
 
 from autopar.graph.ir import Graph, Op
 
-_MIN_COVERED = 0.9  # of the heavy ops must stay inside units when inner containers replace an outer one
+_MIN_COVERED_SHARE = 0.9  # of the heavy ops must stay inside units when inner containers replace an outer one
 
 
-def units_of(graph: Graph) -> dict[int, str]:
+def repeated_modules(graph: Graph) -> dict[int, str]:
     """Op id -> path of its unit, for the ops inside a unit; empty where the model has no container of real blocks.
 
     Linear in the number of ops."""
     children: dict[str, dict[str, list[Op]]] = defaultdict(lambda: defaultdict(list))  # container -> child -> ops
     for op in graph.ops:
-        for container, child in _numbered(op.module):
+        for container, child in _numbered_children(op.module_path):
             children[container][child].append(op)
-    tops = [container for container in children if not any(True for _ in _numbered(container))]
+    tops = [container for container in children if not any(True for _ in _numbered_children(container))]
     units: dict[int, str] = {}
     for top in tops:
-        for container in _chosen(graph, top, children):
+        for container in _chosen_containers(graph, top, children):
             for child, ops in children[container].items():
                 units.update((op.id, child) for op in ops)
     heavy = [op.id for op in graph.ops if op.is_matrix_op]
@@ -33,7 +33,7 @@ def units_of(graph: Graph) -> dict[int, str]:
     return units if 2 * covered >= len(heavy) else {}
 
 
-def _numbered(path: str) -> Iterable[tuple[str, str]]:
+def _numbered_children(path: str) -> Iterable[tuple[str, str]]:
     """(container, child) for every number in the path, outermost first.
 
     >>> list(_numbered("stages.2.4.conv"))
@@ -45,23 +45,23 @@ def _numbered(path: str) -> Iterable[tuple[str, str]]:
             yield ".".join(parts[:index]), ".".join(parts[: index + 1])
 
 
-def _chosen(graph: Graph, top: str, children: dict[str, dict[str, list[Op]]]) -> list[str]:
+def _chosen_containers(graph: Graph, top: str, children: dict[str, dict[str, list[Op]]]) -> list[str]:
     """The containers whose children are the units: ``top``, or those inside it, or none."""
     groups = children[top]
-    if not _repeats(graph, groups):
+    if not _has_equal_children(graph, groups):
         inner = [name for name in children if any(name == child or name.startswith(child + ".") for child in groups)]
         # Outermost among the inner ones only: nothing between them and ``top`` but a child of ``top``.
-        inner = [name for name in inner if len(list(_numbered(name))) == 1]
-        if any(_repeats(graph, children[name]) and _real(name, children[name]) for name in inner):
-            inner = [name for name in inner if _real(name, children[name])]
+        inner = [name for name in inner if len(list(_numbered_children(name))) == 1]
+        if any(_has_equal_children(graph, children[name]) and _are_layers(name, children[name]) for name in inner):
+            inner = [name for name in inner if _are_layers(name, children[name])]
             heavy = {op.id for ops in groups.values() for op in ops if op.is_matrix_op}
             inside = {op.id for name in inner for ops in children[name].values() for op in ops} & heavy
-            if len(inside) >= _MIN_COVERED * len(heavy):
+            if len(inside) >= _MIN_COVERED_SHARE * len(heavy):
                 return inner
-    return [top] if _real(top, groups) else []
+    return [top] if _are_layers(top, groups) else []
 
 
-def _repeats(graph: Graph, groups: dict[str, list[Op]]) -> bool:
+def _has_equal_children(graph: Graph, groups: dict[str, list[Op]]) -> bool:
     """Whether two children run the same ops on the same shapes."""
     keys = [
         tuple((op.target, tuple(graph.values[value].shape for value in op.outputs)) for op in ops)
@@ -70,8 +70,8 @@ def _repeats(graph: Graph, groups: dict[str, list[Op]]) -> bool:
     return len(set(keys)) < len(keys)
 
 
-def _real(container: str, groups: dict[str, list[Op]]) -> bool:
+def _are_layers(container: str, groups: dict[str, list[Op]]) -> bool:
     """Whether the children are blocks rather than leaves: most have modules inside, or each is heavy by itself."""
     heavy = [any(op.is_matrix_op for op in ops) for ops in groups.values()]
-    deeper = [any(op.module != child for op in ops) for child, ops in groups.items()]
+    deeper = [any(op.module_path != child for op in ops) for child, ops in groups.items()]
     return any(heavy) and (2 * sum(deeper) > len(groups) or all(heavy))

@@ -13,21 +13,21 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _CALL_NUMBER = re.compile(r"@\d+")
 
 
-def source_of(node: fx.Node, before: str = "") -> str:
+def location_of_node(node: fx.Node, prefix: str = "") -> str:
     """``"model.py:41"`` of the innermost user frame (base name only), behind ``before``; "" when unknown."""
     for filename, line in reversed(_FRAME.findall(node.meta.get("stack_trace") or "")):
         if is_user_file(filename):
-            return f"{before}{os.path.basename(filename)}:{line}"
+            return f"{prefix}{os.path.basename(filename)}:{line}"
     return ""
 
 
-def source_of_function(function: Callable[..., Any] | None) -> str:
+def location_of_function(function: Callable[..., Any] | None) -> str:
     """``"model.py:30"``, where a function is defined; "" for none and for callables without code."""
     code = getattr(function, "__code__", None)
     return f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}" if code is not None else ""
 
 
-def module_of(node: fx.Node, prefix: str) -> str:
+def module_path_of(node: fx.Node, prefix: str) -> str:
     """Dotted path of the innermost module that ran the node, without the wrapper's ``prefix``; "" at the root."""
     stack = node.meta.get("nn_module_stack")
     if not stack:

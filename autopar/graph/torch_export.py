@@ -12,8 +12,8 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from autopar.core.errors import ModelError
-from autopar.graph.fake_tensors import Faker, faked
-from autopar.workload import Workload, user_code, user_error
+from autopar.graph.fake_tensors import FakeTensorFactory, with_fake_tensors
+from autopar.workload import Workload, describe_user_error, guard_user_code
 
 MODEL_PREFIX = "model"  # the attribute that holds the user's model in the exported wrapper
 
@@ -50,26 +50,30 @@ def scalar_loss(output: Any, loss_fn: Callable[[Any, dict[str, Any]], Tensor] | 
     )
 
 
-def export(workload: Workload, model: nn.Module, batch_size: int, dtype: torch.dtype) -> ExportedProgram:
+def export_loss(workload: Workload, model: nn.Module, batch_size: int, dtype: torch.dtype) -> ExportedProgram:
     """The pre-dispatch training graph of the loss at ``batch_size`` samples, parameters lifted to placeholders."""
-    faker = Faker(dtype)
+    faker = FakeTensorFactory(dtype)
     inputs = faker.fake_inputs(workload.inputs(batch_size))
-    with faked(model, faker), _quiet(), user_code("cannot trace the model:", passes=(Exception,)):
+    with (
+        with_fake_tensors(model, faker),
+        _torch_muted(),
+        guard_user_code("cannot trace the model:", reraised=(Exception,)),
+    ):
         try:
             return torch.export.export(LossModule(model, workload.loss_fn), (), inputs, strict=False)
         except ModelError:
             raise
         except Exception as error:
-            raise model_error(error) from error
+            raise tracing_error(error) from error
 
 
-def functionalised(program: ExportedProgram) -> ExportedProgram:
+def functionalized_by_torch(program: ExportedProgram) -> ExportedProgram:
     """The program without in-place ops, by torch's own pass, which runs the whole graph again."""
-    with _quiet():
+    with _torch_muted():
         return program.run_decompositions({})
 
 
-def is_data_dependent(error: BaseException) -> bool:
+def is_data_dependent_error(error: BaseException) -> bool:
     """Whether a value, unknown while tracing, was needed: such a failure is the same at any batch size."""
     text = str(error).lower()
     signs = ("data-dependent", "data dependent", "guardondatadependent", "dynamic_output_shape", "dynamicoutputshape")
@@ -78,31 +82,31 @@ def is_data_dependent(error: BaseException) -> bool:
     )
 
 
-def model_error(error: Exception) -> ModelError:
+def tracing_error(error: Exception) -> ModelError:
     """The one message for an exception raised while tracing."""
     while isinstance(error.__cause__, Exception) and not isinstance(error, GuardOnDataDependentSymNode):
         error = error.__cause__
-    if is_data_dependent(error):
+    if is_data_dependent_error(error):
         return ModelError(
             "cannot trace the model: its control flow or a size depends on the values of a tensor\n"
-            f"  {user_error(_shortened(error))}\n"
+            f"  {describe_user_error(_first_sentence(error))}\n"
             "  replace the `if`, `.item()`, `.tolist()`, `nonzero` or boolean indexing there by torch.where or a mask "
             "of fixed size, or make the decision a setting of build_model"
         )
     return ModelError(
-        f"cannot trace the model: {user_error(error)}\n"
+        f"cannot trace the model: {describe_user_error(error)}\n"
         "  the model must run in training mode on example_inputs(batch_size) for any batch size"
     )
 
 
-def _shortened(error: Exception) -> Exception:
+def _first_sentence(error: Exception) -> Exception:
     """The same exception, place included, with torch's page of advice cut to its first sentence."""
     short = type(error.__class__.__name__, (Exception,), {})(str(error).strip().splitlines()[0].split(". ")[0])
     return short.with_traceback(error.__traceback__)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _torch_muted() -> Iterator[None]:
     """Mutes torch's own warnings and log lines about the export: the user hears from us, once."""
     logger = logging.getLogger("torch")
     level = logger.level

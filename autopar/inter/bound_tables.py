@@ -23,14 +23,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.inter.pipeline_bounds import own_s
+from autopar.inter.pipeline_bounds import own_order_bound_s
 from autopar.pipeline.schedule import Schedule
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Levels:
+class LevelTimes:
     """A problem in arrays. ``forward_s``, ``backward_s``, ``step_s`` are (S + 1, L + 1, L + 1, K): [s, i, j, k] is
     stage number s from the last (level 0 unused) with blocks i..j-1 on class k, inf where impossible. ``sizes`` (K,)
     and ``num_devices`` count units of the greatest common size; ``cut_s`` (K, L + 1, D + 1) bounds the transfers of
@@ -38,13 +38,13 @@ class Levels:
 
     schedule: Schedule
     num_microbatches: int
-    sizes: tuple[int, ...]
+    submesh_sizes: tuple[int, ...]
     num_devices: int
-    cut_s: Floats
+    stage_boundary_s: Floats
     forward_s: Floats
     backward_s: Floats
     step_s: Floats
-    least_s: Floats  # (L + 1, L + 1, K): the least t of any level
+    fastest_s: Floats  # (L + 1, L + 1, K): the least t of any level
     busy_s: Floats | None  # (S + 1, L + 1, L + 1, K), with relaxed times only
 
     @property
@@ -60,7 +60,7 @@ class Levels:
     def num_blocks(self) -> int:
         return self.forward_s.shape[1] - 1
 
-    def first(self, num_stages: int) -> "Levels":
+    def truncated(self, num_stages: int) -> "LevelTimes":
         """The same with at most ``num_stages`` stages."""
         kept = slice(0, num_stages + 1)
         busy_s = None if self.busy_s is None else self.busy_s[kept]
@@ -74,25 +74,25 @@ class Levels:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Tails:
+class SuffixBounds:
     """R, M, W of the module's docstring, (S + 1, L + 1, D + 1) seconds, inf where no tail is below the threshold."""
 
-    trip_s: Floats
-    finish_s: Floats
-    total_s: Floats
+    round_trip_s: Floats
+    last_backward_s: Floats
+    step_time_s: Floats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Heads:
+class PrefixBounds:
     """trip, down and step of the module's docstring, (S + 1, L + 1, D + 1) seconds."""
 
-    trip_s: Floats
-    down_s: Floats
-    step_s: Floats
+    round_trip_s: Floats
+    forward_s: Floats
+    own_bound_s: Floats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Band:
+class FeasibleBand:
     """What a step below ``threshold_s`` can use: devices low[i]..high[i] - 1 behind cut i (empty where none)."""
 
     threshold_s: float
@@ -100,143 +100,149 @@ class Band:
     high: Sequence[int]
 
 
-def make_levels(
+def make_level_times(
     *,
     schedule: Schedule,
     num_microbatches: int,
-    sizes: tuple[int, ...],
+    submesh_sizes: tuple[int, ...],
     num_devices: int,
-    cut_s: Floats,
+    stage_boundary_s: Floats,
     tables: Sequence[tuple[Floats, Floats, Floats]],
     busy_s: Sequence[Floats] | None = None,
-) -> Levels:
+) -> LevelTimes:
     """``tables``: (forward_s, backward_s, step_s) of stage number 1, 2, ... from the last; ``busy_s`` where they are
     relaxed times, the least from a stage's first forward to the end of its step."""
     impossible = np.full_like(tables[0][0], np.inf)
     forward = np.stack([impossible, *(table[0] for table in tables)])
     backward = np.stack([impossible, *(table[1] for table in tables)])
-    return Levels(
+    return LevelTimes(
         schedule=schedule,
         num_microbatches=num_microbatches,
-        sizes=sizes,
+        submesh_sizes=submesh_sizes,
         num_devices=num_devices,
-        cut_s=cut_s,
+        stage_boundary_s=stage_boundary_s,
         forward_s=forward,
         backward_s=backward,
         step_s=np.stack([impossible, *(table[2] for table in tables)]),
-        least_s=np.asarray((forward + backward).min(axis=0)),
+        fastest_s=np.asarray((forward + backward).min(axis=0)),
         busy_s=None if busy_s is None else np.stack([impossible, *busy_s]),
     )
 
 
-def span(possible: NDArray[np.bool_]) -> tuple[int, int]:
+def true_range(possible: NDArray[np.bool_]) -> tuple[int, int]:
     """First and last + 1 index that is true; (0, 0) where none is."""
     where = np.flatnonzero(possible)
     return (int(where[0]), int(where[-1]) + 1) if len(where) else (0, 0)
 
 
-def level_free(levels: Levels) -> tuple[Floats, Floats]:
+def level_free_bounds(level_times: LevelTimes) -> tuple[Floats, Floats]:
     """(tail, head), each (L + 1, D + 1) seconds by blocks and devices behind a cut: the least M a tail can have, by
     B t alone, and the least sum of t of a head, with every stage at its least time of any level."""
-    L, D, B = levels.num_blocks, levels.num_devices, levels.num_microbatches
+    L, D, B = level_times.num_blocks, level_times.num_devices, level_times.num_microbatches
     tail, head = np.full((L + 1, D + 1), np.inf), np.full((L + 1, D + 1), np.inf)
     tail[L, 0], head[0, D] = 0.0, 0.0
     for i in range(L - 1, -1, -1):
-        for k, size in enumerate(levels.sizes):
-            low, high = span(np.isfinite(levels.least_s[i, :, k]))
+        for k, size in enumerate(level_times.submesh_sizes):
+            low, high = true_range(np.isfinite(level_times.fastest_s[i, :, k]))
             if high and size <= D:
-                time = levels.least_s[i, low:high, k, None]
-                after = time + levels.cut_s[k, low:high, : D + 1 - size] + tail[low:high, : D + 1 - size]
+                time = level_times.fastest_s[i, low:high, k, None]
+                after = (
+                    time + level_times.stage_boundary_s[k, low:high, : D + 1 - size] + tail[low:high, : D + 1 - size]
+                )
                 best = np.where(np.isfinite(after), np.maximum(B * time, after), np.inf).min(axis=0)
                 np.minimum(tail[i, size:], best, out=tail[i, size:])
     for i in range(1, L + 1):
-        for k, size in enumerate(levels.sizes):
-            low, high = span(np.isfinite(levels.least_s[:, i, k]))
+        for k, size in enumerate(level_times.submesh_sizes):
+            low, high = true_range(np.isfinite(level_times.fastest_s[:, i, k]))
             if high and size <= D:
-                best = (levels.least_s[low:high, i, k, None] + head[low:high, size:]).min(axis=0)
-                best = best + levels.cut_s[k, i, : D + 1 - size]
+                best = (level_times.fastest_s[low:high, i, k, None] + head[low:high, size:]).min(axis=0)
+                best = best + level_times.stage_boundary_s[k, i, : D + 1 - size]
                 np.minimum(head[i, : D + 1 - size], best, out=head[i, : D + 1 - size])
     return tail, head
 
 
-def make_band(tail: Floats, head: Floats, threshold_s: float) -> Band:
-    spans = [span(row) for row in tail + head < threshold_s]
-    return Band(threshold_s=threshold_s, low=[low for low, _ in spans], high=[high for _, high in spans])
+def feasible_band(suffix_s: Floats, prefix_s: Floats, threshold_s: float) -> FeasibleBand:
+    spans = [true_range(row) for row in suffix_s + prefix_s < threshold_s]
+    return FeasibleBand(threshold_s=threshold_s, low=[low for low, _ in spans], high=[high for _, high in spans])
 
 
 @np.errstate(invalid="ignore")
-def tail_tables(levels: Levels, band: Band, head_s: Floats) -> Tails:
+def suffix_bounds(level_times: LevelTimes, band: FeasibleBand, prefix_s: Floats) -> SuffixBounds:
     """The least R, M and W of every tail that can become a step below the band's threshold; ``head_s`` (L + 1, D + 1)
     or (S + 1, L + 1, D + 1) is the least sum of t + c of the head that is missing."""
-    S, L, D, B = levels.num_stages, levels.num_blocks, levels.num_devices, levels.num_microbatches
+    S, L, D, B = level_times.num_stages, level_times.num_blocks, level_times.num_devices, level_times.num_microbatches
     trip, finish, total = (np.full((S + 1, L + 1, D + 1), np.inf) for _ in range(3))
     for table in (trip, finish, total):
         table[0, L, 0] = 0.0
-    missing = head_s[: S + 1] if head_s.ndim == 3 else head_s
+    missing = prefix_s[: S + 1] if prefix_s.ndim == 3 else prefix_s
     allowed = np.broadcast_to(band.threshold_s - missing, trip.shape)
     place = np.arange(1, S + 1)[:, None, None]
     for i in range(L - 1, -1, -1):
         depth = min(S, L - i, band.high[i])
-        for k, size in enumerate(levels.sizes):
+        for k, size in enumerate(level_times.submesh_sizes):
             low, high = max(band.low[i], size), band.high[i]
-            first, end = span(B * levels.least_s[i, :, k] < band.threshold_s)
+            first, end = true_range(B * level_times.fastest_s[i, :, k] < band.threshold_s)
             if low >= high or not end:
                 continue
-            forward = levels.forward_s[1 : depth + 1, i, first:end, k, None]
-            backward = levels.backward_s[1 : depth + 1, i, first:end, k, None]
-            step = levels.step_s[1 : depth + 1, i, first:end, k, None]
+            forward = level_times.forward_s[1 : depth + 1, i, first:end, k, None]
+            backward = level_times.backward_s[1 : depth + 1, i, first:end, k, None]
+            step = level_times.step_s[1 : depth + 1, i, first:end, k, None]
             before = (slice(0, depth), slice(first, end), slice(low - size, high - size))
             after = (slice(1, depth + 1), i, slice(low, high))
-            cut = levels.cut_s[k, first:end, low - size : high - size]
+            cut = level_times.stage_boundary_s[k, first:end, low - size : high - size]
             round_trip = trip[before] + cut
             through = (forward + backward) + cut
-            own = own_s(levels.schedule, B, place[:depth], forward, backward, round_trip, levels.relaxed)
+            own = own_order_bound_s(
+                level_times.schedule, B, place[:depth], forward, backward, round_trip, level_times.relaxed
+            )
             ended = np.maximum(own, through + finish[before])
             ended[~(ended < allowed[after][:, None])] = np.inf  # not-a-number where an impossible time met a factor 0
             stepped = ended + step
-            if levels.busy_s is not None:
-                stepped = np.maximum(stepped, levels.busy_s[1 : depth + 1, i, first:end, k, None])
+            if level_times.busy_s is not None:
+                stepped = np.maximum(stepped, level_times.busy_s[1 : depth + 1, i, first:end, k, None])
             whole = np.maximum(stepped, forward + total[before])
             passed = np.where(np.isfinite(ended), round_trip + (forward + backward), np.inf)
             np.minimum(trip[after], passed.min(axis=1), out=trip[after])
             np.minimum(finish[after], ended.min(axis=1), out=finish[after])
             np.minimum(total[after], whole.min(axis=1), out=total[after])
-    return Tails(trip_s=trip, finish_s=finish, total_s=total)
+    return SuffixBounds(round_trip_s=trip, last_backward_s=finish, step_time_s=total)
 
 
 @np.errstate(invalid="ignore")
-def head_tables(levels: Levels, band: Band, tails: Tails) -> Heads:
+def prefix_bounds(level_times: LevelTimes, band: FeasibleBand, suffixes: SuffixBounds) -> PrefixBounds:
     """The head tables within ``band``, for tails that ``tails`` bounds (made with at least this threshold)."""
-    S, L, D, B = levels.num_stages, levels.num_blocks, levels.num_devices, levels.num_microbatches
+    S, L, D, B = level_times.num_stages, level_times.num_blocks, level_times.num_devices, level_times.num_microbatches
     trip, down, worst = (np.full((S + 1, L + 1, D + 1), np.inf) for _ in range(3))
     for table in (trip, down, worst):
         table[:, 0, D] = 0.0
     place = np.arange(1, S + 1)[:, None, None]
     for i in range(1, L):
-        for k, size in enumerate(levels.sizes):
+        for k, size in enumerate(level_times.submesh_sizes):
             low, high = band.low[i], min(band.high[i], D + 1 - size)
-            first, end = span(B * levels.least_s[:, i, k] < band.threshold_s)
+            first, end = true_range(B * level_times.fastest_s[:, i, k] < band.threshold_s)
             if low >= high or not end:
                 continue
             # Stage number s + 1, blocks j..i-1, stands before a tail of s stages at (i, d).
             depth = min(S - 1, L - i, high)
-            forward = levels.forward_s[2 : depth + 2, first:end, i, k, None]
-            backward = levels.backward_s[2 : depth + 2, first:end, i, k, None]
-            step = levels.step_s[2 : depth + 2, first:end, i, k, None]
+            forward = level_times.forward_s[2 : depth + 2, first:end, i, k, None]
+            backward = level_times.backward_s[2 : depth + 2, first:end, i, k, None]
+            step = level_times.step_s[2 : depth + 2, first:end, i, k, None]
             before = (slice(2, depth + 2), slice(first, end), slice(low + size, high + size))
             after = (slice(1, depth + 1), i, slice(low, high))
-            cut = levels.cut_s[k, i, low:high]
+            cut = level_times.stage_boundary_s[k, i, low:high]
             through = (forward + backward) + cut
-            way = tails.trip_s[after][:, None] + cut
-            own = own_s(levels.schedule, B, place[1 : depth + 1], forward, backward, way, levels.relaxed)
-            ended = np.maximum(own, through + tails.finish_s[after][:, None])
+            way = suffixes.round_trip_s[after][:, None] + cut
+            own = own_order_bound_s(
+                level_times.schedule, B, place[1 : depth + 1], forward, backward, way, level_times.relaxed
+            )
+            ended = np.maximum(own, through + suffixes.last_backward_s[after][:, None])
             stepped = ended + step
-            if levels.busy_s is not None:
-                stepped = np.maximum(stepped, levels.busy_s[2 : depth + 2, first:end, i, k, None])
+            if level_times.busy_s is not None:
+                stepped = np.maximum(stepped, level_times.busy_s[2 : depth + 2, first:end, i, k, None])
             bound = np.maximum(np.maximum(trip[before] + ended, down[before] + stepped), worst[before])
             possible = bound < band.threshold_s
             if first == 0:  # the first stage's per-step time follows the last backward of all
                 through = through + np.where(np.arange(end)[:, None] == 0, step, 0.0)
             for table, value in ((trip, trip[before] + through), (down, down[before] + forward), (worst, bound)):
                 np.minimum(table[after], np.where(possible, value, np.inf).min(axis=1), out=table[after])
-    return Heads(trip_s=trip, down_s=down, step_s=worst)
+    return PrefixBounds(round_trip_s=trip, forward_s=down, own_bound_s=worst)

@@ -23,31 +23,31 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.pipeline.schedule import Schedule, num_warmup
+from autopar.pipeline.schedule import Schedule, num_warmup_forwards
 from autopar.pipeline.simulate import StageTimes
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
-def own_s(
+def own_order_bound_s(
     schedule: Schedule,
     num_microbatches: int,
     num_from_last: Ints,
-    forward: Floats,
-    backward: Floats,
-    round_trip: Floats,
+    forward_s: Floats,
+    backward_s: Floats,
+    round_trip_s: Floats,
     relaxed: bool = False,
 ) -> Floats:
     """own_s of the module's docstring for stages number ``num_from_last`` = n counted from the last (1); arrays (n and
     seconds) that broadcast, ``round_trip`` is R_s (0 for the last stage). ``relaxed``: only the sum of forward and
     backward is known to be a bound, so the larger of them is at least half of it."""
     B, w = num_microbatches, np.minimum(num_from_last, num_microbatches)
-    total = forward + backward
-    trip = total + round_trip
+    total = forward_s + backward_s
+    trip = total + round_trip_s
     if schedule == "gpipe":
         return np.asarray(trip + (B - 1) * total)
-    larger = total / 2 if relaxed else np.maximum(forward, backward)
+    larger = total / 2 if relaxed else np.maximum(forward_s, backward_s)
     own = np.maximum(B * total, trip + ((B - w) * total + (w - 1) * larger))
     between = np.maximum(B - 1 - w, 0)
     twice = np.where(w < B, 2.0, 0.0)
@@ -55,7 +55,7 @@ def own_s(
     return np.asarray(np.maximum(own, stalled))
 
 
-def lower_bound_s(
+def pipeline_lower_bound_s(
     schedule: Schedule, stages: Sequence[StageTimes], num_microbatches: int, num_chunks: int = 1
 ) -> float:
     """Seconds that no simulation of these stages (all S v chunks for "interleaved") is below.
@@ -71,11 +71,11 @@ def lower_bound_s(
     slowest_f, slowest_b = 0.0, 0.0
     for index in range(len(stages) - 1, -1, -1):
         stage, last = stages[index], index == len(stages) - 1
-        cross = 0.0 if last else stage.send_forward_s + stages[index + 1].send_backward_s
+        cross = 0.0 if last else stage.transfer_forward_s + stages[index + 1].transfer_backward_s
         total = stage.forward_s + stage.backward_s
         round_trip = later + cross
         place = np.array(len(stages) - index)
-        own = own_s(schedule, B, place, np.array(stage.forward_s), np.array(stage.backward_s), round_trip)
+        own = own_order_bound_s(schedule, B, place, np.array(stage.forward_s), np.array(stage.backward_s), round_trip)
         finish = max(float(own), 0.0 if last else total + cross + finish)
         slowest_f, slowest_b = max(slowest_f, stage.forward_s), max(slowest_b, stage.backward_s)
         later = round_trip + total
@@ -106,11 +106,13 @@ def _interleaved_bound_s(stages: Sequence[StageTimes], num_microbatches: int, nu
             bound = max(bound, head_s + busy_s + way_back_s + step_s[earlier])
         # Differences of down_s are the time a gradient takes from one rank to an earlier one.
         down_s.append(through_s)
-        following_b = stages[rank + 1].send_backward_s if rank + 1 < len(stages) else 0.0
-        head_s += stage.forward_s + stage.send_forward_s
+        following_b = stages[rank + 1].transfer_backward_s if rank + 1 < len(stages) else 0.0
+        head_s += stage.forward_s + stage.transfer_forward_s
         through_s += stage.backward_s + following_b
     one_pass = sum(stage.forward_s + stage.backward_s for stage in stages)
-    one_pass += sum(stage.send_forward_s for stage in stages[:-1]) + sum(stage.send_backward_s for stage in stages[1:])
+    one_pass += sum(stage.transfer_forward_s for stage in stages[:-1]) + sum(
+        stage.transfer_backward_s for stage in stages[1:]
+    )
     return max(bound, one_pass + step_s[0])
 
 
@@ -121,5 +123,5 @@ def max_in_flight(schedule: Schedule, num_microbatches: int, num_from_last: int)
     (3, 8)
     """
     assert schedule != "interleaved", "an interleaved rank's chunks depend on all ranks: count the action list"
-    warmup = num_warmup(schedule, num_from_last, num_microbatches, 1, 0)
+    warmup = num_warmup_forwards(schedule, num_from_last, num_microbatches, 1, 0)
     return min(warmup + 1, num_microbatches)

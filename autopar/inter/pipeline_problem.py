@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.choice.problem import Status
+from autopar.choice.problem import SolveStatus
 from autopar.core.errors import UsageError
-from autopar.inter.alpa_dp import Stage
-from autopar.inter.bound_tables import Levels, make_levels
+from autopar.inter.alpa_dp import SubmeshStage
+from autopar.inter.bound_tables import LevelTimes, make_level_times
 from autopar.inter.pipeline_bounds import max_in_flight
 from autopar.pipeline.schedule import Schedule
 
@@ -18,7 +18,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class StageTable:
+class StageTimeTable:
     """Seconds of every possible stage: each (L + 1, L + 1, K), [i, j, k] = blocks i..j-1 on submesh class k, per
     micro-batch (``step_s``: once per step, exposed); ``numpy.inf`` where it does not fit or is not allowed.
 
@@ -47,11 +47,11 @@ class PipelineProblem:
     num_devices: int
     num_microbatches: int
     submesh_sizes: tuple[int, ...]
-    stage_times: Callable[[int], StageTable]
+    stage_times: Callable[[int], StageTimeTable]
     schedule: Schedule = "1f1b"
     max_stages: int | None = None
     upper_bound_s: float = math.inf
-    cut_transfer_s: Floats | None = None
+    stage_boundary_s: Floats | None = None
 
     def __post_init__(self) -> None:
         if self.schedule not in ("1f1b", "gpipe"):
@@ -64,10 +64,10 @@ class PipelineProblem:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pipeline:
+class EvaluatedPipeline:
     """Stages (first block, last block + 1, submesh class), first to last, and their evaluated step time."""
 
-    stages: tuple[Stage, ...]
+    stages: tuple[SubmeshStage, ...]
     step_time_s: float
 
 
@@ -78,21 +78,23 @@ class PipelineResult:
     is below the problem's upper bound by more than the tolerance; "failed" = a limit came before any pipeline. No
     pipeline at all is below ``lower_bound_s``."""
 
-    best: Pipeline | None
+    incumbent: EvaluatedPipeline | None
     lower_bound_s: float
-    status: Status
+    status: SolveStatus
     num_evaluated: int
     seconds: float
 
     @property
     def gap(self) -> float:
         """Relative distance of the best step time from the bound; infinite without a pipeline."""
-        if self.best is None:
+        if self.incumbent is None:
             return math.inf
-        return max(0.0, 1.0 - self.lower_bound_s / self.best.step_time_s) if self.best.step_time_s > 0 else 0.0
+        return (
+            max(0.0, 1.0 - self.lower_bound_s / self.incumbent.step_time_s) if self.incumbent.step_time_s > 0 else 0.0
+        )
 
 
-def levels_of(problem: PipelineProblem) -> Levels | None:
+def level_times_of(problem: PipelineProblem) -> LevelTimes | None:
     """The problem's arrays; None where no number of its submeshes makes up all devices with a stage each."""
     unit = math.gcd(*problem.submesh_sizes)
     if problem.num_devices % unit:
@@ -104,21 +106,21 @@ def levels_of(problem: PipelineProblem) -> Levels | None:
     held = [max_in_flight(problem.schedule, problem.num_microbatches, place) for place in range(1, num_stages + 1)]
     tables = {count: problem.stage_times(count) for count in sorted(set(held))}
     cut_s = np.zeros((len(problem.submesh_sizes), problem.num_blocks + 1, problem.num_devices // unit + 1))
-    if problem.cut_transfer_s is not None:
-        least = problem.cut_transfer_s
+    if problem.stage_boundary_s is not None:
+        least = problem.stage_boundary_s
         cut_s[:, 1:-1] = least[1:-1, None] if least.ndim == 1 else least[:, 1:-1, ::unit]
-    return make_levels(
+    return make_level_times(
         schedule=problem.schedule,
         num_microbatches=problem.num_microbatches,
-        sizes=tuple(size // unit for size in problem.submesh_sizes),
+        submesh_sizes=tuple(size // unit for size in problem.submesh_sizes),
         num_devices=problem.num_devices // unit,
-        cut_s=cut_s,
+        stage_boundary_s=cut_s,
         tables=[(tables[c].forward_s, tables[c].backward_s, tables[c].step_s) for c in held],
-        busy_s=busy_of([tables[c] for c in held]),
+        busy_s=_busy_tables([tables[c] for c in held]),
     )
 
 
-def busy_of(tables: Sequence[StageTable]) -> list[Floats] | None:
+def _busy_tables(tables: Sequence[StageTimeTable]) -> list[Floats] | None:
     """``busy_s`` of all tables; None when the times are exact."""
     found = [table.busy_s for table in tables if table.busy_s is not None]
     assert len(found) in (0, len(tables)), "either all stage tables are relaxed or none"

@@ -12,23 +12,23 @@ from numpy.typing import NDArray
 
 from autopar.graph.ir import Block
 
-Column = tuple[int, frozenset[int]]
+BlockVariant = tuple[int, frozenset[int]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class StageTypes:
+class StageKinds:
     """``type_of[first, end]`` is the type of the stage of blocks first..end-1 (-1 where there is none),
     ``counts[type, column]`` its blocks, ``stage_of[type]`` one of its stages."""
 
-    columns: tuple[Column, ...]
-    type_of: NDArray[np.integer]
-    counts: NDArray[np.float64]
-    stage_of: dict[int, tuple[int, int]]
+    variants: tuple[BlockVariant, ...]
+    kind_of: NDArray[np.integer]
+    num_blocks: NDArray[np.float64]
+    example_of: dict[int, tuple[int, int]]
 
 
-def stage_types(blocks: Sequence[Block], held: Callable[[Block, int], frozenset[int]]) -> StageTypes:
+def count_stage_kinds(blocks: Sequence[Block], stored_elsewhere: Callable[[Block, int], frozenset[int]]) -> StageKinds:
     """The types of all stages; ``held``: parameters of a block that earlier blocks, from one on, store."""
-    column_at: dict[Column, int] = {}
+    column_at: dict[BlockVariant, int] = {}
     types: dict[tuple[int, ...], int] = {}
     stage_of: dict[int, tuple[int, int]] = {}
     count = len(blocks)
@@ -37,7 +37,7 @@ def stage_types(blocks: Sequence[Block], held: Callable[[Block, int], frozenset[
         counts: dict[int, int] = {}
         for end in range(first + 1, count + 1):
             block = blocks[end - 1]
-            column = column_at.setdefault((block.kind, held(block, first)), len(column_at))
+            column = column_at.setdefault((block.kind, stored_elsewhere(block, first)), len(column_at))
             counts[column] = counts.get(column, 0) + 1
             key = tuple(sorted((column << 16) + number for column, number in counts.items()))
             type_of[first, end] = types.setdefault(key, len(types))
@@ -46,4 +46,4 @@ def stage_types(blocks: Sequence[Block], held: Callable[[Block, int], frozenset[
     for key, row in types.items():
         for packed in key:
             found[row, packed >> 16] = packed & 0xFFFF
-    return StageTypes(columns=tuple(column_at), type_of=type_of, counts=found, stage_of=stage_of)
+    return StageKinds(variants=tuple(column_at), kind_of=type_of, num_blocks=found, example_of=stage_of)

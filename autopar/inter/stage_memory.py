@@ -18,56 +18,62 @@ import numpy as np
 
 from autopar.core.plan import MemoryParts
 from autopar.cost import parameter_storage as pm
-from autopar.inter.block_choice import Use, uses_of
+from autopar.inter.block_choice import BlockChoice, block_choices
 from autopar.inter.stage_choice import StageChoice
-from autopar.inter.stage_costs import StageBook
+from autopar.inter.stage_costs import StageCosts
 from autopar.intra import block_totals as tt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Stored:
+class _ParameterBytes:
     """Bytes of a parameter that a block stores: parameter, gradient and optimizer state at rest; ``late_bytes`` as L
     above; ``gathered_bytes`` (0 where it is not cut at rest) and ``gradient_bytes`` as its ops use them; ``scattered``:
     whether each micro-batch's gradient is cut."""
 
-    rest_bytes: tuple[float, float, float]
-    late_bytes: float
+    stored_bytes: tuple[float, float, float]
+    new_gradient_bytes: float
     gathered_bytes: float
-    gradient_bytes: float
-    scattered: bool
+    unsharded_gradient_bytes: float
+    reduce_scattered: bool
 
 
-def stage_memory(book: StageBook, choice: StageChoice, first: int, end: int, in_flight: int) -> MemoryParts:
+def stage_memory(
+    stage_costs: StageCosts, choice: StageChoice, first_block: int, end_block: int, in_flight: int
+) -> MemoryParts:
     """What a stage holds on its fullest device."""
-    return memory_of(book, uses_of(book, choice, first, end), first, in_flight)
+    return memory_of_choices(
+        stage_costs, block_choices(stage_costs, choice, first_block, end_block), first_block, in_flight
+    )
 
 
-def memory_of(book: StageBook, uses: list[Use], first: int, in_flight: int) -> MemoryParts:
+def memory_of_choices(
+    stage_costs: StageCosts, choices: list[BlockChoice], first_block: int, in_flight: int
+) -> MemoryParts:
     """Bytes on the fullest device with ``in_flight`` micro-batches held; ``uses`` begin at block ``first``."""
-    count = len(uses)
-    saved = np.array([float(use.totals[tt.SAVED]) for use in uses])
+    count = len(choices)
+    saved = np.array([float(use.totals[tt.SAVED]) for use in choices])
     late, waiting, gathered = (np.zeros(count) for _ in range(3))
-    passing = np.array([float(use.totals[tt.WORKSPACE]) for use in uses])
+    passing = np.array([float(use.totals[tt.WORKSPACE]) for use in choices])
     rest = np.zeros(3)
-    known: dict[tuple[object, ...], dict[int, _Stored]] = {}
-    blocks = book.blocks.blocks[first : first + count]
+    known: dict[tuple[object, ...], dict[int, _ParameterBytes]] = {}
+    blocks = stage_costs.pricer.blocks[first_block : first_block + count]
     readers: dict[int, list[int]] = {}
     for at, block in enumerate(blocks):
         for value in block.parameters:
             readers.setdefault(value, []).append(at)
-    for at, (block, use) in enumerate(zip(blocks, uses, strict=True)):
-        key = (use.column, use.ref, use.boundary, use.mesh)
+    for at, (block, use) in enumerate(zip(blocks, choices, strict=True)):
+        key = (use.variant, use.frontier_ref, use.boundary, use.mesh)
         if key not in known:
-            known[key] = _stored(book, use)
-        alike = dict(zip(book.blocks.kinds[block.kind].parameters, block.parameters, strict=True))
+            known[key] = _parameter_bytes(stage_costs, use)
+        alike = dict(zip(stage_costs.pricer.first_of_kind[block.kind].parameters, block.parameters, strict=True))
         for own, stored in known[key].items():
             reading = readers[alike[own]]
             last = reading[-1]
-            rest += stored.rest_bytes
+            rest += stored.stored_bytes
             passing[at] -= 2 * stored.gathered_bytes  # which the totals count for one block as if for all
             gathered[reading] += stored.gathered_bytes
-            late[at if stored.scattered else last] += stored.late_bytes
-            waiting[at:last] += stored.gradient_bytes if stored.scattered else 0.0
+            late[at if stored.reduce_scattered else last] += stored.new_gradient_bytes
+            waiting[at:last] += stored.unsharded_gradient_bytes if stored.reduce_scattered else 0.0
     beside = np.maximum(np.append(gathered[1:], 0.0), np.append(0.0, gathered[:-1]))
     work = passing + gathered + beside
     lasting = np.cumsum(saved) + late.sum() - np.cumsum(late) + waiting
@@ -75,44 +81,48 @@ def memory_of(book: StageBook, uses: list[Use], first: int, in_flight: int) -> M
     fullest = int(np.flatnonzero(together >= together.max() * (1 - 1e-9))[-1])
     peak, passing_bytes = float(together[fullest]), float(passes[fullest])
     # the parts say: all saved tensors, and gradients at rest, whether or not they were there before the backward
-    told = float(saved.sum() + passing_bytes + (0.0 if book.blocks.execution.accumulate else rest[1]))
+    told = float(saved.sum() + passing_bytes + (0.0 if stage_costs.pricer.execution.accumulates_gradients else rest[1]))
     return MemoryParts(
         parameters_bytes=round(rest[0]),
         gradients_bytes=round(rest[1]),
         optimizer_bytes=round(rest[2]),
         saved_activations_bytes=round(in_flight * saved.sum()),
         workspace_bytes=round(passing_bytes + max(peak - told, 0.0)),
-        fixed_bytes=round(book.fixed_bytes()),
+        fixed_bytes=round(stage_costs.fixed_bytes()),
         overlaid_bytes=round(max(told - peak, 0.0)),
     )
 
 
-def _stored(book: StageBook, use: Use) -> dict[int, _Stored]:
+def _parameter_bytes(stage_costs: StageCosts, choice: BlockChoice) -> dict[int, _ParameterBytes]:
     """What a block stores, by parameter or buffer of the first block of its kind."""
-    execution = book.blocks.execution
-    held = book.columns[use.column][1]
-    found: dict[int, _Stored] = {}
-    for at, of_op in enumerate(use.points.tables.parameter_uses):
-        strategy = use.strategy(at)
-        names, chosen = use.points.storages[at]
+    execution = stage_costs.pricer.execution
+    held = stage_costs.variants[choice.variant][1]
+    found: dict[int, _ParameterBytes] = {}
+    for at, of_op in enumerate(choice.frontier.tables.parameter_uses):
+        strategy = choice.strategy(at)
+        names, chosen = choice.frontier.storages[at]
         for number, (value, per_strategy) in enumerate(of_op):
-            if value.id in held or (at, number) in use.points.tables.again:
+            if value.id in held or (at, number) in choice.frontier.tables.repeated_parameter_uses:
                 continue
             elements = per_strategy[strategy][0]
             size = float(elements * value.itemsize)
             if value.kind == "buffer" or not value.requires_grad:
-                found[value.id] = _Stored(
-                    rest_bytes=(size, 0.0, 0.0), late_bytes=0.0, gathered_bytes=0.0, gradient_bytes=0.0, scattered=False
+                found[value.id] = _ParameterBytes(
+                    stored_bytes=(size, 0.0, 0.0),
+                    new_gradient_bytes=0.0,
+                    gathered_bytes=0.0,
+                    unsharded_gradient_bytes=0.0,
+                    reduce_scattered=False,
                 )
                 continue
-            storage = names[number * len(per_strategy) + strategy][int(chosen[number][use.row, strategy])]
-            shards = prod(use.mesh.sizes[axis] for axis in storage.axes)
+            storage = names[number * len(per_strategy) + strategy][int(chosen[number][choice.row, strategy])]
+            shards = prod(choice.mesh.sizes[axis] for axis in storage.axes)
             state = pm.state_bytes(storage, shards, elements, value.itemsize, execution)
-            found[value.id] = _Stored(
-                rest_bytes=state,
-                late_bytes=pm.late_bytes(storage, state[1], elements, value.itemsize, execution),
+            found[value.id] = _ParameterBytes(
+                stored_bytes=state,
+                new_gradient_bytes=pm.new_gradient_bytes(storage, state[1], elements, value.itemsize, execution),
                 gathered_bytes=size if storage.stage == 3 and shards > 1 else 0.0,
-                gradient_bytes=size,
-                scattered=storage.stage >= 2 and execution.overlap,
+                unsharded_gradient_bytes=size,
+                reduce_scattered=storage.stage >= 2 and execution.overlap,
             )
     return found

@@ -16,27 +16,27 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 
-class Runner(Protocol):
+class MethodRunner(Protocol):
     """Where the methods of an object run. Each ``begin`` is followed by its ``end``, which gives the result."""
 
-    def begin(self, method: str, *arguments: Any) -> None: ...
+    def submit(self, method: str, *arguments: Any) -> None: ...
 
-    def end(self) -> Any: ...
+    def result(self) -> Any: ...
 
     def close(self) -> None: ...
 
 
-class Here:
+class InProcessRunner:
     """In this process: a method runs when its result is asked for."""
 
     def __init__(self, target: object) -> None:
         self._target = target
         self._call: tuple[str, tuple[Any, ...]] = ("", ())
 
-    def begin(self, method: str, *arguments: Any) -> None:
+    def submit(self, method: str, *arguments: Any) -> None:
         self._call = (method, arguments)
 
-    def end(self) -> Any:
+    def result(self) -> Any:
         method, arguments = self._call
         return getattr(self._target, method)(*arguments)
 
@@ -44,17 +44,17 @@ class Here:
         pass
 
 
-class Beside:
+class WorkerProcess:
     """In a second process, on a copy of ``target``. Where that process ends early (out of memory, killed, an error),
     ``lost`` is told its exit code and all is done again here, where an error is raised as it is."""
 
-    def __init__(self, target: object, lost: Callable[[int], None]) -> None:
-        self._pickled, self._lost = pickle.dumps(target), lost
+    def __init__(self, target: object, on_lost: Callable[[int], None]) -> None:
+        self._pickled, self._on_lost = pickle.dumps(target), on_lost
         self._calls: list[tuple[str, tuple[Any, ...]]] = []
-        self._spare: object | None = None
+        self._local_copy: object | None = None
         self._writer = ThreadPoolExecutor(max_workers=1)  # a pipe is full before the second process begins to read
         self._process = subprocess.Popen(
-            [sys.executable, "-c", "from autopar.inter.worker_process import serve; serve()"],
+            [sys.executable, "-c", "from autopar.inter.worker_process import worker_main; worker_main()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={
@@ -65,22 +65,22 @@ class Beside:
         )
         self._send(self._pickled)
 
-    def begin(self, method: str, *arguments: Any) -> None:
+    def submit(self, method: str, *arguments: Any) -> None:
         self._calls.append((method, arguments))
         self._send(pickle.dumps((method, arguments)))
 
-    def end(self) -> Any:
-        if self._spare is None:
+    def result(self) -> Any:
+        if self._local_copy is None:
             assert self._process.stdout is not None
             try:
                 return pickle.load(self._process.stdout)
             except (EOFError, pickle.UnpicklingError):
-                self._lost(self._process.wait())
-                self._spare = pickle.loads(self._pickled)
+                self._on_lost(self._process.wait())
+                self._local_copy = pickle.loads(self._pickled)
                 for method, arguments in self._calls[:-1]:
-                    getattr(self._spare, method)(*arguments)
+                    getattr(self._local_copy, method)(*arguments)
         method, arguments = self._calls[-1]
-        return getattr(self._spare, method)(*arguments)
+        return getattr(self._local_copy, method)(*arguments)
 
     def close(self) -> None:
         self._process.kill()
@@ -97,13 +97,13 @@ class Beside:
             self._process.stdin.flush()
 
 
-def can_run_beside() -> bool:
+def can_use_worker_process() -> bool:
     """Whether this process may use a second core, and there is an interpreter to begin."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return cores > 1 and bool(sys.executable)
 
 
-def serve() -> None:
+def worker_main() -> None:
     """The second process: an object comes in, then its calls; the result of each goes out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the first process, and with it this one's input
     calls, results = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")

@@ -15,15 +15,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autopar.graph.ir import Block, Graph, Op, Value
-from autopar.intra.data_axis import Call, DataAxis, data_axis
-from autopar.rules.axis_options import Option, op_options
-from autopar.rules.dim_factors import Cuts
-from autopar.rules.local_forms import can_run
-from autopar.rules.op_sharding_rule import OpRule
+from autopar.intra.data_axis import DataAxis, RuledOp, choose_data_axis
+from autopar.rules.axis_options import AxisOption, axis_options
+from autopar.rules.dim_factors import DimFactorization
+from autopar.rules.local_forms import can_run_sharded
+from autopar.rules.op_sharding_rule import OpShardingRule
 from autopar.rules.placement_pair import PARTIAL_GRADIENT, PARTIAL_VALUE, REPLICATED, PlacementPair
-from autopar.rules.registry import rule_of
+from autopar.rules.registry import sharding_rule
 
-IN, OUT = 0, 1
+INPUT_NODE, OUTPUT_NODE = 0, 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,33 +31,33 @@ class OpNode:
     """An op and its options. ``parameters`` are positions of inputs that are parameters which receive a gradient or
     must be stored; ``free`` are positions of inputs that are at hand in any placement."""
 
-    node: int
+    index: int
     op: Op
-    rule: OpRule
-    options: tuple[Option, ...]
-    parameters: tuple[int, ...]
-    free: tuple[int, ...]
+    rule: OpShardingRule
+    options: tuple[AxisOption, ...]
+    parameter_inputs: tuple[int, ...]
+    unconstrained_inputs: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HubNode:
+class SharedNode:
     """Where a value is for those of its readers that agree; ``pairs`` are what it may have on one axis."""
 
-    node: int
+    index: int
     value: int
     pairs: tuple[PlacementPair, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Flow:
+class TensorEdge:
     """A value on its way from node ``source`` to node ``target``; the positions say which output and which input of an
     op it is (None for hubs and boundaries)."""
 
     value: int
     source: int
     target: int
-    output: int | None
-    input: int | None
+    output_index: int | None
+    input_index: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -68,45 +68,47 @@ class BlockSpace:
     graph: Graph
     block: Block
     ops: tuple[OpNode, ...]
-    hubs: tuple[HubNode, ...]
-    flows: tuple[Flow, ...]
-    data_ops: tuple[Op, ...]
+    shared_nodes: tuple[SharedNode, ...]
+    tensor_edges: tuple[TensorEdge, ...]
+    parameter_free_ops: tuple[Op, ...]
     pairs: dict[int, tuple[PlacementPair, ...]]
     data_axis: DataAxis
 
     @property
     def num_nodes(self) -> int:
-        return 2 + len(self.ops) + len(self.hubs)
+        return 2 + len(self.ops) + len(self.shared_nodes)
 
 
-def block_space(graph: Graph, block: Block, data: frozenset[int]) -> BlockSpace:
+def build_block_space(graph: Graph, block: Block, parameter_free: frozenset[int]) -> BlockSpace:
     """Build the space of a block; ``data`` are the graph's ``parameter_free`` values."""
     all_ops = graph.ops[block.first_op : block.end_op]
-    ops = [op for op in all_ops if not data.issuperset((*op.inputs, *op.outputs))]
-    calls = [(rule_of(op, graph.values), op.inputs, op.outputs) for op in ops]
+    ops = [op for op in all_ops if not parameter_free.issuperset((*op.inputs, *op.outputs))]
+    calls = [(sharding_rule(op, graph.values), op.inputs, op.outputs) for op in ops]
     shapes = {value: graph.values[value].shape for op in ops for value in (*op.inputs, *op.outputs)}
-    cuts = Cuts(shapes, calls)
+    cuts = DimFactorization(shapes, calls)
     nodes = []
     for at, (op, (rule, inputs, outputs)) in enumerate(zip(ops, calls, strict=True)):
         values = [graph.values[value] for value in inputs]
-        options = op_options(op, rule, cuts, at, values, [graph.values[value] for value in outputs])
+        options = axis_options(op, rule, cuts, at, values, [graph.values[value] for value in outputs])
         nodes.append(
             OpNode(
-                node=2 + at,
+                index=2 + at,
                 op=op,
                 rule=rule,
-                options=tuple(option for option in options if can_run(op, rule, option.labels)),
-                parameters=tuple(i for i, value in enumerate(values) if value.kind in ("parameter", "buffer")),
-                free=tuple(i for i, value in enumerate(values) if value.id in data or value.kind != "activation"),
+                options=tuple(option for option in options if can_run_sharded(op, rule, option.labels)),
+                parameter_inputs=tuple(i for i, value in enumerate(values) if value.kind in ("parameter", "buffer")),
+                unconstrained_inputs=tuple(
+                    i for i, value in enumerate(values) if value.id in parameter_free or value.kind != "activation"
+                ),
             )
         )
     pairs = _pairs(nodes, graph.values)
-    hubs, flows = _flows(nodes, block, pairs)
-    made = data_axis(
+    hubs, flows = _connect_nodes(nodes, block, pairs)
+    made = choose_data_axis(
         graph,
         block,
         [
-            Call(
+            RuledOp(
                 rule=node.rule,
                 options=node.options,
                 inputs=tuple(graph.values[value] for value in node.op.inputs),
@@ -115,15 +117,15 @@ def block_space(graph: Graph, block: Block, data: frozenset[int]) -> BlockSpace:
             for node in nodes
         ],
         [hub.value for hub in hubs],
-        [(flow.value, flow.source, flow.target, flow.output, flow.input) for flow in flows],
+        [(flow.value, flow.source, flow.target, flow.output_index, flow.input_index) for flow in flows],
     )
     return BlockSpace(
         graph=graph,
         block=block,
         ops=tuple(nodes),
-        hubs=tuple(hubs),
-        flows=tuple(flows),
-        data_ops=tuple(op for op in all_ops if data.issuperset((*op.inputs, *op.outputs))),
+        shared_nodes=tuple(hubs),
+        tensor_edges=tuple(flows),
+        parameter_free_ops=tuple(op for op in all_ops if parameter_free.issuperset((*op.inputs, *op.outputs))),
         pairs=pairs,
         data_axis=made,
     )
@@ -140,30 +142,34 @@ def _pairs(nodes: Sequence[OpNode], values: Sequence[Value]) -> dict[int, tuple[
     return {value: tuple(pairs) for value, pairs in found.items()}
 
 
-def _flows(
+def _connect_nodes(
     nodes: Sequence[OpNode], block: Block, pairs: dict[int, tuple[PlacementPair, ...]]
-) -> tuple[list[HubNode], list[Flow]]:
-    sources: dict[int, tuple[int, int | None]] = dict.fromkeys(block.inputs, (IN, None))
+) -> tuple[list[SharedNode], list[TensorEdge]]:
+    sources: dict[int, tuple[int, int | None]] = dict.fromkeys(block.inputs, (INPUT_NODE, None))
     readers: dict[int, list[tuple[int, int | None]]] = {}
     for node in nodes:
         for at, value in enumerate(node.op.inputs):
-            if at not in node.free:
-                readers.setdefault(value, []).append((node.node, at))
+            if at not in node.unconstrained_inputs:
+                readers.setdefault(value, []).append((node.index, at))
         for number, value in enumerate(node.op.outputs):
-            sources[value] = (node.node, number)
+            sources[value] = (node.index, number)
     for value in block.outputs:
-        readers.setdefault(value, []).append((OUT, None))
-    hubs: list[HubNode] = []
-    flows: list[Flow] = []
+        readers.setdefault(value, []).append((OUTPUT_NODE, None))
+    hubs: list[SharedNode] = []
+    flows: list[TensorEdge] = []
     for value, found in readers.items():
         if value not in sources or value not in pairs:
             continue
         source, output = sources[value]
         if len(found) > 1:
-            hub = HubNode(node=2 + len(nodes) + len(hubs), value=value, pairs=pairs[value])
+            hub = SharedNode(index=2 + len(nodes) + len(hubs), value=value, pairs=pairs[value])
             hubs.append(hub)
-            flows.append(Flow(value=value, source=source, target=hub.node, output=output, input=None))
-            source, output = hub.node, None
+            flows.append(
+                TensorEdge(value=value, source=source, target=hub.index, output_index=output, input_index=None)
+            )
+            source, output = hub.index, None
         for target, position in found:
-            flows.append(Flow(value=value, source=source, target=target, output=output, input=position))
+            flows.append(
+                TensorEdge(value=value, source=source, target=target, output_index=output, input_index=position)
+            )
     return hubs, flows

@@ -40,15 +40,15 @@ from autopar.intra import op_metrics as om
 
 Floats = NDArray[np.float64]
 MODES = ("none", "selective", "full")
-FAMILIES = ("priced", "hidden", "reduced", "path", "linked")
-PRICES = (0.1, 1.0, 2.5, 5.0, 8.0, 14.0, 30.0, 100.0)
+OBJECTIVE_FAMILIES = ("priced", "hidden", "reduced", "path", "linked")
+PRICE_FACTORS = (0.1, 1.0, 2.5, 5.0, 8.0, 14.0, 30.0, 100.0)
 """Prices of a byte tried where memory binds, in units of the time the device takes to stream it; densest where
 computing a layer again costs about what its activations free."""
-LEAN_PRICE = 1e3
+LEAST_MEMORY_PRICE_S_PER_BYTE = 1e3
 """Seconds per byte at which time has no say."""
 
 
-class PriceRow(msgspec.Struct, frozen=True, kw_only=True):
+class PricedObjective(msgspec.Struct, frozen=True, kw_only=True):
     """``price_s_per_byte`` of state; a byte saved by one micro-batch costs ``saved_weight`` times that."""
 
     mode: str
@@ -57,81 +57,96 @@ class PriceRow(msgspec.Struct, frozen=True, kw_only=True):
     family: str = "priced"
 
 
-def free_rows(
-    rate_s_per_byte: float, modes: Sequence[str], families: Sequence[str] = FAMILIES[:4]
-) -> tuple[PriceRow, ...]:
+def unpriced_objectives(
+    rate_s_per_byte: float, modes: Sequence[str], families: Sequence[str] = OBJECTIVE_FAMILIES[:4]
+) -> tuple[PricedObjective, ...]:
     """Rows for memory that does not bind: so low a price that it only breaks ties. Recomputing never pays there, so the
     mode is the first of ``modes``."""
     low = 1e-6 * rate_s_per_byte
-    return tuple(PriceRow(mode=modes[0], price_s_per_byte=low, saved_weight=1.0, family=family) for family in families)
-
-
-def priced_rows(
-    rate_s_per_byte: float, modes: Sequence[str], saved_weight: float, links_bind: bool
-) -> tuple[PriceRow, ...]:
-    """Rows for memory that binds, for stages that hold ``saved_weight`` micro-batches."""
     return tuple(
-        PriceRow(mode=mode, price_s_per_byte=factor * rate_s_per_byte, saved_weight=saved_weight, family=family)
-        for mode in modes
-        for family in ("hidden", "path", *(("linked",) if links_bind else ()))
-        for factor in PRICES
+        PricedObjective(mode=modes[0], price_s_per_byte=low, saved_weight=1.0, family=family) for family in families
     )
 
 
-def lean_rows(modes: Sequence[str], weights: Sequence[int]) -> tuple[PriceRow, ...]:
+def memory_priced_objectives(
+    rate_s_per_byte: float, modes: Sequence[str], saved_weight: float, gathers_can_bind: bool
+) -> tuple[PricedObjective, ...]:
+    """Rows for memory that binds, for stages that hold ``saved_weight`` micro-batches."""
+    return tuple(
+        PricedObjective(mode=mode, price_s_per_byte=factor * rate_s_per_byte, saved_weight=saved_weight, family=family)
+        for mode in modes
+        for family in ("hidden", "path", *(("linked",) if gathers_can_bind else ()))
+        for factor in PRICE_FACTORS
+    )
+
+
+def least_memory_objectives(modes: Sequence[str], saved_weights: Sequence[int]) -> tuple[PricedObjective, ...]:
     """Rows whose solutions need the least memory there is; time only breaks ties."""
     return tuple(
-        PriceRow(mode=mode, price_s_per_byte=LEAN_PRICE, saved_weight=float(weight), family="lean")
+        PricedObjective(
+            mode=mode, price_s_per_byte=LEAST_MEMORY_PRICE_S_PER_BYTE, saved_weight=float(weight), family="lean"
+        )
         for mode in modes
-        for weight in weights
+        for weight in saved_weights
     )
 
 
 @lru_cache(maxsize=16)
-def row_weights(
-    rows: tuple[PriceRow, ...], num_microbatches: int, contention: float, late_share: float
+def metric_weights(
+    objectives: tuple[PricedObjective, ...], num_microbatches: int, overlap_contention: float, new_gradient_share: float
 ) -> tuple[Floats, Floats, Floats, Floats]:
     """Per row: beta, what a second of compute counts, and the weights of the ops' and the parameters' metrics."""
-    beta = np.array([1.0 - (1.0 - contention) / num_microbatches if row.family == "reduced" else 1.0 for row in rows])
-    pairs = list(zip(rows, beta.tolist(), strict=True))
+    beta = np.array(
+        [1.0 - (1.0 - overlap_contention) / num_microbatches if row.family == "reduced" else 1.0 for row in objectives]
+    )
+    pairs = list(zip(objectives, beta.tolist(), strict=True))
     return (
         beta,
-        np.array([_shares(row, contention)[0] for row in rows]),
-        np.array([_weights(row, late, contention, late_share) for row, late in pairs]),
-        np.array([_parameter_weights(row, num_microbatches, late, contention, late_share) for row, late in pairs]),
+        np.array([_compute_and_gather_weights(row, overlap_contention)[0] for row in objectives]),
+        np.array([_op_weights(row, late, overlap_contention, new_gradient_share) for row, late in pairs]),
+        np.array(
+            [
+                _storage_weights(row, num_microbatches, late, overlap_contention, new_gradient_share)
+                for row, late in pairs
+            ]
+        ),
     )
 
 
-def _parameter_weights(
-    row: PriceRow, num_microbatches: int, beta: float, contention: float, late_share: float
+def _storage_weights(
+    objective: PricedObjective, num_microbatches: int, beta: float, overlap_contention: float, new_gradient_share: float
 ) -> list[float]:
-    compute, gathers = _shares(row, contention)
+    compute, gathers = _compute_and_gather_weights(objective, overlap_contention)
     weights = [0.0] * pm.NUM_PARAMETER_METRICS
-    weights[pm.GATHER_FORWARD], weights[pm.GATHER_BACKWARD] = gathers, beta * gathers
-    reductions = {"priced": 1.0, "reduced": 1.0, "lean": 1.0, "hidden": contention}.get(row.family, 0.0)
-    weights[pm.STEP] = reductions / num_microbatches
-    weights[pm.STEP_EXPOSED] = 0.0 if row.family in ("path", "linked") else 1.0 / num_microbatches
-    weights[pm.STATE] = row.price_s_per_byte
-    weights[pm.LATE] = late_share * row.price_s_per_byte
-    weights[pm.ACCUMULATE] = compute * beta
+    weights[pm.GATHER_FORWARD_S], weights[pm.GATHER_BACKWARD_S] = gathers, beta * gathers
+    reductions = {"priced": 1.0, "reduced": 1.0, "lean": 1.0, "hidden": overlap_contention}.get(objective.family, 0.0)
+    weights[pm.STEP_OVERLAPPABLE_S] = reductions / num_microbatches
+    weights[pm.STEP_EXPOSED_S] = 0.0 if objective.family in ("path", "linked") else 1.0 / num_microbatches
+    weights[pm.STATE_BYTES] = objective.price_s_per_byte
+    weights[pm.NEW_GRADIENT_BYTES] = new_gradient_share * objective.price_s_per_byte
+    weights[pm.ACCUMULATE_S] = compute * beta
     return weights
 
 
-def _shares(row: PriceRow, contention: float) -> tuple[float, float]:
+def _compute_and_gather_weights(objective: PricedObjective, overlap_contention: float) -> tuple[float, float]:
     """What a second of compute and a second of gathers count."""
-    return {"priced": (1.0, 1.0), "lean": (1.0, 1.0), "linked": (contention, 1.0)}.get(row.family, (1.0, contention))
+    return {"priced": (1.0, 1.0), "lean": (1.0, 1.0), "linked": (overlap_contention, 1.0)}.get(
+        objective.family, (1.0, overlap_contention)
+    )
 
 
-def _weights(row: PriceRow, beta: float, contention: float, late_share: float) -> list[float]:
-    saved = row.price_s_per_byte * max(row.saved_weight - late_share, 0.0)
-    share = _shares(row, contention)[0]
-    weights = [0.0] * om.NUM_METRICS
+def _op_weights(
+    objective: PricedObjective, beta: float, overlap_contention: float, new_gradient_share: float
+) -> list[float]:
+    saved = objective.price_s_per_byte * max(objective.saved_weight - new_gradient_share, 0.0)
+    share = _compute_and_gather_weights(objective, overlap_contention)[0]
+    weights = [0.0] * om.NUM_OP_METRICS
     weights[om.FORWARD] = share
-    weights[om.CORE_FORWARD] = share * (1.0 + beta if row.mode == "selective" else 1.0)
-    weights[om.AGAIN] = share * beta if row.mode == "full" else 0.0
+    weights[om.SELECTIVE_FORWARD] = share * (1.0 + beta if objective.mode == "selective" else 1.0)
+    weights[om.FULL_RECOMPUTE] = share * beta if objective.mode == "full" else 0.0
     weights[om.BACKWARD] = share * beta
-    weights[om.SAVED] = 0.0 if row.mode == "full" else saved
-    weights[om.CORE_SAVED] = saved if row.mode == "none" else 0.0
-    weights[om.BESIDE] = saved if row.mode == "selective" else 0.0
-    weights[om.BOUNDARY] = saved if row.mode == "full" else 0.0
+    weights[om.SAVED] = 0.0 if objective.mode == "full" else saved
+    weights[om.SELECTIVE_FREED] = saved if objective.mode == "none" else 0.0
+    weights[om.SELECTIVE_ONLY_SAVED] = saved if objective.mode == "selective" else 0.0
+    weights[om.INPUT_SAVED] = saved if objective.mode == "full" else 0.0
     return weights

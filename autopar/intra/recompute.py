@@ -13,20 +13,22 @@ from dataclasses import dataclass
 
 from autopar.cost.execution_model import ExecutionModel
 from autopar.graph.ir import Block, Graph, GraphProfile
-from autopar.intra.block_space import IN, OUT, BlockSpace, Flow
+from autopar.intra.block_space import INPUT_NODE, OUTPUT_NODE, BlockSpace, TensorEdge
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kept:
+class SelectiveSaved:
     """What selective recomputation by operation keeps: ``ops`` (ids) keep their results and insides, ``memories`` are the
     values whose memory stays, ``inputs`` those of them that blocks read and none of these ops makes."""
 
-    ops: frozenset[int]
-    memories: frozenset[int]
-    inputs: frozenset[int]
+    saved_ops: frozenset[int]
+    saved_owners: frozenset[int]
+    input_owners: frozenset[int]
 
     @staticmethod
-    def of(graph: Graph, profile: GraphProfile, blocks: Sequence[Block], execution: ExecutionModel) -> "Kept":
+    def by_operation(
+        graph: Graph, profile: GraphProfile, blocks: Sequence[Block], execution: ExecutionModel
+    ) -> "SelectiveSaved":
         """Of a whole graph; every block is a checkpoint of its own and counts its own products."""
         ops: set[int] = set()
         for block in blocks:
@@ -41,25 +43,29 @@ class Kept:
                     if number % 2 == 0:
                         ops.add(op.id)
                     number += 1
-        made = {profile.owners[value] for op in ops for value in graph.ops[op].outputs}
-        read = {profile.owners[value] for block in blocks for value in block.inputs}
-        return Kept(ops=frozenset(ops), memories=frozenset(made | read), inputs=frozenset(read - made))
+        made = {profile.storage_owner[value] for op in ops for value in graph.ops[op].outputs}
+        read = {profile.storage_owner[value] for block in blocks for value in block.inputs}
+        return SelectiveSaved(
+            saved_ops=frozenset(ops), saved_owners=frozenset(made | read), input_owners=frozenset(read - made)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Again:
+class Recomputation:
     """``ops`` (ids) run again, ``reads`` are (op, input position) of values that must be there again; ``None``: all."""
 
     ops: frozenset[int]
-    reads: frozenset[tuple[int, int]] | None
+    needed_inputs: frozenset[tuple[int, int]] | None
     space: BlockSpace
 
     @staticmethod
-    def of(space: BlockSpace, profile: GraphProfile, *, whole: bool, stay: frozenset[int] = frozenset()) -> "Again":
+    def of_block(
+        space: BlockSpace, profile: GraphProfile, *, whole_block: bool, saved_ops: frozenset[int] = frozenset()
+    ) -> "Recomputation":
         """``whole``: all of it; else what the backward reads and no op of ``stay`` has kept."""
         ops = {node.op.id: node.op for node in space.ops}
-        if whole:
-            return Again(ops=frozenset(ops), reads=None, space=space)
+        if whole_block:
+            return Recomputation(ops=frozenset(ops), needed_inputs=None, space=space)
         maker = {value: op.id for op in ops.values() for value in op.outputs}
         handed_on = frozenset(space.block.outputs)
         found: set[int] = set()
@@ -67,7 +73,7 @@ class Again:
         stack: list[int] = []
 
         def run(op: int) -> None:
-            if op not in found and op not in stay:
+            if op not in found and op not in saved_ops:
                 found.add(op)
                 stack.append(op)
 
@@ -81,27 +87,31 @@ class Again:
             kept = profile.ops[op.id]
             for at in kept.saved_inputs:
                 read(op.id, at)
-            if kept.saved_internal or any(op.outputs[at] not in handed_on for at in kept.saved_outputs):
+            if kept.saved_internal_tensors or any(op.outputs[at] not in handed_on for at in kept.saved_outputs):
                 run(op.id)
         while stack:
             op_id = stack.pop()
             for at in range(len(ops[op_id].inputs)):
                 read(op_id, at)
-        return Again(ops=frozenset(found), reads=frozenset(reads), space=space)
+        return Recomputation(ops=frozenset(found), needed_inputs=frozenset(reads), space=space)
 
     @staticmethod
-    def of_attention(space: BlockSpace, core: frozenset[int]) -> "Again":
+    def of_attention(space: BlockSpace, attention_ops: frozenset[int]) -> "Recomputation":
         """Attention alone, whose inputs stay."""
-        return Again(ops=core & frozenset(node.op.id for node in space.ops), reads=frozenset(), space=space)
+        return Recomputation(
+            ops=attention_ops & frozenset(node.op.id for node in space.ops), needed_inputs=frozenset(), space=space
+        )
 
-    def moves(self, flow: Flow) -> bool:
+    def repeats_redistribution(self, edge: TensorEdge) -> bool:
         """Whether the value of a flow is moved again: an op behind it, or behind its hub, reads it again."""
-        if self.reads is None:
+        if self.needed_inputs is None:
             return True
         first_hub = 2 + len(self.space.ops)
-        if flow.target in (IN, OUT):
+        if edge.target in (INPUT_NODE, OUTPUT_NODE):
             return False
-        if flow.target >= first_hub:
-            return any(self.moves(other) for other in self.space.flows if other.source == flow.target)
-        assert flow.input is not None
-        return (self.space.ops[flow.target - 2].op.id, flow.input) in self.reads
+        if edge.target >= first_hub:
+            return any(
+                self.repeats_redistribution(other) for other in self.space.tensor_edges if other.source == edge.target
+            )
+        assert edge.input_index is not None
+        return (self.space.ops[edge.target - 2].op.id, edge.input_index) in self.needed_inputs

@@ -12,26 +12,31 @@ from typing import Literal
 
 from autopar.core.plan import Collective, CollectiveKind, Plan
 from autopar.judge.block_price import BlockPrice
-from autopar.judge.tied_parameter_price import Exchange
-from autopar.judge.transfer_price import Send
+from autopar.judge.tied_parameter_price import TiedGradientTransfer
+from autopar.judge.transfer_price import StageTransfer
 
-Key = tuple[int, Literal["microbatch", "step"], CollectiveKind, tuple[str, ...], int]
+CollectiveKey = tuple[int, Literal["microbatch", "step"], CollectiveKind, tuple[str, ...], int]
 
 
-def listed(
-    plan: Plan, prices: list[list[BlockPrice]], sent: list[tuple[Send, Send]], exchanged: Iterable[Exchange]
+def list_collectives(
+    plan: Plan,
+    block_prices: list[list[BlockPrice]],
+    transfers: list[tuple[StageTransfer, StageTransfer]],
+    tied_transfers: Iterable[TiedGradientTransfer],
 ) -> tuple[Collective, ...]:
     """In order of stage; per micro-batch before per step; by kind, axes, and falling size."""
-    counts: Counter[Key] = Counter()
-    for position, (stage, found) in enumerate(zip(plan.stages, prices, strict=True)):
+    counts: Counter[CollectiveKey] = Counter()
+    for position, (stage, found) in enumerate(zip(plan.stages, block_prices, strict=True)):
         for price in found:
-            for issue in price.issues:
-                axes = tuple(stage.axes[axis].name for axis in issue.step.axes)
-                counts[position, issue.per, issue.step.kind, axes, round(issue.step.num_bytes)] += issue.count
-        for send in sent[position]:
+            for issue in price.collectives:
+                axes = tuple(stage.axes[axis].name for axis in issue.collective.axes)
+                counts[position, issue.per, issue.collective.kind, axes, round(issue.collective.num_bytes)] += (
+                    issue.count
+                )
+        for send in transfers[position]:
             for size in send.sizes_bytes:
                 counts[position, "microbatch", "send", (), size] += 1
-    for each in exchanged:
+    for each in tied_transfers:
         counts[each.source, "step", "send", (), each.num_bytes] += 1
     order = sorted(counts, key=lambda key: (key[0], key[1], key[2], key[3], -key[4]))
     return tuple(

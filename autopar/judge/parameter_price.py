@@ -21,8 +21,8 @@ from autopar.core.placement import PARTIAL, REPLICATE, parse_placements
 from autopar.core.plan import BlockProgram, CollectiveKind, ParameterPlan
 from autopar.cost.parameter_storage import BUCKET_BYTES
 from autopar.graph.ir import Block, Graph
-from autopar.judge.context import Case
-from autopar.judge.judge_mesh import Mesh, Step, local_shape
+from autopar.judge.context import BlockContext
+from autopar.judge.judge_mesh import JudgeMesh, PricedCollective, local_shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,82 +38,92 @@ class ParameterPrice:
     parameters_bytes: float = 0.0
     gradients_bytes: float = 0.0
     optimizer_bytes: float = 0.0
-    microbatch_steps: tuple[Step, ...] = ()
-    once_steps: tuple[Step, ...] = ()
-    gathered_once: tuple[tuple[int, Step], ...] = ()
+    microbatch_collectives: tuple[PricedCollective, ...] = ()
+    step_collectives: tuple[PricedCollective, ...] = ()
+    gathered_in_forward_only: tuple[tuple[int, PricedCollective], ...] = ()
 
     def __add__(self, other: "ParameterPrice") -> "ParameterPrice":
         names = [field.name for field in fields(self)]
         return ParameterPrice(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
 
-def price_parameters(case: Case, read_again: frozenset[int]) -> ParameterPrice:
+def price_parameters(context: BlockContext, read_in_backward: frozenset[int]) -> ParameterPrice:
     """``microbatch_steps`` gathers again only those that the backward reads (``read_again``), while its seconds charge for
     the whole bucket. Where blocks of the stage disagree on a tied parameter, its gradient is a sum of terms."""
-    planned = _by_value(case.ground.graph, case.block, case.program)
-    found = [_price(case, value, at, read_again) for value, at in planned.items() if value not in case.stored]
+    planned = _plans_by_value(context.model.graph, context.block, context.program)
+    found = [
+        _price_parameter(context, value, at, read_in_backward)
+        for value, at in planned.items()
+        if value not in context.stored_earlier
+    ]
     return sum(found, start=ParameterPrice())
 
 
-def _price(case: Case, value: int, planned: ParameterPlan, read_again: frozenset[int]) -> ParameterPrice:
+def _price_parameter(
+    context: BlockContext, value: int, planned: ParameterPlan, read_in_backward: frozenset[int]
+) -> ParameterPrice:
     """The price of one parameter or buffer."""
-    mesh, execution, tensor = case.mesh, case.ground.execution, case.ground.graph.values[value]
+    mesh, execution, tensor = context.mesh, context.model.execution, context.model.graph.values[value]
     compute, optimizer = parse_placements(planned.compute), parse_placements(planned.optimizer)
     size = mesh.local_bytes(tensor.shape, tensor.itemsize, compute)
     if tensor.kind == "buffer" or not tensor.requires_grad:
         return ParameterPrice(parameters_bytes=size)
-    partial = _partial_axes(case, value, planned)
+    partial = _partial_axes(context, value, planned)
     cut = tuple(axis for axis, (a, b) in enumerate(zip(compute, optimizer, strict=True)) if a != b)
-    _check_storage(case.program, planned, cut, partial, mesh)
-    stage3, stage2 = planned.parameter == planned.optimizer and bool(cut), _cut_gradient(planned, cut)
+    _check_storage(context.program, planned, cut, partial, mesh)
+    stage3, stage2 = planned.parameter == planned.optimizer and bool(cut), _is_gradient_sharded(planned, cut)
 
-    elements, shards = size / tensor.itemsize, mesh.degree(cut)
+    elements, shards = size / tensor.itemsize, mesh.group_size(cut)
     gradient = elements * (4 if execution.grads == "fp32" else tensor.itemsize)
     master = 4 if tensor.itemsize < 4 else 0
     state = elements * (master + (8 if execution.optimizer == "adamw" else 0))
-    stepped = case.software.optimizer_bytes_half if tensor.itemsize < 4 else case.software.optimizer_bytes_full
+    stepped = context.software.optimizer_bytes_half if tensor.itemsize < 4 else context.software.optimizer_bytes_full
     stepped -= 16 if execution.optimizer == "sgd" else 0
     added = (elements * tensor.itemsize + 2 * gradient) / (shards if stage2 or stage3 else 1)
 
     sent = elements * tensor.itemsize if execution.dtype == "fp16" else gradient
     rows = local_shape(tensor.shape, compute, mesh.sizes)[0] if cut and tensor.shape else shards
     padding = -(-rows // shards) * shards / rows  # every rank's part of the rows is as large as the first's
-    gather = _part(mesh, "all_gather", size, cut, padding)
-    scatter = _part(mesh, "reduce_scatter", sent, cut, padding)
-    rest = _part(mesh, "all_reduce", sent / shards, tuple(axis for axis in partial if axis not in cut))
+    gather = _bucket_share(mesh, "all_gather", size, cut, padding)
+    scatter = _bucket_share(mesh, "reduce_scatter", sent, cut, padding)
+    rest = _bucket_share(mesh, "all_reduce", sent / shards, tuple(axis for axis in partial if axis not in cut))
     terms = tuple(
         axis
         for axis in range(len(compute))
-        if axis not in cut and (axis in partial or (compute[axis] == REPLICATE and (value, axis) in case.disagreed))
+        if axis not in cut
+        and (axis in partial or (compute[axis] == REPLICATE and (value, axis) in context.conflicting_axes))
     )
-    summed = _part(mesh, "all_reduce", sent / shards, terms, padding)
-    twice = stage3 and value in read_again
+    summed = _bucket_share(mesh, "all_reduce", sent / shards, terms, padding)
+    twice = stage3 and value in read_in_backward
     each = (gather if stage3 else None, gather if twice else None, scatter if stage2 or stage3 else None)
     once = (None if stage3 else gather, None if stage2 or stage3 else scatter, summed)
     device = mesh.cluster.device
     return ParameterPrice(
-        forward_s=_time(gather) if stage3 else 0.0,
-        backward_s=(_time(gather) if stage3 else 0.0) + (_time(scatter) if stage2 or stage3 else 0.0),
-        reduction_s=_time(rest) + (0.0 if stage2 or stage3 else _time(scatter)),
-        optimizer_s=float(device.memory_bound_s(elements * stepped / shards)) + (0.0 if stage3 else _time(gather)),
-        accumulate_s=float(device.memory_bound_s(added)) if case.accumulates else 0.0,
+        forward_s=_seconds_of(gather) if stage3 else 0.0,
+        backward_s=(_seconds_of(gather) if stage3 else 0.0) + (_seconds_of(scatter) if stage2 or stage3 else 0.0),
+        reduction_s=_seconds_of(rest) + (0.0 if stage2 or stage3 else _seconds_of(scatter)),
+        optimizer_s=float(device.memory_bound_s(elements * stepped / shards))
+        + (0.0 if stage3 else _seconds_of(gather)),
+        accumulate_s=float(device.memory_bound_s(added)) if context.accumulates_gradients else 0.0,
         parameters_bytes=size / (shards if stage3 else 1),
         gradients_bytes=gradient / (shards if stage2 else 1),
         optimizer_bytes=state / shards,
-        microbatch_steps=tuple(step for step in each if step),
-        once_steps=tuple(step for step in once if step),
-        gathered_once=((value, gather),) if stage3 and gather and not twice else (),
+        microbatch_collectives=tuple(step for step in each if step),
+        step_collectives=tuple(step for step in once if step),
+        gathered_in_forward_only=((value, gather),) if stage3 and gather and not twice else (),
     )
 
 
-def disagreements(graph: Graph, blocks: Sequence[tuple[Block, BlockProgram, Block]]) -> frozenset[tuple[int, int]]:
+def find_conflicting_axes(
+    graph: Graph, blocks: Sequence[tuple[Block, BlockProgram, Block]]
+) -> frozenset[tuple[int, int]]:
     """(parameter, axis) on which blocks of one stage, each with its program and the first block of its kind, use a tied
     parameter differently: one cuts it, or leaves terms of its gradient, and another does not."""
     seen: dict[int, ParameterPlan] = {}
     found = set()
     for block, program, first in blocks:
         alike = dict(zip(first.parameters, block.parameters, strict=True))
-        for value, planned in _by_value(graph, first, program).items():
+        for value, planned in _plans_by_value(graph, first, program).items():
             other = seen.setdefault(alike[value], planned)
             if other is planned:
                 continue
@@ -127,24 +137,27 @@ def disagreements(graph: Graph, blocks: Sequence[tuple[Block, BlockProgram, Bloc
     return frozenset(found)
 
 
-def _part(
-    mesh: Mesh, kind: CollectiveKind, num_bytes: float, axes: tuple[int, ...], padding: float = 1.0
-) -> Step | None:
+def _bucket_share(
+    mesh: JudgeMesh, kind: CollectiveKind, num_bytes: float, axes: tuple[int, ...], padding: float = 1.0
+) -> PricedCollective | None:
     """A tensor's share of its bucket's collective; ``padding`` times its bytes make equal parts."""
-    step, bucket = mesh.step(kind, num_bytes, axes, num_bytes * padding), mesh.step(kind, float(BUCKET_BYTES), axes)
+    step, bucket = (
+        mesh.collective(kind, num_bytes, axes, num_bytes * padding),
+        mesh.collective(kind, float(BUCKET_BYTES), axes),
+    )
     return None if step is None or bucket is None else replace(step, time_s=bucket.time_s * num_bytes / BUCKET_BYTES)
 
 
-def _time(step: Step | None) -> float:
-    return 0.0 if step is None else step.time_s
+def _seconds_of(collective: PricedCollective | None) -> float:
+    return 0.0 if collective is None else collective.time_s
 
 
-def _cut_gradient(planned: ParameterPlan, cut: tuple[int, ...]) -> bool:
+def _is_gradient_sharded(planned: ParameterPlan, zero_axes: tuple[int, ...]) -> bool:
     gradient, optimizer = parse_placements(planned.gradient), parse_placements(planned.optimizer)
-    return bool(cut) and all(gradient[axis] == optimizer[axis] for axis in cut)
+    return bool(zero_axes) and all(gradient[axis] == optimizer[axis] for axis in zero_axes)
 
 
-def _by_value(graph: Graph, block: Block, program: BlockProgram) -> dict[int, ParameterPlan]:
+def _plans_by_value(graph: Graph, block: Block, program: BlockProgram) -> dict[int, ParameterPlan]:
     by_name = {name: value for value in block.parameters for name in _names(graph, value)}
     found = {}
     for planned in program.parameters:
@@ -155,15 +168,15 @@ def _by_value(graph: Graph, block: Block, program: BlockProgram) -> dict[int, Pa
 
 
 def _names(graph: Graph, value: int) -> tuple[str, ...]:
-    return graph.values[value].names or (graph.values[value].name,)
+    return graph.values[value].qualified_names or (graph.values[value].name,)
 
 
-def _partial_axes(case: Case, value: int, planned: ParameterPlan) -> tuple[int, ...]:
+def _partial_axes(context: BlockContext, value: int, planned: ParameterPlan) -> tuple[int, ...]:
     """D: where some use of a parameter leaves a term of its gradient (one that leaves all of it counts on the first
     rank); all uses must take the parameter as it is planned."""
     found: set[int] = set()
-    ops = case.ground.graph.ops[case.block.first_op : case.block.end_op]
-    for op, at_op in zip(ops, case.program.ops, strict=True):
+    ops = context.model.graph.ops[context.block.first_op : context.block.end_op]
+    for op, at_op in zip(ops, context.program.ops, strict=True):
         for at, read in enumerate(op.inputs):
             if read == value:
                 if at_op.inputs[at] != planned.compute:
@@ -171,14 +184,20 @@ def _partial_axes(case: Case, value: int, planned: ParameterPlan) -> tuple[int, 
                         f"op {op.name} reads {planned.name} as {at_op.inputs[at]}, the plan keeps {planned.compute}"
                     )
                 gradient = parse_placements(at_op.input_gradients[at])
-                found.update(axis for axis, one in enumerate(gradient) if one == PARTIAL and case.mesh.sizes[axis] > 1)
+                found.update(
+                    axis for axis, one in enumerate(gradient) if one == PARTIAL and context.mesh.sizes[axis] > 1
+                )
     return tuple(sorted(found))
 
 
 def _check_storage(
-    program: BlockProgram, planned: ParameterPlan, cut: tuple[int, ...], partial: tuple[int, ...], mesh: Mesh
+    program: BlockProgram,
+    planned: ParameterPlan,
+    zero_axes: tuple[int, ...],
+    partial_axes: tuple[int, ...],
+    mesh: JudgeMesh,
 ) -> None:
-    wrong = [axis for axis in cut if mesh.sizes[axis] > 1 and axis not in partial]
+    wrong = [axis for axis in zero_axes if mesh.sizes[axis] > 1 and axis not in partial_axes]
     if wrong:
         raise CheckError(f"program {program.id!r}: {planned.name} is sharded over an axis that does not replicate it")
     for role, text in (("parameter", planned.parameter), ("gradient", planned.gradient)):

@@ -11,17 +11,19 @@ from autopar.graph.ir import Block, Graph, GraphProfile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Selected:
+class SelectivePolicy:
     """What torch's selective checkpoint keeps under torchtitan's policy: of every block the results and insides of
     ``ops``, fused attentions and the first, third, ... product with a weight; ``made`` are the memories of those results,
     ``handed_on`` those that blocks read."""
 
-    ops: frozenset[int]
-    made: frozenset[int]
-    handed_on: frozenset[int]
+    saved_ops: frozenset[int]
+    result_owners: frozenset[int]
+    block_input_owners: frozenset[int]
 
 
-def selected_of(graph: Graph, profile: GraphProfile, blocks: tuple[Block, ...], attention_is_fused: bool) -> Selected:
+def torchtitan_policy(
+    graph: Graph, profile: GraphProfile, blocks: tuple[Block, ...], has_fused_attention: bool
+) -> SelectivePolicy:
     """Of all blocks, each a checkpoint of its own."""
     found: list[int] = []
     for block in blocks:
@@ -34,9 +36,9 @@ def selected_of(graph: Graph, profile: GraphProfile, blocks: tuple[Block, ...], 
             and profile.ops[op.id].forward_flops
             and any(graph.values[value].kind == "parameter" for value in op.inputs)
         ]
-        found += products[::2] + (attentions if attention_is_fused else [])
-    return Selected(
-        ops=frozenset(found),
-        made=frozenset(profile.owners[value] for op in found for value in graph.ops[op].outputs),
-        handed_on=frozenset(profile.owners[value] for block in blocks for value in block.inputs),
+        found += products[::2] + (attentions if has_fused_attention else [])
+    return SelectivePolicy(
+        saved_ops=frozenset(found),
+        result_owners=frozenset(profile.storage_owner[value] for op in found for value in graph.ops[op].outputs),
+        block_input_owners=frozenset(profile.storage_owner[value] for block in blocks for value in block.inputs),
     )

@@ -20,51 +20,51 @@ from autopar.cluster.cost_tables import load_cluster
 from autopar.core.dtypes import Dtype, long_dtype
 from autopar.core.errors import LayoutError
 from autopar.core.layout import Layout, parse_layout
-from autopar.core.pin import unmet
-from autopar.core.plan import MemoryParts, Plan, chunks_memory
+from autopar.core.pin import unsatisfied_pins
+from autopar.core.plan import MemoryParts, Plan, memory_of_chunks
 from autopar.core.units import GIB
 from autopar.cost.execution_model import ExecutionModel
 from autopar.graph.attention import attention_calls
 from autopar.graph.ir import Block, Graph, GraphProfile
 from autopar.graph.op_profiles import profile_graph
-from autopar.graph.split_into_blocks import cut_blocks, order_for_blocks
+from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
 from autopar.graph.trace import trace
 from autopar.inter.block_pins import BlockPins
-from autopar.inter.block_pricer import Blocks, Restriction
-from autopar.inter.stage_choice import Finished
-from autopar.inter.stage_costs import FREE, StageBook
+from autopar.inter.block_pricer import BlockPricer, LayoutRestriction
+from autopar.inter.stage_choice import StagePrice
+from autopar.inter.stage_costs import FREE, StageCosts
 from autopar.inter.stage_memory import stage_memory
-from autopar.inter.tied_gradients import tied_seconds
+from autopar.inter.tied_gradients import tied_gradient_s
 from autopar.intra import block_totals as tt
-from autopar.judge.context import Ground
-from autopar.manual.megatron_restriction import StageCut, cuts, restriction, stage_ends
-from autopar.manual.scatter_gather import cut_bytes_of, send_seconds
-from autopar.pipeline.schedule import held_by_chunk
+from autopar.judge.context import ModelContext
+from autopar.manual.megatron_restriction import LayoutStage, layout_stages, megatron_restriction, stage_ends
+from autopar.manual.scatter_gather import scatter_gather_s, stage_boundary_bytes
+from autopar.pipeline.schedule import in_flight_by_chunk
 from autopar.pipeline.simulate import StageTimes, simulate
-from autopar.planner.build_plan import Found, build_plan, execution_of
+from autopar.planner.build_plan import ChosenPipeline, build_plan, plan_execution
 from autopar.workload.workload import Workload
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Priced:
+class PricedLayout:
     """A resolved layout: its stages with their books, how each runs, what it holds, its times, and the simulated step.
     ``memory_bytes`` is that of the fullest device."""
 
     layout: Layout
-    cuts: tuple[StageCut, ...]
-    books: tuple[StageBook, ...]
-    runs: tuple[Finished, ...]
-    held: tuple[int, ...]
-    times: tuple[StageTimes, ...]
+    stages: tuple[LayoutStage, ...]
+    stage_costs: tuple[StageCosts, ...]
+    prices: tuple[StagePrice, ...]
+    in_flight: tuple[int, ...]
+    stage_times: tuple[StageTimes, ...]
     step_time_s: float
     memory_bytes: float
     fits: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ModelGraph:
+class TracedModel:
     """A traced model: what pricing needs of it on any cluster. ``dtype`` is that of its weights."""
 
     workload: Workload
@@ -74,12 +74,12 @@ class ModelGraph:
     profile: GraphProfile
 
 
-def model_graph(workload: Workload, *, dtype: str) -> ModelGraph:
+def trace_model(workload: Workload, *, dtype: str) -> TracedModel:
     """Trace a workload; ``dtype`` as on the command line ("bf16") or long ("bfloat16")."""
     dtype = long_dtype(dtype)
-    graph = order_for_blocks(trace(workload, dtype=dtype).graph)
-    return ModelGraph(
-        workload=workload, dtype=dtype, graph=graph, blocks=cut_blocks(graph), profile=profile_graph(graph)
+    graph = hoist_light_ops(trace(workload, dtype=dtype).graph)
+    return TracedModel(
+        workload=workload, dtype=dtype, graph=graph, blocks=split_into_blocks(graph), profile=profile_graph(graph)
     )
 
 
@@ -88,7 +88,7 @@ class LayoutPricer:
 
     def __init__(
         self,
-        model: ModelGraph,
+        model: TracedModel,
         *,
         cluster: Cluster,
         gpus: int,
@@ -101,40 +101,42 @@ class LayoutPricer:
         self.cluster, self.global_batch, self.dtype = cluster, global_batch, model.dtype
         self.cluster.device.peak(self.dtype)
         self.graph, self.blocks, self.profile = model.graph, model.blocks, model.profile
-        self.heads, self.kv_heads = head_counts(self.graph)
+        self.head_counts, self.kv_head_counts = head_counts(self.graph)
         self.budget_bytes = memory_gib * GIB if memory_gib is not None else float(self.cluster.device.memory_bytes)
-        self._cut_bytes = cut_bytes_of(self.graph, self.blocks) / self.graph.batch.traced
-        self._shared: dict[ExecutionModel, Blocks] = {}
-        self._grounds: dict[ExecutionModel, Ground] = {}
+        self._stage_boundary_bytes = stage_boundary_bytes(self.graph, self.blocks) / self.graph.batch.traced_size
+        self._block_pricers: dict[ExecutionModel, BlockPricer] = {}
+        self._judge_contexts: dict[ExecutionModel, ModelContext] = {}
         self.pins = BlockPins(self.graph, self.blocks, pins)
 
-    def price(self, layout: Layout, layer_s: tuple[float, float] | None = None) -> Priced:
+    def price(self, layout: Layout, measured_layer_s: tuple[float, float] | None = None) -> PricedLayout:
         """Resolve and price; LayoutError lists all faults. ``layer_s``: measured forward and backward seconds of a
         micro-batch in one layer (the most frequent block) under this layout, recompute and collectives included, which
         then stand for the model's own."""
-        resolved, stages = self._resolved(layout)
-        books = self._books(resolved, stages)
-        held = held_by_chunk(resolved.schedule, resolved.num_stages, resolved.num_microbatches, resolved.vpp)
+        resolved, stages = self._resolve(layout)
+        books = self._stage_costs(resolved, stages)
+        held = in_flight_by_chunk(resolved.schedule, resolved.num_stages, resolved.num_microbatches, resolved.vpp)
         runs = []
         for cut, book, count in zip(stages, books, held, strict=True):
-            run = book.finish((int(book.type_of[cut.first, cut.end]),), cut.spec.num_gpus, count)
+            run = book.fastest_feasible(
+                (int(book.stage_kind_of[cut.first_block, cut.end_block]),), cut.spec.num_gpus, count
+            )
             if run is None:
                 raise LayoutError(
                     [f"mbs={resolved.mbs} samples per rank cannot be run by the model with these degrees"]
                 )
             runs.append(run)
-        if layer_s is not None:
-            runs = self._with_layers(stages, books, runs, layer_s)
-        times = self._times(resolved, stages, books, runs)
+        if measured_layer_s is not None:
+            runs = self._with_measured_layers(stages, books, runs, measured_layer_s)
+        times = self._stage_times(resolved, stages, books, runs)
         devices = [cut.spec.num_gpus for cut in stages[: resolved.num_stages]]
-        memory = max(run_memory(stages, books, runs, held).values())
-        return Priced(
+        memory = max(submesh_memory_bytes(stages, books, runs, held).values())
+        return PricedLayout(
             layout=resolved,
-            cuts=stages,
-            books=books,
-            runs=tuple(runs),
-            held=held,
-            times=tuple(times),
+            stages=stages,
+            stage_costs=books,
+            prices=tuple(runs),
+            in_flight=held,
+            stage_times=tuple(times),
             step_time_s=simulate(
                 resolved.schedule, times, resolved.num_microbatches, resolved.vpp, num_devices=devices
             ).step_time_s,
@@ -142,12 +144,12 @@ class LayoutPricer:
             fits=memory <= self.budget_bytes,
         )
 
-    def _resolved(self, layout: Layout) -> tuple[Layout, tuple[StageCut, ...]]:
+    def _resolve(self, layout: Layout) -> tuple[Layout, tuple[LayoutStage, ...]]:
         """The layout with nothing left open, and its stages; LayoutError lists the faults of both."""
         faults: list[str] = []
         found = layout
         try:
-            found = layout.resolve(self.gpus, self.global_batch, heads=self.heads, kv_heads=self.kv_heads)
+            found = layout.resolve(self.gpus, self.global_batch, heads=self.head_counts, kv_heads=self.kv_head_counts)
         except LayoutError as error:
             faults += error.faults
         try:
@@ -156,31 +158,33 @@ class LayoutPricer:
             raise LayoutError([*faults, *error.faults]) from None
         if faults:
             raise LayoutError(faults)
-        return found, cuts(self.blocks, found, self.gpus)
+        return found, layout_stages(self.blocks, found, self.gpus)
 
-    def _with_layers(
+    def _with_measured_layers(
         self,
-        stages: tuple[StageCut, ...],
-        books: tuple[StageBook, ...],
-        runs: list[Finished],
-        layer_s: tuple[float, float],
-    ) -> list[Finished]:
+        stages: tuple[LayoutStage, ...],
+        stage_costs: tuple[StageCosts, ...],
+        prices: list[StagePrice],
+        measured_layer_s: tuple[float, float],
+    ) -> list[StagePrice]:
         """Runs with the measured seconds in place of the priced ones in every layer."""
         layer = self._layer_kind
         found = []
-        for cut, book, run in zip(stages, books, runs, strict=True):
+        for cut, book, run in zip(stages, stage_costs, prices, strict=True):
             more = [0.0, 0.0]
             for block, column in zip(
-                self.blocks[cut.first : cut.end], book.columns_of(cut.first, cut.end), strict=True
+                self.blocks[cut.first_block : cut.end_block],
+                book.variants_of(cut.first_block, cut.end_block),
+                strict=True,
             ):
                 if block.kind == layer:
-                    totals = book.points(column, run.choice.mesh, FREE).totals[0, run.choice.boundary]
-                    more[0] += layer_s[0] - float(totals[tt.FORWARD])
-                    more[1] += layer_s[1] - float(totals[tt.BACKWARD])
+                    totals = book.frontier(column, run.choice.mesh, FREE).totals[0, run.choice.boundary]
+                    more[0] += measured_layer_s[0] - float(totals[tt.FORWARD])
+                    more[1] += measured_layer_s[1] - float(totals[tt.BACKWARD])
             found.append(replace(run, forward_s=run.forward_s + more[0], backward_s=run.backward_s + more[1]))
         return found
 
-    def _books(self, layout: Layout, stages: tuple[StageCut, ...]) -> tuple[StageBook, ...]:
+    def _stage_costs(self, layout: Layout, stages: tuple[LayoutStage, ...]) -> tuple[StageCosts, ...]:
         """The book of every stage; stages of one mesh share theirs."""
         fsdp = layout.zero == 3 and layout.overlap
         execution = ExecutionModel(
@@ -190,23 +194,23 @@ class LayoutPricer:
             overlap=layout.overlap,
             fusion=layout.fusion,
             fp32_grads=layout.grads == "fp32",
-            accumulate=layout.num_microbatches > 1,
-            balanced_context=True,
-            blocking=layout.launch == "blocking",
+            accumulates_gradients=layout.num_microbatches > 1,
+            balances_causal_context=True,
+            blocking_launches=layout.launch == "blocking",
             # parameters gathered ahead of their use: PyTorch's FSDP, whose checkpoint stops early and selects by op; what
             # selects is torchtitan, whose loss is PyTorch's (llm-foundry's is fused)
-            whole_checkpoint=not fsdp,
-            selective="products" if fsdp else "attention",
-            loss=_loss(layout, fsdp=fsdp),
+            recomputes_whole_block=not fsdp,
+            selective_policy="products" if fsdp else "attention",
+            loss_kernels=_loss_program(layout, fsdp=fsdp),
         )
-        if execution not in self._shared:
-            self._shared[execution] = Blocks(self.graph, self.blocks, self.cluster, execution, self.profile)
-        found: dict[tuple[int, int, int], StageBook] = {}
+        if execution not in self._block_pricers:
+            self._block_pricers[execution] = BlockPricer(self.graph, self.blocks, self.cluster, execution, self.profile)
+        found: dict[tuple[int, int, int], StageCosts] = {}
         for cut in stages:
             key = (cut.spec.dp, cut.spec.cp, cut.spec.tp)
             if key not in found:
-                book = StageBook(
-                    self._shared[execution],
+                book = StageCosts(
+                    self._block_pricers[execution],
                     layout.micro_batch_size,
                     layout.num_microbatches,
                     inf,
@@ -214,37 +218,43 @@ class LayoutPricer:
                     self.gpus,
                     self._restriction(layout, cut),
                 )
-                if not book.whole(layout.micro_batch_size // cut.spec.dp):
+                if not book.has_integer_sizes(layout.micro_batch_size // cut.spec.dp):
                     raise LayoutError(
                         [f"mbs={layout.mbs} samples per rank cannot be run by the model with dp={key[0]}"]
                     )
                 found[key] = book
         return tuple(found[cut.spec.dp, cut.spec.cp, cut.spec.tp] for cut in stages)
 
-    def _restriction(self, layout: Layout, cut: StageCut) -> Restriction:
+    def _restriction(self, layout: Layout, stage: LayoutStage) -> LayoutRestriction:
         """What the layout leaves open, less what pins fix."""
-        found = restriction(self.graph, self.blocks, layout, cut.spec)
+        found = megatron_restriction(self.graph, self.blocks, layout, stage.spec)
         if not self.pins.pins:
             return found
-        return replace(found, allowed=self.pins.allowed(found.mesh.has_data_axis, found.allowed))
+        return replace(found, option_filter=self.pins.option_filter(found.mesh.has_data_axis, found.option_filter))
 
-    def _times(
-        self, layout: Layout, stages: tuple[StageCut, ...], books: tuple[StageBook, ...], runs: list[Finished]
+    def _stage_times(
+        self,
+        layout: Layout,
+        stages: tuple[LayoutStage, ...],
+        stage_costs: tuple[StageCosts, ...],
+        prices: list[StagePrice],
     ) -> list[StageTimes]:
         """Times of all stages, transfers and exchanges of tied parameters included."""
-        placed = [(cut.first, cut.end, cut.spec.num_gpus) for cut in stages]
-        tied = tied_seconds(books, placed, [cut.first_device for cut in stages], [run.choice for run in runs])
+        placed = [(cut.first_block, cut.end_block, cut.spec.num_gpus) for cut in stages]
+        tied = tied_gradient_s(
+            stage_costs, placed, [cut.first_device for cut in stages], [run.choice for run in prices]
+        )
         per_node = self.cluster.devices_per_node
         sends = []
         for at, (cut, following) in enumerate(itertools.pairwise(stages)):
-            choice = runs[at + 1].choice
+            choice = prices[at + 1].choice
             backwards = following.first_device <= cut.first_device  # from the last run of devices to the first
             sends.append(
-                send_seconds(
+                scatter_gather_s(
                     self.cluster,
-                    float(self._cut_bytes[cut.end]) * layout.micro_batch_size,
+                    float(self._stage_boundary_bytes[cut.end_block]) * layout.micro_batch_size,
                     choice.mesh.sizes,
-                    books[at + 1].roles(choice.boundary, choice.mesh),
+                    stage_costs[at + 1].boundary_roles(choice.boundary, choice.mesh),
                     senders=min(cut.spec.num_gpus, per_node),
                     same_node=self.gpus <= per_node if backwards else following.first_device % per_node != 0,
                 )
@@ -254,20 +264,22 @@ class LayoutPricer:
                 forward_s=run.forward_s,
                 backward_s=run.backward_s,
                 step_s=run.step_s + tied[at],
-                send_forward_s=sends[at] if at < len(sends) else 0.0,
-                send_backward_s=sends[at - 1] if at else 0.0,
+                transfer_forward_s=sends[at] if at < len(sends) else 0.0,
+                transfer_backward_s=sends[at - 1] if at else 0.0,
             )
-            for at, run in enumerate(runs)
+            for at, run in enumerate(prices)
         ]
 
-    def block_times(self, priced: Priced, name: str) -> tuple[float, float]:
+    def block_times(self, priced: PricedLayout, name: str) -> tuple[float, float]:
         """Forward and backward seconds of one micro-batch in the block of that name; KeyError for another."""
-        for cut, book, run in zip(priced.cuts, priced.books, priced.runs, strict=True):
+        for cut, book, run in zip(priced.stages, priced.stage_costs, priced.prices, strict=True):
             for block, column in zip(
-                self.blocks[cut.first : cut.end], book.columns_of(cut.first, cut.end), strict=True
+                self.blocks[cut.first_block : cut.end_block],
+                book.variants_of(cut.first_block, cut.end_block),
+                strict=True,
             ):
                 if block.name == name:
-                    totals = book.points(column, run.choice.mesh, FREE).totals[0, run.choice.boundary]
+                    totals = book.frontier(column, run.choice.mesh, FREE).totals[0, run.choice.boundary]
                     return float(totals[tt.FORWARD]), float(totals[tt.BACKWARD])
         raise KeyError(name)
 
@@ -277,58 +289,65 @@ class LayoutPricer:
         kinds = [block.kind for block in self.blocks]
         return max(kinds, key=kinds.count)
 
-    def layer_times(self, priced: Priced) -> tuple[float, float]:
+    def layer_times(self, priced: PricedLayout) -> tuple[float, float]:
         """Forward and backward seconds of one micro-batch in one layer: what ``price`` takes as ``layer_s``."""
         return self.block_times(priced, next(block.name for block in self.blocks if block.kind == self._layer_kind))
 
-    def plan(self, priced: Priced, seconds: float) -> Plan:
+    def plan(self, priced: PricedLayout, search_s: float) -> Plan:
         """The whole plan of a priced layout; LayoutError where a pin contradicts it."""
-        execution = priced.books[0].blocks.execution
-        if execution not in self._grounds:
-            self._grounds[execution] = Ground.of(execution_of(execution), self.graph, self.blocks, self.profile)
+        execution = priced.stage_costs[0].pricer.execution
+        if execution not in self._judge_contexts:
+            self._judge_contexts[execution] = ModelContext.of(
+                plan_execution(execution), self.graph, self.blocks, self.profile
+            )
         plan = build_plan(
-            Found(
+            ChosenPipeline(
                 workload=self.workload,
                 cluster=self.cluster,
-                book=priced.books[0],
-                books=priced.books,
-                stages=tuple((cut.first, cut.end, cut.spec.num_gpus) for cut in priced.cuts),
-                first_devices=tuple(cut.first_device for cut in priced.cuts),
+                stage_costs=priced.stage_costs[0],
+                stage_costs_of=priced.stage_costs,
+                stages=tuple((cut.first_block, cut.end_block, cut.spec.num_gpus) for cut in priced.stages),
+                first_devices=tuple(cut.first_device for cut in priced.stages),
                 num_chunks=priced.layout.vpp,
-                runs=priced.runs,
-                held=priced.held,
+                prices=priced.prices,
+                in_flight=priced.in_flight,
                 schedule=priced.layout.schedule,
                 gpus=self.gpus,
                 global_batch=priced.layout.gbs or 0,
                 budget_bytes=int(self.budget_bytes),
                 lower_bound_s=priced.step_time_s,
-                seconds=seconds,
+                search_s=search_s,
                 runner_up=None,
-                times=priced.times,
-                fixed=True,
-                ground=self._grounds[execution],
+                stage_times=priced.stage_times,
+                is_manual=True,
+                judge_context=self._judge_contexts[execution],
             )
         )
-        if faults := unmet(plan, self.pins.pins):
+        if faults := unsatisfied_pins(plan, self.pins.pins):
             raise LayoutError([f"--pin {fault}" for fault in faults])
         return plan
 
 
-def _loss(layout: Layout, *, fsdp: bool) -> Literal["program", "chain", "torch"]:
+def _loss_program(layout: Layout, *, fsdp: bool) -> Literal["program", "chain", "torch"]:
     """Which cross entropy a layout's program runs (`ExecutionModel`)."""
     if fsdp:
         return "torch" if layout.recompute == "selective" else "program"
     return "chain" if layout.fusion == "megatron" else "program"
 
 
-def run_memory(
-    stages: tuple[StageCut, ...], books: tuple[StageBook, ...], runs: list[Finished], held: tuple[int, ...]
+def submesh_memory_bytes(
+    stages: tuple[LayoutStage, ...],
+    stage_costs: tuple[StageCosts, ...],
+    prices: list[StagePrice],
+    in_flight: tuple[int, ...],
 ) -> dict[int, int]:
     """First device of each run of devices -> bytes on each of its devices."""
     found: dict[int, list[MemoryParts]] = {}
-    for cut, book, run, count in zip(stages, books, runs, held, strict=True):
-        found.setdefault(cut.first_device, []).append(stage_memory(book, run.choice, cut.first, cut.end, count))
-    return {device: chunks_memory(parts).total for device, parts in found.items()}
+    for cut, book, run, count in zip(stages, stage_costs, prices, in_flight, strict=True):
+        found.setdefault(cut.first_device, []).append(
+            stage_memory(book, run.choice, cut.first_block, cut.end_block, count)
+        )
+    return {device: memory_of_chunks(parts).total for device, parts in found.items()}
 
 
 def plan_layout(
@@ -349,7 +368,7 @@ def plan_layout(
     parsed = parse_layout(layout)
     machine = load_cluster(cluster)
     pricer = LayoutPricer(
-        model_graph(workload, dtype=dtype or machine.device.default_dtype),
+        trace_model(workload, dtype=dtype or machine.device.default_dtype),
         cluster=machine,
         gpus=gpus,
         global_batch=global_batch or parsed.gbs or workload.global_batch,

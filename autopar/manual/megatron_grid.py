@@ -11,8 +11,8 @@ from autopar.core.layout import Layout, parse_layout
 from autopar.core.plan import Plan
 from autopar.core.units import GIB
 from autopar.inter.even_partition import layers
-from autopar.inter.interleaved_search import NUM_CHUNKS
-from autopar.manual.layout_pricer import LayoutPricer, Priced, model_graph
+from autopar.inter.interleaved_search import CHUNK_COUNTS
+from autopar.manual.layout_pricer import LayoutPricer, PricedLayout, trace_model
 from autopar.workload.workload import Workload
 
 
@@ -23,7 +23,7 @@ def compare_megatron(plan: Plan, workload: Workload, cluster: Cluster, layout_te
     """
     started = time.perf_counter()
     pricer = LayoutPricer(
-        model_graph(workload, dtype=plan.execution.dtype),
+        trace_model(workload, dtype=plan.execution.dtype),
         cluster=cluster,
         gpus=plan.gpus,
         global_batch=plan.global_batch,
@@ -32,7 +32,9 @@ def compare_megatron(plan: Plan, workload: Workload, cluster: Cluster, layout_te
     )
     if pricer.graph.fingerprint != plan.model.graph_fingerprint:
         raise PlanFileError("the model traces to another graph than the plan was made for; run `autopar plan` again")
-    priced = [pricer.price(parse_layout(layout_text))] if layout_text is not None else _grid(pricer, plan.global_batch)
+    priced = (
+        [pricer.price(parse_layout(layout_text))] if layout_text is not None else _price_grid(pricer, plan.global_batch)
+    )
     fitting = [one for one in priced if one.fits]
     pool = fitting or (priced if layout_text is not None else [])
     best = min(pool, key=lambda one: one.step_time_s, default=None)
@@ -45,7 +47,7 @@ def compare_megatron(plan: Plan, workload: Workload, cluster: Cluster, layout_te
     )
 
 
-def _grid(pricer: LayoutPricer, global_batch: int) -> list[Priced]:
+def _price_grid(pricer: LayoutPricer, global_batch: int) -> list[PricedLayout]:
     found = []
     num_layers = len(layers(pricer.blocks))
     divisors = [n for n in range(1, pricer.gpus + 1) if pricer.gpus % n == 0]
@@ -55,7 +57,7 @@ def _grid(pricer: LayoutPricer, global_batch: int) -> list[Priced]:
             continue
         samples = global_batch // dp
         sizes = [mbs for mbs in (1, 2, 4, 8, 16, 32, 64) if samples % mbs == 0]
-        chunks = [v for v in NUM_CHUNKS if pp > 1 and num_layers % (pp * v) == 0]
+        chunks = [v for v in CHUNK_COUNTS if pp > 1 and num_layers % (pp * v) == 0]
         for mbs, sp, recompute, zero, vpp in itertools.product(
             sizes,
             (False, True) if tp > 1 else (False,),

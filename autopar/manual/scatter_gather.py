@@ -14,25 +14,25 @@ from numpy.typing import NDArray
 
 from autopar.cluster.cluster import Cluster
 from autopar.cost.redistribution_time import MeshLinks
-from autopar.graph.boundary_values import crossing
+from autopar.graph.boundary_values import boundary_values
 from autopar.graph.ir import Block, Graph
 
 
-def cut_bytes_of(graph: Graph, blocks: tuple[Block, ...]) -> NDArray[np.float64]:
+def stage_boundary_bytes(graph: Graph, blocks: tuple[Block, ...]) -> NDArray[np.float64]:
     """Bytes that cross the cut before each block, whole at the traced batch; (blocks + 1,)."""
     sizes = [0.0]
-    for values in crossing(graph, blocks):
+    for values in boundary_values(graph, blocks):
         carried = [graph.values[value] for value in values if graph.values[value].requires_grad]
         sizes.append(float(sum(prod(value.shape) * value.itemsize for value in carried)))
     sizes += [0.0] * (len(blocks) + 1 - len(sizes))
     return np.array(sizes)
 
 
-def send_seconds(
+def scatter_gather_s(
     cluster: Cluster,
     num_bytes: float,
     mesh_sizes: tuple[int, ...],
-    roles: tuple[str, ...],
+    boundary_roles: tuple[str, ...],
     *,
     senders: int,
     same_node: bool,
@@ -43,9 +43,11 @@ def send_seconds(
         return 0.0
     data, *inner = mesh_sizes
     local = num_bytes / data
-    shards = prod(size for size, role in zip(inner, roles, strict=True) if role != "R")
-    time_s = float(cluster.transfer_s(local / prod(inner), same_node=same_node, sharers=senders))
-    whole = tuple(1 + at for at, (size, role) in enumerate(zip(inner, roles, strict=True)) if role == "R" and size > 1)
+    shards = prod(size for size, role in zip(inner, boundary_roles, strict=True) if role != "R")
+    time_s = float(cluster.transfer_s(local / prod(inner), same_node=same_node, num_senders=senders))
+    whole = tuple(
+        1 + at for at, (size, role) in enumerate(zip(inner, boundary_roles, strict=True)) if role == "R" and size > 1
+    )
     if whole:
         links = MeshLinks(cluster, prod(mesh_sizes), mesh_sizes, whole)
         time_s += float(links.collective_s("all_gather", local / shards, tuple(range(len(whole)))))

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-SMALL = 16  # elements of a kernel that is all latency
+TINY_NUMEL = 16  # elements of a kernel that is all latency
 GRAPH_KERNELS = 64
-FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+FUSED_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,19 +32,19 @@ class Stopwatch:
 
     device: str
     repeats: int
-    least_s: float
+    min_total_s: float
 
-    def time_s(self, work: Callable[[], object]) -> float:
+    def median_s(self, work: Callable[[], object]) -> float:
         """Median seconds of one call."""
         work()
-        self.wait()
+        self.synchronize()
         found: list[float] = []
         started = time.perf_counter()
-        while len(found) < self.repeats or time.perf_counter() - started < self.least_s:
+        while len(found) < self.repeats or time.perf_counter() - started < self.min_total_s:
             found.append(self._once_s(work))
         return statistics.median(found)
 
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
@@ -64,12 +64,12 @@ class Stopwatch:
 def matmul_s(watch: Stopwatch, m: int, n: int, k: int, dtype: torch.dtype) -> float:
     """Seconds of (m, k) @ (k, n), the second operand a weight as ``linear`` holds it."""
     x, weight = _random(watch, (m, k), dtype), _random(watch, (n, k), dtype)
-    return watch.time_s(lambda: F.linear(x, weight))
+    return watch.median_s(lambda: F.linear(x, weight))
 
 
 def attention_s(watch: Stopwatch, seq: int, heads: int, head_dim: int, dtype: torch.dtype) -> tuple[float, float]:
     """Forward and backward seconds of causal attention with the device's own fused kernel."""
-    with sdpa_kernel(FUSED):
+    with sdpa_kernel(FUSED_BACKENDS):
         return _forward_backward(
             watch,
             lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
@@ -94,48 +94,48 @@ def stream_bytes_per_s(watch: Stopwatch, num_bytes: int) -> tuple[float, float]:
     """(fastest of copying and filling, adding two tensors) over tensors of ``num_bytes``."""
     first, second = (torch.ones(num_bytes // 4, device=watch.device) for _ in range(2))
     out = torch.empty_like(first)
-    copied = 2 * num_bytes / watch.time_s(lambda: out.copy_(first))
-    filled = num_bytes / watch.time_s(lambda: out.fill_(1.0))
-    added = 3 * num_bytes / watch.time_s(lambda: torch.add(first, second, out=out))
+    copied = 2 * num_bytes / watch.median_s(lambda: out.copy_(first))
+    filled = num_bytes / watch.median_s(lambda: out.fill_(1.0))
+    added = 3 * num_bytes / watch.median_s(lambda: torch.add(first, second, out=out))
     return max(copied, filled, added), added
 
 
 def launch_s(watch: Stopwatch, count: int) -> float:
     """Host seconds of one call of an op on a handful of numbers, among ``count`` in a row with gradient on."""
-    x = torch.ones(SMALL, device=watch.device, requires_grad=True)
+    x = torch.ones(TINY_NUMEL, device=watch.device, requires_grad=True)
     x.mul(1.0)
-    watch.wait()
+    watch.synchronize()
     started = time.perf_counter()
     for _ in range(count):
         x.mul(1.0)
     elapsed = time.perf_counter() - started
-    watch.wait()
+    watch.synchronize()
     return elapsed / count
 
 
 def latency_s(watch: Stopwatch) -> float:
     """Device seconds of a kernel on a handful of numbers."""
-    x = torch.ones(SMALL, device=watch.device)
+    x = torch.ones(TINY_NUMEL, device=watch.device)
     if watch.device != "cuda":
-        return watch.time_s(lambda: x.mul_(1.0))
+        return watch.median_s(lambda: x.mul_(1.0))
     x.mul_(1.0)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(GRAPH_KERNELS):
             x.mul_(1.0)
-    return watch.time_s(graph.replay) / GRAPH_KERNELS
+    return watch.median_s(graph.replay) / GRAPH_KERNELS
 
 
 def sustained_fraction(watch: Stopwatch, size: int, dtype: torch.dtype, seconds: float) -> float:
     """Rate of a square matmul after ``seconds`` of them over its rate at first: clocks fall as a device warms up."""
     x, weight = (_random(watch, (size, size), dtype) for _ in range(2))
-    cool_s = watch.time_s(lambda: F.linear(x, weight))
+    cool_s = watch.median_s(lambda: F.linear(x, weight))
     started = time.perf_counter()
     while time.perf_counter() - started < seconds:
         F.linear(x, weight)
-        watch.wait()
-    warm_s = watch.time_s(lambda: F.linear(x, weight))
+        watch.synchronize()
+    warm_s = watch.median_s(lambda: F.linear(x, weight))
     return min(cool_s / warm_s, 1.0)
 
 
@@ -144,10 +144,10 @@ def _forward_backward(
 ) -> tuple[float, float]:
     leaves = tuple(_random(watch, shape, dtype).requires_grad_() for _ in range(3))
     with torch.no_grad():
-        forward_s = watch.time_s(lambda: attend(*leaves))
+        forward_s = watch.median_s(lambda: attend(*leaves))
     result = attend(*leaves)
     gradient = torch.ones_like(result)
-    backward_s = watch.time_s(lambda: torch.autograd.grad(result, leaves, gradient, retain_graph=True))
+    backward_s = watch.median_s(lambda: torch.autograd.grad(result, leaves, gradient, retain_graph=True))
     return forward_s, backward_s
 
 

@@ -13,24 +13,26 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from autopar.cluster.cluster import KINDS, CollectiveCurve, Kind
+from autopar.cluster.cluster import MEASURED_COLLECTIVES, CollectiveCurve, MeasuredCollective
 from autopar.measure.kernel_times import Stopwatch
 
-Progress = Callable[[str], None]
+LinkProgress = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Links:
+class MeasuredLinks:
     """Curves inside a node, and of one message between two ranks: bytes per second, and seconds of next to no bytes.
     ``between`` is (bytes per second of a node, seconds a hop) of an all_reduce over several nodes, None on one node."""
 
     curves: tuple[CollectiveCurve, ...]
     link_bytes_per_s: float
     link_latency_s: float
-    between: tuple[float, float] | None
+    inter_node: tuple[float, float] | None
 
 
-def measure_links(watch: Stopwatch, sizes_bytes: tuple[int, ...], ranks_per_node: int, progress: Progress) -> Links:
+def measure_links(
+    watch: Stopwatch, sizes_bytes: tuple[int, ...], ranks_per_node: int, progress: LinkProgress
+) -> MeasuredLinks:
     """Collectives among 2, 4, ... ranks of the first node, and between nodes where there are several."""
     world = dist.get_world_size()
     counts = sorted(
@@ -41,10 +43,10 @@ def measure_links(watch: Stopwatch, sizes_bytes: tuple[int, ...], ranks_per_node
         if count < 2:
             continue
         group = dist.new_group(list(range(count)))
-        for kind in KINDS:
+        for kind in MEASURED_COLLECTIVES:
             progress(f"{kind} among {count} ranks")
             times = [_collective_s(watch, kind, size, count, group) for size in sizes_bytes]
-            curves.append(_curve(kind, count, sizes_bytes, times))  # type: ignore[arg-type]
+            curves.append(_monotone_curve(kind, count, sizes_bytes, times))  # type: ignore[arg-type]
     progress("sends between two ranks")
     small, large = (_send_s(watch, size) for size in (sizes_bytes[0], sizes_bytes[-1]))
     rate = (sizes_bytes[-1] - sizes_bytes[0]) / max(large - small, 1e-9)
@@ -59,22 +61,26 @@ def measure_links(watch: Stopwatch, sizes_bytes: tuple[int, ...], ranks_per_node
         factor = 2 * (nodes - 1) / nodes
         hops = 2 * max((nodes - 1).bit_length(), 1)
         between = (factor * sizes_bytes[-1] / max(high - low, 1e-9), low / hops)
-    return Links(curves=tuple(curves), link_bytes_per_s=rate, link_latency_s=min(small, large), between=between)
+    return MeasuredLinks(
+        curves=tuple(curves), link_bytes_per_s=rate, link_latency_s=min(small, large), inter_node=between
+    )
 
 
-def _curve(kind: Kind, num_ranks: int, sizes_bytes: tuple[int, ...], times_s: list[float]) -> CollectiveCurve:
+def _monotone_curve(
+    kind: MeasuredCollective, num_ranks: int, sizes_bytes: tuple[int, ...], times_s: list[float]
+) -> CollectiveCurve:
     """A noisy machine may take longer for fewer bytes: times are made to grow by taking the largest so far."""
     grown = [max(times_s[: at + 1]) for at in range(len(times_s))]
     return CollectiveCurve(kind=kind, num_ranks=num_ranks, num_bytes=sizes_bytes, time_s=tuple(grown))
 
 
-def _collective_s(watch: Stopwatch, kind: str, num_bytes: int, count: int, group: ProcessGroup | None) -> float:
+def _collective_s(watch: Stopwatch, kind: str, num_bytes: int, num_ranks: int, group: ProcessGroup | None) -> float:
     """Seconds of one collective, on all ranks of the world (those outside the group get the others' time)."""
     seconds = torch.zeros(1, device=watch.device)
-    if dist.get_rank() < count:
-        whole = max(num_bytes // 4 // count, 1) * count
+    if dist.get_rank() < num_ranks:
+        whole = max(num_bytes // 4 // num_ranks, 1) * num_ranks
         full = torch.ones(whole, device=watch.device)
-        part = torch.zeros(whole // count, device=watch.device)
+        part = torch.zeros(whole // num_ranks, device=watch.device)
         other = torch.empty_like(full)
         calls: dict[str, Callable[[], object]] = {
             "all_reduce": lambda: dist.all_reduce(full, group=group),
@@ -82,16 +88,16 @@ def _collective_s(watch: Stopwatch, kind: str, num_bytes: int, count: int, group
             "reduce_scatter": lambda: dist.reduce_scatter_single(part, full, group=group),
             "all_to_all": lambda: dist.all_to_all_single(other, full, group=group),
         }
-        seconds[0] = _agreed_s(watch, calls[kind], group)
+        seconds[0] = _equal_count_s(watch, calls[kind], group)
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
     return float(seconds)
 
 
-def _agreed_s(watch: Stopwatch, work: Callable[[], object], group: ProcessGroup | None) -> float:
+def _equal_count_s(watch: Stopwatch, work: Callable[[], object], group: ProcessGroup | None) -> float:
     """Median of as many runs on every rank of the group: a watch that stops by the clock would stop them apart."""
-    fixed = Stopwatch(device=watch.device, repeats=watch.repeats, least_s=0.0)
+    fixed = Stopwatch(device=watch.device, repeats=watch.repeats, min_total_s=0.0)
     dist.barrier(group=group)
-    return fixed.time_s(work)
+    return fixed.median_s(work)
 
 
 def _send_s(watch: Stopwatch, num_bytes: int) -> float:
@@ -109,7 +115,7 @@ def _send_s(watch: Stopwatch, num_bytes: int) -> float:
                 dist.recv(data, 0)
                 dist.send(data, 0)
 
-        fixed = Stopwatch(device=watch.device, repeats=watch.repeats, least_s=0.0)
-        seconds[0] = fixed.time_s(there_and_back) / 2
+        fixed = Stopwatch(device=watch.device, repeats=watch.repeats, min_total_s=0.0)
+        seconds[0] = fixed.median_s(there_and_back) / 2
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
     return float(seconds)

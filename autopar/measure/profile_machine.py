@@ -27,9 +27,9 @@ import torch
 import torch.distributed as dist
 
 from autopar.cluster.cluster import Cluster
-from autopar.cluster.cost_tables import PROFILE_NAME, cluster_names, load_cluster
+from autopar.cluster.cost_tables import PROFILE_NAME_PREFIX, cluster_names, load_cluster
 from autopar.cluster.device import REFERENCE_HEAD_DIM, AttentionTable, Device, MatmulTable
-from autopar.cluster.number_source import Source
+from autopar.cluster.number_source import NumberSource
 from autopar.core.dtypes import ITEMSIZE
 from autopar.core.errors import UsageError
 from autopar.measure.kernel_times import (
@@ -42,15 +42,15 @@ from autopar.measure.kernel_times import (
     stream_bytes_per_s,
     sustained_fraction,
 )
-from autopar.measure.link_times import Links, measure_links
+from autopar.measure.link_times import MeasuredLinks, measure_links
 
 Progress = Callable[[str, str, float | None, float | None], None]
-MATH_SEQ, MATH_HEADS = 2048, 64  # of materialised attention: half a GiB of scores
-USABLE = 0.97  # of a GPU's memory: what the shipped tables' sources leave to programs
+MAX_MATH_SEQ, MAX_MATH_HEADS = 2048, 64  # of materialised attention: half a GiB of scores
+USABLE_MEMORY_FRACTION = 0.97  # of a GPU's memory: what the shipped tables' sources leave to programs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
+class MeasurementSizes:
     """What is measured: grids of the tables, and for how long."""
 
     m: tuple[int, ...]
@@ -60,34 +60,34 @@ class Sizes:
     stream_bytes: int
     message_bytes: tuple[int, ...]
     repeats: int
-    least_s: float
+    min_total_s: float
     warm_s: float
 
 
-SIZES = {
-    ("cpu", True): Sizes(
+MEASUREMENT_SIZES = {
+    ("cpu", True): MeasurementSizes(
         m=(64, 512), nk=(256, 1024), seq=(128, 512), heads=(1, 4), stream_bytes=2**25,
-        message_bytes=(2**10, 2**16, 2**22), repeats=3, least_s=0.005, warm_s=0.2,
+        message_bytes=(2**10, 2**16, 2**22), repeats=3, min_total_s=0.005, warm_s=0.2,
     ),
-    ("cpu", False): Sizes(
+    ("cpu", False): MeasurementSizes(
         m=(64, 256, 1024, 4096), nk=(256, 512, 1024, 2048), seq=(128, 256, 512, 1024), heads=(1, 4, 16),
-        stream_bytes=2**28, message_bytes=tuple(2**at for at in range(10, 27, 2)), repeats=5, least_s=0.05, warm_s=5.0,
+        stream_bytes=2**28, message_bytes=tuple(2**at for at in range(10, 27, 2)), repeats=5, min_total_s=0.05, warm_s=5.0,
     ),
-    ("cuda", True): Sizes(
+    ("cuda", True): MeasurementSizes(
         m=(64, 512, 4096), nk=(512, 2048, 8192), seq=(512, 2048), heads=(8, 64), stream_bytes=2**28,
-        message_bytes=(2**12, 2**18, 2**24, 2**28), repeats=5, least_s=0.01, warm_s=1.0,
+        message_bytes=(2**12, 2**18, 2**24, 2**28), repeats=5, min_total_s=0.01, warm_s=1.0,
     ),
-    ("cuda", False): Sizes(
+    ("cuda", False): MeasurementSizes(
         m=(64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
         nk=(256, 512, 1024, 2048, 3072, 4096, 6144, 8192, 12288, 16384),
         seq=(512, 1024, 2048, 4096, 8192, 16384), heads=(4, 16, 64, 256), stream_bytes=2**30,
-        message_bytes=tuple(2**at for at in range(12, 31, 2)), repeats=7, least_s=0.03, warm_s=20.0,
+        message_bytes=tuple(2**at for at in range(12, 31, 2)), repeats=7, min_total_s=0.03, warm_s=20.0,
     ),
 }  # fmt: skip
 
 
-def profile(
-    *, device: str | None, quick: bool, base: str | None, progress: Progress, sizes: Sizes | None = None
+def profile_machine(
+    *, device: str | None, quick: bool, base: str | None, progress: Progress, sizes: MeasurementSizes | None = None
 ) -> Cluster | None:
     """Measure; None on the ranks that are not the first. ``device`` "cpu" or "cuda", else what is there; ``sizes``
     instead of those of ``SIZES``."""
@@ -99,9 +99,9 @@ def profile(
             torch.set_num_threads(max(int(os.environ.get("OMP_NUM_THREADS") or "1"), 1))
         first = not dist.is_initialized() or dist.get_rank() == 0
         name = _device_name(chosen)
-        likeness = load_cluster(base) if base is not None else _base(chosen, name)
-        chosen_sizes = sizes or SIZES[chosen, quick]
-        watch = Stopwatch(device=chosen, repeats=chosen_sizes.repeats, least_s=chosen_sizes.least_s)
+        likeness = load_cluster(base) if base is not None else _closest_cluster(chosen, name)
+        chosen_sizes = sizes or MEASUREMENT_SIZES[chosen, quick]
+        watch = Stopwatch(device=chosen, repeats=chosen_sizes.repeats, min_total_s=chosen_sizes.min_total_s)
 
         def tell(stage: str, detail: str) -> None:
             if first:
@@ -112,7 +112,7 @@ def profile(
         links = None
         if dist.is_initialized() and dist.get_world_size() > 1:
             links = measure_links(watch, chosen_sizes.message_bytes, ranks_per_node, lambda what: tell("links", what))
-        return _cluster(likeness, measured, links, name, ranks_per_node) if first else None
+        return _measured_cluster(likeness, measured, links, name, ranks_per_node) if first else None
 
 
 @contextmanager
@@ -141,7 +141,7 @@ def _device_name(device: str) -> str:
     return models[0] if models else platform.machine() or "CPU"
 
 
-def _base(device: str, name: str) -> Cluster:
+def _closest_cluster(device: str, name: str) -> Cluster:
     """The shipped cluster that is most like this machine: of the same chip and memory, else of any GPU."""
     if device == "cpu":
         return load_cluster("cpu-gloo")
@@ -155,34 +155,39 @@ def _base(device: str, name: str) -> Cluster:
 
 
 def _measure_device(
-    watch: Stopwatch, sizes: Sizes, name: str, base: Device, per_node: int, tell: Callable[[str, str], None]
+    watch: Stopwatch,
+    sizes: MeasurementSizes,
+    name: str,
+    base: Device,
+    devices_per_node: int,
+    report: Callable[[str, str], None],
 ) -> Device:
     on_gpu = watch.device == "cuda"
     default = torch.float32
     if on_gpu:
         default = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    tell("device", f"{name}: memory and launches")
+    report("device", f"{name}: memory and launches")
     fastest, added = stream_bytes_per_s(watch, sizes.stream_bytes)
     launching, waiting = launch_s(watch, 2000), latency_s(watch)
-    tell("device", "matmul by shape")
-    times = _matmul_times(watch, sizes, default, tell)
+    report("device", "matmul by shape")
+    times = _matmul_times(watch, sizes, default, report)
     big = sizes.nk[-1]
     dtypes = (default, torch.float32) if on_gpu and default != torch.float32 else (default,)
     seen = {dtype: 2 * big**3 / matmul_s(watch, big, big, big, dtype) for dtype in dtypes}
     seen[default] = max(seen[default], *(2 * math.prod(shape) / time for shape, time in times.items()))
     known = base if base.name.split("-")[0] in name else None
     sheet = known.peak_flops_per_s if known else {}
-    peaks = {_word(dtype): max(rate, sheet.get(_word(dtype), 0.0)) for dtype, rate in seen.items()}
-    peak = peaks[_word(default)]
+    peaks = {_dtype_name(dtype): max(rate, sheet.get(_dtype_name(dtype), 0.0)) for dtype, rate in seen.items()}
+    peak = peaks[_dtype_name(default)]
     bandwidth = max(fastest, known.memory_bytes_per_s if known else 0.0)
-    tell("device", "matmul of odd widths, and for a while")
+    report("device", "matmul of odd widths, and for a while")
     odd_s = matmul_s(watch, sizes.m[-1], big + 1, big, default)
     even_s = matmul_s(watch, sizes.m[-1], big, big, default)
     sustained = sustained_fraction(watch, big, default, sizes.warm_s)
-    tell("device", "attention by sequence and heads")
-    attention = _attention(watch, sizes, default, peak)
+    report("device", "attention by sequence and heads")
+    attention = _attention_fields(watch, sizes, default, peak)
     fields: dict[str, Any] = {
-        "memory_bytes": _memory_bytes(watch.device, per_node),
+        "memory_bytes": _memory_bytes(watch.device, devices_per_node),
         "peak_flops_per_s": peaks,
         "memory_bytes_per_s": bandwidth,
         "memory_efficiency": min(added / bandwidth, 1.0),
@@ -201,24 +206,24 @@ def _measure_device(
         ),
         **attention,
     }
-    fields |= _materialised(watch, sizes, default, peak, fields)
+    fields |= _math_attention_fields(watch, sizes, default, peak, fields)
     if on_gpu:
         fields["context_bytes"] = _context_bytes()
-    return _with_source(base, name, fields)
+    return _measured_table(base, name, fields)
 
 
 def _matmul_times(
-    watch: Stopwatch, sizes: Sizes, dtype: torch.dtype, tell: Callable[[str, str], None]
+    watch: Stopwatch, sizes: MeasurementSizes, dtype: torch.dtype, report: Callable[[str, str], None]
 ) -> dict[tuple[int, int, int], float]:
     found = {}
     for m in sizes.m:
-        tell("device", f"matmul with {m} rows")
+        report("device", f"matmul with {m} rows")
         for n, k in itertools.product(sizes.nk, sizes.nk):
             found[m, n, k] = matmul_s(watch, m, n, k, dtype)
     return found
 
 
-def _attention(watch: Stopwatch, sizes: Sizes, dtype: torch.dtype, peak: float) -> dict[str, Any]:
+def _attention_fields(watch: Stopwatch, sizes: MeasurementSizes, dtype: torch.dtype, peak: float) -> dict[str, Any]:
     """Table of fused attention, its backward's speed and what a smaller head costs; the table is of measured kernels,
     so ``flash_speed`` is 1."""
     efficiency = []
@@ -235,14 +240,14 @@ def _attention(watch: Stopwatch, sizes: Sizes, dtype: torch.dtype, peak: float) 
     }
 
 
-def _materialised(
-    watch: Stopwatch, sizes: Sizes, dtype: torch.dtype, peak: float, fields: dict[str, Any]
+def _math_attention_fields(
+    watch: Stopwatch, sizes: MeasurementSizes, dtype: torch.dtype, peak: float, fields: dict[str, Any]
 ) -> dict[str, float]:
     """Traffic of the mask and softmax: what materialised attention takes beyond its products as a device prices
     them."""
-    seq, heads, d = min(sizes.seq[-1], MATH_SEQ), min(sizes.heads[-1], MATH_HEADS), REFERENCE_HEAD_DIM
+    seq, heads, d = min(sizes.seq[-1], MAX_MATH_SEQ), min(sizes.heads[-1], MAX_MATH_HEADS), REFERENCE_HEAD_DIM
     forward_s, backward_s = materialised_attention_s(watch, seq, heads, d, dtype)
-    itemsize = ITEMSIZE[_word(dtype)]
+    itemsize = ITEMSIZE[_dtype_name(dtype)]
     bytes_per_s = fields["memory_bytes_per_s"] * fields["memory_efficiency"]
     rate = peak * max(fields["matmul"].efficiency) * fields["sustained_fraction"]
     moved_s = itemsize * heads * (seq**2 + 2 * seq * d) / bytes_per_s
@@ -254,12 +259,12 @@ def _materialised(
     }
 
 
-def _memory_bytes(device: str, per_node: int) -> int:
+def _memory_bytes(device: str, devices_per_node: int) -> int:
     """What one rank can use: the GPU's memory, or its share of the machine's."""
     if device == "cuda":
-        return int(USABLE * torch.cuda.get_device_properties(0).total_memory)
+        return int(USABLE_MEMORY_FRACTION * torch.cuda.get_device_properties(0).total_memory)
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(whole // per_node)
+    return int(whole // devices_per_node)
 
 
 def _context_bytes() -> int:
@@ -268,14 +273,16 @@ def _context_bytes() -> int:
     return max(int(total - free - torch.cuda.memory_reserved()), 0)
 
 
-def _with_source(base: Device, name: str, fields: dict[str, Any]) -> Device:
+def _measured_table(base: Device, name: str, fields: dict[str, Any]) -> Device:
     table = msgspec.structs.replace(base, name=name)
-    provenance = {key: _from_base(source, base.name) for key, source in base.provenance.items()}
+    provenance = {key: _copied_source(source, base.name) for key, source in base.provenance.items()}
     provenance |= dict.fromkeys(fields, measured_source(name))
     return msgspec.structs.replace(table, **fields, provenance=provenance)
 
 
-def _cluster(base: Cluster, device: Device, links: Links | None, name: str, ranks_per_node: int) -> Cluster:
+def _measured_cluster(
+    base: Cluster, device: Device, links: MeasuredLinks | None, name: str, ranks_per_node: int
+) -> Cluster:
     fields: dict[str, Any] = {}
     if ranks_per_node:
         fields["devices_per_node"] = ranks_per_node
@@ -284,32 +291,34 @@ def _cluster(base: Cluster, device: Device, links: Links | None, name: str, rank
         fields["link_latency_s"] = links.link_latency_s
         if links.curves:
             fields["collectives"] = links.curves
-        if links.between is not None:
-            rate, latency = links.between
+        if links.inter_node is not None:
+            rate, latency = links.inter_node
             fields["inter_node_gbits_per_s"] = rate * 8 / 1e9
             fields["inter_node_efficiency"] = 1.0
             fields["inter_node_latency_s"] = latency
             fields["inter_node_ramp_bytes"] = 0.0
-    provenance = {key: _from_base(source, base.name) for key, source in base.provenance.items()}
+    provenance = {key: _copied_source(source, base.name) for key, source in base.provenance.items()}
     provenance |= dict.fromkeys(fields, measured_source(name))
-    return msgspec.structs.replace(base, name=f"{PROFILE_NAME}{name}", device=device, **fields, provenance=provenance)
+    return msgspec.structs.replace(
+        base, name=f"{PROFILE_NAME_PREFIX}{name}", device=device, **fields, provenance=provenance
+    )
 
 
-def measured_source(name: str) -> Source:
+def measured_source(name: str) -> NumberSource:
     """Machine, software and day of a measurement."""
     cores = f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}"
     cuda = f", CUDA {torch.version.cuda}" if torch.version.cuda else ""
-    return Source(
+    return NumberSource(
         source=f"autopar profile on {name} ({cores}), torch {torch.__version__}{cuda}",
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         status="measured",
     )
 
 
-def _from_base(source: Source, base: str) -> Source:
+def _copied_source(source: NumberSource, base: str) -> NumberSource:
     """A number of a sibling's: not measured here, whatever it was there."""
-    return Source(source=f"of {base}: {source.source}", date=source.date, status="modelled")
+    return NumberSource(source=f"of {base}: {source.source}", date=source.date, status="modelled")
 
 
-def _word(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -69,7 +69,7 @@ def check_schedule(schedule: str, num_stages: int, num_microbatches: int, num_ch
         )
 
 
-def num_warmup(schedule: Schedule, num_stages: int, num_microbatches: int, num_chunks: int, rank: int) -> int:
+def num_warmup_forwards(schedule: Schedule, num_stages: int, num_microbatches: int, num_chunks: int, rank: int) -> int:
     """w of the module's table: forwards before the first forward that a backward follows at once."""
     num_steps = num_microbatches * num_chunks
     if schedule == "gpipe":
@@ -79,12 +79,12 @@ def num_warmup(schedule: Schedule, num_stages: int, num_microbatches: int, num_c
     return min((num_chunks - 1) * num_stages + 2 * (num_stages - 1 - rank), num_steps)
 
 
-def _rank_order(warmup: int, num_steps: int) -> tuple[NDArray[np.bool_], Ints]:
+def _rank_order(num_warmup_steps: int, num_steps: int) -> tuple[NDArray[np.bool_], Ints]:
     """(is it a forward, its forward or backward step) of each of the 2 num_steps actions of a rank."""
     steps = np.arange(num_steps)
     # Forward k comes at k, pushed back by the backwards between; backward j comes right behind forward j + warmup.
-    forward_at = steps + np.maximum(steps - warmup, 0)
-    backward_at = np.where(steps + warmup < num_steps, 2 * steps + warmup + 1, steps + num_steps)
+    forward_at = steps + np.maximum(steps - num_warmup_steps, 0)
+    backward_at = np.where(steps + num_warmup_steps < num_steps, 2 * steps + num_warmup_steps + 1, steps + num_steps)
     is_forward = np.zeros(2 * num_steps, dtype=np.bool_)
     is_forward[forward_at] = True
     step = np.empty(2 * num_steps, dtype=np.int64)
@@ -93,7 +93,7 @@ def _rank_order(warmup: int, num_steps: int) -> tuple[NDArray[np.bool_], Ints]:
     return is_forward, step
 
 
-def actions(
+def rank_actions(
     schedule: Schedule, num_stages: int, num_microbatches: int, num_chunks: int = 1
 ) -> tuple[tuple[Action, ...], ...]:
     """The actions of each of ``num_stages`` pipeline ranks, first rank first, in the order the rank runs them.
@@ -106,7 +106,7 @@ def actions(
     group = num_stages if num_chunks > 1 or schedule == "interleaved" else num_steps
     ranks = []
     for rank in range(num_stages):
-        warmup = num_warmup(schedule, num_stages, num_microbatches, num_chunks, rank)
+        warmup = num_warmup_forwards(schedule, num_stages, num_microbatches, num_chunks, rank)
         is_forward, step = _rank_order(warmup, num_steps)
         chunk = _local_chunk(is_forward, step, group, num_chunks) * num_stages + rank
         microbatch = step // (group * num_chunks) * group + step % group
@@ -119,7 +119,9 @@ def actions(
     return tuple(ranks)
 
 
-def in_flight(schedule: Schedule, num_stages: int, num_microbatches: int, num_chunks: int = 1) -> tuple[int, ...]:
+def in_flight_by_rank(
+    schedule: Schedule, num_stages: int, num_microbatches: int, num_chunks: int = 1
+) -> tuple[int, ...]:
     """The most micro-batches (of one chunk each, 1/v of a rank's blocks) that each rank holds saved tensors of.
 
     Counted from the rank's own order: forwards done and not yet undone by their backward, the running one included.
@@ -131,25 +133,27 @@ def in_flight(schedule: Schedule, num_stages: int, num_microbatches: int, num_ch
     num_steps = num_microbatches * num_chunks
     peaks = []
     for rank in range(num_stages):
-        warmup = num_warmup(schedule, num_stages, num_microbatches, num_chunks, rank)
+        warmup = num_warmup_forwards(schedule, num_stages, num_microbatches, num_chunks, rank)
         is_forward, _ = _rank_order(warmup, num_steps)
         peaks.append(int(np.cumsum(np.where(is_forward, 1, -1)).max()))
     return tuple(peaks)
 
 
 @lru_cache(maxsize=256)
-def held_by_chunk(schedule: Schedule, num_stages: int, num_microbatches: int, num_chunks: int = 1) -> tuple[int, ...]:
+def in_flight_by_chunk(
+    schedule: Schedule, num_stages: int, num_microbatches: int, num_chunks: int = 1
+) -> tuple[int, ...]:
     """Micro-batches that each of the S v chunks, in model order, holds when its rank holds most of all; at least 1.
 
     >>> held_by_chunk("1f1b", 4, 8), held_by_chunk("interleaved", 2, 4, 2)
     ((4, 3, 2, 1), (3, 2, 2, 1))
     """
     if num_chunks == 1:
-        return in_flight(schedule, num_stages, num_microbatches)
+        return in_flight_by_rank(schedule, num_stages, num_microbatches)
     check_schedule(schedule, num_stages, num_microbatches, num_chunks)
     held = np.ones((num_chunks, num_stages), np.int64)
     for rank in range(num_stages):
-        warmup = num_warmup(schedule, num_stages, num_microbatches, num_chunks, rank)
+        warmup = num_warmup_forwards(schedule, num_stages, num_microbatches, num_chunks, rank)
         is_forward, step = _rank_order(warmup, num_microbatches * num_chunks)
         local = _local_chunk(is_forward, step, num_stages, num_chunks)
         change = np.where(is_forward, 1, -1)

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.core.errors import UsageError
-from autopar.pipeline.schedule import Action, Schedule, actions, check_schedule, in_flight
+from autopar.pipeline.schedule import Action, Schedule, check_schedule, in_flight_by_rank, rank_actions
 
 Floats = NDArray[np.float64]
 
@@ -39,8 +39,8 @@ class StageTimes:
     forward_s: float
     backward_s: float
     step_s: float = 0.0
-    send_forward_s: float = 0.0
-    send_backward_s: float = 0.0
+    transfer_forward_s: float = 0.0
+    transfer_backward_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,16 +54,16 @@ class Simulation:
     num_chunks: int
     step_time_s: float
     bubble_fraction: float
-    finish_s: tuple[float, ...]
+    last_backward_s: tuple[float, ...]
 
     @property
     def in_flight(self) -> tuple[int, ...]:
         """The most micro-batches (chunks) whose saved tensors each rank holds, counted from its actions."""
-        return in_flight(self.schedule, len(self.finish_s), self.num_microbatches, self.num_chunks)
+        return in_flight_by_rank(self.schedule, len(self.last_backward_s), self.num_microbatches, self.num_chunks)
 
     def timeline(self) -> list[tuple[int, Action, float, float]]:
         """(rank, action, start_s, end_s) of every action, rank by rank in the order it runs."""
-        return _event_loop(self.schedule, self.stages, self.num_microbatches, self.num_chunks)
+        return _simulate_events(self.schedule, self.stages, self.num_microbatches, self.num_chunks)
 
 
 def simulate(
@@ -87,8 +87,8 @@ def simulate(
         raise UsageError(f"{len(stages)} chunks cannot be dealt to ranks {num_chunks} at a time")
     forward = np.array([stage.forward_s for stage in stages])
     backward = np.array([stage.backward_s for stage in stages])
-    send_forward = np.array([stage.send_forward_s for stage in stages])
-    send_backward = np.array([stage.send_backward_s for stage in stages])
+    send_forward = np.array([stage.transfer_forward_s for stage in stages])
+    send_backward = np.array([stage.transfer_backward_s for stage in stages])
     step = np.array([stage.step_s for stage in stages]).reshape(num_chunks, num_ranks).sum(axis=0)
     if schedule == "gpipe":
         finish = _finish_gpipe(forward, backward, send_forward, send_backward, num_microbatches)
@@ -107,23 +107,27 @@ def simulate(
         num_chunks=num_chunks,
         step_time_s=step_time,
         bubble_fraction=max(0.0, 1.0 - float(devices @ busy) / total) if total > 0 else 0.0,
-        finish_s=tuple(finish.tolist()),
+        last_backward_s=tuple(finish.tolist()),
     )
 
 
-def _finish_gpipe(forward: Floats, backward: Floats, send_forward: Floats, send_backward: Floats, B: int) -> Floats:
+def _finish_gpipe(
+    forward_s: Floats, backward_s: Floats, send_forward_s: Floats, send_backward_s: Floats, B: int
+) -> Floats:
     """The last forward ends after every stage once and the slowest B - 1 more times; the backwards likewise."""
-    last_forward = forward.sum() + send_forward[:-1].sum() + (B - 1) * forward.max()
+    last_forward = forward_s.sum() + send_forward_s[:-1].sum() + (B - 1) * forward_s.max()
     # send_backward[s + 1] brings the gradient to stage s; sums and maxima run from the last stage to s.
-    arrive = np.append(send_backward[1:], 0.0)
-    back = np.cumsum((backward + arrive)[::-1])[::-1]
-    slowest = np.maximum.accumulate(backward[::-1])[::-1]
+    arrive = np.append(send_backward_s[1:], 0.0)
+    back = np.cumsum((backward_s + arrive)[::-1])[::-1]
+    slowest = np.maximum.accumulate(backward_s[::-1])[::-1]
     return np.asarray(last_forward + back + (B - 1) * slowest)
 
 
-def _finish_1f1b(forward: Floats, backward: Floats, send_forward: Floats, send_backward: Floats, B: int) -> Floats:
+def _finish_1f1b(
+    forward_s: Floats, backward_s: Floats, send_forward_s: Floats, send_backward_s: Floats, B: int
+) -> Floats:
     """End of each stage's last backward, by slots (module docstring); (S,) seconds."""
-    S = len(forward)
+    S = len(forward_s)
     stage = np.arange(S)
     num_slots = 2 * B + 2 * S - 2
     first_steady, num_periods = 2 * S - 1, max(B - S, 0)
@@ -132,63 +136,63 @@ def _finish_1f1b(forward: Floats, backward: Floats, send_forward: Floats, send_b
     is_forward = (slots[:, None] - stage) % 2 == 0
     microbatch = np.where(is_forward, slots[:, None] - stage, slots[:, None] - 2 * S + 1 + stage) // 2
     runs = (microbatch >= 0) & (microbatch < B)
-    from_previous = np.concatenate([[-np.inf], send_forward[:-1]])
-    from_next = np.append(send_backward[1:], -np.inf)
-    busy = np.where(runs, np.where(is_forward, forward, backward), 0.0)
+    from_previous = np.concatenate([[-np.inf], send_forward_s[:-1]])
+    from_next = np.append(send_backward_s[1:], -np.inf)
+    busy = np.where(runs, np.where(is_forward, forward_s, backward_s), 0.0)
     wait = np.where(runs, np.where(is_forward, from_previous, from_next), -np.inf)
     source = np.where(is_forward, np.maximum(stage - 1, 0), np.minimum(stage + 1, S - 1))
     end = np.zeros(S)
     for index, slot in enumerate(slots.tolist()):
         if slot == after_steady and num_periods:
-            end = _steady(forward, backward, from_previous, from_next, num_periods, end)
+            end = _skip_steady_state(forward_s, backward_s, from_previous, from_next, num_periods, end)
         end = np.maximum(end, end[source[index]] + wait[index]) + busy[index]
     return end
 
 
-def _steady(
-    forward: Floats, backward: Floats, from_previous: Floats, from_next: Floats, num_periods: int, end: Floats
+def _skip_steady_state(
+    forward_s: Floats, backward_s: Floats, from_previous_s: Floats, from_next_s: Floats, num_periods: int, end_s: Floats
 ) -> Floats:
     """``end`` after ``num_periods`` times (an odd slot, an even slot) in which every stage is busy."""
-    stage = np.arange(len(forward))
+    stage = np.arange(len(forward_s))
 
-    def slot(parity: int, ends: Floats) -> Floats:
+    def next_slot(parity: int, ends: Floats) -> Floats:
         """One slot on a column of end times, or on many columns at once."""
         is_forward = (parity - stage) % 2 == 0
         source = np.where(is_forward, np.maximum(stage - 1, 0), np.minimum(stage + 1, len(stage) - 1))
-        wait = np.where(is_forward, from_previous, from_next)[:, None]
-        return np.asarray(np.maximum(ends, ends[source] + wait) + np.where(is_forward, forward, backward)[:, None])
+        wait = np.where(is_forward, from_previous_s, from_next_s)[:, None]
+        return np.asarray(np.maximum(ends, ends[source] + wait) + np.where(is_forward, forward_s, backward_s)[:, None])
 
     identity = np.where(np.eye(len(stage), dtype=np.bool_), 0.0, -np.inf)
-    power = slot(0, slot(1, identity))
+    power = next_slot(0, next_slot(1, identity))
     left = num_periods
     # Squaring costs S^3 and a step S^2, so stop doubling once as many steps as stages would be left.
     while left > len(stage):
         if left % 2:
-            end = (power + end).max(axis=1)
+            end_s = (power + end_s).max(axis=1)
         left //= 2
         power = (power[:, :, None] + power[None, :, :]).max(axis=1)
     for _ in range(left):
-        end = (power + end).max(axis=1)
-    return end
+        end_s = (power + end_s).max(axis=1)
+    return end_s
 
 
 def _finish_interleaved(
-    forward: Floats, backward: Floats, send_forward: Floats, send_backward: Floats, B: int, v: int
+    forward_s: Floats, backward_s: Floats, send_forward_s: Floats, send_backward_s: Floats, B: int, v: int
 ) -> Floats:
     """End of each rank's last backward, (S,) seconds; the arrays are (S v,), chunks in model order."""
-    S = len(forward) // v
-    forward, backward = forward.reshape(v, S), backward.reshape(v, S)
+    S = len(forward_s) // v
+    forward_s, backward_s = forward_s.reshape(v, S), backward_s.reshape(v, S)
     num_steps, shift = v * B, (v + 1) * S - 2
     rank = np.arange(S)
     slots = np.arange(num_steps + shift)[:, None]
     # What arrives at local chunk l of rank r comes from chunk l S + r - 1 (forward) or l S + r + 1 (backward).
-    from_previous = np.concatenate([[-np.inf], send_forward[:-1]]).reshape(v, S)
-    from_next = np.append(send_backward[1:], -np.inf).reshape(v, S)
+    from_previous = np.concatenate([[-np.inf], send_forward_s[:-1]]).reshape(v, S)
+    from_next = np.append(send_backward_s[1:], -np.inf).reshape(v, S)
     step_f, step_b = slots - rank, slots - shift + rank
     runs_f, runs_b = (step_f >= 0) & (step_f < num_steps), (step_b >= 0) & (step_b < num_steps)
     local_f, local_b = (step_f // S) % v, v - 1 - (step_b // S) % v
-    busy_f = np.where(runs_f, forward[local_f, rank], 0.0)
-    busy_b = np.where(runs_b, backward[local_b, rank], 0.0)
+    busy_f = np.where(runs_f, forward_s[local_f, rank], 0.0)
+    busy_b = np.where(runs_b, backward_s[local_b, rank], 0.0)
     wait_f = np.where(runs_f, from_previous[local_f, rank], -np.inf)
     wait_b = np.where(runs_b, from_next[local_b, rank], -np.inf)
     before, after = np.roll(rank, 1), np.roll(rank, -1)
@@ -202,12 +206,12 @@ def _finish_interleaved(
     return end_b
 
 
-def _event_loop(
+def _simulate_events(
     schedule: Schedule, stages: Sequence[StageTimes], num_microbatches: int, num_chunks: int
 ) -> list[tuple[int, Action, float, float]]:
     """Every action's start and end, by running each rank's list as far as its inputs have arrived."""
     num_ranks = len(stages) // num_chunks
-    orders = actions(schedule, num_ranks, num_microbatches, num_chunks)
+    orders = rank_actions(schedule, num_ranks, num_microbatches, num_chunks)
     arrived: dict[Action, float] = {Action("F", 0, m): 0.0 for m in range(num_microbatches)}
     done: list[list[tuple[int, Action, float, float]]] = [[] for _ in orders]
     ready, num_left = list(range(num_ranks)), sum(map(len, orders))
@@ -223,10 +227,10 @@ def _event_loop(
             if action.kind == "F":
                 time_s = start_s + stages[stage].forward_s
                 following = Action("F", stage + 1, number) if stage + 1 < len(stages) else Action("B", stage, number)
-                delay_s = stages[stage].send_forward_s if stage + 1 < len(stages) else 0.0
+                delay_s = stages[stage].transfer_forward_s if stage + 1 < len(stages) else 0.0
             else:
                 time_s = start_s + stages[stage].backward_s
-                following, delay_s = Action("B", stage - 1, number), stages[stage].send_backward_s
+                following, delay_s = Action("B", stage - 1, number), stages[stage].transfer_backward_s
             done[rank].append((rank, action, start_s, time_s))
             arrived[following] = time_s + delay_s
             num_left -= 1

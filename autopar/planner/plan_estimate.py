@@ -10,14 +10,14 @@ from autopar.cluster.uncertainty import load_uncertainty
 from autopar.core.plan import Estimate, StagePlan, TimeParts, device_memory
 from autopar.graph.flops import model_flops
 from autopar.graph.ir import Graph, GraphProfile
-from autopar.inter.block_choice import Use
-from autopar.inter.stage_costs import StageBook
+from autopar.inter.block_choice import BlockChoice
+from autopar.inter.stage_costs import StageCosts
 from autopar.intra import block_totals as tt
 from autopar.intra import op_metrics as om
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
+class StageTimeParts:
     """Seconds of a stage: per micro-batch by what computes (recompute included), ``launch_s`` by which the host takes
     longer to launch than the device to compute, ``activations_s`` in collectives on activations; once per step in
     reductions, hidden or not, and in the rest."""
@@ -31,31 +31,31 @@ class Parts:
     optimizer_s: float = 0.0
 
 
-def time_parts(uses: Sequence[Use]) -> Parts:
+def stage_time_parts(choices: Sequence[BlockChoice]) -> StageTimeParts:
     """The parts of a stage, from the tables that the search read."""
     kinds = dict.fromkeys(("matmul", "attention", "memory"), 0.0)
     launch = activations = reduction = optimizer = 0.0
-    for use in uses:
-        tables, mode = use.points.tables, use.points.rows[use.row].mode
+    for use in choices:
+        tables, mode = use.frontier.tables, use.frontier.objectives[use.row].mode
         full, selective = float(mode == "full"), float(mode == "selective")
         computing = 0.0
         for at, node in enumerate(tables.space.ops):
             row = tables.node_metrics[2 + at][use.strategy(at)]
-            forward_s = row[om.FORWARD] + (1.0 + selective) * row[om.CORE_FORWARD]
-            seconds = float(forward_s + full * row[om.AGAIN] + row[om.BACKWARD])
+            forward_s = row[om.FORWARD] + (1.0 + selective) * row[om.SELECTIVE_FORWARD]
+            seconds = float(forward_s + full * row[om.FULL_RECOMPUTE] + row[om.BACKWARD])
             kinds[node.rule.compute if node.rule.compute in kinds else "memory"] += seconds
             computing += seconds
         for (source, target, forward, backward), moved, chosen in zip(
-            tables.edges, tables.moved_again, tables.moved_selectively, strict=True
+            tables.edges, tables.repeated_by_full, tables.repeated_by_selective, strict=True
         ):
-            pair = tuple(int(use.points.choices[node, use.row, use.boundary]) for node in (source, target))
+            pair = tuple(int(use.frontier.choices[node, use.row, use.boundary]) for node in (source, target))
             times = 1.0 + full * moved + selective * chosen
             activations += float(times * forward[pair] + backward[pair])
-        host = tables.host_s[0] + tables.host_s[2] + selective * tables.host_s[1] + full * tables.host_s[3]
-        launch += host if tables.blocking else max(host - computing, 0.0)
-        reduction += float(use.totals[tt.STEP])
+        host = tables.launch_s[0] + tables.launch_s[2] + selective * tables.launch_s[1] + full * tables.launch_s[3]
+        launch += host if tables.blocking_launches else max(host - computing, 0.0)
+        reduction += float(use.totals[tt.STEP_OVERLAPPABLE])
         optimizer += float(use.totals[tt.STEP_EXPOSED])
-    return Parts(
+    return StageTimeParts(
         matmul_s=kinds["matmul"],
         attention_s=kinds["attention"],
         memory_bound_s=kinds["memory"],
@@ -66,20 +66,20 @@ def time_parts(uses: Sequence[Use]) -> Parts:
     )
 
 
-def alike_on_all_ranks(
-    uses: Sequence[Use], profile: GraphProfile, names: Sequence[str]
+def redundant_flops_shares(
+    choices: Sequence[BlockChoice], profile: GraphProfile, axis_names: Sequence[str]
 ) -> dict[str, tuple[float, bool]]:
     """Inner axis of a stage (``names``, in order) -> the share of the forward FLOPs that all its ranks compute alike,
     and whether attention is among them; axes that share out all work are left out."""
     found: dict[str, tuple[float, bool]] = {}
-    for axis, name in enumerate(names):
+    for axis, name in enumerate(axis_names):
         whole = alike = 0.0
         attention = False
-        for use in uses:
-            for at, node in enumerate(use.points.tables.space.ops):
+        for use in choices:
+            for at, node in enumerate(use.frontier.tables.space.ops):
                 flops = float(profile.ops[node.op.id].forward_flops)
                 whole += flops
-                if flops and not use.points.tables.strategies[at][use.strategy(at)][axis].sharded:
+                if flops and not use.frontier.tables.strategies[at][use.strategy(at)][axis].is_sharded:
                     alike += flops
                     attention = attention or node.rule.compute == "attention"
         if alike:
@@ -87,9 +87,9 @@ def alike_on_all_ranks(
     return found
 
 
-def summarise(
+def make_estimate(
     *,
-    book: StageBook,
+    stage_costs: StageCosts,
     cluster: Cluster,
     gpus: int,
     global_batch: int,
@@ -97,12 +97,12 @@ def summarise(
     stages: Sequence[StagePlan],
     step_time_s: float,
     bubble_fraction: float,
-    parts: Parts,
+    parts: StageTimeParts,
 ) -> Estimate:
     """The estimate of a plan; ``parts`` are those of its slowest stage."""
-    graph = book.blocks.graph
-    count = book.num_microbatches
-    model = model_flops(graph, global_batch, book.blocks.profile.ops)
+    graph = stage_costs.pricer.graph
+    count = stage_costs.num_microbatches
+    model = model_flops(graph, global_batch, stage_costs.pricer.profile.ops)
     flops = model.total
     tokens = _tokens_per_sample(graph)
     exposed = count * parts.activations_s + max(0.0, parts.reduction_s - max(stage.backward_s for stage in stages))
@@ -113,7 +113,7 @@ def summarise(
     peak = max(one.total for one in memory)
     uncertainty = load_uncertainty()
     nodes = -(-gpus // cluster.devices_per_node)
-    low, high = uncertainty.step_time_factors(cluster.device.name, nodes, book.blocks.execution.attn)
+    low, high = uncertainty.step_time_factors(cluster.device.name, nodes, stage_costs.pricer.execution.attn)
     return Estimate(
         step_time_s=step_time_s,
         step_time_low_s=low * step_time_s,
@@ -122,9 +122,9 @@ def summarise(
         memory_high_bytes=round(uncertainty.memory_high * peak),
         tokens_per_s=tokens * global_batch / step_time_s,
         samples_per_s=global_batch / step_time_s,
-        mfu=flops / (step_time_s * gpus * cluster.device.peak(book.blocks.execution.dtype)),
+        mfu=flops / (step_time_s * gpus * cluster.device.peak(stage_costs.pricer.execution.dtype)),
         flops_per_step=flops,
-        flops_by_kind=dict(model.by_arithmetic),
+        flops_by_kind=dict(model.by_kind),
         peak_memory_bytes=peak,
         peak_tensor_bytes=max(one.tensor_bytes for one in memory),
         budget_bytes=budget_bytes,
@@ -139,7 +139,7 @@ def summarise(
             communication_s={"activations": count * parts.activations_s, "gradients": parts.reduction_s},
             exposed_communication_s=exposed,
             optimizer_s=parts.optimizer_s,
-            transfers_s=sum(stage.send_forward_s + stage.send_backward_s for stage in stages),
+            transfers_s=sum(stage.transfer_forward_s + stage.transfer_backward_s for stage in stages),
         ),
         collectives=(),
     )
@@ -148,8 +148,8 @@ def summarise(
 def _tokens_per_sample(graph: Graph) -> float:
     """Integers a sample's largest integer input holds (its sequence length), 1 for models without one."""
     sizes = [
-        int(np.prod(value.shape)) / graph.batch.traced
+        int(np.prod(value.shape)) / graph.batch.traced_size
         for value in (graph.values[v] for v in graph.inputs)
-        if value.dtype == "int64" and len(value.shape) == 2 and graph.batch.grows(value.shape[0])
+        if value.dtype == "int64" and len(value.shape) == 2 and graph.batch.is_proportional(value.shape[0])
     ]
     return max(sizes, default=1.0)

@@ -11,27 +11,27 @@ from autopar.cluster.cluster import Cluster
 from autopar.cluster.cost_tables import load_cluster
 from autopar.core.dtypes import long_dtype
 from autopar.core.errors import InfeasibleError, TimeLimitError, UsageError
-from autopar.core.pin import unmet
+from autopar.core.pin import unsatisfied_pins
 from autopar.core.plan import Plan
 from autopar.core.units import GIB
 from autopar.cost.execution_model import ExecutionModel
-from autopar.graph.split_into_blocks import cut_blocks, order_for_blocks
+from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
 from autopar.graph.trace import trace
 from autopar.inter.block_pins import BlockPins
-from autopar.inter.block_pricer import Blocks
-from autopar.inter.micro_batch_search import Best
-from autopar.inter.parallel_search import NUM_LANES, Lanes, Size
-from autopar.inter.pipeline_candidate import Arrangement
-from autopar.inter.stage_costs import MAX_STAGES, StageBook
+from autopar.inter.block_pricer import BlockPricer
+from autopar.inter.micro_batch_search import SimulatedPipeline
+from autopar.inter.parallel_search import NUM_WORKERS, OpenMicroBatch, ParallelSearch
+from autopar.inter.pipeline_candidate import PipelineCandidate
+from autopar.inter.stage_costs import MAX_STAGES, StageCosts
 from autopar.pipeline.schedule import Schedule
-from autopar.planner.build_plan import Found, build_plan
-from autopar.planner.infeasible_message import why_none_fits
+from autopar.planner.build_plan import ChosenPipeline, build_plan
+from autopar.planner.infeasible_message import infeasible_message
 from autopar.workload.workload import Workload
 
 Progress = Callable[[str, str, float | None, float | None], None]
-NUM_GUESSES = 4
+NUM_SIMULATED_GUESSES = 4
 """Pipelines, of all micro-batch sizes together, that are simulated before anything is searched."""
-SCHEDULES: dict[str, tuple[Schedule, ...]] = {
+SCHEDULES_TRIED: dict[str, tuple[Schedule, ...]] = {
     "auto": ("1f1b", "interleaved"),  # gpipe is 1f1b with more held
     "1f1b": ("1f1b",),
     "gpipe": ("gpipe",),
@@ -78,52 +78,52 @@ def plan(
     """
     started = time.perf_counter()
     say = progress or (lambda stage, detail, best_s, gap: None)
-    if schedule not in SCHEDULES:
-        raise UsageError(f"unknown schedule {schedule!r}; it is one of {', '.join(SCHEDULES)}")
+    if schedule not in SCHEDULES_TRIED:
+        raise UsageError(f"unknown schedule {schedule!r}; it is one of {', '.join(SCHEDULES_TRIED)}")
     machine = load_cluster(cluster)
     batch = global_batch or workload.global_batch
     if batch is None:
         raise UsageError("no global batch: give --global-batch or set GLOBAL_BATCH in the model file")
     long = long_dtype(dtype or machine.device.default_dtype)
     machine.device.peak(long)
-    graph = order_for_blocks(trace(workload, dtype=long).graph)
-    blocks = cut_blocks(graph)
+    graph = hoist_light_ops(trace(workload, dtype=long).graph)
+    blocks = split_into_blocks(graph)
     pinned = BlockPins(graph, blocks, pins)
     say("model", f"{len(graph.ops)} ops, {len(blocks)} blocks", None, None)
     budget = memory_gib * GIB if memory_gib is not None else float(machine.device.memory_bytes)
     sizes = submesh_sizes(gpus, machine.devices_per_node)
-    books: list[StageBook] = []
+    books: list[StageCosts] = []
     for accumulate in (True, False):
         execution = ExecutionModel(
             dtype=long,
             optimizer=optimizer,  # type: ignore[arg-type]
             fp32_grads=accumulate,
-            accumulate=accumulate,
+            accumulates_gradients=accumulate,
         )
-        shared = Blocks(graph, blocks, machine, execution, pins=pinned)
-        for size in [micro_batch] if micro_batch else micro_batches(batch):
+        shared = BlockPricer(graph, blocks, machine, execution, pins=pinned)
+        for size in [micro_batch] if micro_batch else micro_batch_sizes(batch):
             if batch % size == 0 and (batch // size > 1) == accumulate:
                 modes = ("none", "selective", "full") if recompute == "auto" else (recompute,)
                 straight: Schedule = "gpipe" if schedule == "gpipe" else "1f1b"
-                book = StageBook(shared, size, batch // size, budget, modes, gpus, schedule=straight)
+                book = StageCosts(shared, size, batch // size, budget, modes, gpus, schedule=straight)
                 if any(book.meshes(submesh) for submesh in sizes):
                     books.append(book)
     deadline_s = started + time_limit_s if time_limit_s is not None else math.inf
-    outcome = _Outcome(say=say, num_books=len(books))
-    middle = _middle(books)
+    outcome = _SearchProgress(report=say, num_sizes=len(books))
+    middle = _geometric_mean_size(books)
     with closing(
-        Lanes(
-            sorted(books, key=lambda book: _apart(book, middle)),
+        ParallelSearch(
+            sorted(books, key=lambda book: _log_distance(book, middle)),
             sizes,
-            SCHEDULES[schedule],
+            SCHEDULES_TRIED[schedule],
             deadline_s,
-            processes=processes,
-            opened=outcome.opened,
-            lost=outcome.lost,
+            num_processes=processes,
+            on_opened=outcome.on_opened,
+            on_lost=outcome.on_worker_lost,
         )
     ) as lanes:
         outcome.search(lanes, deadline_s)
-    if not outcome.found:
+    if not outcome.simulated:
         if time.perf_counter() > deadline_s:
             raise TimeLimitError(f"no plan within {time_limit_s} s; raise --time-limit")
         if schedule == "interleaved":
@@ -132,105 +132,112 @@ def plan(
                 f"equally many devices, two chunks of the {len(blocks)} blocks for each, and micro-batches that are a "
                 "multiple of the stages; use --schedule auto, more --memory, or another --micro-batch"
             )
-        raise InfeasibleError(why_none_fits(books, sizes, budget, gpus, pinned=bool(pins)))
-    made = _emitted(outcome, workload, machine, batch, int(budget), started)
-    if faults := unmet(made, pinned.pins):
+        raise InfeasibleError(infeasible_message(books, sizes, budget, gpus, has_pins=bool(pins)))
+    made = _plan_of_best(outcome, workload, machine, batch, int(budget), started)
+    if faults := unsatisfied_pins(made, pinned.pins):
         raise UsageError("no plan keeps to these pins: " + "; ".join(faults))
     return made
 
 
 @dataclass(slots=True, kw_only=True)
-class _Outcome:
+class _SearchProgress:
     """What the searches of all micro-batch sizes found, and a bound on what they left open."""
 
-    say: Progress
-    num_books: int
-    num_open: int = 0
-    found: list[Best] = field(default_factory=list)
-    bound_s: float = math.inf
+    report: Progress
+    num_sizes: int
+    num_opened: int = 0
+    simulated: list[SimulatedPipeline] = field(default_factory=list)
+    lower_bound_s: float = math.inf
 
     @property
-    def ranked(self) -> list[Best]:
+    def by_step_time(self) -> list[SimulatedPipeline]:
         """All that was found, the fastest first."""
-        return sorted(self.found, key=lambda best: best.step_time_s)
+        return sorted(self.simulated, key=lambda best: best.step_time_s)
 
     @property
-    def best_s(self) -> float:
+    def incumbent_s(self) -> float:
         """The fastest step; inf while there is none."""
-        return min((best.step_time_s for best in self.found), default=math.inf)
+        return min((best.step_time_s for best in self.simulated), default=math.inf)
 
-    def opened(self, book: StageBook) -> None:
+    def on_opened(self, stage_costs: StageCosts) -> None:
         """A size is open."""
-        self.num_open += 1
-        self.say("tables", f"micro-batch {book.micro_batch}, {self.num_open} of {self.num_books}", None, None)
+        self.num_opened += 1
+        self.report(
+            "tables", f"micro-batch {stage_costs.micro_batch}, {self.num_opened} of {self.num_sizes}", None, None
+        )
 
-    def lost(self, code: int) -> None:
+    def on_worker_lost(self, exit_code: int) -> None:
         """The second process ended early."""
-        self.say("search", f"the second process ended (exit code {code}), doing its part again", None, None)
+        self.report("search", f"the second process ended (exit code {exit_code}), doing its part again", None, None)
 
-    def search(self, lanes: Lanes, deadline_s: float) -> None:
+    def search(self, searches: ParallelSearch, deadline_s: float) -> None:
         """Search all micro-batch sizes, the ones first whose even pipelines take least; past the deadline none is begun
         if there is a plan, and of sizes without a table nothing is known."""
-        opened = lanes.open()
-        if len(opened) < self.num_books:
-            self.bound_s = 0.0
-        pending = [size for size in opened if math.isfinite(size.free_bound_s)]
-        pending.sort(key=lambda size: (min(size.guesses_s, default=math.inf), size.free_bound_s))
+        opened = searches.open()
+        if len(opened) < self.num_sizes:
+            self.lower_bound_s = 0.0
+        pending = [size for size in opened if math.isfinite(size.unconstrained_bound_s)]
+        pending.sort(key=lambda size: (min(size.guesses_s, default=math.inf), size.unconstrained_bound_s))
         count = len(pending)
         guesses = [(seconds, size, at) for size in pending for at, seconds in enumerate(size.guesses_s)]
         guesses.sort(key=lambda guess: guess[0])
-        self.found += lanes.simulate([(size, at) for _, size, at in guesses[:NUM_GUESSES]])
+        self.simulated += searches.simulate([(size, at) for _, size, at in guesses[:NUM_SIMULATED_GUESSES]])
         while pending:
-            known_s = self.best_s
+            known_s = self.incumbent_s
             if math.isfinite(known_s) and time.perf_counter() > deadline_s:
-                self.bound_s = min(self.bound_s, *(size.free_bound_s for size in pending))
+                self.lower_bound_s = min(self.lower_bound_s, *(size.unconstrained_bound_s for size in pending))
                 return
-            beaten = [size for size in pending if size.free_bound_s >= known_s]
-            pending = [size for size in pending if size.free_bound_s < known_s]
-            chosen = [next((size for size in pending if size.lane == lane), None) for lane in range(NUM_LANES)]
+            beaten = [size for size in pending if size.unconstrained_bound_s >= known_s]
+            pending = [size for size in pending if size.unconstrained_bound_s < known_s]
+            chosen = [next((size for size in pending if size.worker == lane), None) for lane in range(NUM_WORKERS)]
             searched = [size for size in chosen if size is not None]
             if searched:
-                bound_s, found = lanes.run(searched, known_s)
-                self.bound_s = min(self.bound_s, bound_s)
-                self.found += found
+                bound_s, found = searches.search(searched, known_s)
+                self.lower_bound_s = min(self.lower_bound_s, bound_s)
+                self.simulated += found
             pending = [size for size in pending if size not in searched]
-            self._report([*searched, *beaten], pending, count)
+            self._report_progress([*searched, *beaten], pending, count)
 
-    def _report(self, done: list[Size], pending: list[Size], count: int) -> None:
-        best_s = self.best_s if self.found else None
-        open_s = min([self.bound_s, *(size.free_bound_s for size in pending)])
+    def _report_progress(self, searched: list[OpenMicroBatch], pending: list[OpenMicroBatch], count: int) -> None:
+        best_s = self.incumbent_s if self.simulated else None
+        open_s = min([self.lower_bound_s, *(size.unconstrained_bound_s for size in pending)])
         gap = None if best_s is None else max(0.0, 1 - open_s / best_s)
-        names = " and ".join(str(size.micro_batch) for size in done)
-        self.say("search", f"micro-batch {names}, {count - len(pending)} of {count}", best_s, gap)
+        names = " and ".join(str(size.micro_batch) for size in searched)
+        self.report("search", f"micro-batch {names}, {count - len(pending)} of {count}", best_s, gap)
 
 
-def _emitted(
-    outcome: _Outcome, workload: Workload, cluster: Cluster, batch: int, budget_bytes: int, started: float
+def _plan_of_best(
+    progress: _SearchProgress,
+    workload: Workload,
+    cluster: Cluster,
+    global_batch: int,
+    budget_bytes: int,
+    started: float,
 ) -> Plan:
     """The plan of the best pipeline, its stages mixed anew."""
-    ranked = outcome.ranked
-    best = ranked[0].arrangement
-    runs = best.finished()
+    ranked = progress.by_step_time
+    best = ranked[0].candidate
+    runs = best.fastest_prices()
     assert runs is not None, "the best pipeline was simulated"
-    runs = best.mixed(runs)
+    runs = best.improved_by_ilp(runs)
     return build_plan(
-        Found(
+        ChosenPipeline(
             workload=workload,
             cluster=cluster,
-            book=best.book,
+            stage_costs=best.stage_costs,
             stages=best.stages,
-            runs=runs,
-            held=best.held(),
+            prices=runs,
+            in_flight=best.in_flight(),
             schedule=best.schedule,
             num_chunks=best.num_chunks,
             first_devices=best.first_devices(),
-            gpus=best.book.gpus,
-            global_batch=batch,
+            gpus=best.stage_costs.num_devices,
+            global_batch=global_batch,
             budget_bytes=budget_bytes,
-            lower_bound_s=min(outcome.bound_s, ranked[0].step_time_s),
-            seconds=time.perf_counter() - started,
-            runner_up=_runner_up(ranked),
-            times=best.times(runs),
+            lower_bound_s=min(progress.lower_bound_s, ranked[0].step_time_s),
+            search_s=time.perf_counter() - started,
+            runner_up=_runner_up_text(ranked),
+            stage_times=best.stage_times(runs),
         )
     )
 
@@ -249,29 +256,29 @@ def submesh_sizes(gpus: int, per_node: int) -> tuple[int, ...]:
     return tuple(sorted(size for size in sizes | {gpus} if 4 * MAX_STAGES * size >= gpus))
 
 
-def micro_batches(global_batch: int) -> list[int]:
+def micro_batch_sizes(global_batch: int) -> list[int]:
     """Divisors of the global batch, all powers of two times one of its small odd divisors."""
     return [size for size in range(1, global_batch + 1) if global_batch % size == 0]
 
 
-def _middle(books: Sequence[StageBook]) -> float:
+def _geometric_mean_size(stage_costs_by_size: Sequence[StageCosts]) -> float:
     """The geometric mean of micro-batch sizes."""
-    return math.exp(sum(math.log(book.micro_batch) for book in books) / max(len(books), 1))
+    return math.exp(sum(math.log(book.micro_batch) for book in stage_costs_by_size) / max(len(stage_costs_by_size), 1))
 
 
-def _apart(book: StageBook, micro_batch: float) -> float:
+def _log_distance(stage_costs: StageCosts, micro_batch: float) -> float:
     """How far two micro-batch sizes are apart, by their ratio."""
-    return abs(math.log(book.micro_batch / micro_batch))
+    return abs(math.log(stage_costs.micro_batch / micro_batch))
 
 
-def _runner_up(ranked: list[Best]) -> str | None:
+def _runner_up_text(ranked: list[SimulatedPipeline]) -> str | None:
     """The fastest pipeline found of another micro-batch size, or of other numbers of stages or chunks, than the
     first."""
     best = ranked[0]
-    second = next((one for one in ranked if _kind(one.arrangement) != _kind(best.arrangement)), None)
+    second = next((one for one in ranked if _pipeline_class(one.candidate) != _pipeline_class(best.candidate)), None)
     if second is None:
         return None
-    micro_batch, stages, chunks = _kind(second.arrangement)
+    micro_batch, stages, chunks = _pipeline_class(second.candidate)
     return (
         f"micro-batch {micro_batch} on {stages} stage{'s' if stages > 1 else ''}"
         f"{f', {chunks} chunks each' if chunks > 1 else ''}: "
@@ -279,6 +286,6 @@ def _runner_up(ranked: list[Best]) -> str | None:
     )
 
 
-def _kind(arrangement: Arrangement) -> tuple[int, int, int]:
+def _pipeline_class(candidate: PipelineCandidate) -> tuple[int, int, int]:
     """Micro-batch size, runs of devices, chunks of each."""
-    return arrangement.book.micro_batch, arrangement.num_runs, arrangement.num_chunks
+    return candidate.stage_costs.micro_batch, candidate.num_submeshes, candidate.num_chunks

@@ -7,15 +7,19 @@ Where the step goes (devices of stage 0)      exposed            all of it
 
 from rich.table import Table
 
-from autopar.core.plan import MemoryParts, Plan, TimeItem, device_memory, device_runs
+from autopar.core.plan import MemoryParts, Plan, TimeItem, device_memory, stages_by_submesh
 from autopar.core.units import GIB, bar_text, percent_text, ranges_text, seconds_text
 
 TIME_BAR_WIDTH = 20
-LEAST_SHARE = 5e-4  # of the step: smaller lines are left out
-MEMORY_BAR_WIDTH, LEAST_BAR_WIDTH = 32, 16
+MIN_SHARE = 5e-4  # of the step: smaller lines are left out
+MEMORY_BAR_WIDTH, MIN_BAR_WIDTH = 32, 16
 NUMBERS_WIDTH = 80  # columns that the figures of a memory line take
-WORDS = {"memory_bound": "memory-bound kernels", "transfers": "transfers between stages", "bubble": "idle (bubble)"}
-PARTS = (
+KIND_NAMES = {
+    "memory_bound": "memory-bound kernels",
+    "transfers": "transfers between stages",
+    "bubble": "idle (bubble)",
+}
+MEMORY_PARTS = (
     ("P", "params", "parameters_bytes"),
     ("G", "grads", "gradients_bytes"),
     ("O", "optim", "optimizer_bytes"),
@@ -23,7 +27,7 @@ PARTS = (
     ("W", "work", "workspace_bytes"),
     ("F", "fixed", "fixed_bytes"),
 )
-GRADIENTS, SAVED = 1, 3  # their positions in PARTS
+GRADIENTS_AT, SAVED_AT = 1, 3  # their positions in PARTS
 
 
 def item_text(item: TimeItem) -> str:
@@ -33,7 +37,7 @@ def item_text(item: TimeItem) -> str:
     """
     if item.of:
         return f"{item.kind} over {'*'.join(item.axes) or 'stages'}, {item.of}"
-    return WORDS.get(item.kind, item.kind)
+    return KIND_NAMES.get(item.kind, item.kind)
 
 
 def time_table(plan: Plan, *, bars: bool) -> Table:
@@ -44,10 +48,10 @@ def time_table(plan: Plan, *, bars: bool) -> Table:
     for justify in ("left", "right", *(["left"] if bars else []), "right", "left"):
         table.add_column(justify=justify, overflow="fold")  # type: ignore[arg-type]
     for item in plan.estimate.items:
-        if item.total_s < LEAST_SHARE * step_time_s:
+        if item.total_s < MIN_SHARE * step_time_s:
             continue
         share = item.exposed_s / step_time_s
-        hidden = item.total_s - item.exposed_s > LEAST_SHARE * step_time_s
+        hidden = item.total_s - item.exposed_s > MIN_SHARE * step_time_s
         table.add_row(
             f"  {item_text(item)}",
             seconds_text(item.exposed_s),
@@ -63,23 +67,23 @@ def memory_table(plan: Plan, *, width: int) -> Table:
     columns, dots are free, ``!`` is beyond the budget; where ``width`` is short of room there are none. Gradients that
     take the place of saved tensors count as gradients, so that the columns add up to the total."""
     bar_width = min(width - NUMBERS_WIDTH, MEMORY_BAR_WIDTH)
-    bars = bar_width >= LEAST_BAR_WIDTH
+    bars = bar_width >= MIN_BAR_WIDTH
     budget = plan.estimate.budget_bytes
     rows: dict[MemoryParts, list[int]] = {}
-    for position, run in enumerate(device_runs(plan)):
+    for position, run in enumerate(stages_by_submesh(plan)):
         rows.setdefault(device_memory(run), []).append(position)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("  stages" if plan.num_chunks == 1 else "  ranks", no_wrap=True)
-    for letter, name, _ in PARTS:
+    for letter, name, _ in MEMORY_PARTS:
         table.add_column(f"{name} {letter}" if bars else name, justify="right", no_wrap=True)
     table.add_column("total", justify="right", no_wrap=True)
     if bars:
         table.add_column("", no_wrap=True)
     for memory, positions in rows.items():
-        sizes = [getattr(memory, key) for _, _, key in PARTS]
-        gone = min(memory.overlaid_bytes, sizes[SAVED])  # at the peak; the rest is of gradients still to come
-        sizes[SAVED] -= gone
-        sizes[GRADIENTS] -= memory.overlaid_bytes - gone
+        sizes = [getattr(memory, key) for _, _, key in MEMORY_PARTS]
+        gone = min(memory.overlaid_bytes, sizes[SAVED_AT])  # at the peak; the rest is of gradients still to come
+        sizes[SAVED_AT] -= gone
+        sizes[GRADIENTS_AT] -= memory.overlaid_bytes - gone
         cells = [f"  {ranges_text(positions)}", *(f"{size / GIB:,.2f}" for size in (*sizes, memory.total))]
         table.add_row(*cells, *([stacked_bar(sizes, budget, bar_width)] if bars else []))
     return table
@@ -97,7 +101,7 @@ def stacked_bar(sizes_bytes: list[int], budget_bytes: int, width: int) -> str:
     counts = [int(part) for part in exact]
     for at in sorted(range(len(exact)), key=lambda at: counts[at] - exact[at])[: used - sum(counts)]:
         counts[at] += 1
-    bar = "".join(letter * count for (letter, _, _), count in zip(PARTS, counts, strict=True))
+    bar = "".join(letter * count for (letter, _, _), count in zip(MEMORY_PARTS, counts, strict=True))
     if sum(sizes_bytes) > budget_bytes:
         inside = int(width * budget_bytes / whole)
         return bar[: min(inside, width - 2)] + "!" * (width - min(inside, width - 2))

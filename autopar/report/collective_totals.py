@@ -7,7 +7,7 @@ from autopar.core.plan import Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrafficLine:
+class CollectiveTotal:
     """``count`` collectives of ``num_bytes`` together per micro-batch or step, on the busiest of the stages that have
     them (``stage``)."""
 
@@ -19,7 +19,7 @@ class TrafficLine:
     stage: int
 
 
-def traffic_lines(plan: Plan) -> tuple[TrafficLine, ...]:
+def collective_totals(plan: Plan) -> tuple[CollectiveTotal, ...]:
     """Per micro-batch before per step, by falling bytes.
 
     >>> # two all_reduces of 8 MiB and one of 4 MiB over tp: one line of 3 collectives, 20 MiB
@@ -33,5 +33,5 @@ def traffic_lines(plan: Plan) -> tuple[TrafficLine, ...]:
     for (kind, axes, per), stages in sums.items():
         stage = max(stages, key=lambda at: (stages[at][1], -at))
         count, num_bytes = stages[stage]
-        lines.append(TrafficLine(kind=kind, axes=axes, per=per, count=count, num_bytes=num_bytes, stage=stage))
+        lines.append(CollectiveTotal(kind=kind, axes=axes, per=per, count=count, num_bytes=num_bytes, stage=stage))
     return tuple(sorted(lines, key=lambda line: (line.per, -line.num_bytes, line.kind, line.axes)))

@@ -6,7 +6,7 @@ from rich.table import Table
 from autopar.core.comparison import Comparison
 from autopar.core.plan import Plan, TimeParts
 from autopar.core.units import gib_text, percent_text, ranges_text, seconds_text
-from autopar.report.plan_text import rendered, stage_axes_text
+from autopar.report.plan_text import render, stage_axes_text
 
 
 def comparison_text(comparison: Comparison, *, width: int = 120) -> str:
@@ -18,13 +18,13 @@ def comparison_text(comparison: Comparison, *, width: int = 120) -> str:
     table.add_column("plan", overflow="fold")
     if best is not None:
         table.add_column(comparison.layout, overflow="fold")
-    for name, value in _figures(comparison.plan).items():
-        cells = [name, value] if best is None else [name, value, _figures(best)[name]]
+    for name, value in _figures_by_name(comparison.plan).items():
+        cells = [name, value] if best is None else [name, value, _figures_by_name(best)[name]]
         table.add_row(*cells)
     parts.append(table)
     if best is not None:
         parts += ["", *reasons(comparison.plan, best)]
-    return rendered(*parts, width=width)
+    return render(*parts, width=width)
 
 
 def _counts_text(comparison: Comparison) -> str:
@@ -33,7 +33,7 @@ def _counts_text(comparison: Comparison) -> str:
     return counts if comparison.best is not None else f"{counts}: nothing to compare with"
 
 
-def _figures(plan: Plan) -> dict[str, str]:
+def _figures_by_name(plan: Plan) -> dict[str, str]:
     """Name and value of each row of the table."""
     estimate = plan.estimate
     return {
@@ -72,7 +72,7 @@ def reasons(plan: Plan, other: Plan) -> list[str]:
     line = f"The plan is {max(ratio, 1 / ratio):.3f}x {word} than the layout."
     if not theirs.fits:
         line += f" The layout needs {gib_text(theirs.peak_memory_bytes)} of {gib_text(theirs.budget_bytes)}."
-    mine, its = _seconds(plan), _seconds(other)
+    mine, its = _seconds_by_part(plan), _seconds_by_part(other)
     changes = sorted(((mine[name] - its[name], name) for name in mine), key=lambda change: -abs(change[0]))
     least_s = 0.001 * max(ours.step_time_s, theirs.step_time_s)
     words = [
@@ -83,7 +83,7 @@ def reasons(plan: Plan, other: Plan) -> list[str]:
     return [line, *([f"Of a step: {', '.join(words)}."] if words else [])]
 
 
-def _seconds(plan: Plan) -> dict[str, float]:
+def _seconds_by_part(plan: Plan) -> dict[str, float]:
     time: TimeParts = plan.estimate.time
     return {
         "matmul": time.matmul_s,

@@ -19,7 +19,7 @@ def plan_document(plan: Plan, path: str | None) -> dict[str, Any]:
         "model": {
             "path": plan.model.path,
             "settings": plan.model.settings,
-            "parameters": plan.model.parameters,
+            "parameters": plan.model.num_parameters,
             "flops_per_step": flops_per_step,
         },
         "cluster": {"name": plan.cluster.name, "overrides": plan.cluster.overrides, "gpus": plan.gpus},

@@ -8,11 +8,11 @@ from rich.table import Table
 from autopar.core.plan import Plan, StagePlan
 from autopar.core.units import bar_text, count_text, flops_text, gib_text, percent_text, ranges_text, seconds_text
 from autopar.report.breakdown import memory_table, time_table
-from autopar.report.collective_totals import traffic_lines
+from autopar.report.collective_totals import collective_totals
 from autopar.report.sharding import sharding_lines
 
 BAR_WIDTH = 10
-ROOMY = 100
+WIDE_COLUMNS = 100
 
 
 def plan_text(plan: Plan, *, width: int = 120, verbose: bool = False) -> str:
@@ -20,14 +20,14 @@ def plan_text(plan: Plan, *, width: int = 120, verbose: bool = False) -> str:
     parts: list[RenderableType] = [_header(plan), "", _stage_table(plan, width), "", _figures(plan)]
     if plan.estimate.items:
         where = " on the devices of the busiest stage" if len(plan.stages) > 1 else ""
-        parts += ["", f"Where the step goes{where}", time_table(plan, bars=width >= ROOMY)]
+        parts += ["", f"Where the step goes{where}", time_table(plan, bars=width >= WIDE_COLUMNS)]
     parts += ["", f"Memory of a device in GiB, of {gib_text(plan.estimate.budget_bytes)}"]
     parts.append(memory_table(plan, width=width))
     if verbose:
         if plan.estimate.collectives:
             parts += ["", "Collectives", _collective_table(plan)]
     elif plan.estimate.collectives:
-        parts += ["", "Collectives", _traffic_table(plan)]
+        parts += ["", "Collectives", _totals_table(plan)]
     if lines := sharding_lines(plan):
         parts += ["", "Parameters"]
         grid = _grid(2 if not any(line.stages for line in lines) else 3)
@@ -37,10 +37,10 @@ def plan_text(plan: Plan, *, width: int = 120, verbose: bool = False) -> str:
         parts.append(grid)
     if plan.notes:
         parts += ["", "Notes", *(f"  - {note}" for note in plan.notes)]
-    return rendered(*parts, width=width)
+    return render(*parts, width=width)
 
 
-def rendered(*parts: RenderableType, width: int) -> str:
+def render(*parts: RenderableType, width: int) -> str:
     """Plain text of some rich renderables, without colours or trailing blanks, the same on a terminal and in a pipe."""
     stream = StringIO()
     console = Console(
@@ -66,7 +66,7 @@ def _header(plan: Plan) -> Table:
     execution = plan.execution
     grid = _grid(2)
     grid.add_row("model", " ".join(filter(None, (plan.model.path or "(built in Python)", settings))))
-    grid.add_row("parameters", count_text(plan.model.parameters))
+    grid.add_row("parameters", count_text(plan.model.num_parameters))
     grid.add_row("cluster", " ".join(filter(None, (f"{plan.gpus} GPUs of {plan.cluster.name}", overrides))))
     grid.add_row(
         "software",
@@ -78,7 +78,7 @@ def _header(plan: Plan) -> Table:
 
 def _stage_table(plan: Plan, width: int) -> Table:
     """One row a stage; bars and seconds per step only where there is room, so that no figure is ever cut."""
-    roomy = width >= ROOMY
+    roomy = width >= WIDE_COLUMNS
     chunked = roomy and plan.num_chunks > 1
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("stage", justify="right", no_wrap=True)
@@ -129,7 +129,7 @@ def _figures(plan: Plan) -> Table:
     verdict = "fits" if estimate.fits else "DOES NOT FIT"
     grid = _grid(2)
     chunks = f", {plan.num_chunks} chunks a device" if plan.num_chunks > 1 else ""
-    again = any(op.gathers_again for program in plan.programs if program.recompute != "full" for op in program.ops)
+    again = any(op.regathered for program in plan.programs if program.recompute != "full" for op in program.ops)
     regather = ", gathered inputs are kept cut and gathered again" if again else ""
     grid.add_row("batch", f"{plan.global_batch} samples in {batch_text(plan)}")
     grid.add_row(
@@ -154,7 +154,7 @@ def _figures(plan: Plan) -> Table:
         f"{gib_text(estimate.peak_memory_bytes)} of {gib_text(estimate.budget_bytes)}, {verdict} "
         f"(tensors {gib_text(estimate.peak_tensor_bytes)})",
     )
-    if basis := _basis_text(plan):
+    if basis := _provenance_text(plan):
         grid.add_row("cost basis", basis)
     grid.add_row("search", _search_text(plan))
     if search.runner_up:
@@ -162,7 +162,7 @@ def _figures(plan: Plan) -> Table:
     return grid
 
 
-def _basis_text(plan: Plan) -> str:
+def _provenance_text(plan: Plan) -> str:
     """``62.0 % of the priced time measured (40 terms), 38.0 % modelled (17)``."""
     seconds, counts = plan.estimate.provenance_s, plan.estimate.provenance
     whole = sum(seconds.values())
@@ -199,9 +199,9 @@ def _collective_table(plan: Plan) -> Table:
     return grid
 
 
-def _traffic_table(plan: Plan) -> Table:
+def _totals_table(plan: Plan) -> Table:
     grid = _grid(4)
-    for line in traffic_lines(plan):
+    for line in collective_totals(plan):
         per = "micro-batch" if line.per == "microbatch" else "step"
         where = f", stage {line.stage}" if len(plan.stages) > 1 else ""
         times = f"{line.count} per {per}{where}"

@@ -10,21 +10,21 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from autopar.core.units import bar_text, count_text, gib_text, percent_text, seconds_text
-from autopar.report.plan_text import rendered
-from autopar.serving.serve import Serving
+from autopar.report.plan_text import render
+from autopar.serving.serve import ServingEstimate
 
-FORMAT_VERSION = "1.0"
+SERVING_FORMAT_VERSION = "1.0"
 BAR_WIDTH = 20
-WORDS = {
+DECODE_NAMES = {
     "other": "memory-bound kernels",
     "exchange": "exchange between ranks",
     "matmul": "matmul (reading weights)",
     "attention": "attention (reading the cache)",
 }
-PREFILL_WORDS = {"other": "memory-bound kernels", "exchange": "exchange between ranks"}
+PREFILL_NAMES = {"other": "memory-bound kernels", "exchange": "exchange between ranks"}
 
 
-def serving_text(serving: Serving, *, model: str, width: int = 120) -> str:
+def serving_text(serving: ServingEstimate, *, model: str, width: int = 120) -> str:
     """The figures, what the time is made of, memory, and (decode) what other batches would give."""
     decode = serving.mode == "decode"
     parts: list[RenderableType] = [_header(serving, model), "", _figures(serving)]
@@ -32,10 +32,10 @@ def serving_text(serving: Serving, *, model: str, width: int = 120) -> str:
     parts += ["", "Memory of a device", _memory_table(serving)]
     if serving.curve:
         parts += ["", "Other batches", _curve_table(serving)]
-    return rendered(*parts, width=width)
+    return render(*parts, width=width)
 
 
-def serving_document(serving: Serving, *, model: str, settings: dict[str, Any]) -> dict[str, Any]:
+def serving_document(serving: ServingEstimate, *, model: str, settings: dict[str, Any]) -> dict[str, Any]:
     """What `estimate --mode prefill|decode --json` prints."""
     figures = asdict(serving)
     figures["parts"] = {f"{name}_s": seconds for name, seconds in serving.parts}
@@ -44,7 +44,7 @@ def serving_document(serving: Serving, *, model: str, settings: dict[str, Any]) 
     for key in ("mode", "parameters", "cluster", "gpus"):
         figures.pop(key)
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": SERVING_FORMAT_VERSION,
         "mode": serving.mode,
         "model": {"path": model, "settings": settings, "parameters": serving.parameters},
         "cluster": {"name": serving.cluster, "gpus": serving.gpus},
@@ -59,7 +59,7 @@ def _grid(*justify: str) -> Table:
     return grid
 
 
-def _header(serving: Serving, model: str) -> Table:
+def _header(serving: ServingEstimate, model: str) -> Table:
     grid = _grid("left", "left")
     grid.add_row("model", model)
     grid.add_row("parameters", count_text(serving.parameters))
@@ -71,7 +71,7 @@ def _header(serving: Serving, model: str) -> Table:
     return grid
 
 
-def _figures(serving: Serving) -> Table:
+def _figures(serving: ServingEstimate) -> Table:
     grid = _grid("left", "left")
     budget = f"{gib_text(serving.peak_memory_bytes)} of {gib_text(serving.budget_bytes)}"
     verdict = "fits" if serving.fits else "DOES NOT FIT"
@@ -91,8 +91,8 @@ def _figures(serving: Serving) -> Table:
     return grid
 
 
-def _time_table(serving: Serving) -> Table:
-    words = WORDS if serving.mode == "decode" else PREFILL_WORDS
+def _time_table(serving: ServingEstimate) -> Table:
+    words = DECODE_NAMES if serving.mode == "decode" else PREFILL_NAMES
     grid = _grid("left", "right", "left", "right")
     for name, seconds in serving.parts:
         share = seconds / serving.time_s
@@ -103,7 +103,7 @@ def _time_table(serving: Serving) -> Table:
     return grid
 
 
-def _memory_table(serving: Serving) -> Table:
+def _memory_table(serving: ServingEstimate) -> Table:
     grid = _grid("left", "right", "left")
     sizes = (
         ("weights", serving.weights_bytes),
@@ -116,7 +116,7 @@ def _memory_table(serving: Serving) -> Table:
     return grid
 
 
-def _curve_table(serving: Serving) -> Table:
+def _curve_table(serving: ServingEstimate) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("  batch", "time per token", "tokens/s", "MBU"):
         table.add_column(name, justify="right", no_wrap=True)

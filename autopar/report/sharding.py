@@ -11,7 +11,7 @@ from autopar.core.placement import PARTIAL, Shard, parse_placements
 from autopar.core.plan import BlockProgram, ParameterPlan, Plan
 from autopar.core.units import ranges_text
 
-_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
+_MODULE_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,10 +28,10 @@ def parameter_pattern(name: str) -> str:
     >>> parameter_pattern("layers.11.attn.qkv.weight"), parameter_pattern("0.weight"), parameter_pattern("w2.bias")
     ('layers.*.attn.qkv.weight', '*.weight', 'w2.bias')
     """
-    return _INDEX.sub("*", name)
+    return _MODULE_INDEX.sub("*", name)
 
 
-def parameter_text(parameter: ParameterPlan, axes: tuple[Axis, ...]) -> str:
+def sharding_text(parameter: ParameterPlan, axes: tuple[Axis, ...]) -> str:
     """How one parameter is placed on a mesh; axes of one rank are not worth a word.
 
     >>> mesh = (Axis(name="dp", size=4), Axis(name="tp", size=2))
@@ -69,7 +69,7 @@ def sharding_lines(plan: Plan) -> tuple[ShardingLine, ...]:
         for id in dict.fromkeys(block.program for block in stage.blocks):
             for parameter in programs[id].parameters:
                 pattern = parameter_pattern(parameter.name)
-                places.setdefault((pattern, parameter_text(parameter, stage.axes)), set()).add(position)
+                places.setdefault((pattern, sharding_text(parameter, stage.axes)), set()).add(position)
                 homes.setdefault(pattern, set()).add(position)
     alike = {pattern for pattern in homes if sum(key[0] == pattern for key in places) == 1}
     return tuple(

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Training:
+class TrainingTime:
     """A training on ``tokens`` tokens: days on ``gpus`` GPUs, and the hours of all of them."""
 
     tokens: float
@@ -16,13 +16,13 @@ class Training:
     gpu_hours: float
 
     @staticmethod
-    def of(tokens: float, tokens_per_s: float, gpus: int) -> "Training":
+    def of(tokens: float, tokens_per_s: float, gpus: int) -> "TrainingTime":
         """
         >>> Training.of(86_400, 2.0, 48)
         Training(tokens=86400, gpus=48, days=0.5, gpu_hours=576.0)
         """
         seconds = tokens / tokens_per_s
-        return Training(tokens=tokens, gpus=gpus, days=seconds / 86400, gpu_hours=seconds * gpus / 3600)
+        return TrainingTime(tokens=tokens, gpus=gpus, days=seconds / 86400, gpu_hours=seconds * gpus / 3600)
 
     @property
     def text(self) -> str:

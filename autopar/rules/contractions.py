@@ -3,42 +3,42 @@
 from collections.abc import Sequence
 
 from autopar.graph.ir import Op, Value
-from autopar.rules.op_sharding_rule import NO_LABEL, LabelKind, OpRule
-from autopar.rules.rule_builder import Labels, broadcast, replicated
+from autopar.rules.op_sharding_rule import NO_LABEL, LabelKind, OpShardingRule
+from autopar.rules.rule_builder import ShardingRuleBuilder, broadcast_labels, replicated_rule
 
 
-def linear(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+def linear(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
     """x[..., k], w[n, k], bias[n] -> [..., n]. Local form along k: the bias is added on the first rank only."""
-    labels = Labels()
-    rows = labels.dims(inputs[0].shape[:-1])
-    n, k = labels.new(), labels.new("sum")
+    labels = ShardingRuleBuilder()
+    rows = labels.labels_of(inputs[0].shape[:-1])
+    n, k = labels.new_label(), labels.new_label("sum")
     roles = (*tuple((row, "m") for row in rows if row != NO_LABEL), (n, "n"), (k, "k"))
     sides = [(*rows, k), (n, k), (n,)][: len(inputs)]
     once = (k,) if len(inputs) > 2 else ()
-    return labels.rule(sides, [(*rows, n)], compute="matmul", roles=roles, local_form=once)
+    return labels.build(sides, [(*rows, n)], compute="matmul", roles=roles, local_form=once)
 
 
-def addmm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+def addmm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
     """bias, x[m, k], w[k, n] -> [m, n]. Local form along k: the bias is added on the first rank only."""
-    labels = Labels()
-    m, n, k = labels.new(), labels.new(), labels.new("sum")
-    bias = broadcast(inputs[0].shape, outputs[0].shape, (m, n))
+    labels = ShardingRuleBuilder()
+    m, n, k = labels.new_label(), labels.new_label(), labels.new_label("sum")
+    bias = broadcast_labels(inputs[0].shape, outputs[0].shape, (m, n))
     roles = ((m, "m"), (n, "n"), (k, "k"))
-    return labels.rule([bias, (m, k), (k, n)], [(m, n)], compute="matmul", roles=roles, local_form=(k,))
+    return labels.build([bias, (m, k), (k, n)], [(m, n)], compute="matmul", roles=roles, local_form=(k,))
 
 
-def matmul(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+def matmul(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
     """a[..., m, k], b[..., k, n] -> [..., m, n], leading dims broadcast; a vector lacks m or n."""
     first, second = inputs[0].shape, inputs[1].shape
-    labels = Labels()
-    k = labels.new("sum")
-    m, n = ((labels.new(),) if len(shape) > 1 else () for shape in (first, second))
+    labels = ShardingRuleBuilder()
+    k = labels.new_label("sum")
+    m, n = ((labels.new_label(),) if len(shape) > 1 else () for shape in (first, second))
     whole = outputs[0].shape[: len(outputs[0].shape) - len(m) - len(n)]
-    lead = labels.dims(whole)
-    a = broadcast(first[:-2], whole, lead)
-    b = broadcast(second[:-2], whole, lead)
+    lead = labels.labels_of(whole)
+    a = broadcast_labels(first[:-2], whole, lead)
+    b = broadcast_labels(second[:-2], whole, lead)
     roles = tuple((label, "b" if label in a and label in b else "m") for label in lead if label != NO_LABEL)
-    return labels.rule(
+    return labels.build(
         [(*a, *m, k), (*b, k, *n)],
         [(*lead, *m, *n)],
         compute="matmul",
@@ -46,41 +46,41 @@ def matmul(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     )
 
 
-def baddbmm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+def baddbmm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
     """bias, a[b, m, k], b[b, k, n] -> [b, m, n]. Local form along k: the bias is added on the first rank only."""
-    labels = Labels()
-    b, m, n = labels.dims(outputs[0].shape)
-    k = labels.new("sum")
-    bias = broadcast(inputs[0].shape, outputs[0].shape, (b, m, n))
+    labels = ShardingRuleBuilder()
+    b, m, n = labels.labels_of(outputs[0].shape)
+    k = labels.new_label("sum")
+    bias = broadcast_labels(inputs[0].shape, outputs[0].shape, (b, m, n))
     roles = tuple((label, role) for label, role in ((b, "b"), (m, "m"), (n, "n"), (k, "k")) if label != NO_LABEL)
     sides = [bias, (b, m, k), (b, k, n)]
-    return labels.rule(sides, [(b, m, n)], compute="matmul", roles=roles, local_form=(k,))
+    return labels.build(sides, [(b, m, n)], compute="matmul", roles=roles, local_form=(k,))
 
 
-def outer(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+def outer(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
     """a[m], b[n] -> [m, n]."""
-    labels = Labels()
-    m, n = labels.dims(outputs[0].shape)
-    return labels.rule([(m,), (n,)], [(m, n)])
+    labels = ShardingRuleBuilder()
+    m, n = labels.labels_of(outputs[0].shape)
+    return labels.build([(m,), (n,)], [(m, n)])
 
 
-def bilinear(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+def bilinear(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
     """x[..., i], y[..., j], w[o, i, j], bias[o] -> [..., o]. Local form along i and j: the bias on the first rank
     only."""
-    labels = Labels()
-    rows = labels.dims(outputs[0].shape[:-1])
-    o, i, j = labels.new(), labels.new("sum"), labels.new("sum")
+    labels = ShardingRuleBuilder()
+    rows = labels.labels_of(outputs[0].shape[:-1])
+    o, i, j = labels.new_label(), labels.new_label("sum"), labels.new_label("sum")
     sides = [(*rows, i), (*rows, j), (o, i, j), (o,)]
-    return labels.rule(sides[: len(inputs)], [(*rows, o)], local_form=(i, j) if len(inputs) > 3 else ())
+    return labels.build(sides[: len(inputs)], [(*rows, o)], local_form=(i, j) if len(inputs) > 3 else ())
 
 
-def einsum(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+def einsum(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
     """Each letter is a label; a letter that an operand has twice is a diagonal, and whole. The dims that "..." stands
     for have letters of their own; without "->" the result has the letters that occur once, in order."""
-    terms, right = _letters(str(op.args[0]).replace(" ", ""), inputs)
+    terms, right = _expanded_equation(str(op.args[0]).replace(" ", ""), inputs)
     if len(terms) != len(inputs):
-        return replicated(op, inputs, outputs, known=False)
-    labels = Labels()
+        return replicated_rule(op, inputs, outputs, known=False)
+    labels = ShardingRuleBuilder()
     everything = "".join(terms)
     numbers: dict[str, int] = {}
     for letter in dict.fromkeys(everything):
@@ -89,7 +89,7 @@ def einsum(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
         }
         whole = any(term.count(letter) > 1 for term in terms)
         kind: LabelKind = "whole" if whole else "parallel" if letter in right else "sum"
-        numbers[letter] = labels.new(kind) if sizes != {1} else NO_LABEL
+        numbers[letter] = labels.new_label(kind) if sizes != {1} else NO_LABEL
 
     def role(letter: str) -> str:
         if letter not in right:
@@ -97,7 +97,7 @@ def einsum(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
         return "b" if all(letter in term for term in terms) else "m" if letter in terms[0] else "n"
 
     two = len(terms) == 2 and not any(len(set(term)) < len(term) for term in terms)
-    return labels.rule(
+    return labels.build(
         [
             tuple(numbers[c] if n != 1 else NO_LABEL for c, n in zip(term, v.shape, strict=True))
             for term, v in zip(terms, inputs, strict=True)
@@ -108,7 +108,7 @@ def einsum(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
     )
 
 
-def _letters(equation: str, inputs: Sequence[Value]) -> tuple[list[str], str]:
+def _expanded_equation(equation: str, inputs: Sequence[Value]) -> tuple[list[str], str]:
     """The terms and the result with every dim a letter; no terms where they do not fit the operands.
 
     >>> # "...k,kn->...n" of operands of 3 and 2 dims: (["ABk", "kn"], "ABn")
@@ -133,16 +133,16 @@ def _letters(equation: str, inputs: Sequence[Value]) -> tuple[list[str], str]:
     return found, right.replace("...", "".join(spare))
 
 
-def grouped_mm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+def grouped_mm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
     """x[t, k], w[e, k, n], ends[e] -> [t, n]: rows sorted by expert, those of expert e end before row ends[e].
 
     ``ends`` is whole on every rank. Local form: a rank that holds rows [r, r + len) uses clamp(ends - r, 0, len); one
     that holds some experts computes their rows and has zeros elsewhere, so the result is partial."""
     if len(inputs) != 3 or len(inputs[0].shape) != 2 or len(inputs[1].shape) != 3:
-        return replicated(op, inputs, outputs, known=False)
-    labels = Labels()
-    t, n, k, e = labels.new(), labels.new(), labels.new("sum"), labels.new("sum")
-    return labels.rule(
+        return replicated_rule(op, inputs, outputs, known=False)
+    labels = ShardingRuleBuilder()
+    t, n, k, e = labels.new_label(), labels.new_label(), labels.new_label("sum"), labels.new_label("sum")
+    return labels.build(
         [(t, k), (e, k, n), (NO_LABEL,)],
         [(t, n)],
         compute="matmul",
@@ -151,28 +151,34 @@ def grouped_mm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpR
     )
 
 
-def attention(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+def attention(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
     """q[..., h, q, d], k[..., g, s, d], v[..., g, s, d], mask: g key/value heads each serve h / g query heads.
 
     Queries may be sharded by position: keys and values are then whole, which prices the gather of context parallelism.
     Local form of cut queries under a causal mask: the mask starts at the position of the rank's first query.
     """
     query, key = inputs[0].shape, inputs[1].shape
-    labels = Labels()
-    lead = labels.dims(query[:-3])
-    heads, q, s, d, dv = labels.new(), labels.new(), labels.new("whole"), labels.new("whole"), labels.new("whole")
+    labels = ShardingRuleBuilder()
+    lead = labels.labels_of(query[:-3])
+    heads, q, s, d, dv = (
+        labels.new_label(),
+        labels.new_label(),
+        labels.new_label("whole"),
+        labels.new_label("whole"),
+        labels.new_label("whole"),
+    )
     kv_heads = heads
     groups: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
     sizes: tuple[tuple[int, int], ...] = ()
     if key[-3] != query[-3]:
-        kv_heads, repeat = labels.new(), labels.new()
+        kv_heads, repeat = labels.new_label(), labels.new_label()
         groups = (((heads,), (kv_heads, repeat)),)
         sizes = ((repeat, query[-3] // key[-3]),)
     sides = [(*lead, heads, q, d), (*lead, kv_heads, s, d), (*lead, kv_heads, s, dv)]
     scores = (*query[:-1], key[-2])
-    sides += [broadcast(mask.shape, scores, (*lead, heads, q, s)) for mask in inputs[3:]]
+    sides += [broadcast_labels(mask.shape, scores, (*lead, heads, q, s)) for mask in inputs[3:]]
     roles = (*((label, "b") for label in lead if label != NO_LABEL), (heads, "h"), (q, "q"), (s, "k"), (d, "d"))
-    return labels.rule(
+    return labels.build(
         sides,
         [(*lead, heads, q, dv)],
         compute="attention",
@@ -183,21 +189,21 @@ def attention(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRu
     )
 
 
-def convolution(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpRule:
+def convolution(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
     """x[b, c_in, ...], w[c_out, c_in / groups, ...], bias[c_out] -> [b, c_out, ...]; space is not sharded (halos).
 
     Local form: along c_in the bias is added on the first rank only; depthwise, a rank has as many groups as
     channels."""
     num_groups = op.argument(6, "groups", 1)
     local_form: tuple[int, ...]
-    labels = Labels()
-    batch = labels.new()
-    space = labels.dims(inputs[0].shape[2:], "whole")
-    out_space = labels.dims(outputs[0].shape[2:], "whole")
-    kernel = labels.dims(inputs[1].shape[2:], "whole")
-    c_out = labels.new()
+    labels = ShardingRuleBuilder()
+    batch = labels.new_label()
+    space = labels.labels_of(inputs[0].shape[2:], "whole")
+    out_space = labels.labels_of(outputs[0].shape[2:], "whole")
+    kernel = labels.labels_of(inputs[1].shape[2:], "whole")
+    c_out = labels.new_label()
     if num_groups == 1:
-        c_in = labels.new("sum")
+        c_in = labels.new_label("sum")
         sides = [(batch, c_in, *space), (c_out, c_in, *kernel), (c_out,)]
         local_form = (c_in,) if len(inputs) > 2 else ()
     elif num_groups == inputs[0].shape[1] == outputs[0].shape[1]:
@@ -205,13 +211,13 @@ def convolution(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> Op
         sides = [(batch, c_out, *space), (c_out, NO_LABEL, *kernel), (c_out,)]
         local_form = (c_out,)
     else:
-        c_in = labels.new("whole")
+        c_in = labels.new_label("whole")
         labels.kinds[c_out] = "whole"
-        sides = [(batch, c_in, *space), (c_out, labels.new("whole"), *kernel), (c_out,)]
+        sides = [(batch, c_in, *space), (c_out, labels.new_label("whole"), *kernel), (c_out,)]
         local_form = ()
     ks = tuple((label, "k") for label in (c_in, *kernel) if label != NO_LABEL)
     ms = tuple((label, "m") for label in (batch, *out_space) if label != NO_LABEL)
-    return labels.rule(
+    return labels.build(
         sides[: len(inputs)],
         [(batch, c_out, *out_space)],
         compute="matmul",

@@ -14,10 +14,10 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 from autopar.core.placement import Placement, Shard
-from autopar.rules.op_sharding_rule import NO_LABEL, OpRule
+from autopar.rules.op_sharding_rule import NO_LABEL, OpShardingRule
 
 
-class Atom(Shard, frozen=True, cache_hash=True, kw_only=True):
+class DimFactor(Shard, frozen=True, cache_hash=True, kw_only=True):
     """A shard of an atom, at the traced batch: of each of the ``split_factor`` pieces of a dim, ``size`` parts are
     there to share. Atoms of different sizes are different; ``without_size`` is what they are as placements.
 
@@ -39,43 +39,45 @@ def without_size(placement: Placement) -> Placement:
     >>> without_size(Atom(dim=0, size=8)) == Shard(0)
     True
     """
-    return placement.shard if isinstance(placement, Atom) else placement
+    return placement.shard if isinstance(placement, DimFactor) else placement
 
 
-class Cuts:
+class DimFactorization:
     """Refines the dims of a set of values by the rules of the ops between them.
 
     ``shapes``: value id -> shape; ``calls``: (rule, input value ids, output value ids). Sizes are at the traced batch.
     """
 
     def __init__(
-        self, shapes: Mapping[int, Sequence[int]], calls: Iterable[tuple[OpRule, Sequence[int], Sequence[int]]]
+        self, shapes: Mapping[int, Sequence[int]], calls: Iterable[tuple[OpShardingRule, Sequence[int], Sequence[int]]]
     ) -> None:
         self._parent: dict[tuple[int, ...], tuple[int, ...]] = {}
         self._size: dict[tuple[int, ...], int] = {}
         groups = []
         for number, (rule, inputs, outputs) in enumerate(calls):
-            for label, size in rule.sizes:
-                self._size[self._find((-1 - number, label))] = size
-            for tensors, labels in ((inputs, rule.inputs), (outputs, rule.outputs)):
+            for label, size in rule.hidden_label_sizes:
+                self._size[self._root((-1 - number, label))] = size
+            for tensors, labels in ((inputs, rule.input_labels), (outputs, rule.output_labels)):
                 for value, dims in zip(tensors, labels, strict=True):
                     for dim, label in enumerate(dims):
                         if label != NO_LABEL:
                             self._size[self._union((value, dim), (-1 - number, label))] = shapes[value][dim]
-            groups += [tuple(tuple((-1 - number, label) for label in side) for side in group) for group in rule.groups]
-        self._cuts: dict[tuple[int, ...], set[int]] = {}
-        self._spread(groups)
+            groups += [
+                tuple(tuple((-1 - number, label) for label in side) for side in group) for group in rule.view_groups
+            ]
+        self._split_points: dict[tuple[int, ...], set[int]] = {}
+        self._propagate(groups)
 
-    def of(self, value: int, dim: int, size: int) -> tuple[tuple[int, int], ...]:
+    def factors_of_dim(self, value: int, dim: int, size: int) -> tuple[tuple[int, int], ...]:
         """The atoms of a dim as (repeats, size), outermost first; the whole dim where nothing cuts it."""
-        cuts = [1, *sorted(self._cuts.get(self._find((value, dim)), ())), size]
+        cuts = [1, *sorted(self._split_points.get(self._root((value, dim)), ())), size]
         return tuple((start, end // start) for start, end in itertools.pairwise(cuts))
 
-    def of_label(self, number: int, label: int) -> tuple[tuple[int, int], ...]:
+    def factors_of_label(self, call_index: int, label: int) -> tuple[tuple[int, int], ...]:
         """The atoms of a label of call ``number``, as ``of``."""
-        return self.of(-1 - number, label, self._size[self._find((-1 - number, label))])
+        return self.factors_of_dim(-1 - call_index, label, self._size[self._root((-1 - call_index, label))])
 
-    def _find(self, key: tuple[int, ...]) -> tuple[int, ...]:
+    def _root(self, key: tuple[int, ...]) -> tuple[int, ...]:
         root = key
         while (parent := self._parent.get(root, root)) != root:
             root = parent
@@ -85,66 +87,68 @@ class Cuts:
         return root
 
     def _union(self, first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ...]:
-        a, b = self._find(first), self._find(second)
+        a, b = self._root(first), self._root(second)
         self._parent[a] = b
         return b
 
-    def _spread(self, groups: Sequence[tuple[tuple[tuple[int, ...], ...], ...]]) -> None:
+    def _propagate(self, groups: Sequence[tuple[tuple[tuple[int, ...], ...], ...]]) -> None:
         changed = True
         while changed:
             changed = False
             for group in groups:
-                positions = self._positions(group)
+                positions = self._group_split_points(group)
                 for side in group:
                     start = 1
                     for key in side:
-                        root = self._find(key)
+                        root = self._root(key)
                         size = self._size[root]
                         inner = {p // start for p in positions if start < p < start * size and p % start == 0}
-                        inner = _divisor_chain(inner | self._cuts.get(root, set()), size)
-                        if inner != self._cuts.get(root, set()):
-                            self._cuts[root] = inner
+                        inner = _divisor_chain(inner | self._split_points.get(root, set()), size)
+                        if inner != self._split_points.get(root, set()):
+                            self._split_points[root] = inner
                             changed = True
                         start *= size
 
-    def _positions(self, group: tuple[tuple[tuple[int, ...], ...], ...]) -> set[int]:
+    def _group_split_points(self, group: tuple[tuple[tuple[int, ...], ...], ...]) -> set[int]:
         positions: set[int] = set()
         for side in group:
             start = 1
             for key in side:
-                root = self._find(key)
-                positions |= {start} | {start * cut for cut in self._cuts.get(root, ())}
+                root = self._root(key)
+                positions |= {start} | {start * cut for cut in self._split_points.get(root, ())}
                 start *= self._size[root]
         return positions
 
 
-def _divisor_chain(cuts: set[int], size: int) -> set[int]:
+def _divisor_chain(split_points: set[int], size: int) -> set[int]:
     """The largest-first thinning of cuts to a chain in which each divides the next and the last divides size."""
     chain: list[int] = []
     last = 1
-    for cut in sorted(cuts):
+    for cut in sorted(split_points):
         if cut > 1 and cut < size and size % cut == 0 and cut % last == 0:
             chain.append(cut)
             last = cut
     return set(chain)
 
 
-def matched_atoms(cuts: Cuts, number: int, rule: OpRule) -> list[tuple[dict[int, int], dict[int, int], int]]:
+def shared_factors(
+    factorization: DimFactorization, call_index: int, rule: OpShardingRule
+) -> list[tuple[dict[int, int], dict[int, int], int]]:
     """For each atom that both sides of a view's groups know: (input label -> repeats, output label -> repeats, size).
 
     >>> # [B*S, h] -> [B, S, h]: the atoms B and S exist on both sides
     """
     found = []
-    for group in rule.groups:
+    for group in rule.view_groups:
         sides: list[dict[tuple[int, int], tuple[int, int]]] = []
         for side in group:
             spans: dict[tuple[int, int], tuple[int, int]] = {}
             start = 1
             for label in side:
-                for repeats, size in cuts.of_label(number, label):
+                for repeats, size in factorization.factors_of_label(call_index, label):
                     if size > 1:
                         spans[(start * repeats, size)] = (label, repeats)
-                total = cuts.of_label(number, label)
+                total = factorization.factors_of_label(call_index, label)
                 start *= total[-1][0] * total[-1][1]
             sides.append(spans)
         for span in sides[0].keys() & sides[1].keys():

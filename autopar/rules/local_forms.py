@@ -7,9 +7,9 @@ The runtime implements them (`autopar.runtime.lower.local_kernels`); a test hold
 from collections.abc import Iterable
 
 from autopar.graph.ir import Op
-from autopar.rules.op_sharding_rule import OpRule
+from autopar.rules.op_sharding_rule import OpShardingRule
 
-WITH_LOCAL_FORM = frozenset(
+OPS_WITH_LOCAL_FORM = frozenset(
     (
         "addmm", "baddbmm", "batch_norm", "bilinear", "binary_cross_entropy", "binary_cross_entropy_with_logits", "conv1d",
         "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution", "cross_entropy_loss",
@@ -19,8 +19,8 @@ WITH_LOCAL_FORM = frozenset(
 )  # fmt: skip
 
 
-def can_run(op: Op, rule: OpRule, labels: Iterable[int]) -> bool:
+def can_run_sharded(op: Op, rule: OpShardingRule, labels: Iterable[int]) -> bool:
     """Whether a rank can run its part of ``op`` when ``labels`` of its rule are sharded."""
     parts = op.target.split(".")
     name = parts[1] if len(parts) > 1 else parts[0]
-    return name in WITH_LOCAL_FORM or not set(labels) & set(rule.local_form)
+    return name in OPS_WITH_LOCAL_FORM or not set(labels) & set(rule.local_form_labels)

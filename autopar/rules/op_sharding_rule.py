@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 LabelKind = Literal["parallel", "sum", "inside", "whole"]
-Compute = Literal["matmul", "attention", "memory", "free"]
+ComputeKind = Literal["matmul", "attention", "memory", "free"]
 NO_LABEL = -1  # a dim of size one that broadcasts, or one that no rule may shard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Inside:
+class KernelCollectives:
     """What an op with a sharded ``inside`` label all-reduces by itself, whole bytes of each exchange at the traced
     batch; ``labels`` are the labels of the exchanged tensors, which divide the bytes where they are sharded on other
     axes."""
@@ -34,7 +34,7 @@ class Inside:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OpRule:
+class OpShardingRule:
     """How one op may be sharded. ``inputs`` and ``outputs`` give a label per dim of each tensor.
 
     ``roles`` of a matmul: label -> "b", "m", "n" or "k" (batched, rows, columns, contracted); of attention: label ->
@@ -45,17 +45,19 @@ class OpRule:
     that made the rule says what.
     """
 
-    inputs: tuple[tuple[int, ...], ...]
-    outputs: tuple[tuple[int, ...], ...]
-    kinds: tuple[LabelKind, ...]
-    compute: Compute = "memory"
+    input_labels: tuple[tuple[int, ...], ...]
+    output_labels: tuple[tuple[int, ...], ...]
+    label_kinds: tuple[LabelKind, ...]
+    compute: ComputeKind = "memory"
     roles: tuple[tuple[int, str], ...] = ()
-    groups: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
-    sizes: tuple[tuple[int, int], ...] = ()  # sizes of labels that no tensor shows (the 3 of a fused q, k, v)
-    inside: Inside | None = None
-    passes_gradient: bool = False
+    view_groups: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
+    hidden_label_sizes: tuple[
+        tuple[int, int], ...
+    ] = ()  # sizes of labels that no tensor shows (the 3 of a fused q, k, v)
+    kernel_collectives: KernelCollectives | None = None
+    passes_partial_gradient: bool = False
     passes_partial: bool = False
-    carrier: int = 0
+    linear_input: int = 0
     pointwise: bool = False
-    known: bool = True
-    local_form: tuple[int, ...] = ()
+    is_known: bool = True
+    local_form_labels: tuple[int, ...] = ()

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import msgspec
 
 from autopar.core.placement import PARTIAL, REPLICATE, Placement, Placements, Shard
-from autopar.rules.dim_factors import Atom
+from autopar.rules.dim_factors import DimFactor
 
 _UNSHARDED = ((REPLICATE, REPLICATE), (REPLICATE, PARTIAL), (PARTIAL, REPLICATE))
 
@@ -40,14 +40,14 @@ class PlacementPair(msgspec.Struct, frozen=True, cache_hash=True):
         return PlacementPair(shard, shard)
 
     @property
-    def atom(self) -> Atom | None:
+    def atom(self) -> DimFactor | None:
         """What is sharded, None where nothing is."""
-        return self.forward if isinstance(self.forward, Atom) else None
+        return self.forward if isinstance(self.forward, DimFactor) else None
 
     @property
     def without_size(self) -> "PlacementPair":
         """The placements alone, of an atom without its size."""
-        return PlacementPair.sharded(self.forward.shard) if isinstance(self.forward, Atom) else self
+        return PlacementPair.sharded(self.forward.shard) if isinstance(self.forward, DimFactor) else self
 
     def __str__(self) -> str:
         return f"{self.forward}/{self.gradient}"

@@ -7,19 +7,19 @@ from collections.abc import Callable, Sequence
 
 from autopar.graph.ir import Op, Value
 from autopar.rules import contractions, elementwise, lookups, recurrent, views, windows
-from autopar.rules.op_sharding_rule import OpRule
-from autopar.rules.rule_builder import replicated
+from autopar.rules.op_sharding_rule import OpShardingRule
+from autopar.rules.rule_builder import replicated_rule
 
-Maker = Callable[[Op, Sequence[Value], Sequence[Value]], OpRule]
+RuleFunction = Callable[[Op, Sequence[Value], Sequence[Value]], OpShardingRule]
 
-FOURIER = ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft")
+FFT_TRANSFORMS = ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft")
 POOLS = ("max", "avg", "adaptive_avg", "adaptive_max", "lp")
 UPSAMPLES = (
     "nearest1d", "nearest2d", "nearest3d", "_nearest_exact1d", "_nearest_exact2d", "_nearest_exact3d", "linear1d",
     "bilinear2d", "bicubic2d", "trilinear3d",
 )  # fmt: skip
 
-MAKERS: dict[str, Maker] = {
+RULES: dict[str, RuleFunction] = {
     **dict.fromkeys(("linear",), contractions.linear),
     **dict.fromkeys(("addmm",), contractions.addmm),
     **dict.fromkeys(("mm", "bmm", "matmul", "mv", "dot"), contractions.matmul),
@@ -35,21 +35,21 @@ MAKERS: dict[str, Maker] = {
         ("permute", "transpose", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "mT", "mH", "numpy_T", "adjoint"),
         views.permute,
     ),
-    **dict.fromkeys(("clone", "contiguous", "alias", "detach", "to", "_to_copy", "type_as"), views.same),
+    **dict.fromkeys(("clone", "contiguous", "alias", "detach", "to", "_to_copy", "type_as"), views.copy_or_cast),
     **dict.fromkeys(("expand", "broadcast_to", "expand_as"), views.expand),
     **dict.fromkeys(("repeat", "tile"), views.repeat),
     "diagonal": views.diagonal,
     "diag_embed": views.diag_embed,
     **dict.fromkeys(("split", "chunk", "tensor_split", "unbind", "split_with_sizes"), views.split),
-    **dict.fromkeys(("slice", "select", "narrow", "pad", "constant_pad_nd"), views.slices),
-    **dict.fromkeys(("cat", "stack"), views.concatenate),
-    **dict.fromkeys(("layer_norm", "rms_norm", "_fused_rms_norm"), elementwise.norm),
+    **dict.fromkeys(("slice", "select", "narrow", "pad", "constant_pad_nd"), views.slice_select_or_pad),
+    **dict.fromkeys(("cat", "stack"), views.cat_or_stack),
+    **dict.fromkeys(("layer_norm", "rms_norm", "_fused_rms_norm"), elementwise.normalization),
     "group_norm": elementwise.group_norm,
     "batch_norm": elementwise.batch_norm,
     "instance_norm": windows.instance_norm,
     **dict.fromkeys(
         ("softmax", "_softmax", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "argsort", "topk"),
-        elementwise.along,
+        elementwise.along_one_dim,
     ),
     **dict.fromkeys(
         (
@@ -70,20 +70,20 @@ MAKERS: dict[str, Maker] = {
             "count_nonzero",
             "aminmax",
         ),
-        elementwise.over,
+        elementwise.over_replicated_dims,
     ),
-    **dict.fromkeys((f"fft_{kind}{n}" for kind in FOURIER for n in ("", "2", "n")), elementwise.transformed),
-    "cdist": elementwise.pairs,
-    "cosine_similarity": elementwise.cosine,
+    **dict.fromkeys((f"fft_{kind}{n}" for kind in FFT_TRANSFORMS for n in ("", "2", "n")), elementwise.fft),
+    "cdist": elementwise.cdist,
+    "cosine_similarity": elementwise.cosine_similarity,
     **dict.fromkeys(("view_as_complex", "view_as_real"), views.complex_view),
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), recurrent.recurrent),
     "glu": elementwise.glu,
     "prelu": elementwise.prelu,
-    **dict.fromkeys(("bucketize", "searchsorted"), elementwise.looked_up),
+    **dict.fromkeys(("bucketize", "searchsorted"), elementwise.bucketize),
     **dict.fromkeys(("log_softmax", "_log_softmax"), elementwise.log_softmax),
     **dict.fromkeys(("nll_loss", "nll_loss_nd"), elementwise.nll_loss),
-    **dict.fromkeys(("sum", "mean"), elementwise.reduce),
-    **dict.fromkeys(("argmax", "argmin", "amax", "amin", "max", "min"), elementwise.extremum),
+    **dict.fromkeys(("sum", "mean"), elementwise.sum_or_mean),
+    **dict.fromkeys(("argmax", "argmin", "amax", "amin", "max", "min"), elementwise.max_or_argmax),
     "embedding": lookups.embedding,
     "cross_entropy_loss": elementwise.cross_entropy,
     **dict.fromkeys(
@@ -97,28 +97,30 @@ MAKERS: dict[str, Maker] = {
             "binary_cross_entropy_with_logits",
             "soft_margin_loss",
         ),
-        elementwise.loss,
+        elementwise.elementwise_loss,
     ),
     **dict.fromkeys((f"{kind}_pool{n}d" for n in (1, 2, 3) for kind in POOLS), windows.pool),
     **dict.fromkeys((f"max_pool{n}d_with_indices" for n in (1, 2, 3)), windows.pool),
     **dict.fromkeys((f"upsample_{name}" for name in UPSAMPLES), windows.pool),
-    **dict.fromkeys((f"conv_transpose{n}d" for n in (1, 2, 3)), windows.transposed),
-    **dict.fromkeys(("im2col", "col2im", "pixel_shuffle", "pixel_unshuffle"), windows.unfold),
+    **dict.fromkeys((f"conv_transpose{n}d" for n in (1, 2, 3)), windows.conv_transpose),
+    **dict.fromkeys(("im2col", "col2im", "pixel_shuffle", "pixel_unshuffle"), windows.im2col_or_shuffle),
     "channel_shuffle": windows.channel_shuffle,
-    "unfold": windows.sliding,
+    "unfold": windows.unfold,
     **dict.fromkeys(("grid_sampler", "grid_sampler_2d", "grid_sampler_3d"), windows.grid_sample),
     "index": lookups.index,
     "index_select": lookups.index_select,
-    **dict.fromkeys(("slice_scatter", "select_scatter"), views.written),
+    **dict.fromkeys(("slice_scatter", "select_scatter"), views.slice_scatter),
     "index_add": lookups.index_add,
-    "histc": lookups.histogram,
+    "histc": lookups.histc,
     **dict.fromkeys(("gather", "take_along_dim", "scatter", "scatter_add", "scatter_reduce"), lookups.gather),
     "one_hot": lookups.one_hot,
-    **dict.fromkeys(("flip", "roll", "tril", "triu", "repeat_interleave"), lookups.mirrored),
+    **dict.fromkeys(("flip", "roll", "tril", "triu", "repeat_interleave"), lookups.flip_roll_or_tril),
 }
-POINTWISE = frozenset({"dropout", "gelu", "silu", "relu", "tanh", "where", "masked_fill", "copy", "fill", "full_like"})
-POINTWISE |= {"feature_dropout", "rand_like", "randn_like", "bernoulli"}
-POINTWISE |= {
+POINTWISE_OPS = frozenset(
+    {"dropout", "gelu", "silu", "relu", "tanh", "where", "masked_fill", "copy", "fill", "full_like"}
+)
+POINTWISE_OPS |= {"feature_dropout", "rand_like", "randn_like", "bernoulli"}
+POINTWISE_OPS |= {
     "zeros_like",
     "ones_like",
     "empty_like",
@@ -136,14 +138,14 @@ POINTWISE |= {
     "__xor__",
     "polar",
 }
-WHOLE = frozenset({"index_put", "index_put_"})  # known, and of no use in pieces: every rank does it all
-NOTHING = frozenset(
+REPLICATED_OPS = frozenset({"index_put", "index_put_"})  # known, and of no use in pieces: every rank does it all
+FACTORY_OPS = frozenset(
     {"arange", "zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "new_empty", "empty", "scalar_tensor"}
 )
-NOTHING |= {"rand", "randn"}
+FACTORY_OPS |= {"rand", "randn"}
 
 
-def rule_of(op: Op, values: Sequence[Value]) -> OpRule:
+def sharding_rule(op: Op, values: Sequence[Value]) -> OpShardingRule:
     """The rule of an op; ``values`` are the graph's.
 
     >>> rule_of(linear, graph.values).roles  # x[b, s, k] w[n, k]  # doctest: +SKIP
@@ -151,24 +153,24 @@ def rule_of(op: Op, values: Sequence[Value]) -> OpRule:
     """
     inputs, outputs = [values[value] for value in op.inputs], [values[value] for value in op.outputs]
     name = op.packet
-    if not inputs or name in NOTHING or name in WHOLE:
-        return replicated(op, inputs, outputs, known=True)
+    if not inputs or name in FACTORY_OPS or name in REPLICATED_OPS:
+        return replicated_rule(op, inputs, outputs, known=True)
     if name in ("max", "min") and len(inputs) == 2:
         return elementwise.pointwise(op, inputs, outputs)
-    if name in MAKERS:
-        return MAKERS[name](op, inputs, outputs)
-    if name in POINTWISE or _tagged_pointwise(op.target):
+    if name in RULES:
+        return RULES[name](op, inputs, outputs)
+    if name in POINTWISE_OPS or _is_tagged_pointwise(op.target):
         return elementwise.pointwise(op, inputs, outputs)
-    return replicated(op, inputs, outputs, known=False)
+    return replicated_rule(op, inputs, outputs, known=False)
 
 
-def _tagged_pointwise(target: str) -> bool:
+def _is_tagged_pointwise(target: str) -> bool:
     import torch
 
-    from autopar.graph.op_arguments import resolve
+    from autopar.graph.op_arguments import resolve_overload
 
     try:
-        overload = resolve(target)
+        overload = resolve_overload(target)
     except AttributeError:
         return False
     return torch.Tag.pointwise in getattr(overload, "tags", ())

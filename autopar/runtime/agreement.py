@@ -10,14 +10,14 @@ import torch.distributed as dist
 
 from autopar.core.errors import AutoparError, UsageError
 from autopar.core.plan import Plan
-from autopar.runtime.lower.lowered_collectives import order_of, sequences_of
+from autopar.runtime.lower.lowered_collectives import collective_order, collective_order_by_group
 from autopar.runtime.stage_runner import StageRunner
 
-PATIENCE_S = 50.0
+RENDEZVOUS_TIMEOUT_S = 50.0
 """How far apart ranks may come to the first meeting."""
 
 
-def check_world(plan: Plan, patience_s: float = PATIENCE_S) -> None:
+def check_world(plan: Plan, timeout_s: float = RENDEZVOUS_TIMEOUT_S) -> None:
     """UsageError on every rank where the world has another size than the plan, or ranks hold different plans;
     AutoparError on every rank that is there where one does not come within ``patience_s``."""
     if not dist.is_initialized():
@@ -25,7 +25,7 @@ def check_world(plan: Plan, patience_s: float = PATIENCE_S) -> None:
     world = dist.get_world_size()
     if world != plan.gpus:
         raise UsageError(f"the plan is for {plan.gpus} ranks, the world has {world}; start {plan.gpus}, or plan again")
-    _await_ranks(patience_s)
+    _await_ranks(timeout_s)
     digest = hashlib.sha256(msgspec.json.encode(plan)).hexdigest()[:12]
     found: list[Any] = [None] * world
     dist.all_gather_object(found, digest)
@@ -34,27 +34,29 @@ def check_world(plan: Plan, patience_s: float = PATIENCE_S) -> None:
         raise UsageError(f"the ranks hold different plans: rank 0 has {found[0]}, {', '.join(others[:8])}")
 
 
-def _await_ranks(patience_s: float) -> None:
+def _await_ranks(timeout_s: float) -> None:
     """AutoparError where a rank does not come: other collectives would wait for it for the process group's timeout."""
-    patience = timedelta(seconds=patience_s)
+    patience = timedelta(seconds=timeout_s)
     try:
         group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=patience)
         dist.monitored_barrier(group, timeout=patience, wait_all_ranks=True)
     except RuntimeError as error:
         raise AutoparError(
-            f"rank {dist.get_rank()} waited {patience_s:g} s for the others ({str(error).splitlines()[0][:200]}); see how "
+            f"rank {dist.get_rank()} waited {timeout_s:g} s for the others ({str(error).splitlines()[0][:200]}); see how "
             "the missing rank ended, and start all ranks again"
         ) from error
 
 
-def check_collectives(stages: Mapping[int, StageRunner]) -> None:
+def check_same_collectives(stages: Mapping[int, StageRunner]) -> None:
     """AutoparError on every rank where the members of a group would run different collectives: they would hang."""
     mine: dict[tuple[int, str], str] = {}
     for index, stage in stages.items():
         if stage.lowered is not None:
             mesh = stage.function.mesh
-            mine[index, "stage"] = _digest(order_of(stage.lowered, mesh))
-            mine |= {(index, group): _digest(run) for group, run in sequences_of(stage.lowered, mesh).items()}
+            mine[index, "stage"] = _digest(collective_order(stage.lowered, mesh))
+            mine |= {
+                (index, group): _digest(run) for group, run in collective_order_by_group(stage.lowered, mesh).items()
+            }
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     for index, group in sorted({key for theirs in found for key in theirs}):

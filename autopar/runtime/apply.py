@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from autopar.core.dtypes import LONG_NAMES
 from autopar.core.errors import PlanFileError, UsageError
 from autopar.core.plan import Plan
-from autopar.graph.change_dtype import retyped
-from autopar.graph.split_into_blocks import cut_blocks, order_for_blocks
+from autopar.graph.change_dtype import with_dtype
+from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
 from autopar.graph.trace import trace
-from autopar.runtime.agreement import PATIENCE_S, check_collectives, check_world
+from autopar.runtime.agreement import RENDEZVOUS_TIMEOUT_S, check_same_collectives, check_world
 from autopar.runtime.deferred_initialisation import DeferredInitialisation
 from autopar.runtime.lower.build_programs import build_programs
 from autopar.runtime.lower.rank_mesh import make_meshes
-from autopar.runtime.lower.stage_function import KEY, StageFunction
-from autopar.runtime.stage_runner import Mode, StageRunner
-from autopar.runtime.stored_parameters import MakeOptimizer, StageParameters, tie
+from autopar.runtime.lower.stage_function import RANDOM_KEY, StageFunction
+from autopar.runtime.stage_runner import ExecutionMode, StageRunner
+from autopar.runtime.stored_parameters import OptimizerFactory, StageParameters, connect_tied_parameters
 from autopar.runtime.trainer import Trainer
 from autopar.workload.model_file import load_workload
 from autopar.workload.workload import Workload
@@ -30,7 +30,7 @@ def apply(
     plan: Plan,
     model: nn.Module,
     *,
-    optimizer: MakeOptimizer | None = None,
+    optimizer: OptimizerFactory | None = None,
     workload: Workload | None = None,
     clip_norm: float | None = None,
     seed: int = 0,
@@ -55,43 +55,43 @@ def build_trainer(
     plan: Plan,
     model: nn.Module,
     *,
-    optimizer: MakeOptimizer | None = None,
+    optimizer: OptimizerFactory | None = None,
     workload: Workload | None = None,
-    mode: Mode = "lowered",
+    mode: ExecutionMode = "lowered",
     clip_norm: float | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
     dtype: str | None = None,
     twin: bool = False,
-    patience_s: float = PATIENCE_S,
+    patience_s: float = RENDEZVOUS_TIMEOUT_S,
 ) -> Trainer:
     """``apply``, with what checks of plans need besides: ``dtype`` ("float64") computes in another dtype than the plan's;
     ``twin`` takes a model of the plan's structure in other sizes; ``mode`` "reference" runs ops one by one;
     ``patience_s`` is how far apart ranks may arrive."""
     check_world(plan, patience_s)
-    workload = workload or workload_of(plan)
-    where = torch.device(device) if device is not None else _own_device()
+    workload = workload or load_planned_workload(plan)
+    where = torch.device(device) if device is not None else _default_device()
     traced = trace(workload, dtype=LONG_NAMES[plan.execution.dtype])
-    graph = order_for_blocks(traced.graph)
+    graph = hoist_light_ops(traced.graph)
     if not twin and graph.fingerprint != plan.model.graph_fingerprint:
         raise PlanFileError(
             f"the plan is for another model: fingerprint {plan.model.graph_fingerprint[:12]}, this one has "
             f"{graph.fingerprint[:12]}; plan again"
         )
-    graph = retyped(graph, dtype) if dtype is not None else graph
-    programs, crossings = build_programs(plan, graph, cut_blocks(graph))
+    graph = with_dtype(graph, dtype) if dtype is not None else graph
+    programs, crossings = build_programs(plan, graph, split_into_blocks(graph))
     rank = dist.get_rank()
     meshes = make_meshes(plan.stages, rank)
     tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
-    names = {value.id: value.names for value in graph.values if value.kind in ("parameter", "buffer")}
-    dtypes = {value.id: getattr(torch, value.dtype) for value in graph.values} | {KEY: torch.int64}
+    names = {value.id: value.qualified_names for value in graph.values if value.kind in ("parameter", "buffer")}
+    dtypes = {value.id: getattr(torch, value.dtype) for value in graph.values} | {RANDOM_KEY: torch.int64}
 
     deferred = None
     if any(tensor.is_meta for tensor in tensors.values()):
         deferred = DeferredInitialisation(model, workload, seed)
 
     def source(value: int) -> Tensor:
-        return _initial(tensors, names[value], deferred)
+        return _initial_tensor(tensors, names[value], deferred)
 
     stages, stored = {}, {}
     for program, mesh in zip(programs, meshes, strict=True):
@@ -101,28 +101,28 @@ def build_trainer(
             value: traced.constants[graph.values[value].name].to(where, dtypes[value]) for value in program.constants
         }
         same = plan.execution.grads == "same"
-        function = StageFunction(program, graph, mesh, constants, where, fp32_sums=not same)
-        stored[program.index] = StageParameters(program, mesh, names, source, dtypes, where, same_gradients=same)
+        function = StageFunction(program, graph, mesh, constants, where, reduces_in_fp32=not same)
+        stored[program.index] = StageParameters(program, mesh, names, source, dtypes, where, sums_in_weight_dtype=same)
         stages[program.index] = StageRunner(function, stored[program.index], dtypes, mode)
-    check_collectives(stages)
+    check_same_collectives(stages)
     return Trainer(
         plan=plan,
         graph=graph,
         programs=programs,
-        crossings=crossings,
+        transfers=crossings,
         meshes=meshes,
         stages=stages,
-        ties=tie(stored, programs, meshes, rank),
+        tied_parameters=connect_tied_parameters(stored, programs, meshes, rank),
         make_optimizer=optimizer,
         input_names=tuple(workload.inputs(1)),
-        persistent=frozenset(model.state_dict()),
+        persistent_names=frozenset(model.state_dict()),
         clip_norm=clip_norm,
         seed=seed,
         device=where,
     )
 
 
-def workload_of(plan: Plan) -> Workload:
+def load_planned_workload(plan: Plan) -> Workload:
     """The workload of a plan, from the model file that it names; PlanFileError where that is gone or changed."""
     if plan.model.path is None:
         raise UsageError("the plan is for a model built in Python; give apply(..., workload=...)")
@@ -136,18 +136,20 @@ def workload_of(plan: Plan) -> Workload:
     return load_workload(path, **settings)
 
 
-def _own_device() -> torch.device:
+def _default_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
-def _initial(tensors: dict[str, Tensor], names: tuple[str, ...], deferred: DeferredInitialisation | None) -> Tensor:
+def _initial_tensor(
+    tensors: dict[str, Tensor], names: tuple[str, ...], deferred: DeferredInitialisation | None
+) -> Tensor:
     """The initial value of the tensor of these names."""
     found = next((name for name in names if name in tensors), None)
     if found is None:
         raise UsageError(f"the model has no parameter {names[0]}, which the plan places")
     if tensors[found].is_meta:
         assert deferred is not None
-        return deferred.tensor(found)
+        return deferred.materialise(found)
     return tensors[found].detach()

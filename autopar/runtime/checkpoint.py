@@ -36,66 +36,70 @@ from autopar.core.placement import REPLICATE
 from autopar.core.write_file import write_atomically
 from autopar.runtime.checkpoint_integrity import CheckedReader, check_sums, check_tensors, write_sums
 from autopar.runtime.checkpoint_metadata import METADATA, TensorIndex, read_metadata
-from autopar.runtime.checkpoint_shards import Part
+from autopar.runtime.checkpoint_shards import CheckpointShard
 from autopar.runtime.loss_scale import LossScale
-from autopar.runtime.stored_parameters import StoredParameter, rest_held
+from autopar.runtime.stored_parameters import StoredParameter, stored_indices
 from autopar.runtime.trainer import Trainer
-from autopar.runtime.transfer import Held
+from autopar.runtime.transfer import DimIndices
 
 LATEST = "latest"
-States = Mapping[Tensor, Mapping[str, Any]]
+OptimizerStates = Mapping[Tensor, Mapping[str, Any]]
 """The optimizer's state: by master, then key."""
 
 
-def state_dict(trainer: Trainer, states: States | None = None) -> dict[str, Any]:
+def state_dict(trainer: Trainer, states: OptimizerStates | None = None) -> dict[str, Any]:
     """``model`` (by the model's names) and ``optimizer`` (by name, then key) as ``Part``s, for ``dcp.save`` and
     ``load``. ``states``: the optimizer's tensors by master, where they are not those of its own state."""
     if states is None:
         states = trainer.optimizer.state if trainer.optimizer is not None else {}
-    model: dict[str, Part] = {}
-    optimizer: dict[str, dict[str, Part]] = {}
-    for parameter, held, writes in _stored(trainer):
+    model: dict[str, CheckpointShard] = {}
+    optimizer: dict[str, dict[str, CheckpointShard]] = {}
+    for parameter, held, writes in _stored_parameters(trainer):
         name = parameter.names[0]
         if name in model:
             continue
-        model[name] = Part(parameter.master, parameter.stored.shape, held, writes)
+        model[name] = CheckpointShard(parameter.master, parameter.sharding.shape, held, writes)
         state = states.get(parameter.master, {})
         tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-        optimizer[name] = {key: _state_part(value, parameter, held, writes) for key, value in tensors.items()}
+        optimizer[name] = {key: _optimizer_shard(value, parameter, held, writes) for key, value in tensors.items()}
     for index, stage in trainer.stages.items():
         mesh = trainer.meshes[index]
         for stored in stage.program.buffers:
-            name = trainer.graph.values[stored.value].names[0]
-            if name in trainer.persistent and name not in model:
-                held = rest_held(stored, mesh, mesh.coordinate, cut=False)
-                first = trainer.first_stage_with(stored.value) == index
+            name = trainer.graph.values[stored.value].qualified_names[0]
+            if name in trainer.persistent_names and name not in model:
+                held = stored_indices(stored, mesh, mesh.coordinate, zero_sharded=False)
+                first = trainer.first_stage_storing(stored.value) == index
                 alone = all(
                     place == 0
-                    for place, placement in zip(mesh.coordinate, stored.compute, strict=True)
+                    for place, placement in zip(mesh.coordinate, stored.compute_placements, strict=True)
                     if placement == REPLICATE
                 )
-                model[name] = Part(stage.parameters.buffers[stored.value], stored.shape, held, first and alone)
+                model[name] = CheckpointShard(
+                    stage.parameters.buffers[stored.value], stored.shape, held, first and alone
+                )
     return {"model": model, "optimizer": optimizer}
 
 
-def _state_part(value: Tensor, parameter: StoredParameter, held: Held, writes: bool) -> Part:
+def _optimizer_shard(
+    value: Tensor, parameter: StoredParameter, indices: DimIndices, is_writer: bool
+) -> CheckpointShard:
     """An optimizer's tensor lies as its master, or is one number that all ranks have alike."""
     if value.shape == parameter.master.shape and value.dim():
-        return Part(value, parameter.stored.shape, held, writes)
+        return CheckpointShard(value, parameter.sharding.shape, indices, is_writer)
     whole = tuple(torch.arange(size) for size in value.shape)
-    first = all(not len(index) or int(index[0]) == 0 for index in held) and writes
-    return Part(value, value.shape, whole, first and all(len(index) for index in held))
+    first = all(not len(index) or int(index[0]) == 0 for index in indices) and is_writer
+    return CheckpointShard(value, value.shape, whole, first and all(len(index) for index in indices))
 
 
-def _stored(trainer: Trainer) -> Iterator[tuple[StoredParameter, Held, bool]]:
+def _stored_parameters(trainer: Trainer) -> Iterator[tuple[StoredParameter, DimIndices, bool]]:
     for index, stage in trainer.stages.items():
         mesh = trainer.meshes[index]
         for parameter in stage.parameters.parameters.values():
-            held = rest_held(parameter.stored, mesh, mesh.coordinate, cut=True)
-            if not parameter.stored.trained:
-                held = rest_held(parameter.stored, mesh, mesh.coordinate, cut=False)
-            first = trainer.first_stage_with(parameter.stored.value) == index
-            yield parameter, held, parameter.counted and first
+            held = stored_indices(parameter.sharding, mesh, mesh.coordinate, zero_sharded=True)
+            if not parameter.sharding.trained:
+                held = stored_indices(parameter.sharding, mesh, mesh.coordinate, zero_sharded=False)
+            first = trainer.first_stage_storing(parameter.sharding.value) == index
+            yield parameter, held, parameter.counts_in_norm and first
 
 
 def save(trainer: Trainer, folder: str | os.PathLike[str], step: int, *, keep: int = 2) -> Path:
@@ -111,9 +115,9 @@ def save(trainer: Trainer, folder: str | os.PathLike[str], step: int, *, keep: i
     write_tensors(state_dict(trainer), storage_writer=FileSystemWriter(temporary, sync_files=True))
     dist.barrier()
     if dist.get_rank() == 0:
-        write_atomically(temporary / "optimizer.json", json.dumps(_settings(trainer)).encode())
-        if trainer.scale is not None:
-            write_atomically(temporary / "scale.json", json.dumps(trainer.scale.state()).encode())
+        write_atomically(temporary / "optimizer.json", json.dumps(_group_settings(trainer)).encode())
+        if trainer.loss_scale is not None:
+            write_atomically(temporary / "scale.json", json.dumps(trainer.loss_scale.state_dict()).encode())
         write_sums(temporary)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
@@ -126,7 +130,7 @@ def save(trainer: Trainer, folder: str | os.PathLike[str], step: int, *, keep: i
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Opened:
+class _CheckedCheckpoint:
     """A checkpoint that was checked. ``states`` is room for the optimizer's state; ``settings`` and ``scale`` are None
     where it has none; ``digest`` is the same on ranks that see the same checkpoint."""
 
@@ -148,7 +152,7 @@ def load(trainer: Trainer, folder: str | os.PathLike[str]) -> int:
 
     It may be written by torch.distributed.checkpoint itself, under these names. Without ``optimizer.json`` the
     optimizer keeps its settings."""
-    opened = _opened_by_all(lambda: _open(trainer, Path(folder)))
+    opened = _open_on_all_ranks(lambda: _check_newest(trainer, Path(folder)))
     try:
         read_tensors(state_dict(trainer, opened.states), storage_reader=opened.reader)
     except CheckpointException as error:
@@ -166,15 +170,15 @@ def load(trainer: Trainer, folder: str | os.PathLike[str]) -> int:
         if opened.settings is not None and len(opened.settings) == len(trainer.optimizer.param_groups):
             for group, given in zip(trainer.optimizer.param_groups, opened.settings, strict=True):
                 group.update(given)
-    if trainer.scale is not None and opened.scale is not None:
-        trainer.scale = opened.scale
+    if trainer.loss_scale is not None and opened.scale is not None:
+        trainer.loss_scale = opened.scale
     for stage in trainer.stages.values():
-        stage.parameters.gather()
+        stage.parameters.update_weights()
     trainer.num_steps = int(opened.path.name.removeprefix("step-"))
     return trainer.num_steps
 
 
-def _opened_by_all(work: Callable[[], _Opened]) -> _Opened:
+def _open_on_all_ranks(work: Callable[[], _CheckedCheckpoint]) -> _CheckedCheckpoint:
     """What ``work`` returns; where it fails on any rank, or ranks see different checkpoints, an error on every rank."""
     opened, error = None, None
     try:
@@ -201,23 +205,23 @@ def _opened_by_all(work: Callable[[], _Opened]) -> _Opened:
     return opened
 
 
-def _open(trainer: Trainer, root: Path) -> _Opened:
+def _check_newest(trainer: Trainer, root: Path) -> _CheckedCheckpoint:
     """Check the newest checkpoint: all but its tensors, and of these this rank's share. Changes nothing."""
-    path = root / _latest(root)
+    path = root / _latest_name(root)
     try:
         index = read_metadata(path)
         check_sums(path)
-        states = _room(trainer, index)
-        _check_fit(state_dict(trainer, states), index)
+        states = _optimizer_tensors(trainer, index)
+        _check_shapes(state_dict(trainer, states), index)
         reader = CheckedReader(path, index)
         names = [name for name in index.tensors if name.startswith(("model.", "optimizer."))]
         check_tensors(reader, names, rank=dist.get_rank(), num_ranks=dist.get_world_size())
-        return _Opened(
+        return _CheckedCheckpoint(
             path=path,
             reader=reader,
             states=states,
             settings=_read_settings(path),
-            scale=_read_scale(path) if trainer.scale is not None else None,
+            scale=_read_scale(path) if trainer.loss_scale is not None else None,
             digest=f"{path.name} ({hashlib.sha256((path / METADATA).read_bytes()).hexdigest()[:12]})",
         )
     except CheckpointError as error:
@@ -226,7 +230,7 @@ def _open(trainer: Trainer, root: Path) -> _Opened:
         raise CheckpointError(f"cannot load {path}: {error}; nothing was loaded; {way_out}") from None
 
 
-def _latest(root: Path) -> str:
+def _latest_name(root: Path) -> str:
     """The name of the newest checkpoint."""
     try:
         name = (root / LATEST).read_text().strip()
@@ -239,7 +243,7 @@ def _latest(root: Path) -> str:
     return name
 
 
-def _room(trainer: Trainer, index: TensorIndex) -> dict[Tensor, dict[str, Tensor]]:
+def _optimizer_tensors(trainer: Trainer, index: TensorIndex) -> dict[Tensor, dict[str, Tensor]]:
     """Tensors for the optimizer's state that a checkpoint holds: the optimizer's own where they have the shape."""
     if trainer.optimizer is None:
         return {}
@@ -248,11 +252,11 @@ def _room(trainer: Trainer, index: TensorIndex) -> dict[Tensor, dict[str, Tensor
         prefix, _, key = name.rpartition(".")
         stored.setdefault(prefix, {})[key] = tensor
     states: dict[Tensor, dict[str, Tensor]] = {}
-    for parameter in trainer.trained():
+    for parameter in trainer.trained_parameters():
         master, known = parameter.master, trainer.optimizer.state.get(parameter.master, {})
         states[master] = {}
         for key, tensor in stored.get(f"optimizer.{parameter.names[0]}", {}).items():
-            whole = not tensor.size or tensor.size != parameter.stored.shape
+            whole = not tensor.size or tensor.size != parameter.sharding.shape
             shape, device = (tensor.size, torch.device("cpu")) if whole else (master.shape, master.device)
             own, dtype = known.get(key), tensor.properties.dtype
             fits = isinstance(own, Tensor) and own.shape == shape and own.dtype == dtype
@@ -260,11 +264,11 @@ def _room(trainer: Trainer, index: TensorIndex) -> dict[Tensor, dict[str, Tensor
     return states
 
 
-def _check_fit(parts: Mapping[str, Any], index: TensorIndex) -> None:
+def _check_shapes(shards: Mapping[str, Any], index: TensorIndex) -> None:
     """CheckpointError where a part's tensor is not stored in its shape."""
-    optimizer = {f"{name}.{key}": part for name, state in parts["optimizer"].items() for key, part in state.items()}
+    optimizer = {f"{name}.{key}": part for name, state in shards["optimizer"].items() for key, part in state.items()}
     wanted = {
-        **{f"model.{name}": part for name, part in parts["model"].items()},
+        **{f"model.{name}": part for name, part in shards["model"].items()},
         **{f"optimizer.{name}": part for name, part in optimizer.items()},
     }
     faults = []
@@ -307,13 +311,13 @@ def _read_scale(path: Path) -> LossScale | None:
     scale = LossScale()
     try:
         if state is not None:
-            scale.restore(state)
+            scale.load_state_dict(state)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"scale.json is damaged: {error}") from None
     return scale if state is not None else None
 
 
-def _settings(trainer: Trainer) -> list[dict[str, Any]]:
+def _group_settings(trainer: Trainer) -> list[dict[str, Any]]:
     """Plain settings of the optimizer's groups."""
     groups = trainer.optimizer.param_groups if trainer.optimizer is not None else []
     return [{key: value for key, value in group.items() if _is_setting(key, value)} for group in groups]

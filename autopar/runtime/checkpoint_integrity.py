@@ -108,15 +108,15 @@ def _tensor_at(reader: CheckedReader, file: BinaryIO, place: _StorageInfo) -> Te
     size = file.seek(0, os.SEEK_END)
     if place.offset + place.length > size:
         raise _DamageError(f"it ends at byte {size}, not behind {place.offset + place.length}")
-    part: Any = _Range(file, place.offset, place.length)
+    part: Any = _FileRange(file, place.offset, place.length)
     try:
         part = reader.transforms.transform_load_stream(part, place.transform_descriptors or (), part)
-        return _checked(part if part.seekable() else io.BytesIO(part.read()))
+        return _read_checked(part if part.seekable() else io.BytesIO(part.read()))
     except Exception as error:  # zipfile and torch.load raise whatever a damaged header leads to
         raise _DamageError((str(error) or type(error).__name__).splitlines()[0][:200]) from None
 
 
-def _checked(archive: Any) -> Tensor:
+def _read_checked(archive: Any) -> Tensor:
     """The tensor of an archive of ``torch.save``, on the meta device: its data is read only for its CRC."""
     with zipfile.ZipFile(archive) as records:
         if any(record.compress_type != zipfile.ZIP_STORED for record in records.infolist()):
@@ -137,7 +137,7 @@ def _checked(archive: Any) -> Tensor:
     return tensor
 
 
-class _Range(io.RawIOBase):
+class _FileRange(io.RawIOBase):
     """The bytes of a file from ``start`` on, as a file."""
 
     def __init__(self, file: BinaryIO, start: int, length: int) -> None:

@@ -27,8 +27,8 @@ from autopar.runtime.pickled_data import Global, Instance, NotAllowedError, read
 
 METADATA = ".metadata"
 _INDEX, _FILES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
-_OLD = "torch.distributed._shard.sharded_tensor.metadata"  # where torch had TensorProperties before 2.3
-_PROPERTIES = (f"{_INDEX}.TensorProperties", f"{_OLD}.TensorProperties")
+_OLD_INDEX = "torch.distributed._shard.sharded_tensor.metadata"  # where torch had TensorProperties before 2.3
+_PROPERTIES = (f"{_INDEX}.TensorProperties", f"{_OLD_INDEX}.TensorProperties")
 _DTYPES = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 ALLOWED = frozenset(
@@ -42,7 +42,7 @@ ALLOWED = frozenset(
         f"{_INDEX}.MetadataIndex",
         f"{_INDEX}.StorageMeta",
         f"{_INDEX}._MEM_FORMAT_ENCODING",
-        f"{_OLD}.MEM_FORMAT_ENCODING",
+        f"{_OLD_INDEX}.MEM_FORMAT_ENCODING",
         f"{_FILES}._StorageInfo",
         "torch.Size",
         "torch.serialization._get_layout",

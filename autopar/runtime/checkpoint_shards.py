@@ -9,24 +9,26 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from autopar.runtime.transfer import Held
+from autopar.runtime.transfer import DimIndices
 
 Box = tuple[tuple[slice, ...], ChunkStorageMetadata]
 
 
-class Part(Tensor):
+class CheckpointShard(Tensor):
     """What a rank holds of a tensor of global ``shape``, for torch.distributed.checkpoint: a wrapper without data of
     its own. ``writes``: whether this rank's replica is the one that is stored."""
 
     local: Tensor
     boxes: list[Box]
-    writes: bool
+    is_writer: bool
 
     @staticmethod
-    def __new__(cls, local: Tensor, shape: Sequence[int], held: Held, writes: bool) -> "Part":
-        made: Part = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=local.dtype, device=local.device)
-        made.local, made.writes = local.detach(), writes
-        made.boxes = list(_boxes(held))
+    def __new__(cls, local: Tensor, shape: Sequence[int], indices: DimIndices, is_writer: bool) -> "CheckpointShard":
+        made: CheckpointShard = torch.Tensor._make_wrapper_subclass(
+            cls, tuple(shape), dtype=local.dtype, device=local.device
+        )
+        made.local, made.is_writer = local.detach(), is_writer
+        made.boxes = list(_boxes(indices))
         return made
 
     @classmethod
@@ -36,7 +38,7 @@ class Part(Tensor):
         raise NotImplementedError(f"{func} of a part of a checkpoint: use torch.distributed.checkpoint")
 
     def __create_write_items__(self, fqn: str, part: Any) -> list[WriteItem]:
-        if not self.writes:
+        if not self.is_writer:
             return []
         properties = TensorProperties(dtype=self.local.dtype)
         return [
@@ -58,9 +60,9 @@ class Part(Tensor):
         raise ValueError(f"this rank holds no box of {index.fqn} at {index.offset}")
 
 
-def _boxes(held: Held) -> Iterator[Box]:
+def _boxes(indices: DimIndices) -> Iterator[Box]:
     """The rectangles that the product of these indices consists of: where in the part, and where in the whole."""
-    runs = [list(_runs(index.tolist())) for index in held]
+    runs = [list(_intervals(index.tolist())) for index in indices]
     for chosen in itertools.product(*runs):
         offsets = torch.Size([first for _, first, _ in chosen])
         sizes = torch.Size([length for _, _, length in chosen])
@@ -70,7 +72,7 @@ def _boxes(held: Held) -> Iterator[Box]:
         )
 
 
-def _runs(indices: list[int]) -> Iterator[tuple[int, int, int]]:
+def _intervals(indices: list[int]) -> Iterator[tuple[int, int, int]]:
     """(position, first index, length) of each run of consecutive indices."""
     start = 0
     for at in range(1, len(indices) + 1):

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode  # private; tried on torch 2.13.0
 
 from autopar.core.plan import Collective, CollectiveKind, Plan
-from autopar.runtime.lower.rank_mesh import Mesh
+from autopar.runtime.lower.rank_mesh import RankMesh
 
-KINDS: dict[str, CollectiveKind] = {
+KINDS_BY_OP: dict[str, CollectiveKind] = {
     "all_reduce": "all_reduce",
     "all_reduce_": "all_reduce",
     "all_gather_into_tensor": "all_gather",
@@ -27,51 +27,51 @@ KINDS: dict[str, CollectiveKind] = {
     "reduce_scatter_tensor": "reduce_scatter",
     "all_to_all_single": "all_to_all",
 }
-Key = tuple[int, CollectiveKind, tuple[str, ...]]
-Counts = Mapping[Key, Counter[int]]
+CollectiveKey = tuple[int, CollectiveKind, tuple[str, ...]]
+CollectiveCounts = Mapping[CollectiveKey, Counter[int]]
 """(stage, kind, axes) -> bytes -> how many in a step"""
 
 
-class Tally(TorchDispatchMode):
+class CollectiveCounter(TorchDispatchMode):
     """While entered, counts the functional collectives of this rank. ``stage`` names the stage that runs, ``meshes``
     are those of the rank's stages. ``widened``: fp64 stands for fp32, and its bytes are counted as those."""
 
-    def __init__(self, meshes: Mapping[int, Mesh], *, widened: bool = False) -> None:
+    def __init__(self, meshes: Mapping[int, RankMesh], *, fp64_as_fp32: bool = False) -> None:
         super().__init__()
-        self.widened = widened
+        self.fp64_as_fp32 = fp64_as_fp32
         self.meshes = dict(meshes)
-        self.axes_of = {
-            index: {name: axes for axes, name in mesh.groups.items()} for index, mesh in self.meshes.items()
+        self.axes_of_group = {
+            index: {name: axes for axes, name in mesh.group_names.items()} for index, mesh in self.meshes.items()
         }
-        self.stage = -1
-        self.found: dict[Key, Counter[int]] = {}
+        self.current_stage = -1
+        self.counts: dict[CollectiveKey, Counter[int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = str(func)
-        kind = KINDS.get(name.split(".")[1]) if name.startswith("_c10d_functional.") else None
+        kind = KINDS_BY_OP.get(name.split(".")[1]) if name.startswith("_c10d_functional.") else None
         if kind is not None:
-            mesh, axes = self.meshes[self.stage], self.axes_of[self.stage][str(args[-1])]
-            num_bytes = self._bytes(result) * (mesh.degree(axes) if kind == "reduce_scatter" else 1)
-            self._add(self.stage, kind, tuple(mesh.names[axis] for axis in axes), num_bytes)
+            mesh, axes = self.meshes[self.current_stage], self.axes_of_group[self.current_stage][str(args[-1])]
+            num_bytes = self._num_bytes(result) * (mesh.degree(axes) if kind == "reduce_scatter" else 1)
+            self._add(self.current_stage, kind, tuple(mesh.names[axis] for axis in axes), num_bytes)
         return result
 
-    def received(self, sender: int, part: Tensor) -> None:
+    def count_received(self, sender: int, tensor: Tensor) -> None:
         """Count what this rank received of a tensor that stage ``sender`` sent."""
-        self._add(sender, "send", (), self._bytes(part))
+        self._add(sender, "send", (), self._num_bytes(tensor))
 
     def _add(self, stage: int, kind: CollectiveKind, axes: tuple[str, ...], num_bytes: int) -> None:
-        self.found.setdefault((stage, kind, axes), Counter())[num_bytes] += 1
+        self.counts.setdefault((stage, kind, axes), Counter())[num_bytes] += 1
 
-    def _bytes(self, tensor: Tensor) -> int:
-        narrow = self.widened and tensor.dtype == torch.float64
+    def _num_bytes(self, tensor: Tensor) -> int:
+        narrow = self.fp64_as_fp32 and tensor.dtype == torch.float64
         return tensor.numel() * (torch.float32.itemsize if narrow else tensor.element_size())
 
 
-def of_all_ranks(found: Sequence[Counts], plan: Plan) -> dict[Key, Counter[int]]:
+def counts_of_stages(counts_by_rank: Sequence[CollectiveCounts], plan: Plan) -> dict[CollectiveKey, Counter[int]]:
     """What the first rank of each stage, which holds the largest parts, ran; ``found`` is by rank."""
-    joined: dict[Key, Counter[int]] = {}
-    for rank, counts in enumerate(found):
+    joined: dict[CollectiveKey, Counter[int]] = {}
+    for rank, counts in enumerate(counts_by_rank):
         here = [stage for stage in plan.stages if stage.first_device == rank]
         if not here:
             continue
@@ -80,10 +80,10 @@ def of_all_ranks(found: Sequence[Counts], plan: Plan) -> dict[Key, Counter[int]]
     return joined
 
 
-def differences(ran: Counts, plan: Plan, collectives: Iterable[Collective]) -> tuple[str, ...]:
+def collective_differences(ran: CollectiveCounts, plan: Plan, collectives: Iterable[Collective]) -> tuple[str, ...]:
     """Where what ran in a step is not what is listed: one line per stage, kind and axes."""
-    exact: dict[Key, Counter[int]] = {}
-    bucketed: dict[Key, int] = {}
+    exact: dict[CollectiveKey, Counter[int]] = {}
+    bucketed: dict[CollectiveKey, int] = {}
     for each in collectives:
         key = (each.stage, each.kind, each.axes)
         if each.per == "microbatch":
@@ -102,15 +102,15 @@ def differences(ran: Counts, plan: Plan, collectives: Iterable[Collective]) -> t
         listed = sum(size * count for size, count in wanted.items()) + bucketed.get(key, 0)
         moved = sum(size * count for size, count in sizes.items())
         lines.append(
-            f"stage {stage}: {kind}{over}: the plan lists {listed} bytes a step, {moved} ran{_sizes(missing, rest)}"
+            f"stage {stage}: {kind}{over}: the plan lists {listed} bytes a step, {moved} ran{_sizes_text(missing, rest)}"
         )
     return tuple(lines)
 
 
-def _sizes(missing: Counter[int], rest: Counter[int]) -> str:
+def _sizes_text(missing: Counter[int], extra: Counter[int]) -> str:
     parts = [
         f"{what} {', '.join(f'{count} of {size}' for size, count in sorted(sizes.items())[:4])}"
-        for what, sizes in (("lacking", missing), ("beyond the listed per micro-batch", rest))
+        for what, sizes in (("lacking", missing), ("beyond the listed per micro-batch", extra))
         if sizes
     ]
     return f" ({'; '.join(parts)})" if parts else ""

@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode  # private; tried on torch 2.13.0
 
 from autopar.core.errors import AutoparError, UsageError
-from autopar.workload.user_code import user_code, user_error
+from autopar.workload.user_code import describe_user_error, guard_user_code
 from autopar.workload.workload import Workload
 
-_WAY_OUT = "initialise the model on the CPU and give that to apply, or write an init_weights(model) in the model file"
+_HOW_TO_INITIALISE = (
+    "initialise the model on the CPU and give that to apply, or write an init_weights(model) in the model file"
+)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class _Written:
+class _RecordedWrites:
     """The writes into one tensor, in order: the op, the part it writes (size, strides, offset), its other arguments."""
 
     name: str
@@ -38,29 +40,29 @@ class DeferredInitialisation:
     def __init__(self, model: nn.Module, workload: Workload, seed: int) -> None:
         self.seed = seed
         tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-        self._by_storage: dict[int, _Written] = {}
-        self._by_name: dict[str, _Written] = {}
+        self._by_storage: dict[int, _RecordedWrites] = {}
+        self._by_name: dict[str, _RecordedWrites] = {}
         for name, tensor in tensors:
-            written = self._by_storage.setdefault(_storage(tensor), _Written(name=name, tensor=tensor))
+            written = self._by_storage.setdefault(_storage_id(tensor), _RecordedWrites(name=name, tensor=tensor))
             self._by_name[name] = written
         try:
             with (
-                user_code("initialising the weights raised", passes=(AutoparError, RuntimeError)),
-                _Recorder(self._by_storage),
+                guard_user_code("initialising the weights raised", reraised=(AutoparError, RuntimeError)),
+                _WriteRecorder(self._by_storage),
                 torch.no_grad(),
             ):
-                _initialise(model, workload)
+                _initialise_model(model, workload)
         except (RuntimeError, NotImplementedError) as error:
             raise UsageError(
-                f"the weights cannot be initialised one by one: {user_error(error)}\n  {_WAY_OUT}"
+                f"the weights cannot be initialised one by one: {describe_user_error(error)}\n  {_HOW_TO_INITIALISE}"
             ) from error
 
-    def tensor(self, name: str) -> Tensor:
+    def materialise(self, name: str) -> Tensor:
         """The whole initial tensor, made anew at each call; UsageError where the model leaves some of it unset."""
         written = self._by_name[name]
         whole = (tuple(written.tensor.shape), tuple(written.tensor.stride()), written.tensor.storage_offset())
         if not any(part == whole for _, part, _, _ in written.writes):
-            raise UsageError(f"nothing initialises {name}: {_WAY_OUT}")
+            raise UsageError(f"nothing initialises {name}: {_HOW_TO_INITIALISE}")
         digest = hashlib.sha256(f"{self.seed} {written.name}".encode()).digest()
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(int.from_bytes(digest[:7], "little"))
@@ -70,7 +72,7 @@ class DeferredInitialisation:
         return real
 
 
-def _initialise(model: nn.Module, workload: Workload) -> None:
+def _initialise_model(model: nn.Module, workload: Workload) -> None:
     """The model file's own way, else Hugging Face's, else ``reset_parameters`` of every module."""
     if workload.init_weights is not None:
         workload.init_weights(model)
@@ -85,14 +87,14 @@ def _initialise(model: nn.Module, workload: Workload) -> None:
             reset()
 
 
-def _storage(tensor: Tensor) -> int:
+def _storage_id(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-class _Recorder(TorchDispatchMode):
+class _WriteRecorder(TorchDispatchMode):
     """Notes every in-place op on a known tensor, or on a view of one, and runs it on meta."""
 
-    def __init__(self, known: dict[int, _Written]) -> None:
+    def __init__(self, known: dict[int, _RecordedWrites]) -> None:
         super().__init__()
         self.known = known
 
@@ -100,11 +102,13 @@ class _Recorder(TorchDispatchMode):
         schema_arguments = func._schema.arguments
         first = schema_arguments[0] if schema_arguments else None
         if first is not None and first.alias_info is not None and first.alias_info.is_write and args:
-            written = self.known.get(_storage(args[0])) if args[0].is_meta else None
+            written = self.known.get(_storage_id(args[0])) if args[0].is_meta else None
             if written is not None:
                 rest = args[1:]
                 if any(isinstance(each, Tensor) and each.is_meta for each in (*rest, *(kwargs or {}).values())):
-                    raise UsageError(f"the initial value of {written.name} is computed from other weights: {_WAY_OUT}")
+                    raise UsageError(
+                        f"the initial value of {written.name} is computed from other weights: {_HOW_TO_INITIALISE}"
+                    )
                 part = (tuple(args[0].shape), tuple(args[0].stride()), args[0].storage_offset())
                 written.writes.append((func, part, rest, {k: v for k, v in (kwargs or {}).items() if k != "generator"}))
                 return args[0]

@@ -19,15 +19,15 @@ class LossScale:
         self.good_steps = 0
         self.overflowed = False
 
-    def state(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, float]:
         """What a checkpoint keeps."""
         return {"factor": self.factor, "good_steps": self.good_steps}
 
-    def restore(self, state: Mapping[str, float]) -> None:
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
         """The inverse of ``state``."""
         self.factor, self.good_steps = float(state["factor"]), int(state["good_steps"])
 
-    def undo(self, masters: Sequence[nn.Parameter], device: torch.device) -> None:
+    def unscale(self, masters: Sequence[nn.Parameter], device: torch.device) -> None:
         """Divide the gradients by the factor, look whether all are finite, and set the next factor; collective."""
         bad = torch.zeros((), device=device)
         for master in masters:

@@ -7,15 +7,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from autopar.runtime.lower.joint_graph import Lowered, lower
+from autopar.runtime.lower.joint_graph import LoweredStage, lower_stage
 from autopar.runtime.lower.stage_function import StageFunction
 from autopar.runtime.stored_parameters import StageParameters
 
-Mode = Literal["lowered", "reference"]
+ExecutionMode = Literal["lowered", "reference"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Made:
+class ForwardResult:
     """What the forward of a micro-batch made: ``sent`` by value, and the loss where this stage makes it."""
 
     sent: dict[int, Tensor]
@@ -26,49 +26,53 @@ class StageRunner:
     """One stage on one rank. ``forward`` and ``backward`` are called in the schedule's order."""
 
     def __init__(
-        self, function: StageFunction, parameters: StageParameters, dtypes: Mapping[int, torch.dtype], mode: Mode
+        self,
+        function: StageFunction,
+        parameters: StageParameters,
+        dtypes: Mapping[int, torch.dtype],
+        mode: ExecutionMode,
     ) -> None:
         self.function, self.program, self.parameters = function, function.program, parameters
-        self.lowered: Lowered | None = None
+        self.lowered: LoweredStage | None = None
         if mode == "lowered":
             shapes = [(function.argument_shape(value), dtypes[value]) for value in function.arguments]
-            self.lowered = lower(function, shapes, function.device)
-        self._kept: dict[int, Any] = {}
+            self.lowered = lower_stage(function, shapes, function.device)
+        self._saved: dict[int, Any] = {}
 
     @property
     def num_in_flight(self) -> int:
         """Micro-batches whose tensors are kept."""
-        return len(self._kept)
+        return len(self._saved)
 
-    def forward(self, microbatch: int, data: Mapping[int, Tensor], received: Mapping[int, Tensor]) -> Made:
+    def forward(self, microbatch: int, data: Mapping[int, Tensor], received: Mapping[int, Tensor]) -> ForwardResult:
         """Run the forward pass; ``data`` are the graph's inputs of the micro-batch, by value."""
         arguments = [self._argument(value, data, received) for value in self.function.arguments]
         if self.lowered is None:
-            leaves = self.function.leaves(arguments)
+            leaves = self.function.make_leaves(arguments)
             outputs = self.function.forward(leaves)
-            self._kept[microbatch] = (leaves, outputs)
+            self._saved[microbatch] = (leaves, outputs)
             sent, loss, buffers = outputs.sent, outputs.loss, outputs.buffers
         else:
-            kept = [arguments[at] for at in self.lowered.kept_arguments]
+            kept = [arguments[at] for at in self.lowered.saved_arguments]
             results = self.lowered.run_forward(arguments)
-            self._kept[microbatch] = [*kept, *results[self.lowered.num_outputs :]]
+            self._saved[microbatch] = [*kept, *results[self.lowered.num_outputs :]]
             count = len(self.program.sent)
             sent = tuple(results[:count])
-            loss = results[count] if self.program.loss is not None else None
+            loss = results[count] if self.program.loss_placements is not None else None
             buffers = tuple(results[count + (loss is not None) : self.lowered.num_outputs])
-        for value, tensor in zip(self.program.written, buffers, strict=True):
+        for value, tensor in zip(self.program.written_buffers, buffers, strict=True):
             self.parameters.buffers[value] = tensor.detach()
         made = {value: tensor.detach() for value, tensor in zip(self.program.sent, sent, strict=True)}
-        return Made(sent=made, loss=loss.detach() if loss is not None else None)
+        return ForwardResult(sent=made, loss=loss.detach() if loss is not None else None)
 
     def backward(self, microbatch: int, tangents: Sequence[Tensor], *, last: bool) -> dict[int, Tensor]:
         """Run the backward pass: parameters' gradients are added up as they are made, and after the ``last``
         micro-batch's their reduction begins; those of received activations are returned by value."""
-        kept = self._kept.pop(microbatch)
+        kept = self._saved.pop(microbatch)
         differentiated, count = self.function.differentiated, self.function.num_parameters
 
         def take(at: int, term: Tensor, owned: bool, complete: bool) -> None:
-            self.parameters.add(differentiated[at], term, owned=owned, complete=last and complete)
+            self.parameters.add_gradient(differentiated[at], term, owns_memory=owned, complete=last and complete)
 
         if self.lowered is None:
             leaves, outputs = kept

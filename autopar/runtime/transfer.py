@@ -13,24 +13,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 from autopar.core.placement import PARTIAL, Placements
-from autopar.runtime.lower.rank_mesh import Mesh
+from autopar.runtime.lower.rank_mesh import RankMesh
 from autopar.runtime.lower.shards import Shape, global_indices
 
-Held = tuple[Tensor, ...]
+DimIndices = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Route:
+class TransferMessage:
     """One message: ``taken`` are the positions, per dim, of its elements in the sender's part, ``put`` in the
     receiver's."""
 
     source: int
     target: int
-    taken: Held
-    put: Held
+    source_positions: DimIndices
+    target_positions: DimIndices
 
 
-def mesh_layout(shape: Shape, placements: Placements, mesh: Mesh) -> list[tuple[int, Held]]:
+def indices_by_rank(shape: Shape, placements: Placements, mesh: RankMesh) -> list[tuple[int, DimIndices]]:
     """(rank, what it stores) of all ranks of a mesh. Partial sums have a dim more, in front, of their addends."""
     ranks = range(mesh.first_rank, mesh.first_rank + mesh.num_ranks)
     terms = [axis for axis, placement in enumerate(placements) if placement == PARTIAL]
@@ -45,10 +45,12 @@ def mesh_layout(shape: Shape, placements: Placements, mesh: Mesh) -> list[tuple[
     return found
 
 
-def routes(sources: Sequence[tuple[int, Held]], targets: Sequence[tuple[int, Held]], rank: int) -> list[Route]:
+def messages_between(
+    sources: Sequence[tuple[int, DimIndices]], targets: Sequence[tuple[int, DimIndices]], rank: int
+) -> list[TransferMessage]:
     """The messages that ``rank`` sends or receives to bring a tensor from one layout to another, in one order for
     all."""
-    replicas: dict[tuple[tuple[int, ...], ...], list[tuple[int, Held]]] = {}
+    replicas: dict[tuple[tuple[int, ...], ...], list[tuple[int, DimIndices]]] = {}
     for source, part in sources:
         replicas.setdefault(tuple(tuple(index.tolist()) for index in part), []).append((source, part))
     found = []
@@ -57,45 +59,48 @@ def routes(sources: Sequence[tuple[int, Held]], targets: Sequence[tuple[int, Hel
             source, part = alike[place % len(alike)]
             if rank not in (source, target):
                 continue
-            pairs = [_common(mine, theirs) for mine, theirs in zip(part, wanted, strict=True)]
+            pairs = [_common_positions(mine, theirs) for mine, theirs in zip(part, wanted, strict=True)]
             if all(len(taken) for taken, _ in pairs):
                 found.append(
-                    Route(
-                        source=source, target=target, taken=tuple(p[0] for p in pairs), put=tuple(p[1] for p in pairs)
+                    TransferMessage(
+                        source=source,
+                        target=target,
+                        source_positions=tuple(p[0] for p in pairs),
+                        target_positions=tuple(p[1] for p in pairs),
                     )
                 )
     return found
 
 
-def _common(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+def _common_positions(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """The positions in two lists of increasing indices of the indices in both."""
     in_second = torch.isin(first, second)
     return in_second.nonzero().view(-1), torch.isin(second, first[in_second]).nonzero().view(-1)
 
 
-def take(part: Tensor, positions: Held) -> Tensor:
+def gather_positions(local: Tensor, positions: DimIndices) -> Tensor:
     """The elements at these positions of each dim."""
     for dim, index in enumerate(positions):
-        if len(index) != part.shape[dim]:
+        if len(index) != local.shape[dim]:
             start, length = int(index[0]), len(index)
             if int(index[-1]) - start + 1 == length:
-                part = part.narrow(dim, start, length)
+                local = local.narrow(dim, start, length)
             else:
-                part = part.index_select(dim, index.to(part.device))
-    return part.contiguous()
+                local = local.index_select(dim, index.to(local.device))
+    return local.contiguous()
 
 
-def put(whole: Tensor, positions: Held, part: Tensor) -> None:
+def scatter_positions(local: Tensor, positions: DimIndices, values: Tensor) -> None:
     """Write ``part`` at these positions of each dim."""
     if not positions:
-        whole.copy_(part)
+        local.copy_(values)
         return
-    shaped = [index.to(whole.device).view(-1, *[1] * (len(positions) - 1 - dim)) for dim, index in enumerate(positions)]
-    whole[tuple(shaped)] = part
+    shaped = [index.to(local.device).view(-1, *[1] * (len(positions) - 1 - dim)) for dim, index in enumerate(positions)]
+    local[tuple(shaped)] = values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Lanes:
+class DirectionGroups:
     """The process groups that messages up and down the ranks go by; None is the world's own.
 
     NCCL knows no tags and runs the messages of a pair of ranks in the order posted, which differs at both ends between
@@ -104,18 +109,18 @@ class Lanes:
     up: dist.ProcessGroup | None = None
     down: dist.ProcessGroup | None = None
 
-    def of(self, route: Route) -> dist.ProcessGroup | None:
-        return self.up if route.source < route.target else self.down
+    def group_of(self, message: TransferMessage) -> dist.ProcessGroup | None:
+        return self.up if message.source < message.target else self.down
 
 
-def make_lanes() -> Lanes:
+def make_direction_groups() -> DirectionGroups:
     """Lanes for one sort of message; collective over the world."""
     if dist.get_backend() != "nccl":
-        return Lanes()
-    return Lanes(up=dist.new_group(), down=dist.new_group())
+        return DirectionGroups()
+    return DirectionGroups(up=dist.new_group(), down=dist.new_group())
 
 
-class Channel:
+class TransferChannel:
     """One tensor's way between two layouts, used again and again; ``tag`` tells its messages from others', ``of_terms``
     says that it moves partial sums.
 
@@ -123,30 +128,30 @@ class Channel:
 
     def __init__(
         self,
-        sources: Sequence[tuple[int, Held]],
-        targets: Sequence[tuple[int, Held]],
+        sources: Sequence[tuple[int, DimIndices]],
+        targets: Sequence[tuple[int, DimIndices]],
         rank: int,
         tag: int,
-        lanes: Lanes,
+        groups: DirectionGroups,
         *,
-        of_terms: bool = False,
+        is_partial: bool = False,
     ) -> None:
-        self.rank, self.tag, self.lanes, self.of_terms = rank, tag, lanes, of_terms
-        found = routes(sources, targets, rank)
+        self.rank, self.tag, self.groups, self.is_partial = rank, tag, groups, is_partial
+        found = messages_between(sources, targets, rank)
         self.outgoing = [route for route in found if route.source == rank]
         self.incoming = [route for route in found if route.target == rank]
         mine = dict(targets).get(rank)
         self.target_shape = tuple(len(index) for index in mine) if mine is not None else None
 
-    def send(self, part: Tensor, mailbox: "Mailbox") -> None:
+    def send(self, local: Tensor, mailbox: "Mailbox") -> None:
         """Post this rank's messages."""
-        part = part.unsqueeze(0) if self.of_terms else part
+        local = local.unsqueeze(0) if self.is_partial else local
         for route in self.outgoing:
-            message = take(part, route.taken)
+            message = gather_positions(local, route.source_positions)
             if route.target == self.rank:
-                mailbox.own.setdefault(self.tag, []).append(message)
+                mailbox.to_self.setdefault(self.tag, []).append(message)
             else:
-                work = dist.isend(message, route.target, group=self.lanes.of(route), tag=self.tag)
+                work = dist.isend(message, route.target, group=self.groups.group_of(route), tag=self.tag)
                 assert work is not None
                 mailbox.pending.append((work, message))
 
@@ -157,16 +162,16 @@ class Channel:
         works = []
         for route in self.incoming:
             if route.source == self.rank:
-                put(whole, route.put, mailbox.own[self.tag].pop(0))
+                scatter_positions(whole, route.target_positions, mailbox.to_self[self.tag].pop(0))
                 continue
-            message = torch.empty([len(index) for index in route.put], dtype=dtype, device=device)
-            work = dist.irecv(message, route.source, group=self.lanes.of(route), tag=self.tag)
+            message = torch.empty([len(index) for index in route.target_positions], dtype=dtype, device=device)
+            work = dist.irecv(message, route.source, group=self.groups.group_of(route), tag=self.tag)
             assert work is not None
             works.append((work, message, route))
         for work, message, route in works:
             work.wait()
-            put(whole, route.put, message)
-        return whole.squeeze(0) if self.of_terms else whole
+            scatter_positions(whole, route.target_positions, message)
+        return whole.squeeze(0) if self.is_partial else whole
 
 
 class Mailbox:
@@ -174,7 +179,7 @@ class Mailbox:
 
     def __init__(self) -> None:
         self.pending: list[tuple[dist.Work, Tensor]] = []
-        self.own: dict[int, list[Tensor]] = {}
+        self.to_self: dict[int, list[Tensor]] = {}
 
     def flush(self) -> None:
         """Wait until all posted messages have left."""

@@ -23,25 +23,25 @@ Engineering", 2023).
 from dataclasses import dataclass
 from typing import Literal
 
-from autopar.cluster.cluster import Cluster, Group, Kind
+from autopar.cluster.cluster import Cluster, MeasuredCollective, RankGroup
 from autopar.cluster.device import Device
 from autopar.core.dtypes import ITEMSIZE
 
-Stored = Literal["same", "int8", "int4"]
-GROUP, SCALE_BYTES = 128, 2
+StorageFormat = Literal["same", "int8", "int4"]
+INT4_GROUP_SIZE, INT4_SCALE_BYTES = 128, 2
 
 
-def stored_bytes(stored: Stored, itemsize: int) -> float:
+def bytes_per_element(storage_format: StorageFormat, itemsize: int) -> float:
     """Bytes an element of a weight or of the cache takes.
 
     >>> stored_bytes("same", 2), stored_bytes("int8", 2), stored_bytes("int4", 2)
     (2.0, 1.0, 0.515625)
     """
-    return {"same": float(itemsize), "int8": 1.0, "int4": 0.5 + SCALE_BYTES / GROUP}[stored]
+    return {"same": float(itemsize), "int8": 1.0, "int4": 0.5 + INT4_SCALE_BYTES / INT4_GROUP_SIZE}[storage_format]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Product:
+class DecodeMatmul:
     """A matmul as a rank runs it: ``matrices`` of (rows, k) @ (k, n), ``rows_per_token`` of them all together.
     ``weight_bytes`` an element as stored, 0 where the second operand is no weight; a ``last`` one runs for a sequence's
     last token only."""
@@ -49,27 +49,27 @@ class Product:
     rows_per_token: float
     n: float
     k: float
-    matrices: float
-    weight_bytes: float
-    last: bool = False
+    num_matrices: float
+    weight_itemsize: float
+    last_token_only: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Attention:
+class CachedAttention:
     """One attention of a rank: query heads, and the bytes its keys and values take in the cache per token."""
 
-    heads: float
+    num_heads: float
     head_dim: int
     cache_bytes_per_token: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Exchange:
+class DecodeCollective:
     """A collective on activations, bytes per token."""
 
-    kind: Kind
+    kind: MeasuredCollective
     bytes_per_token: float
-    group: Group
+    group: RankGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,10 +78,10 @@ class ServedModel:
     all launches of a program that fuses none; ``dtype`` is that of the arithmetic; ``workspace_bytes`` what passing
     tensors take."""
 
-    products: tuple[Product, ...]
-    attentions: tuple[Attention, ...]
-    traffic: tuple[float, ...]
-    exchanges: tuple[Exchange, ...]
+    matmuls: tuple[DecodeMatmul, ...]
+    attentions: tuple[CachedAttention, ...]
+    kernel_bytes_per_token: tuple[float, ...]
+    collectives: tuple[DecodeCollective, ...]
     num_kernels: int
     dtype: str
     weights_bytes: float
@@ -117,42 +117,47 @@ class DecodeStep:
         return self.flops / (self.time_s * device.peak(dtype))
 
 
-def product_s(product: Product, tokens: float, device: Device, dtype: str) -> tuple[float, float, float]:
+def matmul_time(matmul: DecodeMatmul, tokens: float, device: Device, dtype: str) -> tuple[float, float, float]:
     """Seconds, bytes of weights read and FLOPs of a matmul for ``tokens`` tokens."""
     itemsize = ITEMSIZE[dtype]
-    rows = product.rows_per_token * tokens
-    matrices = max(min(product.matrices, rows), 1.0) if product.weight_bytes else product.matrices
-    elements = matrices * product.n * product.k
-    flops = 2.0 * rows * product.n * product.k
-    weight_bytes = elements * (product.weight_bytes or itemsize)
-    moved = weight_bytes + itemsize * rows * (product.n + product.k)
-    whole_s = float(device.matmul_s(rows / matrices, product.n, product.k, matrices, dtype=dtype))
+    rows = matmul.rows_per_token * tokens
+    matrices = max(min(matmul.num_matrices, rows), 1.0) if matmul.weight_itemsize else matmul.num_matrices
+    elements = matrices * matmul.n * matmul.k
+    flops = 2.0 * rows * matmul.n * matmul.k
+    weight_bytes = elements * (matmul.weight_itemsize or itemsize)
+    moved = weight_bytes + itemsize * rows * (matmul.n + matmul.k)
+    whole_s = float(device.matmul_s(rows / matrices, matmul.n, matmul.k, matrices, dtype=dtype))
     ratio = weight_bytes / (elements * itemsize)
     computing = (flops / device.peak(dtype)) / (elements * itemsize / device.memory_bytes_per_s)
     time_s = max(
         whole_s * min(1.0, max(ratio, computing)), float(device.memory_bound_s(moved)), device.kernel_latency_s
     )
-    return time_s, weight_bytes if product.weight_bytes else 0.0, flops
+    return time_s, weight_bytes if matmul.weight_itemsize else 0.0, flops
 
 
-def decode_step(model: ServedModel, batch: int, context: int, cluster: Cluster, *, replayed: bool = True) -> DecodeStep:
+def price_decode_step(
+    model: ServedModel, batch: int, context: int, cluster: Cluster, *, cuda_graph: bool = True
+) -> DecodeStep:
     """One token of each of ``batch`` sequences with ``context`` tokens in the cache; ``replayed`` as one graph."""
     device = cluster.device
-    found = [product_s(product, batch, device, model.dtype) for product in model.products]
+    found = [matmul_time(product, batch, device, model.dtype) for product in model.matmuls]
     flops = sum(one[2] for one in found)
     attention_s = cache_bytes = 0.0
     for attention in model.attentions:
         read = batch * context * attention.cache_bytes_per_token
-        work = 4.0 * batch * attention.heads * context * attention.head_dim
+        work = 4.0 * batch * attention.num_heads * context * attention.head_dim
         attention_s += max(float(device.memory_bound_s(read)), work / device.peak(model.dtype), device.kernel_latency_s)
         cache_bytes += read
         flops += work
-    other_s = sum(max(float(device.memory_bound_s(size * batch)), device.kernel_latency_s) for size in model.traffic)
+    other_s = sum(
+        max(float(device.memory_bound_s(size * batch)), device.kernel_latency_s)
+        for size in model.kernel_bytes_per_token
+    )
     exchange_s = sum(
-        float(cluster.collective_s(one.kind, one.bytes_per_token * batch, one.group)) for one in model.exchanges
+        float(cluster.collective_s(one.kind, one.bytes_per_token * batch, one.group)) for one in model.collectives
     )
     busy_s = sum(one[0] for one in found) + attention_s + other_s + exchange_s
-    launches_s = 0.0 if replayed else max(model.num_kernels * device.launch_s - busy_s, 0.0)
+    launches_s = 0.0 if cuda_graph else max(model.num_kernels * device.launch_s - busy_s, 0.0)
     return DecodeStep(
         matmul_s=sum(one[0] for one in found),
         attention_s=attention_s,
@@ -164,10 +169,10 @@ def decode_step(model: ServedModel, batch: int, context: int, cluster: Cluster, 
     )
 
 
-def batch_that_fits(budget_bytes: float, held_bytes: float, cache_bytes_per_sequence: float) -> int:
+def largest_batch(budget_bytes: float, resident_bytes: float, cache_bytes_per_sequence: float) -> int:
     """Sequences whose cache fits beside ``held_bytes``.
 
     >>> batch_that_fits(128e9, 14e9, 0.939524096e9)
     121
     """
-    return max(int((budget_bytes - held_bytes) // cache_bytes_per_sequence), 0)
+    return max(int((budget_bytes - resident_bytes) // cache_bytes_per_sequence), 0)

@@ -19,16 +19,24 @@ from autopar.core.dtypes import ITEMSIZE
 from autopar.core.layout import Layout
 from autopar.core.plan import Plan
 from autopar.cost.compute_time import label_sizes
-from autopar.cost.fusion import NOTHING, fused_kernels
+from autopar.cost.fusion import NO_SAVINGS, fused_kernel_of
 from autopar.graph.attention import AttentionCall
-from autopar.graph.flops import flops_at
+from autopar.graph.flops import flops_at_batch
 from autopar.graph.ir import Graph, Value
-from autopar.inter.block_choice import Use, uses_of
+from autopar.inter.block_choice import BlockChoice, block_choices
 from autopar.intra import op_metrics as om
-from autopar.judge.block_redistributions import moves
-from autopar.judge.judge_mesh import Mesh
-from autopar.manual.layout_pricer import LayoutPricer, ModelGraph, Priced
-from autopar.serving.decode_step import Attention, Exchange, Product, ServedModel, Stored, product_s, stored_bytes
+from autopar.judge.block_redistributions import find_redistributions
+from autopar.judge.judge_mesh import JudgeMesh
+from autopar.manual.layout_pricer import LayoutPricer, PricedLayout, TracedModel
+from autopar.serving.decode_step import (
+    CachedAttention,
+    DecodeCollective,
+    DecodeMatmul,
+    ServedModel,
+    StorageFormat,
+    bytes_per_element,
+    matmul_time,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -37,25 +45,25 @@ class Replica:
 
     pricer: LayoutPricer
     layout: Layout
-    unit: int
-    head: int
-    priced: Priced
+    min_batch: int
+    head_op: int
+    priced: PricedLayout
     plan: Plan
 
     @staticmethod
-    def of(model: ModelGraph, cluster: Cluster, layout: Layout, memory_gib: float | None) -> "Replica":
+    def of(model: TracedModel, cluster: Cluster, layout: Layout, memory_gib: float | None) -> "Replica":
         graph = model.graph
-        growing = {size for value in graph.values for size in value.shape if graph.batch.grows(size)}
-        unit = lcm(*(graph.batch.traced // gcd(size, graph.batch.traced) for size in growing))
+        growing = {size for value in graph.values for size in value.shape if graph.batch.is_proportional(size)}
+        unit = lcm(*(graph.batch.traced_size // gcd(size, graph.batch.traced_size) for size in growing))
         pricer = LayoutPricer(
             model, cluster=cluster, gpus=layout.tp, global_batch=None, memory_gib=memory_gib, optimizer="sgd"
         )
-        priced = pricer.price(_training(layout, unit))
+        priced = pricer.price(_training_layout(layout, unit))
         return Replica(
             pricer=pricer,
             layout=layout,
-            unit=unit,
-            head=max(op.id for op in graph.ops if any(graph.values[v].kind == "parameter" for v in op.inputs)),
+            min_batch=unit,
+            head_op=max(op.id for op in graph.ops if any(graph.values[v].kind == "parameter" for v in op.inputs)),
             priced=priced,
             plan=pricer.plan(priced, 0.0),
         )
@@ -64,179 +72,205 @@ class Replica:
     def graph(self) -> Graph:
         return self.pricer.graph
 
-    def served(self, calls: tuple[AttentionCall, ...], sequence: int, weights: Stored, kv_cache: Stored) -> ServedModel:
+    def served_model(
+        self,
+        calls: tuple[AttentionCall, ...],
+        sequence: int,
+        weight_storage: StorageFormat,
+        kv_cache_storage: StorageFormat,
+    ) -> ServedModel:
         """What a rank runs and holds."""
-        by_op = {call.op: call for call in calls}
-        skipped = {op for call in calls for op in call.moving}
-        blocks = self.priced.books[0].blocks
-        kernel_of = fused_kernels(self.graph, blocks.execution.software.fuses)
-        tokens = self.unit * sequence
+        by_op = {call.op_id: call for call in calls}
+        skipped = {op for call in calls for op in call.repeat_ops}
+        blocks = self.priced.stage_costs[0].pricer
+        kernel_of = fused_kernel_of(self.graph, blocks.execution.software.fuses)
+        tokens = self.min_batch * sequence
         products, attentions, traffic = [], [], []
         kernels, workspace = 0, 0.0
-        for use in _uses(self.priced):
+        for use in _block_choices(self.priced):
             moved: dict[int, float] = defaultdict(float)
-            for at, node in enumerate(use.points.tables.space.ops):
+            for at, node in enumerate(use.frontier.tables.space.ops):
                 op, profile = node.op, self.pricer.profile.ops[node.op.id]
-                if op.id > self.head or op.id in skipped or "dropout" in op.target:
+                if op.id > self.head_op or op.id in skipped or "dropout" in op.target:
                     continue
-                degrees = self._degrees(use, at)
+                degrees = self._shard_degrees(use, at)
                 kernels += profile.forward_kernels
-                if op.id != self.head:
-                    workspace = max(workspace, float(_metrics(use, at)[om.WORKSPACE]))
+                if op.id != self.head_op:
+                    workspace = max(workspace, float(_op_metrics(use, at)[om.WORKSPACE]))
                 if op.id in by_op:
-                    attentions.append(self._attention(by_op[op.id], use, at, degrees, kv_cache))
+                    attentions.append(self._attention(by_op[op.id], use, at, degrees, kv_cache_storage))
                 elif profile.forward_flops:
-                    products.append(self._product(use, at, degrees, tokens, weights))
+                    products.append(self._matmul(use, at, degrees, tokens, weight_storage))
                 else:
-                    size = max(profile.forward_bytes - blocks.fused.get(op.id, NOTHING).forward_bytes, 0.0)
-                    size /= prod(degrees.values()) * self.graph.batch.traced * sequence
+                    size = max(profile.forward_bytes - blocks.fusion_savings.get(op.id, NO_SAVINGS).forward_bytes, 0.0)
+                    size /= prod(degrees.values()) * self.graph.batch.traced_size * sequence
                     moved[kernel_of.get(op.id, op.id)] += size
             traffic += [size for size in moved.values() if size]
         return ServedModel(
-            products=tuple(products),
+            matmuls=tuple(products),
             attentions=tuple(attentions),
-            traffic=tuple(traffic),
-            exchanges=self._exchanges(tokens),
+            kernel_bytes_per_token=tuple(traffic),
+            collectives=self._collectives(tokens),
             num_kernels=kernels,
             dtype=self.pricer.dtype,
-            weights_bytes=self._weights_bytes(weights),
+            weights_bytes=self._weights_bytes(weight_storage),
             workspace_bytes=workspace,
-            fixed_bytes=self.priced.books[0].fixed_bytes(),
+            fixed_bytes=self.priced.stage_costs[0].fixed_bytes(),
         )
 
     def prefill(self, batch: int, sequence: int, served: ServedModel) -> tuple[tuple[tuple[str, float], ...], float]:
         """Seconds by what takes them, and FLOPs, of ``batch`` sequences; the whole square of attention counts."""
-        priced = self.priced if batch == self.unit else self.pricer.price(_training(self.layout, batch))
+        priced = self.priced if batch == self.min_batch else self.pricer.price(_training_layout(self.layout, batch))
         sums = dict.fromkeys(("matmul", "attention", "other", "exchange", "launches"), 0.0)
         flops = 0.0
-        for use in _uses(priced):
-            tables = use.points.tables
+        for use in _block_choices(priced):
+            tables = use.frontier.tables
             busy_s = 0.0
             for at, node in enumerate(tables.space.ops):
-                if node.op.id > self.head:
+                if node.op.id > self.head_op:
                     continue
-                seconds = float(_metrics(use, at)[om.FORWARD] + _metrics(use, at)[om.CORE_FORWARD])
-                work = flops_at(self.pricer.profile.ops[node.op.id].forward_flops, self.graph.batch, batch)
+                seconds = float(_op_metrics(use, at)[om.FORWARD] + _op_metrics(use, at)[om.SELECTIVE_FORWARD])
+                work = flops_at_batch(self.pricer.profile.ops[node.op.id].forward_flops, self.graph.batch, batch)
                 kind = {"matmul": "matmul", "attention": "attention"}.get(node.rule.compute, "other")
-                if node.op.id == self.head and work:
-                    last = next(product for product in served.products if product.last)
+                if node.op.id == self.head_op and work:
+                    last = next(product for product in served.matmuls if product.last_token_only)
                     seconds, work = (
-                        product_s(last, batch, self.pricer.cluster.device, served.dtype)[0],
+                        matmul_time(last, batch, self.pricer.cluster.device, served.dtype)[0],
                         work // sequence,
                     )
                 sums[kind] += seconds
                 busy_s += seconds
                 flops += work
-            behind = {2 + at for at, node in enumerate(tables.space.ops) if node.op.id > self.head}
+            behind = {2 + at for at, node in enumerate(tables.space.ops) if node.op.id > self.head_op}
             for source, target, forward, _ in tables.edges:
                 if not behind & {source, target}:
-                    pair = tuple(int(use.points.choices[node, use.row, use.boundary]) for node in (source, target))
+                    pair = tuple(int(use.frontier.choices[node, use.row, use.boundary]) for node in (source, target))
                     sums["exchange"] += float(forward[pair])
                     busy_s += float(forward[pair])
-            sums["launches"] += max(tables.host_s[0] - busy_s, 0.0)
+            sums["launches"] += max(tables.launch_s[0] - busy_s, 0.0)
         return tuple(sums.items()), flops
 
-    def _degrees(self, use: Use, at: int) -> dict[int, int]:
+    def _shard_degrees(self, choice: BlockChoice, op_index: int) -> dict[int, int]:
         """Label of an op -> by what the ranks divide it."""
         found: dict[int, int] = {}
-        options = use.points.tables.strategies[at][use.strategy(at)]
-        for option, size in zip(options, use.mesh.inner, strict=True):
+        options = choice.frontier.tables.strategies[op_index][choice.strategy(op_index)]
+        for option, size in zip(options, choice.mesh.inner_sizes, strict=True):
             for label in option.labels[:1]:
                 found[label] = found.get(label, 1) * size
         return found
 
-    def _roles(self, use: Use, at: int, degrees: dict[int, int], *, local: bool) -> dict[str, float]:
+    def _role_sizes(
+        self, choice: BlockChoice, op_index: int, shard_degrees: dict[int, int], *, local: bool
+    ) -> dict[str, float]:
         """Sizes of the parts of a matmul or attention at ``unit`` samples, of a rank or whole."""
-        node = use.points.tables.space.ops[at]
-        options = use.points.tables.strategies[at][use.strategy(at)]
-        twins = {label: degrees[o.labels[0]] for o in options for label in o.labels}
-        sizes = label_sizes(self.graph, node.op, node.rule, self.unit)
+        node = choice.frontier.tables.space.ops[op_index]
+        options = choice.frontier.tables.strategies[op_index][choice.strategy(op_index)]
+        twins = {label: shard_degrees[o.labels[0]] for o in options for label in o.labels}
+        sizes = label_sizes(self.graph, node.op, node.rule, self.min_batch)
         found: dict[str, float] = {}
         for label, role in node.rule.roles:
             size = ceil(sizes.get(label, 1) / (twins.get(label, 1) if local else 1))
             found[role] = found.get(role, 1.0) * size
         return found
 
-    def _product(self, use: Use, at: int, degrees: dict[int, int], tokens: int, weights: Stored) -> Product:
+    def _matmul(
+        self,
+        choice: BlockChoice,
+        op_index: int,
+        shard_degrees: dict[int, int],
+        tokens: int,
+        weight_storage: StorageFormat,
+    ) -> DecodeMatmul:
         """A matmul; one without a rule is a square product of its FLOPs."""
-        node = use.points.tables.space.ops[at]
-        flops = float(flops_at(self.pricer.profile.ops[node.op.id].forward_flops, self.graph.batch, self.unit))
-        weight = next((self.graph.values[node.op.inputs[i]] for i in node.parameters), None)
+        node = choice.frontier.tables.space.ops[op_index]
+        flops = float(
+            flops_at_batch(self.pricer.profile.ops[node.op.id].forward_flops, self.graph.batch, self.min_batch)
+        )
+        weight = next((self.graph.values[node.op.inputs[i]] for i in node.parameter_inputs), None)
         if not node.rule.roles:
-            size = (flops / 2 / prod(degrees.values())) ** (1 / 3)
-            return Product(rows_per_token=size / tokens, n=size, k=size, matrices=1.0, weight_bytes=0.0)
-        here, whole = (self._roles(use, at, degrees, local=local) for local in (True, False))
+            size = (flops / 2 / prod(shard_degrees.values())) ** (1 / 3)
+            return DecodeMatmul(rows_per_token=size / tokens, n=size, k=size, num_matrices=1.0, weight_itemsize=0.0)
+        here, whole = (self._role_sizes(choice, op_index, shard_degrees, local=local) for local in (True, False))
         scale = flops / (2.0 * prod(whole.values()))
         rows = scale * here.get("b", 1.0) * here.get("m", 1.0)
-        return Product(
+        return DecodeMatmul(
             rows_per_token=rows / tokens,
             n=here.get("n", 1.0),
             k=here.get("k", 1.0),
-            matrices=here.get("b", 1.0) if weight is not None else 1.0,
-            weight_bytes=0.0 if weight is None else self._stored(weight, weights),
-            last=node.op.id == self.head,
+            num_matrices=here.get("b", 1.0) if weight is not None else 1.0,
+            weight_itemsize=0.0 if weight is None else self._bytes_per_element(weight, weight_storage),
+            last_token_only=node.op.id == self.head_op,
         )
 
     def _attention(
-        self, call: AttentionCall, use: Use, at: int, degrees: dict[int, int], kv_cache: Stored
-    ) -> Attention:
+        self,
+        call: AttentionCall,
+        choice: BlockChoice,
+        op_index: int,
+        shard_degrees: dict[int, int],
+        kv_cache_storage: StorageFormat,
+    ) -> CachedAttention:
         """Query and key heads are cut alike."""
-        here, whole = (self._roles(use, at, degrees, local=local).get("h", 1.0) for local in (True, False))
-        elements = (call.key_elements + call.value_elements) * here / whole
-        return Attention(
-            heads=call.heads * here / whole,
+        here, whole = (
+            self._role_sizes(choice, op_index, shard_degrees, local=local).get("h", 1.0) for local in (True, False)
+        )
+        elements = (call.key_elements_per_token + call.value_elements_per_token) * here / whole
+        return CachedAttention(
+            num_heads=call.heads * here / whole,
             head_dim=call.head_dim,
-            cache_bytes_per_token=elements * stored_bytes(kv_cache, ITEMSIZE[self.pricer.dtype]),
+            cache_bytes_per_token=elements * bytes_per_element(kv_cache_storage, ITEMSIZE[self.pricer.dtype]),
         )
 
-    def _exchanges(self, tokens: int) -> tuple[Exchange, ...]:
+    def _collectives(self, tokens: int) -> tuple[DecodeCollective, ...]:
         """The collectives of a forward pass, their bytes per token."""
         graph, stage = self.graph, self.plan.stages[0]
         free = graph.parameter_free()
-        mesh = Mesh(self.pricer.cluster, tuple(axis.size for axis in stage.axes), stage.first_device)
-        firsts = self.priced.books[0].blocks.kinds
-        by_program: dict[str, tuple[Exchange, ...]] = {}
-        found: list[Exchange] = []
+        mesh = JudgeMesh(self.pricer.cluster, tuple(axis.size for axis in stage.axes), stage.first_device)
+        firsts = self.priced.stage_costs[0].pricer.first_of_kind
+        by_program: dict[str, tuple[DecodeCollective, ...]] = {}
+        found: list[DecodeCollective] = []
         for ref in stage.blocks:
             if ref.program not in by_program:
                 program = self.plan.program(ref.program)
-                moved = moves(graph, firsts[program.kind], program, mesh, self.unit, free)
+                moved = find_redistributions(graph, firsts[program.kind], program, mesh, self.min_batch, free)
                 by_program[ref.program] = tuple(
-                    Exchange(kind=step.kind, bytes_per_token=step.num_bytes / tokens, group=mesh.group(step.axes))
-                    for route in moved.forward
-                    for step in route.steps
+                    DecodeCollective(
+                        kind=step.kind, bytes_per_token=step.num_bytes / tokens, group=mesh.group(step.axes)
+                    )
+                    for route in moved.forward_paths
+                    for step in route.collectives
                     if step.kind != "ring" and step.kind != "send"
                 )
             found += by_program[ref.program]
         return tuple(found)
 
-    def _weights_bytes(self, weights: Stored) -> float:
-        book, total = self.priced.books[0], 0.0
-        for use in _uses(self.priced):
-            seen = set(book.columns[use.column][1])
-            for at, of_op in enumerate(use.points.tables.parameter_uses):
+    def _weights_bytes(self, weight_storage: StorageFormat) -> float:
+        book, total = self.priced.stage_costs[0], 0.0
+        for use in _block_choices(self.priced):
+            seen = set(book.variants[use.variant][1])
+            for at, of_op in enumerate(use.frontier.tables.parameter_uses):
                 for value, per_strategy in of_op:
                     if value.id not in seen:
                         seen.add(value.id)
-                        total += per_strategy[use.strategy(at)][0] * self._stored(value, weights)
+                        total += per_strategy[use.strategy(at)][0] * self._bytes_per_element(value, weight_storage)
         return total
 
-    def _stored(self, value: Value, weights: Stored) -> float:
+    def _bytes_per_element(self, value: Value, weight_storage: StorageFormat) -> float:
         """Bytes an element: matrices that only matmuls other than the head read may be quantised."""
         readers = [op for op in self.graph.ops if value.id in op.inputs]
-        plain = len(value.shape) < 2 or any(op.id == self.head or "embedding" in op.target for op in readers)
-        return float(value.itemsize) if plain else stored_bytes(weights, value.itemsize)
+        plain = len(value.shape) < 2 or any(op.id == self.head_op or "embedding" in op.target for op in readers)
+        return float(value.itemsize) if plain else bytes_per_element(weight_storage, value.itemsize)
 
 
-def _training(layout: Layout, batch: int) -> Layout:
+def _training_layout(layout: Layout, batch: int) -> Layout:
     return Layout(tp=layout.tp, dp=1, mbs=batch, gbs=batch, fusion=layout.fusion, grads="same")
 
 
-def _uses(priced: Priced) -> list[Use]:
-    cut = priced.cuts[0]
-    return uses_of(priced.books[0], priced.runs[0].choice, cut.first, cut.end)
+def _block_choices(priced: PricedLayout) -> list[BlockChoice]:
+    cut = priced.stages[0]
+    return block_choices(priced.stage_costs[0], priced.prices[0].choice, cut.first_block, cut.end_block)
 
 
-def _metrics(use: Use, at: int) -> NDArray[np.float64]:
+def _op_metrics(choice: BlockChoice, op_index: int) -> NDArray[np.float64]:
     """The metrics of a block's op ``at`` under its strategy."""
-    return use.points.tables.node_metrics[2 + at][use.strategy(at)]
+    return choice.frontier.tables.node_metrics[2 + op_index][choice.strategy(op_index)]

@@ -10,20 +10,20 @@ from msgspec.structs import replace
 from autopar.core.errors import UsageError
 from autopar.core.mesh_axis import Axis, num_ranks
 from autopar.core.placement import Placement, Shard, format_placements, parse_placements
-from autopar.core.plan import BlockProgram, OpPlan, Plan, StagePlan, ValuePlan, device_runs
+from autopar.core.plan import BlockProgram, OpPlan, Plan, StagePlan, ValuePlan, stages_by_submesh
 
 
-def shrunk(plan: Plan, ranks: int) -> tuple[Plan, tuple[str, ...]]:
+def shrink_plan(plan: Plan, max_ranks: int) -> tuple[Plan, tuple[str, ...]]:
     """The twin on at most ``ranks`` ranks, and what was changed, one line each; the plan itself where it fits.
 
     Raises UsageError where there are more runs of devices than ranks."""
-    runs = device_runs(plan)
-    if len(runs) > ranks:
+    runs = stages_by_submesh(plan)
+    if len(runs) > max_ranks:
         raise UsageError(
-            f"the plan has {len(runs)} stages on devices of their own, more than {ranks} ranks; give --ranks"
+            f"the plan has {len(runs)} stages on devices of their own, more than {max_ranks} ranks; give --ranks"
         )
     sizes = {run[0].first_device: [axis.size for axis in run[0].axes] for run in runs}
-    while sum(_product(each) for each in sizes.values()) > ranks:
+    while sum(_product(each) for each in sizes.values()) > max_ranks:
         largest = max(sizes.values(), key=_product)
         at = max(range(len(largest)), key=lambda axis: largest[axis])
         largest[at] //= next(factor for factor in range(2, largest[at] + 1) if largest[at] % factor == 0)
@@ -36,11 +36,11 @@ def shrunk(plan: Plan, ranks: int) -> tuple[Plan, tuple[str, ...]]:
             Axis(name=axis.name, size=size) for axis, size in zip(stage.axes, sizes[stage.first_device], strict=True)
         )
         if axes != stage.axes:
-            notes.append(f"stage {at}: {_text(stage.axes)} -> {_text(axes)}")
+            notes.append(f"stage {at}: {_axes_text(stage.axes)} -> {_axes_text(axes)}")
         stages.append(
             replace(stage, axes=axes, num_devices=num_ranks(axes), first_device=first_device[stage.first_device])
         )
-    micro = _micro_batch(plan, tuple(stages))
+    micro = _shrunk_micro_batch(plan, tuple(stages))
     step = len(runs) if plan.schedule == "interleaved" else 1
     count = min(plan.microbatches, -(-2 * len(plan.stages) // step) * step)
     if micro != plan.micro_batch_size:
@@ -49,7 +49,7 @@ def shrunk(plan: Plan, ranks: int) -> tuple[Plan, tuple[str, ...]]:
         notes.append(f"micro-batches: {plan.microbatches} -> {count}")
     if not notes:
         return plan, ()
-    programs = tuple(_rescaled(program, plan.micro_batch_size, micro) for program in plan.programs)
+    programs = tuple(_rescale_placements(program, plan.micro_batch_size, micro) for program in plan.programs)
     twin = replace(
         plan,
         programs=programs,
@@ -69,11 +69,11 @@ def _product(sizes: list[int]) -> int:
     return product
 
 
-def _text(axes: tuple[Axis, ...]) -> str:
+def _axes_text(axes: tuple[Axis, ...]) -> str:
     return " x ".join(f"{axis.name} {axis.size}" for axis in axes)
 
 
-def _micro_batch(plan: Plan, stages: tuple[StagePlan, ...]) -> int:
+def _shrunk_micro_batch(plan: Plan, stages: tuple[StagePlan, ...]) -> int:
     """The micro-batch with as many samples per rank of the first axis as before, or the old one where that is
     uneven."""
     old = plan.micro_batch_size
@@ -87,7 +87,7 @@ def _micro_batch(plan: Plan, stages: tuple[StagePlan, ...]) -> int:
     return wanted if fits else old
 
 
-def _rescaled(program: BlockProgram, old: int, new: int) -> BlockProgram:
+def _rescale_placements(program: BlockProgram, old: int, new: int) -> BlockProgram:
     if old == new:
         return program
 

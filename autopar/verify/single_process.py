@@ -16,16 +16,16 @@ from torch.utils._python_dispatch import TorchDispatchMode  # private; tried on 
 
 from autopar.core.errors import CheckError
 from autopar.graph.ir import Graph, Op
-from autopar.graph.random_ops import drop_probability, is_random
+from autopar.graph.random_ops import dropout_probability, is_random
 from autopar.graph.torch_export import scalar_loss
-from autopar.runtime.lower.randomness import kept, normal, step_key, uniform
+from autopar.runtime.lower.randomness import dropout_mask, micro_batch_key, normal, uniform
 from autopar.workload.workload import Workload
 
-_NARROW = (torch.float32, torch.bfloat16, torch.float16)
-_CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
+_NARROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPE_CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
 
 
-_GROUPED = (torch._grouped_mm, F.grouped_mm)
+_GROUPED_MM = (torch._grouped_mm, F.grouped_mm)
 
 
 def _grouped_mm(
@@ -41,20 +41,20 @@ def _grouped_mm(
     return torch.cat([*parts, rows.new_zeros(len(rows) - int(offs[-1]), weights.shape[-1])])
 
 
-class Widened(TorchFunctionMode):
+class Float64Mode(TorchFunctionMode):
     """Calls that name a floating dtype take fp64 instead."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _CASTS:
+        if func in _DTYPE_CASTS:
             return args[0].double()
-        if func in _GROUPED:
+        if func in _GROUPED_MM:
             return _grouped_mm(*args, **(kwargs or {}))
-        wide = [torch.float64 if each in _NARROW else each for each in args]
-        named = {name: torch.float64 if each in _NARROW else each for name, each in (kwargs or {}).items()}
+        wide = [torch.float64 if each in _NARROW_DTYPES else each for each in args]
+        named = {name: torch.float64 if each in _NARROW_DTYPES else each for name, each in (kwargs or {}).items()}
         return func(*wide, **named)
 
 
-class Redrawn(TorchDispatchMode):
+class IndexedRandomMode(TorchDispatchMode):
     """While entered, the k-th random call draws what ``ops[k]`` draws from ``key`` under any plan."""
 
     def __init__(self, ops: Sequence[Op], key: Tensor) -> None:
@@ -63,7 +63,7 @@ class Redrawn(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.split("::")[1]
-        if name not in _DRAWS:
+        if name not in _RANDOM_CALLS:
             return func(*args, **(kwargs or {}))
         self.num_drawn += 1
         if self.num_drawn > len(self.ops):
@@ -74,7 +74,7 @@ class Redrawn(TorchDispatchMode):
         sizes = tuple(args[0].shape if isinstance(args[0], Tensor) else args[0])
         indices = [torch.arange(size) for size in sizes]
         if name == "bernoulli_":
-            return args[0].copy_(kept(indices, sizes, drop_probability(op), self.key, op.id))
+            return args[0].copy_(dropout_mask(indices, sizes, dropout_probability(op), self.key, op.id))
         if name in ("randn", "randn_like"):
             drawn = normal(indices, sizes, self.key, op.id)
         else:
@@ -84,10 +84,12 @@ class Redrawn(TorchDispatchMode):
         return drawn.to((kwargs or {}).get("dtype") or (args[0].dtype if isinstance(args[0], Tensor) else drawn.dtype))
 
 
-_DRAWS = frozenset(("bernoulli_", "bernoulli", "rand", "rand_like", "randn", "randn_like"))  # dropouts: bernoulli_
+_RANDOM_CALLS = frozenset(
+    ("bernoulli_", "bernoulli", "rand", "rand_like", "randn", "randn_like")
+)  # dropouts: bernoulli_
 
 
-def real_model(workload: Workload, seed: int) -> nn.Module:
+def build_real_model(workload: Workload, seed: int) -> nn.Module:
     """The model on the CPU in fp64 and training mode, initialised by ``init_weights``, else by its own constructors."""
     torch.manual_seed(seed)
     model = workload.build(device="cpu")
@@ -97,11 +99,11 @@ def real_model(workload: Workload, seed: int) -> nn.Module:
     return model.double().train()
 
 
-def gradients(
+def accumulate_gradients(
     model: nn.Module,
     workload: Workload,
     batch: Mapping[str, Any],
-    microbatches: int,
+    num_microbatches: int,
     graph: Graph,
     seed: int,
     step: int,
@@ -110,11 +112,11 @@ def gradients(
     those of ``graph`` in step ``step``, from 0, of a training with ``seed``."""
     random = [op for op in graph.ops if is_random(op)]
     total = torch.zeros((), dtype=torch.float64)
-    size = max(len(tensor) for tensor in batch.values()) // microbatches
-    for at in range(microbatches):
+    size = max(len(tensor) for tensor in batch.values()) // num_microbatches
+    for at in range(num_microbatches):
         inputs = {name: tensor[at * size : (at + 1) * size] for name, tensor in batch.items()}
-        with Widened(), Redrawn(random, torch.tensor(step_key(seed, step, at))) as redrawn:
-            loss = scalar_loss(model(**inputs), workload.loss_fn, inputs) / microbatches
+        with Float64Mode(), IndexedRandomMode(random, torch.tensor(micro_batch_key(seed, step, at))) as redrawn:
+            loss = scalar_loss(model(**inputs), workload.loss_fn, inputs) / num_microbatches
         if redrawn.num_drawn != len(random):
             raise CheckError(
                 f"the model drew random numbers {redrawn.num_drawn} times, its graph holds {len(random)} random ops"
@@ -130,7 +132,7 @@ def random_batch(workload: Workload, graph: Graph, size: int, seed: int) -> dict
     if given is None:
         generator = torch.Generator().manual_seed(seed)
         given = {}
-        bounds = dict(zip((graph.values[value].name for value in graph.inputs), _bounds(graph), strict=True))
+        bounds = dict(zip((graph.values[value].name for value in graph.inputs), _index_bounds(graph), strict=True))
         for name, meta in workload.inputs(size).items():
             if meta.is_floating_point():
                 given[name] = torch.randn(meta.shape, generator=generator)
@@ -140,7 +142,7 @@ def random_batch(workload: Workload, graph: Graph, size: int, seed: int) -> dict
     return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in given.items()}
 
 
-def _bounds(graph: Graph) -> list[int]:
+def _index_bounds(graph: Graph) -> list[int]:
     """Per input, the smallest size of a dim that it, or a view of it, indexes; 2 where it indexes nothing."""
     bounds = []
     for start in graph.inputs:
@@ -155,13 +157,13 @@ def _bounds(graph: Graph) -> list[int]:
                 found.append(graph.values[op.inputs[0]].shape[1])
             elif name in ("gather", "index_select") and op.inputs[-1] in alike:
                 found.append(graph.values[op.inputs[0]].shape[op.args[1]])
-            elif name in _VIEWS:
+            elif name in _INDEX_PRESERVING:
                 alike.update(op.outputs)
         bounds.append(min(found, default=2))
     return bounds
 
 
-_VIEWS = frozenset(
+_INDEX_PRESERVING = frozenset(
     ("view", "reshape", "flatten", "transpose", "permute", "slice", "to", "clone", "contiguous", "unsqueeze", "squeeze",
      "select", "expand", "_to_copy", "constant_pad_nd", "pad", "cat")
 )  # fmt: skip

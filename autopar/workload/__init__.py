@@ -2,7 +2,7 @@
 inputs."""
 
 from autopar.workload.model_file import load_workload, parse_setting
-from autopar.workload.user_code import user_code, user_error
+from autopar.workload.user_code import describe_user_error, guard_user_code
 from autopar.workload.workload import Workload
 
-__all__ = ["Workload", "load_workload", "parse_setting", "user_code", "user_error"]
+__all__ = ["Workload", "describe_user_error", "guard_user_code", "load_workload", "parse_setting"]

@@ -9,14 +9,14 @@ from types import ModuleType
 from typing import Any
 
 from autopar.core.errors import ModelError, UsageError
-from autopar.workload.user_code import user_code
+from autopar.workload.user_code import guard_user_code
 from autopar.workload.workload import Workload, accepted_settings
 
-_REQUIRED = {
+_REQUIRED_FUNCTIONS = {
     "build_model": "def build_model(**settings) -> torch.nn.Module",
     "example_inputs": "def example_inputs(batch_size, **settings) -> dict of keyword inputs",
 }
-_OPTIONAL = ("loss_fn", "random_inputs", "init_weights")
+_OPTIONAL_FUNCTIONS = ("loss_fn", "random_inputs", "init_weights")
 
 
 def load_workload(path: str | Path, /, **settings: Any) -> Workload:
@@ -31,18 +31,22 @@ def load_workload(path: str | Path, /, **settings: Any) -> Workload:
     path = Path(path)
     try:
         if not path.is_file():
-            raise ModelError(f"no model file {path}: give the path of a Python file with {' and '.join(_REQUIRED)}")
+            raise ModelError(
+                f"no model file {path}: give the path of a Python file with {' and '.join(_REQUIRED_FUNCTIONS)}"
+            )
         source = path.read_bytes()
     except OSError as error:
         raise ModelError(f"cannot read model file {path}: {error.strerror or error}") from None
-    module = _execute(path)
-    with user_code(f"{path} raised:"):  # a module may have a __getattr__
-        functions: dict[str, Any] = {name: getattr(module, name, None) for name in (*_REQUIRED, *_OPTIONAL)}
+    module = _run_model_file(path)
+    with guard_user_code(f"{path} raised:"):  # a module may have a __getattr__
+        functions: dict[str, Any] = {
+            name: getattr(module, name, None) for name in (*_REQUIRED_FUNCTIONS, *_OPTIONAL_FUNCTIONS)
+        }
         global_batch = getattr(module, "GLOBAL_BATCH", None)
-    for name, signature in _REQUIRED.items():
+    for name, signature in _REQUIRED_FUNCTIONS.items():
         if not callable(functions[name]):
             raise ModelError(f"{path} has no {name}: add\n  {signature}")
-    for name in _OPTIONAL:
+    for name in _OPTIONAL_FUNCTIONS:
         if functions[name] is not None and not callable(functions[name]):
             raise ModelError(f"{path}: {name} is a {type(functions[name]).__name__}, it must be a function")
     if global_batch is not None and (type(global_batch) is not int or global_batch < 1):
@@ -77,7 +81,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
     return key, value
 
 
-def _execute(path: Path) -> ModuleType:
+def _run_model_file(path: Path) -> ModuleType:
     """Runs the file as a module of its own; its folder is importable meanwhile, so it may import its neighbours."""
     resolved = path.resolve()
     name = f"_autopar_model_{hashlib.sha256(str(resolved).encode()).hexdigest()[:12]}_{resolved.stem}"
@@ -88,7 +92,7 @@ def _execute(path: Path) -> ModuleType:
     sys.modules[name] = module  # dataclasses and pickling inside the file look their module up by name
     sys.path.insert(0, str(resolved.parent))
     try:
-        with user_code(f"{path} raised on import:"):
+        with guard_user_code(f"{path} raised on import:"):
             spec.loader.exec_module(module)
     except BaseException:
         sys.modules.pop(name, None)
@@ -104,7 +108,7 @@ def _check_settings(path: Path, functions: dict[str, Any], settings: dict[str, A
     for name in ("build_model", "example_inputs", "random_inputs"):
         if functions[name] is None:
             continue
-        with user_code(f"{path}: the parameters of {name} cannot be read:"):
+        with guard_user_code(f"{path}: the parameters of {name} cannot be read:"):
             names = accepted_settings(functions[name])
         if names is None:
             return

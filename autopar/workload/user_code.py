@@ -13,11 +13,11 @@ import torch
 
 from autopar.core.errors import ModelError
 
-LONGEST_MESSAGE = 300
+MAX_MESSAGE_LENGTH = 300
 
 
 @contextmanager
-def user_code(happening: str, *, passes: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+def guard_user_code(what_failed: str, *, reraised: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """The guard of every place that runs the user's code, which stands inside the ``with``.
 
     All that it raises but KeyboardInterrupt, GeneratorExit and the types in ``passes`` becomes a ModelError of ``happening``
@@ -31,19 +31,19 @@ def user_code(happening: str, *, passes: tuple[type[Exception], ...] = ()) -> It
     try:
         yield
     except BaseException as error:
-        if isinstance(error, (KeyboardInterrupt, GeneratorExit, *passes)):
+        if isinstance(error, (KeyboardInterrupt, GeneratorExit, *reraised)):
             raise
-        raise ModelError(f"{happening} {user_error(error)}") from error
+        raise ModelError(f"{what_failed} {describe_user_error(error)}") from error
 
 
-def user_error(error: BaseException) -> str:
+def describe_user_error(error: BaseException) -> str:
     """One or two lines on an exception: its type, the first lines of its message, and the user's own file and line.
 
     The place is the innermost frame outside torch and autopar, as ``model.py:12: x = y.view(3)``."""
-    return _what(error) + user_place(error)
+    return _type_and_message(error) + user_location(error)
 
 
-def user_place(error: BaseException) -> str:
+def user_location(error: BaseException) -> str:
     """``"\\n  at model.py:12: x = y.view(3)"`` for the innermost user frame of an exception, "" where there is none."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"\n  at {os.path.basename(error.filename)}:{error.lineno}: {(error.text or '').strip()}"
@@ -66,7 +66,7 @@ def is_user_file(filename: str) -> bool:
     return not filename.startswith(os.path.dirname(os.__file__) + os.sep) or "site-packages" in filename
 
 
-def _what(error: BaseException) -> str:
+def _type_and_message(error: BaseException) -> str:
     """The type of an exception and the first lines of its message.
 
     >>> _what(KeyError("tokens")), _what(SystemExit("no data")), _what(SystemExit())
@@ -77,8 +77,8 @@ def _what(error: BaseException) -> str:
     except Exception as second:  # the user's own __str__
         message = f"(its message raised {type(second).__name__})"
     message = "; ".join([line.strip() for line in message.splitlines() if line.strip()][:2])
-    if len(message) > LONGEST_MESSAGE:
-        message = message[: LONGEST_MESSAGE - 3] + "..."
+    if len(message) > MAX_MESSAGE_LENGTH:
+        message = message[: MAX_MESSAGE_LENGTH - 3] + "..."
     if isinstance(error, SystemExit):
         return f"SystemExit({message}), which would end the program"
     return f"{type(error).__name__}: {message}"

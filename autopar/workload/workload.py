@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from autopar.core.errors import ModelError
-from autopar.workload.user_code import user_code
+from autopar.workload.user_code import guard_user_code
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,11 +60,11 @@ class Workload:
     def initialise(self, model: nn.Module) -> None:
         """Gives a model its initial weights by the file's ``init_weights``, which must be there; ModelError on failure."""
         assert self.init_weights is not None
-        with user_code("init_weights raised"):
+        with guard_user_code("init_weights raised"):
             self.init_weights(model)
 
     def _call(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
-        with user_code(f"{name} raised"):
+        with guard_user_code(f"{name} raised"):
             accepted = accepted_settings(function)
             settings = {key: value for key, value in self.settings.items() if accepted is None or key in accepted}
             return function(*args, **settings)

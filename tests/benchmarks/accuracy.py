@@ -28,7 +28,7 @@ from autopar.cluster.uncertainty import load_uncertainty
 from autopar.core.errors import AutoparError
 from autopar.core.layout import parse_layout
 from autopar.graph.flops import model_flops
-from autopar.manual.layout_pricer import LayoutPricer, ModelGraph, model_graph
+from autopar.manual.layout_pricer import LayoutPricer, TracedModel, trace_model
 from autopar.workload.model_file import load_workload
 from tests.benchmarks.left_out import device_of, left_out
 from tests.benchmarks.runs import GIB, Run, read_runs
@@ -57,14 +57,14 @@ class Pricers:
 
     def __init__(self, adjust: Callable[[Cluster], Cluster] = lambda cluster: cluster) -> None:
         self._adjust = adjust
-        self._graphs: dict[tuple[Any, ...], ModelGraph] = {}
+        self._graphs: dict[tuple[Any, ...], TracedModel] = {}
         self._pricers: dict[tuple[Any, ...], LayoutPricer] = {}
 
     def of(self, run: Run) -> LayoutPricer:
         model = (run.model_file, run.settings, run.dtype)
         if model not in self._graphs:
             workload = load_workload(run.model_file, **dict(run.settings))
-            self._graphs[model] = model_graph(workload, dtype=run.dtype)
+            self._graphs[model] = trace_model(workload, dtype=run.dtype)
         key = (*model, run.cluster, run.overrides, run.gpus)
         if key not in self._pricers:
             self._pricers[key] = LayoutPricer(
@@ -100,7 +100,7 @@ def outcome(run: Run, pricers: Pricers) -> Outcome:
         low_s=low * time_s,
         high_s=high * time_s,
         memory_bytes=priced.memory_bytes,
-        tensor_bytes=priced.memory_bytes - priced.books[0].fixed_bytes(),
+        tensor_bytes=priced.memory_bytes - priced.stage_costs[0].fixed_bytes(),
         fits=priced.fits,
         reference_s=flops / (run.gpus * pricer.cluster.device.peak(pricer.dtype)),
     )

@@ -10,9 +10,9 @@ import time
 
 import numpy as np
 
-from autopar.inter.alpa_dp import Stage
-from autopar.inter.branch_and_bound import search
-from autopar.inter.pipeline_problem import PipelineProblem, StageTable
+from autopar.inter.alpa_dp import SubmeshStage
+from autopar.inter.branch_and_bound import search_pipelines
+from autopar.inter.pipeline_problem import PipelineProblem, StageTimeTable
 from autopar.pipeline.schedule import Schedule
 from autopar.pipeline.simulate import StageTimes, simulate
 
@@ -45,20 +45,20 @@ def run(
     forward = np.where(length > 0, length / (size * efficiency), np.inf)
     step = 0.5 * length / size + 0.2
 
-    def stage_times(in_flight: int) -> StageTable:
+    def stage_times(in_flight: int) -> StageTimeTable:
         fits = length * (1.0 + 0.25 * in_flight) <= capacity * size * (1 + 0.5 * nth)
-        return StageTable(
+        return StageTimeTable(
             forward_s=np.where(fits, forward, np.inf), backward_s=np.where(fits, 2 * forward, np.inf), step_s=step
         )
 
-    def evaluate(stages: tuple[Stage, ...]) -> float:
+    def evaluate(stages: tuple[SubmeshStage, ...]) -> float:
         times = [
             StageTimes(
                 forward_s=float(forward[stage]),
                 backward_s=float(2 * forward[stage]),
                 step_s=float(step[stage]),
-                send_forward_s=transfer,
-                send_backward_s=transfer,
+                transfer_forward_s=transfer,
+                transfer_backward_s=transfer,
             )
             for stage in stages
         ]
@@ -72,13 +72,13 @@ def run(
         stage_times=stage_times,
         schedule=schedule,
         max_stages=max_stages,
-        cut_transfer_s=np.full(num_blocks + 1, 2 * transfer),
+        stage_boundary_s=np.full(num_blocks + 1, 2 * transfer),
     )
     begin = time.perf_counter()
-    result = search(problem, evaluate=evaluate)
+    result = search_pipelines(problem, evaluate=evaluate)
     seconds = time.perf_counter() - begin
-    stages = len(result.best.stages) if result.best else 0
-    step_s = result.best.step_time_s if result.best else float("inf")
+    stages = len(result.incumbent.stages) if result.incumbent else 0
+    step_s = result.incumbent.step_time_s if result.incumbent else float("inf")
     print(
         f"{name:44s} {seconds:6.2f} s  {result.status:10s} gap {result.gap:.1e}  {result.num_evaluated:4d} evaluated  "
         f"{stages:3d} stages  step {step_s:.3f}"
@@ -88,7 +88,7 @@ def run(
 def simulations() -> None:
     for num_stages, num_microbatches in itertools.product((4, 16, 64), (64, 1024, 4096)):
         stages = [
-            StageTimes(forward_s=1.0, backward_s=2 + 0.01 * n, send_forward_s=0.1, send_backward_s=0.1)
+            StageTimes(forward_s=1.0, backward_s=2 + 0.01 * n, transfer_forward_s=0.1, transfer_backward_s=0.1)
             for n in range(num_stages)
         ]
         begin = time.perf_counter()

@@ -15,7 +15,7 @@ import torch
 from torch.distributed._tools.mem_tracker import MemTracker  # private; tried on torch 2.13.0
 
 import autopar
-from autopar.core.plan import Plan, device_memory, device_runs
+from autopar.core.plan import Plan, device_memory, stages_by_submesh
 from autopar.manual.layout_pricer import plan_layout
 from autopar.runtime.apply import build_trainer
 from autopar.workload.workload import Workload
@@ -105,7 +105,7 @@ def peak(case: Case, plan_json: bytes) -> tuple[int, dict[str, int]]:
     held += [
         parameter.weight for stage in trainer.stages.values() for parameter in stage.parameters.parameters.values()
     ]
-    held += [parameter.master.data for parameter in trainer.trained()]
+    held += [parameter.master.data for parameter in trainer.trained_parameters()]
     tracker.track_external(*held, *([trainer.optimizer] if trainer.optimizer is not None else []))
     with tracker:
         trainer.step(batch)
@@ -115,7 +115,7 @@ def peak(case: Case, plan_json: bytes) -> tuple[int, dict[str, int]]:
 
 def fullest(plan: Plan) -> tuple[int, int]:
     """The first rank of the run of devices that the plan says holds most, and that many bytes."""
-    runs = [(device_memory(run).tensor_bytes, run[0].first_device) for run in device_runs(plan)]
+    runs = [(device_memory(run).tensor_bytes, run[0].first_device) for run in stages_by_submesh(plan)]
     size, rank = max(runs, key=lambda pair: (pair[0], -pair[1]))
     return rank, size
 

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from autopar.graph.trace import Traced, trace
-from autopar.manual.layout_pricer import ModelGraph, model_graph
+from autopar.graph.trace import TracedGraph, trace
+from autopar.manual.layout_pricer import TracedModel, trace_model
 from autopar.workload.workload import Workload
 
 NUM_KEPT = 24
@@ -32,14 +32,14 @@ def workload_of(source: Callable[[], Workload]) -> Workload:
     return once((pickle.dumps(source), "workload"), source)
 
 
-def known_trace(workload: Workload, *, dtype: Any) -> Traced:
+def known_trace(workload: Workload, *, dtype: Any) -> TracedGraph:
     """The trace of a workload; the same object is traced once."""
     return once((id(workload), dtype), lambda: (workload, trace(workload, dtype=dtype)))[1]  # kept alive: its id stays
 
 
-def known_graph(workload: Workload, *, dtype: str) -> ModelGraph:
+def known_graph(workload: Workload, *, dtype: str) -> TracedModel:
     """The traced and profiled model of a workload, made once."""
-    return once((id(workload), dtype, "profiled"), lambda: (workload, model_graph(workload, dtype=dtype)))[1]
+    return once((id(workload), dtype, "profiled"), lambda: (workload, trace_model(workload, dtype=dtype)))[1]
 
 
 @contextmanager
@@ -47,6 +47,6 @@ def traced_once() -> Iterator[None]:
     """Inside, a workload is traced once, whoever plans or runs it."""
     with (
         patch("autopar.runtime.apply.trace", known_trace),
-        patch("autopar.manual.layout_pricer.model_graph", known_graph),
+        patch("autopar.manual.layout_pricer.trace_model", known_graph),
     ):
         yield

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from autopar.core.plan import Plan
-from autopar.runtime.apply import apply, build_trainer
-from autopar.runtime.count_collectives import Counts
-from autopar.runtime.stored_parameters import pick, rest_held
-from autopar.verify.single_process import Widened
+from autopar.runtime.apply import build_trainer
+from autopar.runtime.count_collectives import CollectiveCounts
+from autopar.runtime.stored_parameters import select_indices, stored_indices
+from autopar.verify.single_process import Float64Mode
 from autopar.workload.model_file import load_workload
 from autopar.workload.workload import Workload, accepted_settings
 from tests.distributed import once
@@ -44,7 +44,7 @@ class Checked:
     loss: float
     expected: float
     errors: dict[str, tuple[float, float]]
-    ran: Counts
+    ran: CollectiveCounts
 
 
 def real_model(workload: Workload, seed: int, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -95,7 +95,7 @@ def reference_gradients(model: nn.Module, workload: Workload, batch: dict[str, T
     total = torch.zeros((), dtype=torch.float64)
     for at in range(count):
         inputs = {name: part[at] for name, part in parts.items()}
-        with Widened() if double else nullcontext():
+        with Float64Mode() if double else nullcontext():
             loss = scalar_loss(model(**inputs), workload.loss_fn, inputs) / count
         loss.backward()
         total = total + loss.detach()
@@ -134,7 +134,7 @@ def check_gradients(
     batch = given_batch(workload, plan.global_batch, seed, classes, double)
     dtype = "float64" if double else None
     with once.traced_once():
-        trainer = apply(
+        trainer = build_trainer(
             plan,
             model,
             workload=workload,
@@ -151,7 +151,9 @@ def check_gradients(
             for parameter in stage.parameters.trained():
                 if parameter.counted:
                     whole = wanted[parameter.names[0]]
-                    mine = pick(whole, rest_held(parameter.stored, mesh, mesh.coordinate, cut=True)).double()
+                    mine = select_indices(
+                        whole, stored_indices(parameter.stored, mesh, mesh.coordinate, zero_sharded=True)
+                    ).double()
                     error = float((parameter.master.grad.double() - mine).square().sum())
                     errors[f"{parameter.names[0]}@{index}"] = (error, float(mine.square().sum()))
             assert stage.num_in_flight == 0
@@ -197,14 +199,16 @@ def check_training(
         mesh = trainer.meshes[index]
         for parameter in stage.parameters.trained():
             whole = named[parameter.names[0]].detach()
-            here = rest_held(parameter.stored, mesh, mesh.coordinate, cut=True)
-            compare(f"{parameter.names[0]}@{index}", parameter.master.detach(), pick(whole, here))
-            used = rest_held(parameter.stored, mesh, mesh.coordinate, cut=parameter.stored.zero == 3)
-            compare(f"{parameter.names[0]}@{index} as used", parameter.weight.detach(), pick(whole, used))
+            here = stored_indices(parameter.sharding, mesh, mesh.coordinate, zero_sharded=True)
+            compare(f"{parameter.names[0]}@{index}", parameter.master.detach(), select_indices(whole, here))
+            used = stored_indices(
+                parameter.sharding, mesh, mesh.coordinate, zero_sharded=parameter.sharding.zero_stage == 3
+            )
+            compare(f"{parameter.names[0]}@{index} as used", parameter.weight.detach(), select_indices(whole, used))
         for stored in stage.program.buffers:
-            name = trainer.graph.values[stored.value].names[0]
-            here = rest_held(stored, mesh, mesh.coordinate, cut=False)
-            compare(f"{name}@{index}", stage.parameters.buffers[stored.value], pick(named[name], here))
+            name = trainer.graph.values[stored.value].qualified_names[0]
+            here = stored_indices(stored, mesh, mesh.coordinate, zero_sharded=False)
+            compare(f"{name}@{index}", stage.parameters.buffers[stored.value], select_indices(named[name], here))
     return Checked(loss=float(loss), expected=float(expected), errors=errors, ran={})
 
 

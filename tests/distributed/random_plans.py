@@ -9,11 +9,11 @@ from autopar.core.mesh_axis import Axis
 from autopar.core.placement import PARTIAL, REPLICATE, Placement, Shard, format_placements
 from autopar.core.plan import BlockProgram, BlockRef, OpPlan, ParameterPlan, Plan, recompute_summary
 from autopar.graph.ir import Block, Graph
-from autopar.graph.split_into_blocks import cut_blocks, order_for_blocks
+from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
 from autopar.graph.trace import trace
-from autopar.intra.block_space import block_space
+from autopar.intra.block_space import build_block_space
 from autopar.manual.layout_pricer import plan_layout
-from autopar.rules.axis_options import Option
+from autopar.rules.axis_options import AxisOption
 from autopar.rules.placement_pair import PlacementPair, forward_placements, gradient_placements
 from autopar.workload.workload import Workload
 
@@ -23,8 +23,8 @@ def random_plan(workload: Workload, seed: int, max_ranks: int = 4, batch: int = 
     draw = random.Random(seed)
     layout = f"mbs={batch // 2}"
     base = plan_layout(workload, cluster="cpu-gloo", gpus=1, layout=layout, global_batch=batch, dtype="fp32")
-    graph = order_for_blocks(trace(workload, dtype="float32").graph)
-    blocks = cut_blocks(graph)
+    graph = hoist_light_ops(trace(workload, dtype="float32").graph)
+    blocks = split_into_blocks(graph)
     num_stages = draw.choice((1, 1, 2)) if len(blocks) > 1 and max_ranks > 1 else 1
     cuts = sorted(draw.sample(range(1, len(blocks)), num_stages - 1))
     stages, programs, device = [], [], 0
@@ -57,7 +57,7 @@ def _count(sizes: Sequence[int]) -> int:
 def _program(
     draw: random.Random, graph: Graph, blocks: Sequence[Block], block: Block, sizes: Sequence[int], micro: int
 ) -> BlockProgram:
-    space = block_space(graph, block, graph.parameter_free())
+    space = build_block_space(graph, block, graph.parameter_free())
     planned: dict[int, OpPlan] = {}
     parameters: dict[int, ParameterPlan] = {}
     for node in space.ops:
@@ -70,18 +70,19 @@ def _program(
             outputs=tuple(_text(graph, micro, forward_placements(pairs)) for pairs in outputs),
             output_gradients=tuple(_text(graph, micro, gradient_placements(pairs)) for pairs in outputs),
         )
-        for position in node.parameters:
+        for position in node.parameter_inputs:
             value = graph.values[node.op.inputs[position]]
-            made = _parameter(draw, graph, micro, value.names[0], inputs[position], sizes, value.shape)
+            made = _parameter(draw, graph, micro, value.qualified_names[0], inputs[position], sizes, value.shape)
             parameters.setdefault(value.id, made)
-    for op in space.data_ops:
+    for op in space.parameter_free_ops:
         whole = "R" * len(sizes)
         planned[op.id] = OpPlan(
             name=op.name, inputs=tuple(whole for _ in op.inputs), outputs=tuple(whole for _ in op.outputs)
         )
     kind = next(other for other in blocks if other.kind == block.kind)
     names = {
-        value: graph.values[of_kind].names[0] for value, of_kind in zip(block.parameters, kind.parameters, strict=True)
+        value: graph.values[of_kind].qualified_names[0]
+        for value, of_kind in zip(block.parameters, kind.parameters, strict=True)
     }
     return BlockProgram(
         id=f"b{block.index}",
@@ -92,12 +93,12 @@ def _program(
     )
 
 
-def _fitting(options: Sequence[Option], degree: int, graph: Graph, micro: int) -> list[Option]:
+def _fitting(options: Sequence[AxisOption], degree: int, graph: Graph, micro: int) -> list[AxisOption]:
     """Options whose atom the axis divides, or nearly so for a plain dim."""
     found = []
     for option in options:
-        size = graph.batch.scale(option.size, micro) if option.sharded else 0
-        if not option.sharded or size % degree == 0 or (len(option.labels) == 1 and size > 2 * degree):
+        size = graph.batch.scale(option.max_shards, micro) if option.is_sharded else 0
+        if not option.is_sharded or size % degree == 0 or (len(option.labels) == 1 and size > 2 * degree):
             found.append(option)
     return found
 

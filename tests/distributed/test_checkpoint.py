@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 
 from autopar.core.plan import Plan
 from autopar.runtime.apply import build_trainer
-from autopar.runtime.checkpoint import Part, load, save
+from autopar.runtime.checkpoint import CheckpointShard, load, save
 from tests.distributed import parity
 from tests.distributed.pool import Pool
 from tests.distributed.random_models import random_workload
@@ -120,7 +120,7 @@ def test_torch_to_plan(pool: Pool, tmp_path: Path) -> None:
 def test_part_boxes() -> None:
     """Rows 0 1 4 5 of 8 are two boxes; the second begins at row 2 of the part."""
     local = torch.arange(8.0).view(4, 2)
-    part = Part(local, (8, 2), (torch.tensor([0, 1, 4, 5]), torch.arange(2)), True)
+    part = CheckpointShard(local, (8, 2), (torch.tensor([0, 1, 4, 5]), torch.arange(2)), True)
     chunks = part.__create_chunk_list__()
     assert [tuple(chunk.offsets) for chunk in chunks] == [(0, 0), (4, 0)]
     items = part.__create_write_items__("weight", part)

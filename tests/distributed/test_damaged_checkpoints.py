@@ -177,9 +177,9 @@ def scalar(metadata: Metadata) -> _StorageInfo:
 def state_of(trainer: Trainer) -> list[torch.Tensor]:
     """All that a load may change."""
     assert trainer.optimizer is not None
-    tensors = [parameter.master for parameter in trainer.trained()]
+    tensors = [parameter.master for parameter in trainer.trained_parameters()]
     states = [trainer.optimizer.state[master] for master in tensors]
-    tensors += [parameter.weight for parameter in trainer.trained()]
+    tensors += [parameter.weight for parameter in trainer.trained_parameters()]
     tensors += [state[key] for state in states for key in sorted(state)]
     settings = [trainer.num_steps, *(group["lr"] for group in trainer.optimizer.param_groups)]
     return [tensor.detach().clone() for tensor in tensors] + [torch.tensor(settings)]

@@ -57,7 +57,7 @@ def come(plan_json: bytes) -> str:
         if dist.get_rank() == 1:
             time.sleep(6)
         else:
-            check_world(msgspec.json.decode(plan_json, type=Plan), patience_s=2)
+            check_world(msgspec.json.decode(plan_json, type=Plan), timeout_s=2)
     except AutoparError as error:
         return f"{time.monotonic() - started < 6} {error}"
     return ""

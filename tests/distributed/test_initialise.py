@@ -21,7 +21,7 @@ def first_loss(plan_json: bytes, name: str) -> float:
     one = MODELS[name]
     workload = one.workload()
     trainer = build_trainer(plan, workload.build(), workload=workload, mode="reference", seed=3)
-    return float(trainer.gradients(parity.random_batch(workload, plan.global_batch, 0, one.classes)))
+    return float(trainer.forward_backward(parity.random_batch(workload, plan.global_batch, 0, one.classes)))
 
 
 SLOW = pytest.mark.slow
@@ -42,11 +42,11 @@ def test_as_the_model_says() -> None:
     """GPT's own init_weights: N(0, 0.02), projections into the residual stream narrower, norms 1, biases 0."""
     workload = MODELS["gpt-untied"].workload()
     made = DeferredInitialisation(workload.build(), workload, 0)
-    assert abs(float(made.tensor("head.weight").std()) - 0.02) < 0.002
-    assert abs(float(made.tensor("layers.0.mlp.fc2.weight").std()) - 0.02 / 8**0.5) < 0.001
-    assert torch.equal(made.tensor("norm.weight"), torch.ones(32))
-    assert torch.equal(made.tensor("layers.1.attn.qkv.bias"), torch.zeros(96))
-    assert not torch.equal(made.tensor("layers.0.attn.qkv.weight"), made.tensor("layers.1.attn.qkv.weight"))
+    assert abs(float(made.materialise("head.weight").std()) - 0.02) < 0.002
+    assert abs(float(made.materialise("layers.0.mlp.fc2.weight").std()) - 0.02 / 8**0.5) < 0.001
+    assert torch.equal(made.materialise("norm.weight"), torch.ones(32))
+    assert torch.equal(made.materialise("layers.1.attn.qkv.bias"), torch.zeros(96))
+    assert not torch.equal(made.materialise("layers.0.attn.qkv.weight"), made.materialise("layers.1.attn.qkv.weight"))
 
 
 class Forgetful(nn.Module):
@@ -62,6 +62,6 @@ class Forgetful(nn.Module):
 def test_an_uninitialised_parameter_is_an_error() -> None:
     workload = Workload(build_model=Forgetful, example_inputs=lambda batch_size: {"x": torch.empty(batch_size, 4)})
     made = DeferredInitialisation(workload.build(), workload, 0)
-    assert made.tensor("layer.weight").abs().max() <= 0.5
+    assert made.materialise("layer.weight").abs().max() <= 0.5
     with pytest.raises(UsageError, match="nothing initialises scale"):
-        made.tensor("scale")
+        made.materialise("scale")

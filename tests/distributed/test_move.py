@@ -13,9 +13,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from autopar.core.local_shape import is_legal
 from autopar.core.placement import PARTIAL, REPLICATE, Placements, Shard
-from autopar.runtime.lower.rank_mesh import Mesh
-from autopar.runtime.lower.redistribute_tensor import move
-from autopar.runtime.lower.shards import local_part
+from autopar.runtime.lower.rank_mesh import RankMesh
+from autopar.runtime.lower.redistribute_tensor import redistribute
+from autopar.runtime.lower.shards import local_shard
 
 torch.set_num_threads(1)
 SIZES = (2, 4, 4)
@@ -48,7 +48,7 @@ def parts(whole: Tensor, placements: Placements, rng: torch.Generator) -> dict[i
         terms[way] = torch.randint(-9, 9, whole.shape, generator=rng).to(whole.dtype)
     terms[ways[0]] = whole - sum(terms.values(), torch.zeros(()))
     return {
-        rank: local_part(terms[tuple(place[axis] for axis in summed)], placements, SIZES, place).contiguous()
+        rank: local_shard(terms[tuple(place[axis] for axis in summed)], placements, SIZES, place).contiguous()
         for rank, place in COORDINATES.items()
     }
 
@@ -71,8 +71,8 @@ def check(groups: dict[tuple[int, ...], str], seed: int) -> None:
         place = tuple(
             torch.SymInt(LocalIntNode({rank: one[axis] for rank, one in COORDINATES.items()})) for axis in range(3)
         )
-        mesh = Mesh(names=NAMES, sizes=SIZES, first_rank=0, coordinate=place, groups=groups)
-        moved = move(LocalTensor(parts(whole, source, rng)), SHAPE, source, target, mesh)
+        mesh = RankMesh(names=NAMES, sizes=SIZES, first_rank=0, coordinate=place, group_names=groups)
+        moved = redistribute(LocalTensor(parts(whole, source, rng)), SHAPE, source, target, mesh)
     for one in COORDINATES.values():
         mates = [
             other
@@ -80,7 +80,7 @@ def check(groups: dict[tuple[int, ...], str], seed: int) -> None:
             if all(placement == PARTIAL or mine == at for placement, mine, at in zip(target, one, their, strict=True))
         ]
         held = sum((moved._local_tensors[mate] for mate in mates), torch.zeros(()))
-        assert torch.equal(held, local_part(whole, target, SIZES, one))
+        assert torch.equal(held, local_shard(whole, target, SIZES, one))
 
 
 @pytest.mark.parametrize("seed", range(1))

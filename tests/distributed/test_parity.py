@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from autopar.core.plan import Plan
-from autopar.runtime.count_collectives import differences, of_all_ranks
+from autopar.runtime.count_collectives import collective_differences, counts_of_stages
 from autopar.workload.workload import Workload
 from tests.distributed import parity
 from tests.distributed.once import workload_of
@@ -119,8 +119,8 @@ def check(pool: Pool, name: str, shape: str, zero: int, recompute: str, mode: st
     assert loss <= TOLERANCE, f"loss is off by {loss:.1e}"
     assert error <= TOLERANCE, f"gradient of {parameter} is off by {error:.1e}"
     if mode == "lowered":  # the reference mode recomputes nothing
-        ran = of_all_ranks([each.ran for each in found], plan)
-        assert differences(ran, plan, plan.estimate.collectives) == ()
+        ran = counts_of_stages([each.ran for each in found], plan)
+        assert collective_differences(ran, plan, plan.estimate.collectives) == ()
 
 
 SKIPPED = [

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from autopar.core.plan import Plan
 from autopar.runtime.apply import build_trainer
-from autopar.runtime.count_collectives import Counts, differences, of_all_ranks
-from autopar.runtime.lower.randomness import drop
+from autopar.runtime.count_collectives import CollectiveCounts, collective_differences, counts_of_stages
+from autopar.runtime.lower.randomness import apply_dropout
 from autopar.runtime.trainer import Trainer
 from autopar.workload.workload import Workload
 from tests.distributed import parity
@@ -59,13 +59,13 @@ def losses(plan_json: bytes, source: object, classes: int, mode: str, lr: float,
     )
     found = []
     for step in range(4):
-        if trainer.scale is not None and step == 0:
-            trainer.scale.factor = 2.0**60  # overflows: the first step is skipped
+        if trainer.loss_scale is not None and step == 0:
+            trainer.loss_scale.factor = 2.0**60  # overflows: the first step is skipped
         loss = float(trainer.step(parity.random_batch(workload, plan.global_batch, 0, classes)))
-        if trainer.scale is not None and step == 0:
-            assert trainer.scale.overflowed
-            assert trainer.scale.factor == 2.0**59
-            trainer.scale.factor = 2.0**10
+        if trainer.loss_scale is not None and step == 0:
+            assert trainer.loss_scale.overflowed
+            assert trainer.loss_scale.factor == 2.0**59
+            trainer.loss_scale.factor = 2.0**10
             continue
         found.append(loss)
     return found
@@ -87,7 +87,7 @@ def losses_of(pool: Pool, plan: Plan, mode: str) -> list[float]:
 def test_drop_keeps_its_share() -> None:
     """A third is dropped and the rest scaled up: mean 1, and no two rows alike."""
     indices = [torch.arange(200), torch.arange(300)]
-    dropped = drop(torch.ones(200, 300), indices, (200, 300), 1 / 3, torch.tensor(5), 2)
+    dropped = apply_dropout(torch.ones(200, 300), indices, (200, 300), 1 / 3, torch.tensor(5), 2)
     assert abs(float((dropped == 0).float().mean()) - 1 / 3) < 0.01
     assert abs(float(dropped.mean()) - 1) < 0.01
     assert len({tuple(row.tolist()) for row in dropped}) == 200
@@ -114,14 +114,14 @@ def test_fp16_skips_a_step_that_overflows(pool: Pool) -> None:
     assert found[-1] < found[0]
 
 
-def counted(plan_json: bytes) -> Counts:
+def counted(plan_json: bytes) -> CollectiveCounts:
     """The collectives of a step in the plan's own dtype."""
     plan = msgspec.json.decode(plan_json, type=Plan)
     workload = MODELS["gpt-tied"].workload()
     trainer = build_trainer(
         plan, parity.real_model(workload, 0), optimizer=lambda given: torch.optim.AdamW(given), workload=workload
     )
-    return trainer.count(parity.random_batch(workload, plan.global_batch, 0, 64))
+    return trainer.count_collectives(parity.random_batch(workload, plan.global_batch, 0, 64))
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
@@ -134,8 +134,8 @@ def test_half_precision_runs_the_listed_collectives(pool: Pool, layout: str, dty
         MODELS["gpt-tied"].workload(), layout, dtype=dtype, cluster="p3.16xlarge" if dtype == "fp16" else "dgx-h100"
     )
     assert plan.execution.dtype == dtype
-    ran = of_all_ranks(pool.run(4, counted, msgspec.json.encode(plan)), plan)
-    assert differences(ran, plan, plan.estimate.collectives) == ()
+    ran = counts_of_stages(pool.run(4, counted, msgspec.json.encode(plan)), plan)
+    assert collective_differences(ran, plan, plan.estimate.collectives) == ()
     reduced = {kind for _, kind, _ in ran}
     assert reduced & {"all_reduce", "reduce_scatter"}
 
@@ -152,12 +152,12 @@ def save_and_load_scale(plan_json: bytes, folder: str) -> tuple[float, int]:
         )
 
     first, second = trainer(), trainer()
-    assert first.scale is not None
-    first.scale.factor, first.scale.good_steps = 2.0**9, 7
+    assert first.loss_scale is not None
+    first.loss_scale.factor, first.loss_scale.good_steps = 2.0**9, 7
     first.save(folder, 1)
     second.load(folder)
-    assert second.scale is not None
-    return second.scale.factor, second.scale.good_steps
+    assert second.loss_scale is not None
+    return second.loss_scale.factor, second.loss_scale.good_steps
 
 
 def test_the_loss_scale_is_in_the_checkpoint(pool: Pool, tmp_path: Path) -> None:

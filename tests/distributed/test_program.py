@@ -8,12 +8,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopar.core.placement import format_placements, parse_placements
 from autopar.core.plan import Plan
-from autopar.graph.split_into_blocks import cut_blocks, order_for_blocks
+from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
 from autopar.graph.trace import trace
 from autopar.runtime.apply import build_trainer
 from autopar.runtime.lower.build_programs import build_programs
-from autopar.runtime.lower.lowered_collectives import collectives_of
-from autopar.runtime.lower.op_sharding import settled
+from autopar.runtime.lower.lowered_collectives import count_lowered_collectives
+from autopar.runtime.lower.op_sharding import replicate_unit_axes
 from tests.distributed import parity
 from tests.distributed.pool import Pool
 from tests.distributed.test_parity import MODELS, make_plan
@@ -24,8 +24,8 @@ from tests.distributed.test_parity import MODELS, make_plan
 def test_every_op_runs_as_planned(name: str, shape: str) -> None:
     """No op needs other placements than its plan names: nothing is converted that was not priced."""
     one = MODELS[name]
-    graph = order_for_blocks(trace(one.workload(), dtype="float32").graph)
-    blocks = cut_blocks(graph)
+    graph = hoist_light_ops(trace(one.workload(), dtype="float32").graph)
+    blocks = split_into_blocks(graph)
     plan = make_plan(one.workload(), shape, 1, "none", one.batch)
     programs, _ = build_programs(plan, graph, blocks)
     planned = {ref.index: plan.program(ref.program) for stage in plan.stages for ref in stage.blocks}
@@ -35,8 +35,8 @@ def test_every_op_runs_as_planned(name: str, shape: str) -> None:
             if op.block < 0:
                 continue
             text = planned[op.block].ops[op.op.id - blocks[op.block].first_op]
-            said = [settled(parse_placements(each), sizes) for each in (*text.inputs, *text.outputs)]
-            runs = [settled(each, sizes) for each in (*op.usage.inputs, *op.usage.outputs)]
+            said = [replicate_unit_axes(parse_placements(each), sizes) for each in (*text.inputs, *text.outputs)]
+            runs = [replicate_unit_axes(each, sizes) for each in (*op.sharding.inputs, *op.sharding.outputs)]
             assert list(map(format_placements, runs)) == list(map(format_placements, said)), op.op.name
 
 
@@ -61,7 +61,7 @@ def count_collectives(plan_json: bytes, name: str) -> tuple[dict[str, int], dict
     workload = one.workload()
     trainer = build_trainer(plan, parity.real_model(workload, 0), workload=workload)
     stage = trainer.stages[0]
-    data = trainer._slices(parity.random_batch(workload, plan.global_batch, 0, one.classes))
+    data = trainer._micro_batches(parity.random_batch(workload, plan.global_batch, 0, one.classes))
     with Counting() as counting:
         for microbatch, inputs in enumerate(data):
             made = stage.forward(microbatch, inputs, {})
@@ -69,7 +69,7 @@ def count_collectives(plan_json: bytes, name: str) -> tuple[dict[str, int], dict
             stage.backward(microbatch, [made.loss / plan.microbatches], last=False)
     assert stage.lowered is not None
     held: Counter[str] = Counter()
-    for found, count in collectives_of(stage.lowered, stage.function.mesh).items():
+    for found, count in count_lowered_collectives(stage.lowered, stage.function.mesh).items():
         held[found.kind] += count * plan.microbatches
     return dict(counting.started), dict(held)
 
@@ -90,7 +90,7 @@ def gathers(plan_json: bytes, name: str) -> set[str]:
     plan = msgspec.json.decode(plan_json, type=Plan)
     workload = MODELS[name].workload()
     trainer = build_trainer(plan, parity.real_model(workload, 0), workload=workload)
-    trainer.gradients(parity.random_batch(workload, plan.global_batch, 0, MODELS[name].classes))
+    trainer.forward_backward(parity.random_batch(workload, plan.global_batch, 0, MODELS[name].classes))
     lowered = trainer.stages[0].lowered
     assert lowered is not None
     nodes = [*lowered.forward.graph.nodes, *lowered.backward.graph.nodes]
@@ -113,9 +113,9 @@ def saved_bytes(plan_json: bytes, name: str) -> int:
     trainer = build_trainer(plan, parity.real_model(workload, 0), workload=workload)
     stage = trainer.stages[0]
     assert stage.lowered is not None
-    data = trainer._slices(parity.random_batch(workload, plan.global_batch, 0, one.classes))
+    data = trainer._micro_batches(parity.random_batch(workload, plan.global_batch, 0, one.classes))
     stage.forward(0, data[0], {})
-    saved = stage._kept[0][len(stage.lowered.kept_arguments) :]
+    saved = stage._saved[0][len(stage.lowered.saved_arguments) :]
     return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in saved}.values())
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from autopar.cli.main import run
 from autopar.core.plan_file import load_plan
-from autopar.verify.shrink import shrunk
-from autopar.verify.verify_plan import Report
+from autopar.verify.shrink import shrink_plan
+from autopar.verify.verify_plan import VerifyReport
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = ("size=125M", "layers=2", "hidden=32", "heads=4", "vocab=64", "seq=8")
@@ -40,9 +40,9 @@ def test_twin_passes(plan_file: str, capsys: pytest.CaptureFixture[str]) -> None
 def test_wrong_numbers_exit_7(
     plan_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def verify(*args: Any, **options: Any) -> Report:
-        return Report(
-            ranks=2,
+    def verify(*args: Any, **options: Any) -> VerifyReport:
+        return VerifyReport(
+            num_ranks=2,
             changes=(),
             loss=1.0,
             expected_loss=1.0,
@@ -51,7 +51,7 @@ def test_wrong_numbers_exit_7(
             collectives={},
         )
 
-    monkeypatch.setattr("autopar.verify.verify_plan.verify", verify)
+    monkeypatch.setattr("autopar.verify.verify_plan.verify_plan", verify)
     assert run(["verify", plan_file, "-q"]) == 7
     assert "FAIL" in capsys.readouterr().out
     assert run(["verify", plan_file, "-q", "--json"]) == 7
@@ -60,13 +60,13 @@ def test_wrong_numbers_exit_7(
 
 def test_twin_keeps_stages_and_axes(plan_file: str) -> None:
     plan = load_plan(plan_file)
-    twin, changes = shrunk(plan, 8)
+    twin, changes = shrink_plan(plan, 8)
     assert twin.gpus == 8
     assert [len(stage.blocks) for stage in twin.stages] == [len(stage.blocks) for stage in plan.stages]
     assert [[axis.name for axis in stage.axes] for stage in twin.stages] == [["dp", "tp"]] * 2
     assert twin.global_batch == twin.microbatches * twin.micro_batch_size
     assert changes
-    assert shrunk(plan, 16)[0].gpus == 16
+    assert shrink_plan(plan, 16)[0].gpus == 16
 
 
 @pytest.mark.parametrize(

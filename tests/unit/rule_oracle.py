@@ -16,17 +16,17 @@ from torch import Tensor
 
 from autopar.core.placement import PARTIAL
 from autopar.graph.ir import Op, Value
-from autopar.graph.op_arguments import resolve, restore
-from autopar.rules.axis_options import Option
-from autopar.rules.dim_factors import Atom
-from autopar.rules.op_sharding_rule import OpRule
+from autopar.graph.op_arguments import call_arguments, resolve_overload
+from autopar.rules.axis_options import AxisOption
+from autopar.rules.dim_factors import DimFactor
+from autopar.rules.op_sharding_rule import OpShardingRule
 from autopar.rules.placement_pair import PARTIAL_VALUE, PlacementPair
 
 RANDOM = frozenset({"dropout", "native_dropout"})
 WIDE = torch.float64
 
 
-def _blocks(tensor: Tensor, atom: Atom, ranks: int, rank: int) -> Tensor:
+def _blocks(tensor: Tensor, atom: DimFactor, ranks: int, rank: int) -> Tensor:
     """Rank's part of a full tensor: dim -> (pieces, size, rest), the middle split as DTensor splits (ceil)."""
     shape = tensor.shape
     split = tensor.reshape(*shape[: atom.dim], atom.split_factor, atom.size, -1, *shape[atom.dim + 1 :])
@@ -40,7 +40,7 @@ def shard(
 ) -> list[Tensor]:
     """A tensor (or gradient) on every rank, as it is placed."""
     placement = pair.gradient if gradient else pair.forward
-    if isinstance(placement, Atom):
+    if isinstance(placement, DimFactor):
         return [_blocks(tensor, placement, ranks, rank).clone() for rank in range(ranks)]
     if placement == PARTIAL:
         if not tensor.is_floating_point():
@@ -55,7 +55,7 @@ def mismatch(parts: Sequence[Tensor], whole: Tensor, pair: PlacementPair, *, gra
     """How the ranks' tensors differ from the full one, "" where they do not."""
     ranks = len(parts)
     placement = pair.gradient if gradient else pair.forward
-    if isinstance(placement, Atom):
+    if isinstance(placement, DimFactor):
         wanted = [_blocks(whole, placement, ranks, rank) for rank in range(ranks)]
     elif placement == PARTIAL:
         parts, wanted = [torch.stack(list(parts)).sum(0)], [whole]
@@ -89,8 +89,8 @@ class Case:
 
 def call(op: Op, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The op on real tensors, fp64 in place of other floats, nothing random, no input changed."""
-    overload = resolve(op.target)
-    args, kwargs = restore(op, [*tensors], overload._schema)
+    overload = resolve_overload(op.target)
+    args, kwargs = call_arguments(op, [*tensors], overload._schema)
     args, kwargs = [_widened(a) for a in args], {name: _widened(a) for name, a in kwargs.items()}
     if op.target.split(".")[1] in RANDOM:
         args[1] = 0.0
@@ -110,7 +110,7 @@ def _widened(argument: Any) -> Any:
     return WIDE if isinstance(argument, torch.dtype) and argument.is_floating_point else argument
 
 
-def check_option(case: Case, option: Option, rule: OpRule, ranks: int, seed: int = 0) -> str:
+def check_option(case: Case, option: AxisOption, rule: OpShardingRule, ranks: int, seed: int = 0) -> str:
     """ "" where the option holds on ``ranks`` ranks, else what is wrong with it."""
     generator = torch.Generator().manual_seed(seed)
     whole = [
@@ -123,7 +123,7 @@ def check_option(case: Case, option: Option, rule: OpRule, ranks: int, seed: int
         for t, pair, value in zip(whole, option.inputs, case.inputs, strict=True)
     ]
     per_rank = [[parts[rank] for parts in local] for rank in range(ranks)]
-    own = case.name in SIZED or not set(option.labels).isdisjoint(rule.local_form)
+    own = case.name in SIZED or not set(option.labels).isdisjoint(rule.local_form_labels)
     simulate = KERNELS[case.name] if own and case.name in KERNELS else _each
     try:
         outputs = simulate(case, option, per_rank)
@@ -142,7 +142,9 @@ def check_option(case: Case, option: Option, rule: OpRule, ranks: int, seed: int
     for at, gradient in zip(carrying, gradients, strict=True):
         pair = option.outputs[at]
         parts = shard(gradient, pair, ranks, generator, gradient=True)
-        if option.inside and pair.atom is None:  # autograd crosses ranks: the whole loss is counted once
+        if (
+            option.runs_kernel_collectives and pair.atom is None
+        ):  # autograd crosses ranks: the whole loss is counted once
             parts = [parts[0], *(torch.zeros_like(part) for part in parts[1:])]
         ends += [outputs[rank][at] for rank in range(ranks)]
         feeds += parts
@@ -165,27 +167,27 @@ Ranks = list[list[Tensor]]
 Simulated = list[tuple[Tensor, ...]]
 
 
-def _each(case: Case, option: Option, ranks: Ranks) -> Simulated:
+def _each(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
     """The op itself on every rank."""
     return [call(case.op, tensors) for tensors in ranks]
 
 
-def _local_shapes(case: Case, option: Option, ranks: int, rank: int) -> list[tuple[int, ...]]:
+def _local_shapes(case: Case, option: AxisOption, ranks: int, rank: int) -> list[tuple[int, ...]]:
     return [
         value.shape if pair.atom is None else tuple(_blocks(torch.empty(value.shape), pair.atom, ranks, rank).shape)
         for value, pair in zip(case.outputs, option.outputs, strict=True)
     ]
 
 
-def _reshape(case: Case, option: Option, ranks: Ranks) -> Simulated:
+def _reshape(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
     return [(t[0].reshape(_local_shapes(case, option, len(ranks), r)[0]),) for r, t in enumerate(ranks)]
 
 
-def _expand(case: Case, option: Option, ranks: Ranks) -> Simulated:
+def _expand(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
     return [(t[0].expand(_local_shapes(case, option, len(ranks), r)[0]),) for r, t in enumerate(ranks)]
 
 
-def _split(case: Case, option: Option, ranks: Ranks) -> Simulated:
+def _split(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
     dim = case.literal(2, "dim", 0)
     return [
         tuple(t[0].split([shape[dim] for shape in _local_shapes(case, option, len(ranks), r)], dim))
@@ -193,8 +195,8 @@ def _split(case: Case, option: Option, ranks: Ranks) -> Simulated:
     ]
 
 
-def _bias_once(bias: int) -> Callable[[Case, Option, Ranks], Simulated]:
-    def simulate(case: Case, option: Option, ranks: Ranks) -> Simulated:
+def _bias_once(bias: int) -> Callable[[Case, AxisOption, Ranks], Simulated]:
+    def simulate(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
         if option.outputs[0] == PARTIAL_VALUE and len(ranks[0]) > 2 and option.inputs[bias] != PARTIAL_VALUE:
             ranks = [[x * (r == 0) if at == bias else x for at, x in enumerate(t)] for r, t in enumerate(ranks)]
         return [call(_local_groups(case, tensors), tensors) for tensors in ranks]
@@ -210,20 +212,20 @@ def _local_groups(case: Case, tensors: list[Tensor]) -> Op:
     return replace(case.op, args=(*case.op.args[:6], groups * tensors[1].shape[0] // case.tensors[1].shape[0]))
 
 
-def _mean(case: Case, option: Option, ranks: Ranks) -> Simulated:
+def _mean(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
     """A partial mean is the rank's share of it: sums over what it holds, divided by the whole count."""
     local = _each(case, option, ranks)
-    if option.outputs[0] != PARTIAL_VALUE or not option.sharded:
+    if option.outputs[0] != PARTIAL_VALUE or not option.is_sharded:
         return local
     shares = [t[0].numel() / case.tensors[0].numel() for t in ranks]
     return [(result[0] * share,) for result, share in zip(local, shares, strict=True)]
 
 
-def _starts(atom: Atom, ranks: int, rank: int, size: int) -> Tensor:
-    return _blocks(torch.arange(size), Atom(dim=0, split_factor=atom.split_factor, size=atom.size), ranks, rank)
+def _starts(atom: DimFactor, ranks: int, rank: int, size: int) -> Tensor:
+    return _blocks(torch.arange(size), DimFactor(dim=0, split_factor=atom.split_factor, size=atom.size), ranks, rank)
 
 
-def _embedding(case: Case, option: Option, ranks: Ranks) -> Simulated:
+def _embedding(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
     atom = option.inputs[0].atom
     if atom is None or atom.dim != 0:
         return _each(case, option, ranks)
@@ -238,7 +240,7 @@ def _embedding(case: Case, option: Option, ranks: Ranks) -> Simulated:
     return found
 
 
-def _attention(case: Case, option: Option, ranks: Ranks) -> Simulated:
+def _attention(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
     position = len(case.inputs[0].shape) - 2
     atom = option.inputs[0].atom
     if not (atom is not None and atom.dim == position and case.literal(5, "is_causal", False)):
@@ -252,9 +254,9 @@ def _attention(case: Case, option: Option, ranks: Ranks) -> Simulated:
     return found
 
 
-def _cross_entropy(case: Case, option: Option, ranks: Ranks) -> Simulated:
+def _cross_entropy(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
     """Logits [.., v] in pieces of tokens or of the vocabulary; the mean is over all tokens that count."""
-    if not option.sharded:
+    if not option.is_sharded:
         return _each(case, option, ranks)
     reduction, ignored = case.literal(3, "reduction", 1), case.literal(4, "ignore_index", -100)
     smoothing = case.literal(5, "label_smoothing", 0.0)
@@ -262,7 +264,7 @@ def _cross_entropy(case: Case, option: Option, ranks: Ranks) -> Simulated:
     of_target = weights[case.tensors[1].clamp(min=0)]
     count = torch.where(case.tensors[1] != ignored, of_target, 0.0).sum()
     atom = option.inputs[0].atom
-    if option.inside:
+    if option.runs_kernel_collectives:
         assert atom is not None
         size = case.inputs[0].shape[1]
         total = torch.stack([t[0].exp().sum(1) for t in ranks]).sum(0).log()
@@ -280,9 +282,9 @@ def _cross_entropy(case: Case, option: Option, ranks: Ranks) -> Simulated:
     return [(term.sum() / (count if reduction == 1 else 1),) for term in terms]
 
 
-def _nll_loss(case: Case, option: Option, ranks: Ranks) -> Simulated:
+def _nll_loss(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
     """Log-probabilities [t, v] in pieces of tokens or of the vocabulary."""
-    if not option.sharded:
+    if not option.is_sharded:
         return _each(case, option, ranks)
     reduction, ignored = case.literal(3, "reduction", 1), case.literal(4, "ignore_index", -100)
     count = (case.tensors[1] != ignored).sum()
@@ -298,7 +300,7 @@ def _nll_loss(case: Case, option: Option, ranks: Ranks) -> Simulated:
     return found
 
 
-def _loss(case: Case, option: Option, ranks: Ranks) -> Simulated:
+def _loss(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
     local = _each(case, option, ranks)
     position = {"binary_cross_entropy": 3, "binary_cross_entropy_with_logits": 4}.get(case.name, 2)
     if option.outputs[0] != PARTIAL_VALUE or case.literal(position, "reduction", 1) != 1:
@@ -306,8 +308,8 @@ def _loss(case: Case, option: Option, ranks: Ranks) -> Simulated:
     return [(out[0] * t[0].numel() / case.tensors[0].numel(),) for out, t in zip(local, ranks, strict=True)]
 
 
-def _batch_norm(case: Case, option: Option, ranks: Ranks) -> Simulated:
-    if not option.inside:
+def _batch_norm(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
+    if not option.runs_kernel_collectives:
         return _each(case, option, ranks)
     places = [getattr(case.op.args[at], "index", None) for at in (1, 2)]
     dims = [0, *range(2, ranks[0][0].dim())]
@@ -324,9 +326,9 @@ def _batch_norm(case: Case, option: Option, ranks: Ranks) -> Simulated:
     return found
 
 
-def _softmax(case: Case, option: Option, ranks: Ranks) -> Simulated:
+def _softmax(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
     """softmax or log_softmax with the dim itself cut: the sum of exponentials is shared."""
-    if not option.inside:
+    if not option.runs_kernel_collectives:
         return _each(case, option, ranks)
     dim = case.literal(1, "dim", -1)
     total = sum(t[0].to(WIDE).exp().sum(dim, keepdim=True) for t in ranks)
@@ -335,7 +337,7 @@ def _softmax(case: Case, option: Option, ranks: Ranks) -> Simulated:
     return [(t[0].exp() / total,) for t in ranks]
 
 
-def _index(case: Case, option: Option, ranks: Ranks) -> Simulated:
+def _index(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
     """x[index]: where rows of x are cut, a rank has zeros for the rows of others."""
     atom = option.inputs[0].atom
     if atom is None or atom.dim != 0:
@@ -350,7 +352,7 @@ def _index(case: Case, option: Option, ranks: Ranks) -> Simulated:
     return found
 
 
-def _grouped_mm(case: Case, option: Option, ranks: Ranks) -> Simulated:
+def _grouped_mm(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
     """Row t meets the matrix of the group it lies in; written as a loop over experts and rows held."""
     num_experts, num_rows = case.inputs[1].shape[0], case.inputs[0].shape[0]
     ends = case.tensors[2].tolist()
@@ -371,7 +373,7 @@ def _grouped_mm(case: Case, option: Option, ranks: Ranks) -> Simulated:
     return found
 
 
-KERNELS: dict[str, Callable[[Case, Option, Ranks], Simulated]] = {
+KERNELS: dict[str, Callable[[Case, AxisOption, Ranks], Simulated]] = {
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"), _reshape),
     **dict.fromkeys(("expand", "broadcast_to", "expand_as"), _expand),
     **dict.fromkeys(("split", "chunk", "split_with_sizes"), _split),
@@ -409,11 +411,14 @@ KERNELS: dict[str, Callable[[Case, Option, Ranks], Simulated]] = {
 SIZED = frozenset(name for name, kernel in KERNELS.items() if kernel in (_reshape, _expand, _split))
 
 
-def ranks_to_try(option: Option, rule: OpRule) -> list[int]:
+def ranks_to_try(option: AxisOption, rule: OpShardingRule) -> list[int]:
     """Axis sizes that cut what the option cuts into equal parts, and 3 where the search may cut unevenly."""
-    if not option.sharded:
+    if not option.is_sharded:
         return [2]
     plain = (
-        len(option.labels) == 1 and not rule.groups and rule.compute in ("matmul", "memory") and option.size in (8, 16)
+        len(option.labels) == 1
+        and not rule.view_groups
+        and rule.compute in ("matmul", "memory")
+        and option.max_shards in (8, 16)
     )
-    return [k for k in (2, 3, 4) if option.size % k == 0 or (k == 3 and plain)]
+    return [k for k in (2, 3, 4) if option.max_shards % k == 0 or (k == 3 and plain)]

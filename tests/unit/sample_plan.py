@@ -33,7 +33,7 @@ def sample_plan(**changes: Any) -> Plan:
             settings={"layers": 4, "size": "tiny"},
             source_hash="ab" * 32,
             graph_fingerprint="cd" * 32,
-            parameters=1_300_000_000,
+            num_parameters=1_300_000_000,
         ),
         "cluster": ClusterRef(name="p3.16xlarge", fingerprint="ef" * 32, overrides={"inter_node_gbits_per_s": 100}),
         "execution": Execution(dtype="fp16", optimizer="adamw"),

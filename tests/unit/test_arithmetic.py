@@ -15,14 +15,14 @@ from autopar.cluster import load_cluster
 from autopar.core.layout import parse_layout
 from autopar.core.plan import StagePlan
 from autopar.cost.execution_model import ExecutionModel
-from autopar.cost.parameter_storage import Storage, state_bytes
+from autopar.cost.parameter_storage import ParameterStorage, state_bytes
 from autopar.graph.flops import model_flops, num_parameters
 from autopar.graph.ir import Graph
 from autopar.graph.op_profiles import profile_graph
 from autopar.graph.trace import trace
-from autopar.manual.layout_pricer import LayoutPricer, ModelGraph, model_graph
+from autopar.manual.layout_pricer import LayoutPricer, TracedModel, trace_model
 from autopar.pipeline.simulate import StageTimes, simulate
-from autopar.report.training_time import Training
+from autopar.report.training_time import TrainingTime
 from autopar.workload import load_workload
 
 torch.set_num_threads(1)
@@ -31,8 +31,8 @@ TERA = 1e12
 
 
 @pytest.fixture(scope="module")
-def llama() -> ModelGraph:
-    return model_graph(load_workload(str(EXAMPLES / "llama.py"), size="7B"), dtype="bf16")
+def llama() -> TracedModel:
+    return trace_model(load_workload(str(EXAMPLES / "llama.py"), size="7B"), dtype="bf16")
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -47,13 +47,13 @@ def test_parameters_and_flops_of_a_gpt(tied: bool) -> None:
     assert num_parameters(graph) == pytest.approx(12 * L * D**2 + D * V * (1 if tied else 2), rel=0.01)
     multiplied = 12 * L * D**2 + D * V  # the look-up multiplies nothing
     flops, tokens = model_flops(graph, batch, profile_graph(graph).ops), batch * N
-    by_kind = dict(flops.by_arithmetic)
+    by_kind = dict(flops.by_kind)
     assert by_kind["matmul"] == pytest.approx(6 * multiplied * tokens, rel=1e-3)
     assert by_kind["attention"] == 12 * L * N * D * tokens
     assert flops.forward == pytest.approx(2 * multiplied * tokens + 4 * L * N * D * tokens, rel=1e-3)
 
 
-def test_flops_of_llama_2_7b_by_part(llama: ModelGraph) -> None:
+def test_flops_of_llama_2_7b_by_part(llama: TracedModel) -> None:
     """One sample of 4,096 tokens: 192.17 TFLOP, of which 55.361 % MLP, 41.276 % attention, 1.676 % each embedding and head,
     0.007 % normalisation, 0.003 % residuals. The product counts 188.76: no look-up as a matmul (3.22), no softmax (3 an
     element of the 32 heads' N x N scores), no element-wise op (here 1 an element); forward counts once, backward twice."""
@@ -70,23 +70,23 @@ def test_flops_of_llama_2_7b_by_part(llama: ModelGraph) -> None:
         assert 100 * parts[part] / whole == pytest.approx(percent, abs=0.01), part
 
 
-def flops_by_module(model: ModelGraph) -> dict[str, float]:
+def flops_by_module(model: TracedModel) -> dict[str, float]:
     """FLOPs of one sample by the kind of module, matmuls as the product counts them and element-wise ops at one an element
     (rotary embeddings, casts and the loss are no part of the notes' count)."""
     graph: Graph = model.graph
     arithmetic = ("add", "mul", "pow", "mean", "silu")
     parts = dict.fromkeys(("mlp", "self_attn", "embed_tokens", "lm_head", "norm", ""), 0.0)
     for op, profile in zip(graph.ops, profile_graph(graph).ops, strict=True):
-        words = [word for word in op.module.split(".") if not word.isdigit() and word not in ("model", "layers")]
+        words = [word for word in op.module_path.split(".") if not word.isdigit() and word not in ("model", "layers")]
         part = "norm" if words and "norm" in words[-1] else words[0] if words else ""
         if part not in parts or "embedding" in op.target:
             continue
         flops = profile.forward_flops + profile.backward_flops
         if "attention" in op.target:
             flops = 3 * profile.forward_flops  # without the scores that flash attention computes again
-        elif not flops and op.target.split(".")[1] in arithmetic and part != "self_attn" and op.module:
+        elif not flops and op.target.split(".")[1] in arithmetic and part != "self_attn" and op.module_path:
             flops = 3 * prod(graph.values[op.outputs[0]].shape)
-        parts[part] += flops / graph.batch.traced
+        parts[part] += flops / graph.batch.traced_size
     return parts
 
 
@@ -95,17 +95,20 @@ def flops_by_module(model: ModelGraph) -> dict[str, float]:
 def test_sixteen_bytes_a_parameter(billions: int, gigabytes: int, dtype: str, itemsize: int) -> None:
     """Weights, gradients and Adam's state: 2 + 2 + 12 in mixed precision, 4 + 4 + 8 in fp32."""
     execution = ExecutionModel(dtype=dtype, fp32_grads=False)
-    assert sum(state_bytes(Storage(stage=0, axes=()), 1, billions * 10**9, itemsize, execution)) == gigabytes * 1e9
+    assert (
+        sum(state_bytes(ParameterStorage(stage=0, axes=()), 1, billions * 10**9, itemsize, execution))
+        == gigabytes * 1e9
+    )
 
 
-def test_sixteen_bytes_a_parameter_of_a_traced_model(llama: ModelGraph) -> None:
+def test_sixteen_bytes_a_parameter_of_a_traced_model(llama: TracedModel) -> None:
     """Cut over 4 ranks or not; norms, which every rank holds, are 0.004 % of the parameters."""
     for text, ranks in (("dp=4,grads=same", 1), ("tp=4,grads=same", 4)):
         pricer = LayoutPricer(
             llama, cluster=load_cluster("dgx-a100"), gpus=4, global_batch=4, memory_gib=None, optimizer="adamw"
         )
         plan = pricer.plan(pricer.price(parse_layout(text)), 0.0)
-        assert plan.model.parameters == 6_738_415_616
+        assert plan.model.num_parameters == 6_738_415_616
         assert ranks * plan.stages[0].memory.state_bytes == pytest.approx(16 * 6_738_415_616, rel=2e-4)
 
 
@@ -113,7 +116,7 @@ def test_what_recomputation_costs_and_saves_gpt_3() -> None:
     """Full recomputation 30 to 40 % of a layer's time, that of attention alone 2.7 % (175B, tp 8, sequence parallel,
     attention materialised; Korthikanti et al., 2022, figure 8 and table 4). It saves 70 %, 5 a s / h of 34 + 5 a s / h bytes
     per token and width (section 4.1, of one rank; without dropout's two masks 32 + 80). Four layers are like 96."""
-    model = model_graph(load_workload(str(EXAMPLES / "gpt.py"), size="175B", layers=4), dtype="bf16")
+    model = trace_model(load_workload(str(EXAMPLES / "gpt.py"), size="175B", layers=4), dtype="bf16")
 
     def middle_stage(gpus: int, layout: str) -> StagePlan:
         pricer = LayoutPricer(
@@ -144,7 +147,7 @@ def test_what_recomputation_costs_and_saves_gpt_3() -> None:
 def test_activations_of_a_layer_are_korthikanti_s(layout: str, per_token: float) -> None:
     """Bytes a token and unit of width (2022, table 2), attention fused: 34 / t with tensor and sequence parallelism, 10 + 24
     / t without the latter, 2 of the input alone; less two one-byte masks of dropout, which this model has not."""
-    model = model_graph(load_workload(str(EXAMPLES / "gpt.py"), size="175B", layers=4), dtype="bf16")
+    model = trace_model(load_workload(str(EXAMPLES / "gpt.py"), size="175B", layers=4), dtype="bf16")
     gpus = 32 if "tp=8" in layout else 4
     pricer = LayoutPricer(
         model, cluster=load_cluster("dgx-a100"), gpus=gpus, global_batch=4, memory_gib=None, optimizer="adamw"
@@ -157,7 +160,7 @@ def test_activations_of_a_layer_are_korthikanti_s(layout: str, per_token: float)
 def test_gpu_hours_of_llama_3_405b() -> None:
     """15T tokens at 6 FLOPs a parameter and token, 400 TFLOP/s a GPU: 25.3 M GPU hours, 66 days on 16,000 H100."""
     gpus, tokens_per_s = 16_000, 16_000 * 400e12 / (6 * 405e9)
-    training = Training.of(15e12, tokens_per_s, gpus)
+    training = TrainingTime.of(15e12, tokens_per_s, gpus)
     assert round(training.gpu_hours / 1e6, 1) == 25.3
     assert round(training.days) == 66
 

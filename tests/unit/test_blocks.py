@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autopar.graph.boundary_values import crossing
+from autopar.graph.boundary_values import boundary_values
 from autopar.graph.ir import Block, Graph, Op
-from autopar.graph.split_into_blocks import cut_blocks, order_for_blocks
+from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
 from autopar.graph.trace import trace
 from autopar.workload import Workload, load_workload
 
@@ -57,7 +57,7 @@ def check(graph: Graph, blocks: tuple[Block, ...]) -> None:
         read_later = {value for other in blocks if other.index != block.index for value in other.inputs}
         leaving = (read_later | set(graph.outputs)) & {value for op in ops(graph, block) for value in op.outputs}
         assert set(block.outputs) == leaving
-    for boundary, values in enumerate(crossing(graph, blocks)):
+    for boundary, values in enumerate(boundary_values(graph, blocks)):
         after = {value for block in blocks[boundary + 1 :] for value in block.inputs}
         assert set(values) == {value for value in after if maker.get(value, len(blocks)) <= boundary}
 
@@ -72,16 +72,16 @@ def gpt() -> Graph:
 
 
 def test_gpt_is_an_embedding_twelve_equal_layers_and_a_head(gpt: Graph) -> None:
-    blocks = cut_blocks(gpt)
+    blocks = split_into_blocks(gpt)
     assert names(blocks) == ["embedding", *(f"layers.{i}" for i in range(12)), "head"]
     assert kinds(blocks) == [0, *(1,) * 12, 2]
-    assert order_for_blocks(gpt) is gpt
+    assert hoist_light_ops(gpt) is gpt
     check(gpt, blocks)
-    assert [len(values) for values in crossing(gpt, blocks)] == [1] * 13
+    assert [len(values) for values in boundary_values(gpt, blocks)] == [1] * 13
 
 
 def test_values_of_equal_blocks_correspond(gpt: Graph) -> None:
-    layers = cut_blocks(gpt)[1:-1]
+    layers = split_into_blocks(gpt)[1:-1]
     for layer in layers:
         named = [gpt.values[value].name.removeprefix(layer.name) for value in layer.parameters]
         assert named == [gpt.values[value].name.removeprefix("layers.0") for value in layers[0].parameters]
@@ -92,23 +92,23 @@ def test_values_of_equal_blocks_correspond(gpt: Graph) -> None:
 def test_kinds_do_not_grow_with_depth_and_time_grows_linearly(gpt: Graph) -> None:
     deep = example("gpt", layers=96, **TINY)
     begin = time.process_time()
-    blocks = cut_blocks(order_for_blocks(deep))
+    blocks = split_into_blocks(hoist_light_ops(deep))
     assert time.process_time() - begin < 1.0
     assert kinds(blocks) == [0, *(1,) * 96, 2]
-    short = cut_blocks(gpt)
+    short = split_into_blocks(gpt)
     assert [len(ops(deep, blocks[i])) for i in (0, 1, -1)] == [len(ops(gpt, short[i])) for i in (0, 1, -1)]
 
 
 def test_untied_and_tied_heads_differ_in_what_the_head_reads() -> None:
-    tied = cut_blocks(example("gpt", layers=2, **TINY, tied_embeddings=True))
-    untied = cut_blocks(example("gpt", layers=2, **TINY, tied_embeddings=False))
+    tied = split_into_blocks(example("gpt", layers=2, **TINY, tied_embeddings=True))
+    untied = split_into_blocks(example("gpt", layers=2, **TINY, tied_embeddings=False))
     assert set(tied[0].parameters) & set(tied[-1].parameters)
     assert not set(untied[0].parameters) & set(untied[-1].parameters)
 
 
 def test_llama_layers_are_equal() -> None:
-    graph = order_for_blocks(example("llama", size="8B", layers=4, kv_heads=2, ffn=48, **TINY))
-    blocks = cut_blocks(graph)
+    graph = hoist_light_ops(example("llama", size="8B", layers=4, kv_heads=2, ffn=48, **TINY))
+    blocks = split_into_blocks(graph)
     assert names(blocks) == ["embedding", *(f"model.layers.{i}" for i in range(4)), "head"]
     assert kinds(blocks) == [0, 1, 1, 1, 1, 2]
     check(graph, blocks)
@@ -116,7 +116,7 @@ def test_llama_layers_are_equal() -> None:
 
 def test_moe_every_second_layer_gives_two_kinds_of_layers() -> None:
     graph = example("moe", layers=6, experts=4, group_size=16, **TINY)
-    blocks = cut_blocks(graph)
+    blocks = split_into_blocks(graph)
     assert len(blocks) == 8
     layers = kinds(blocks)[1:-1]
     assert layers == [layers[0], layers[1]] * 3
@@ -126,7 +126,7 @@ def test_moe_every_second_layer_gives_two_kinds_of_layers() -> None:
 
 def test_wide_resnet_is_cut_at_residual_units_not_at_stages_or_convolutions() -> None:
     graph = example("wide_resnet", layers=50, base_channels=16, width_factor=2, image_size=64)
-    blocks = cut_blocks(graph)
+    blocks = split_into_blocks(graph)
     sizes = {f"stages.{stage}.{unit}" for stage, units in enumerate((3, 4, 6, 3)) for unit in range(units)}
     assert names(blocks)[0] == "embedding"
     assert names(blocks)[-1] == "head"
@@ -148,8 +148,8 @@ def test_t5_has_two_containers() -> None:
             name: torch.empty(batch_size, 8, dtype=torch.long) for name in ("input_ids", "labels")
         },
     )
-    graph = order_for_blocks(trace(load, dtype="float32").graph)
-    blocks = cut_blocks(graph)
+    graph = hoist_light_ops(trace(load, dtype="float32").graph)
+    blocks = split_into_blocks(graph)
     expected = [f"{side}.block.{i}" for side in ("encoder", "decoder") for i in range(4)]
     assert [name for name in names(blocks) if "block" in name] == expected
     by_name = {block.name: block.kind for block in blocks}
@@ -187,7 +187,7 @@ def stack(*layers: Layer) -> type[nn.Module]:
 def test_an_attribute_or_an_edge_makes_another_kind() -> None:
     # All six layers run the same ops on the same shapes.
     build = stack(Layer(), Layer(), Layer(slope=0.2), Layer(), Layer(swap=True), Layer())
-    by_name = {block.name: block.kind for block in cut_blocks(of_module(build, 8))}
+    by_name = {block.name: block.kind for block in split_into_blocks(of_module(build, 8))}
     assert by_name["layers.1"] == by_name["layers.3"]
     assert by_name["layers.2"] not in (by_name["layers.1"], by_name["layers.4"])
     assert by_name["layers.4"] != by_name["layers.1"]
@@ -195,15 +195,15 @@ def test_an_attribute_or_an_edge_makes_another_kind() -> None:
 
 def test_a_frozen_or_shared_weight_makes_another_kind() -> None:
     graph = of_module(stack(*(Layer() for _ in range(5))), 8)
-    before = {block.name: block.kind for block in cut_blocks(graph)}
+    before = {block.name: block.kind for block in split_into_blocks(graph)}
     assert before["layers.1"] == before["layers.2"] == before["layers.3"]
     frozen = next(value for value in graph.values if value.name == "layers.2.one.weight")
     values = list(graph.values)
     values[frozen.id] = dataclasses.replace(frozen, requires_grad=False)
-    after = {block.name: block.kind for block in cut_blocks(dataclasses.replace(graph, values=tuple(values)))}
+    after = {block.name: block.kind for block in split_into_blocks(dataclasses.replace(graph, values=tuple(values)))}
     assert after["layers.1"] == after["layers.3"] != after["layers.2"]
     values[frozen.id] = dataclasses.replace(frozen, names=("layers.2.one.weight", "other.weight"))
-    tied = {block.name: block.kind for block in cut_blocks(dataclasses.replace(graph, values=tuple(values)))}
+    tied = {block.name: block.kind for block in split_into_blocks(dataclasses.replace(graph, values=tuple(values)))}
     assert tied["layers.1"] == tied["layers.3"] != tied["layers.2"]
 
 
@@ -222,7 +222,7 @@ class Recalled(nn.Module):
 
 def test_a_layer_called_again_begins_a_new_block() -> None:
     graph = of_module(Recalled, 8)
-    blocks = cut_blocks(graph)
+    blocks = split_into_blocks(graph)
     assert [name for name in names(blocks) if name.startswith("layers")] == [
         "layers.0", "layers.0#2", "layers.0#3", "layers.0#4",
     ]  # fmt: skip
@@ -246,14 +246,14 @@ class Masked(nn.Module):
 
 def test_light_ops_without_gradient_move_to_the_front() -> None:
     graph = of_module(Masked, 8)
-    ordered = order_for_blocks(graph)
+    ordered = hoist_light_ops(graph)
     assert ordered is not graph
     assert sorted(op.name for op in ordered.ops) == sorted(op.name for op in graph.ops)
     made: set[int] = {value.id for value in graph.values if value.kind != "activation"}
     for op in ordered.ops:
         assert made.issuperset(op.inputs)
         made.update(op.outputs)
-    blocks = cut_blocks(ordered)
+    blocks = split_into_blocks(ordered)
     assert blocks[0].name == "embedding"
     assert any("arange" in op.target for op in ops(ordered, blocks[0]))
     assert not any("arange" in op.target for block in blocks[1:] for op in ops(ordered, block))
@@ -277,11 +277,11 @@ class Flat(nn.Module):
 
 def test_a_flat_model_is_cut_at_narrow_points_into_balanced_parts() -> None:
     graph = of_module(Flat, 8)
-    blocks = cut_blocks(graph)
+    blocks = split_into_blocks(graph)
     check(graph, blocks)
     assert 8 <= len(blocks) <= 16
     matmuls = [sum("matmul" in op.target for op in ops(graph, block)) for block in blocks]
     assert max(matmuls) <= 6
     assert min(matmuls) >= 1
-    narrow = [graph.values[value].shape[-1] for values in crossing(graph, blocks) for value in values]
+    narrow = [graph.values[value].shape[-1] for values in boundary_values(graph, blocks) for value in values]
     assert narrow.count(8) == len(narrow)

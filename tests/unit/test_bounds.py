@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from autopar.graph.bounds.boxes import Bounds, Span, Undecided
 from autopar.graph.bounds.constant_tensors import ConstantTensors
 from autopar.graph.bounds.constants import constant_nodes
-from autopar.graph.ir import Batch
+from autopar.graph.ir import TracedBatch
 
 SIZE = 23
 LINE = 2 * SIZE  # elements that are computed: lines of a mask, and no square
@@ -119,7 +119,7 @@ def tensors(functions: Sequence[Callable[[], Tensor]]) -> list[tuple[Callable[[t
     """For each function, bounds of what it makes, from its graph, and what it makes."""
 
     graph = make_fx(lambda: tuple(function() for function in functions), tracing_mode="fake", pre_dispatch=True)().graph
-    batch = Batch(traced=808, prime=101)
+    batch = TracedBatch(traced_size=808, prime=101)
     found = []
     for node, function in zip(next(reversed(graph.nodes)).args[0], functions, strict=True):
         nodes = constant_nodes(node)

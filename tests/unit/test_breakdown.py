@@ -8,7 +8,7 @@ from autopar.cluster import load_cluster
 from autopar.core.errors import LayoutError
 from autopar.core.layout import parse_layout
 from autopar.core.plan import Plan, TimeItem
-from autopar.manual.layout_pricer import LayoutPricer, model_graph
+from autopar.manual.layout_pricer import LayoutPricer, trace_model
 from autopar.report.json_document import plan_document
 from autopar.workload import load_workload
 
@@ -19,7 +19,7 @@ LAYERS, HIDDEN, SEQ, BATCH = 8, 2048, 1024, 64
 @pytest.fixture(scope="module")
 def pricer() -> LayoutPricer:
     settings = {"layers": LAYERS, "hidden": HIDDEN, "heads": 16, "vocab": 51200, "seq": SEQ}
-    model = model_graph(load_workload(str(EXAMPLES / "gpt.py"), **settings), dtype="bf16")
+    model = trace_model(load_workload(str(EXAMPLES / "gpt.py"), **settings), dtype="bf16")
     return LayoutPricer(
         model, cluster=load_cluster("dgx-a100"), gpus=16, global_batch=BATCH, memory_gib=None, optimizer="adamw"
     )
@@ -66,7 +66,7 @@ def test_gathers_of_zero_3_are_two_of_every_weight_per_micro_batch(pricer: Layou
     (biases) is gathered once, but charged twice."""
     plan, cluster = priced(pricer, "zero=3"), load_cluster("dgx-a100")
     bucket_s = float(cluster.collective_s("all_gather", 2**27, cluster.axis_group(16, (16,), (0,))))
-    num_bytes = 2 * plan.model.parameters
+    num_bytes = 2 * plan.model.num_parameters
     wanted_s = (BATCH / 16) * 2 * num_bytes / 2**27 * bucket_s
     assert item(plan, "all_gather", "parameters").total_s == pytest.approx(wanted_s, rel=0.03)
     assert item(plan, "all_gather", "parameters").exposed_s < wanted_s

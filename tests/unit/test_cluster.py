@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from autopar.cluster import Cluster, Group, cluster_names, load_cluster, save_cluster
+from autopar.cluster import Cluster, RankGroup, cluster_names, load_cluster, save_cluster
 from autopar.cluster.cost_tables import device_names, load_device
 from autopar.core.errors import PlanFileError, UsageError
 
@@ -22,8 +22,8 @@ KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 needs_measurements = pytest.mark.skipif(not MEASURED.is_dir(), reason="no folder of measurements beside the checkout")
 
 
-def node_group(num_ranks: int) -> Group:
-    return Group(num_ranks=num_ranks, ranks_per_node=num_ranks, num_nodes=1, groups_per_node=1)
+def node_group(num_ranks: int) -> RankGroup:
+    return RankGroup(num_ranks=num_ranks, ranks_per_node=num_ranks, num_nodes=1, groups_per_node=1)
 
 
 def written(folder: Path, document: dict[str, Any]) -> Path:
@@ -172,7 +172,7 @@ def test_groups_are_those_of_an_enumeration() -> None:
                     assert group == node_group(1)
                     continue
                 assert msgspec.structs.astuple(group) in every
-                others = [Group(**dict(zip(Group.__struct_fields__, fields, strict=True))) for fields in every]
+                others = [RankGroup(**dict(zip(RankGroup.__struct_fields__, fields, strict=True))) for fields in every]
                 prices = [float(cluster.collective_s("all_gather", 2.0**36, other)) for other in others]
                 if group.num_nodes > 1:
                     assert float(cluster.collective_s("all_gather", 2.0**36, group)) >= max(prices) * 0.999
@@ -182,11 +182,11 @@ def test_groups_that_cross_share_the_nics() -> None:
     cluster = load_cluster("p3.16xlarge")
     assert cluster.axis_group(16, (2, 8), (0,)).groups_per_node == 8
     alone = cluster.collective_s(
-        "all_reduce", 2**30, Group(num_ranks=2, ranks_per_node=1, num_nodes=2, groups_per_node=1)
+        "all_reduce", 2**30, RankGroup(num_ranks=2, ranks_per_node=1, num_nodes=2, groups_per_node=1)
     )
     eight = cluster.collective_s("all_reduce", 2**30, cluster.axis_group(16, (2, 8), (0,)))
     assert float(eight / alone) == pytest.approx(8, rel=0.01)
-    one, four = (cluster.transfer_s(2**30, same_node=False, sharers=sharers) for sharers in (1, 4))
+    one, four = (cluster.transfer_s(2**30, same_node=False, num_senders=sharers) for sharers in (1, 4))
     assert float(four / one) == pytest.approx(4, rel=0.01)
     assert float(cluster.transfer_s(2**20, same_node=True)) < float(cluster.transfer_s(2**20, same_node=False))
 
@@ -195,7 +195,7 @@ def test_one_rank_uses_one_nic() -> None:
     # DGX H100: 8 x 50 GB/s; one rank gets 50, 8 that share get 50 each, of which 0.43 is reached
     cluster = load_cluster("dgx-h100")
     for sharers in (1, 8):
-        assert float(cluster.transfer_s(1e9, same_node=False, sharers=sharers)) == pytest.approx(
+        assert float(cluster.transfer_s(1e9, same_node=False, num_senders=sharers)) == pytest.approx(
             1e9 / (50e9 * 0.43) * cluster.training_slowdown, rel=0.01
         )
 

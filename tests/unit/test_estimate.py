@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from autopar.core.errors import LayoutError
-from autopar.core.invariants import check
+from autopar.core.invariants import check_plan
 from autopar.manual.layout_pricer import plan_layout
 from autopar.planner.planner import plan
 from autopar.workload import load_workload
@@ -33,7 +33,7 @@ def test_the_plan_is_no_slower_than_any_layout_that_fits():
     found = plan(small(), cluster="p3.16xlarge", gpus=8, global_batch=64)
     for text in LAYOUTS:
         priced = plan_layout(small(), cluster="p3.16xlarge", gpus=8, global_batch=64, layout=text)
-        check(priced)
+        check_plan(priced)
         assert priced.search.status == "fixed"
         if priced.estimate.fits:
             assert found.estimate.step_time_s <= priced.estimate.step_time_s * (1 + 2e-3), text
@@ -55,7 +55,7 @@ def test_zero_cuts_state_as_published():
         memory = plan_layout(small(), cluster="dgx-a100", gpus=8, global_batch=64, layout=text).stages[0].memory
         return memory.state_bytes
 
-    parameters = plan_layout(small(), cluster="dgx-a100", gpus=8, global_batch=64, layout="").model.parameters
+    parameters = plan_layout(small(), cluster="dgx-a100", gpus=8, global_batch=64, layout="").model.num_parameters
     assert state("") == pytest.approx(18 * parameters, rel=1e-6)
     assert state("zero=1") == pytest.approx((6 + 12 / 8) * parameters, rel=1e-3)
     assert state("zero=3") == pytest.approx(18 / 8 * parameters, rel=1e-3)

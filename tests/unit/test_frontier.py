@@ -8,12 +8,12 @@ import pytest
 
 from autopar.cluster.cost_tables import load_cluster
 from autopar.cost.execution_model import ExecutionModel
-from autopar.graph.split_into_blocks import cut_blocks, order_for_blocks
+from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
 from autopar.graph.trace import trace
-from autopar.inter.block_pricer import Blocks, Mesh
-from autopar.inter.stage_costs import with_host
+from autopar.inter.block_pricer import BlockPricer, StageMesh
+from autopar.inter.stage_costs import with_launch_time
 from autopar.intra import block_totals as tt
-from autopar.intra.priced_objectives import priced_rows
+from autopar.intra.priced_objectives import memory_priced_objectives
 from autopar.workload import load_workload
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -27,37 +27,47 @@ MODES = ("none", "selective", "full")
 MICRO_BATCH, NUM_MICROBATCHES = 8, 16
 
 
-def blocks_of(name: str) -> Blocks:
+def blocks_of(name: str) -> BlockPricer:
     workload = load_workload(str(EXAMPLES / f"{name}.py"), **MODELS[name])
-    graph = order_for_blocks(trace(workload, dtype="float16").graph)
-    execution = ExecutionModel(dtype="float16", optimizer="adamw", fp32_grads=True, accumulate=True)
-    return Blocks(graph, cut_blocks(graph), load_cluster("p3.16xlarge"), execution)
+    graph = hoist_light_ops(trace(workload, dtype="float16").graph)
+    execution = ExecutionModel(dtype="float16", optimizer="adamw", fp32_grads=True, accumulates_gradients=True)
+    return BlockPricer(graph, split_into_blocks(graph), load_cluster("p3.16xlarge"), execution)
 
 
 def values_and_bounds(
-    blocks: Blocks, kind: int, mesh: Mesh, weight: float
+    blocks: BlockPricer, kind: int, mesh: StageMesh, weight: float
 ) -> list[tuple[str, str, np.ndarray, np.ndarray]]:
     """Family and mode of each row, what the points of its mode come to at its prices (points, boundaries), its bound."""
-    rows = priced_rows(blocks.rate_s_per_byte, MODES, weight, links_bind=True)
-    points = blocks.points(kind, frozenset(), mesh, MICRO_BATCH, NUM_MICROBATCHES, rows, None)
+    rows = memory_priced_objectives(blocks.stream_s_per_byte, MODES, weight, gathers_can_bind=True)
+    points = blocks.frontier(kind, frozenset(), mesh, MICRO_BATCH, NUM_MICROBATCHES, rows, None)
     found = []
     for at, row in enumerate(rows):
         same = points.totals[[other for other, one in enumerate(rows) if one.mode == row.mode]]
         time_s = same[..., tt.FORWARD] + same[..., tt.BACKWARD]
         if row.family == "hidden":
-            reduced_s = np.maximum(same[..., tt.STEP] - same[..., tt.BACKWARD], 0.0)
-            hidden_s = blocks.cluster.overlap_contention * np.minimum(same[..., tt.STEP], same[..., tt.BACKWARD])
+            reduced_s = np.maximum(same[..., tt.STEP_OVERLAPPABLE] - same[..., tt.BACKWARD], 0.0)
+            hidden_s = blocks.cluster.overlap_contention * np.minimum(
+                same[..., tt.STEP_OVERLAPPABLE], same[..., tt.BACKWARD]
+            )
             time_s = time_s + (reduced_s + hidden_s + same[..., tt.STEP_EXPOSED]) / NUM_MICROBATCHES
         memory = same[..., tt.STATE] + weight * same[..., tt.SAVED]
-        found.append((row.family, row.mode, time_s + row.price_s_per_byte * memory, with_host(points)[at]))
+        found.append((row.family, row.mode, time_s + row.price_s_per_byte * memory, with_launch_time(points)[at]))
     return found
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("mesh", [Mesh(data=1, inner=(4,)), Mesh(data=4, inner=(2,)), Mesh(data=8, inner=())], ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        StageMesh(data_size=1, inner_sizes=(4,)),
+        StageMesh(data_size=4, inner_sizes=(2,)),
+        StageMesh(data_size=8, inner_sizes=()),
+    ],
+    ids=str,
+)
 def test_no_point_is_below_a_rows_optimum(name, mesh):
     blocks = blocks_of(name)
-    for kind in blocks.kinds:
+    for kind in blocks.first_of_kind:
         for weight in (1.0, 16.0):
             for family, mode, values, bounds in values_and_bounds(blocks, kind, mesh, weight):
                 for boundary, bound_s in enumerate(bounds):
@@ -70,6 +80,8 @@ def test_a_layers_optimum_is_near_its_best_point(name):
     blocks = blocks_of(name)
     layer = blocks.blocks[1].kind
     for weight in (1.0, 16.0):
-        for family, _, values, bounds in values_and_bounds(blocks, layer, Mesh(data=1, inner=(4,)), weight):
+        for family, _, values, bounds in values_and_bounds(
+            blocks, layer, StageMesh(data_size=1, inner_sizes=(4,)), weight
+        ):
             if family == "hidden":
                 assert bounds.min() >= 0.9 * values.min()

@@ -12,7 +12,13 @@ import pytest
 from autopar.choice.elimination import Eliminator, WidthError
 from autopar.choice.evaluate import evaluate
 from autopar.choice.ilp import solve_ilp
-from autopar.choice.lagrangian import Relaxation, filtered, price_search, solve, solve_lagrangian
+from autopar.choice.lagrangian import (
+    LagrangianRelaxation,
+    filter_choices,
+    search_prices,
+    solve_exactly,
+    solve_lagrangian,
+)
 from autopar.choice.problem import Edge, Floats, Problem, Row
 
 Rng = np.random.Generator
@@ -96,10 +102,10 @@ def test_judge_sums_and_names_the_broken_row() -> None:
         ),
     )
     both = evaluate(problem, (0, 0))  # 1 + 2 + 10; 3 + 3 + 0.5
-    assert (both.cost, both.usages, both.violated, both.feasible) == (13.0, (6.5,), ("stage memory",), False)
+    assert (both.cost, both.usages, both.violated_rows, both.is_feasible) == (13.0, (6.5,), ("stage memory",), False)
     good = evaluate(problem, (0, 1))  # 1 + 3 + 0; 3
-    assert (good.cost, good.usages, good.violated, good.feasible) == (4.0, (3.0,), (), True)
-    assert not evaluate(problem, (1, 1)).feasible  # a forbidden pair
+    assert (good.cost, good.usages, good.violated_rows, good.is_feasible) == (4.0, (3.0,), (), True)
+    assert not evaluate(problem, (1, 1)).is_feasible  # a forbidden pair
     for wrong in [(0,), (0, 2), (-1, 0)]:
         with pytest.raises(ValueError, match="choice"):
             evaluate(problem, wrong)
@@ -190,15 +196,15 @@ def test_too_wide_a_problem_is_a_typed_error_and_solve_falls_back_to_the_ilp() -
     edges = tuple(Edge(first=one, second=two, costs=rng.random((5, 5))) for one, two in pairs)
     clique = Problem(costs=(np.zeros(5),) * 12, edges=edges)
     with pytest.raises(WidthError):
-        Relaxation(clique)
-    solution = solve(clique, time_limit_s=0.1)  # the ILP's answer, whatever it gets done in that time
+        LagrangianRelaxation(clique)
+    solution = solve_exactly(clique, time_limit_s=0.1)  # the ILP's answer, whatever it gets done in that time
     assert solution.status in ("optimal", "feasible", "failed")
-    assert solution.bound <= solution.cost
+    assert solution.lower_bound <= solution.cost
 
 
 def test_a_block_sized_problem_is_eliminated_in_milliseconds() -> None:
     block = memory_block(np.random.default_rng(0), num_nodes=40, size=36)
-    relaxation = Relaxation(block)
+    relaxation = LagrangianRelaxation(block)
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
@@ -218,22 +224,22 @@ def test_every_solver_is_brute_force(seed: int) -> None:
         problem = random_problem(rng, rows=int(rng.integers(1, 4)))
         best = brute_force(problem)
         seen["binding"] += best > brute_force(problem, rows=False)
-        solutions = [solve_ilp(problem), solve(problem)]
+        solutions = [solve_ilp(problem), solve_exactly(problem)]
         if number < 8:
             solutions.append(solve_ilp(problem, solver="cbc"))
         for solution in solutions:
             assert solution.status == ("infeasible" if math.isinf(best) else "optimal"), (number, solution)
             assert close(solution.cost, best)
-            assert close(solution.bound, best) or abs(solution.bound - best) <= 1e-6 * abs(best)
+            assert close(solution.lower_bound, best) or abs(solution.lower_bound - best) <= 1e-6 * abs(best)
             if solution.choices:
-                assert evaluate(problem, solution.choices).feasible
+                assert evaluate(problem, solution.choices).is_feasible
         priced = solve_lagrangian(problem)
         seen[priced.status] += 1
-        assert priced.bound <= best * (1 + 1e-9)
+        assert priced.lower_bound <= best * (1 + 1e-9)
         assert priced.cost >= best * (1 - 1e-9)
         assert priced.status != "optimal" or close(priced.cost, best)
         assert priced.status != "infeasible" or math.isinf(best)
-        assert priced.status != "feasible" or evaluate(problem, priced.choices).feasible
+        assert priced.status != "feasible" or evaluate(problem, priced.choices).is_feasible
     assert seen["binding"] >= 25, seen  # the rows mean something in most problems
     assert min(seen[status] for status in ("feasible", "optimal", "infeasible")) > 0, seen
 
@@ -243,11 +249,11 @@ def test_the_filter_keeps_every_solution_up_to_the_incumbent() -> None:
     dropped = 0
     for _ in range(60):
         problem = random_problem(rng, rows=2)
-        relaxation = Relaxation(problem)
-        dual = price_search(problem, relaxation)
+        relaxation = LagrangianRelaxation(problem)
+        dual = search_prices(problem, relaxation)
         if dual.solution.status != "feasible":
             continue
-        reduced, kept = filtered(problem, relaxation, dual.prices, dual.solution.cost)
+        reduced, kept = filter_choices(problem, relaxation, dual.prices, dual.solution.cost)
         assert close(brute_force(reduced), brute_force(problem))
         dropped += sum(len(costs) - len(of) for costs, of in zip(problem.costs, kept, strict=True))
     assert dropped > 0
@@ -256,15 +262,15 @@ def test_the_filter_keeps_every_solution_up_to_the_incumbent() -> None:
 @pytest.mark.parametrize("limit_share", [0.3, 0.4, 0.5])
 def test_blocks_with_a_tight_row_highs_cbc_and_the_combined_solver_agree(limit_share: float) -> None:
     block = memory_block(np.random.default_rng(5), num_nodes=14, size=5, limit_share=limit_share)
-    highs, cbc, combined = solve_ilp(block), solve_ilp(block, solver="cbc"), solve(block)
+    highs, cbc, combined = solve_ilp(block), solve_ilp(block, solver="cbc"), solve_exactly(block)
     assert {highs.status, cbc.status, combined.status} == {"optimal"}
     assert highs.cost == pytest.approx(cbc.cost, rel=1e-8)
     assert highs.cost == pytest.approx(combined.cost, rel=1e-8)
-    free = solve(Problem(costs=block.costs, edges=block.edges))
+    free = solve_exactly(Problem(costs=block.costs, edges=block.edges))
     assert free.cost < highs.cost  # the row binds
     priced = solve_lagrangian(block)
-    assert priced.bound <= highs.cost <= priced.cost
-    assert (priced.cost - priced.bound) / priced.cost < 0.2
+    assert priced.lower_bound <= highs.cost <= priced.cost
+    assert (priced.cost - priced.lower_bound) / priced.cost < 0.2
 
 
 def test_exact_fit_in_bytes_is_feasible_and_one_byte_less_is_not() -> None:
@@ -273,7 +279,7 @@ def test_exact_fit_in_bytes_is_feasible_and_one_byte_less_is_not() -> None:
     costs = tuple(np.array([1e-3, 2e-3]) for _ in range(5))
     for limit, cost in [(80_000_000_005.0, 5e-3), (80_000_000_004.0, 6e-3)]:
         problem = Problem(costs=costs, edges=(), rows=(Row(name="memory", usage=usage, limit=limit),))
-        for solution in [solve_ilp(problem), solve(problem)]:
+        for solution in [solve_ilp(problem), solve_exactly(problem)]:
             assert solution.status == "optimal"
             assert solution.cost == pytest.approx(cost)
 
@@ -284,7 +290,12 @@ def test_exact_fit_in_bytes_is_feasible_and_one_byte_less_is_not() -> None:
 def test_infeasible_is_said_by_all() -> None:
     row = Row(name="memory", usage={0: np.array([2.0, 3.0]), 1: np.array([2.0, 5.0])}, limit=3.9)
     problem = Problem(costs=(np.zeros(2), np.zeros(2)), edges=(), rows=(row,))
-    for solution in [solve_ilp(problem), solve_ilp(problem, solver="cbc"), solve(problem), solve_lagrangian(problem)]:
+    for solution in [
+        solve_ilp(problem),
+        solve_ilp(problem, solver="cbc"),
+        solve_exactly(problem),
+        solve_lagrangian(problem),
+    ]:
         assert (solution.status, solution.choices, solution.cost) == ("infeasible", (), math.inf)
 
 
@@ -292,7 +303,7 @@ def test_rows_that_hold_alone_but_not_together_are_infeasible() -> None:
     one = Row(name="one", usage={0: np.array([0.0, 2.0])}, limit=1.0)
     two = Row(name="two", usage={0: np.array([2.0, 0.0])}, limit=1.0)
     problem = Problem(costs=(np.zeros(2), np.zeros(2)), edges=(), rows=(one, two))
-    assert solve(problem).status == "infeasible"
+    assert solve_exactly(problem).status == "infeasible"
     assert solve_ilp(problem, solver="cbc").status == "infeasible"
     assert solve_lagrangian(problem).status in ("failed", "infeasible")  # prices alone may prove nothing here
 
@@ -308,14 +319,14 @@ def test_time_limit_is_feasible_or_failed_and_never_called_optimal() -> None:
     clique = Problem(costs=(np.zeros(size),) * num_nodes, edges=edges)
     warm = solve_ilp(clique, time_limit_s=0.3, warm_start=(0,) * num_nodes)
     assert warm.status == "feasible"
-    assert warm.bound < warm.cost <= evaluate(clique, (0,) * num_nodes).cost
+    assert warm.lower_bound < warm.cost <= evaluate(clique, (0,) * num_nodes).cost
     assert warm.gap > 0.01
     cold = solve_ilp(clique, time_limit_s=0.3)
     assert cold.status in ("feasible", "failed")
     assert (cold.status == "feasible") == bool(cold.choices) == math.isfinite(cold.cost)
     cbc = solve_ilp(clique, solver="cbc", time_limit_s=1)
     assert cbc.status in ("feasible", "failed")
-    assert cbc.bound <= cbc.cost
+    assert cbc.lower_bound <= cbc.cost
 
 
 def test_cutoff_and_warm_start_do_not_change_the_optimum() -> None:
@@ -336,7 +347,7 @@ def test_cutoff_and_warm_start_do_not_change_the_optimum() -> None:
 
 def test_a_problem_without_choice_is_its_own_optimum() -> None:
     for costs, cost in [((), 0.0), ((np.array([3.0]),), 3.0)]:
-        for solution in [solve(Problem(costs=costs, edges=())), solve_ilp(Problem(costs=costs, edges=()))]:
+        for solution in [solve_exactly(Problem(costs=costs, edges=())), solve_ilp(Problem(costs=costs, edges=()))]:
             assert (solution.status, solution.cost, solution.choices) == ("optimal", cost, (0,) * len(costs))
     row = Row(name="memory", usage={0: np.array([2.0])}, limit=math.inf)
-    assert solve(Problem(costs=(np.array([3.0]),), edges=(), rows=(row,))).status == "optimal"
+    assert solve_exactly(Problem(costs=(np.array([3.0]),), edges=(), rows=(row,))).status == "optimal"

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from autopar.cluster.cost_tables import load_cluster
-from autopar.core.invariants import check
+from autopar.core.invariants import check_plan
 from autopar.cost.execution_model import ExecutionModel
-from autopar.graph.split_into_blocks import cut_blocks, order_for_blocks
+from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
 from autopar.graph.trace import trace
-from autopar.inter.block_pricer import Blocks
-from autopar.inter.interleaved_search import Interleaving, shortest_longest
-from autopar.inter.stage_cost_tables import StageTables
-from autopar.inter.stage_costs import StageBook
+from autopar.inter.block_pricer import BlockPricer
+from autopar.inter.interleaved_search import InterleavedSearch, min_max_partition
+from autopar.inter.stage_cost_tables import StageCostTables
+from autopar.inter.stage_costs import StageCosts
 from autopar.pipeline.simulate import StageTimes, simulate
 from autopar.planner.planner import plan
 from autopar.workload import load_workload
@@ -32,10 +32,12 @@ def test_backwards_in_time_the_schedule_is_itself(seed):
 
     def end_s(forward, backward):
         times = [
-            StageTimes(forward_s=f, backward_s=b, send_forward_s=send[at], send_backward_s=send[at - 1] if at else 0.0)
+            StageTimes(
+                forward_s=f, backward_s=b, transfer_forward_s=send[at], transfer_backward_s=send[at - 1] if at else 0.0
+            )
             for at, (f, b) in enumerate(zip(forward, backward, strict=True))
         ]
-        return simulate("interleaved", times, B, v).finish_s[0]
+        return simulate("interleaved", times, B, v).last_backward_s[0]
 
     assert end_s(one, other) == pytest.approx(end_s(other, one), rel=1e-12)
     half = [(a + b) / 2 for a, b in zip(one, other, strict=True)]
@@ -58,15 +60,15 @@ def test_no_cut_has_a_shorter_longest_stage(seed):
             for end in range(first + 1, count):
                 yield from ((end, *rest) for rest in cuts(end, left - 1))
 
-    ends = shortest_longest(np.array(time), stages)
+    ends = min_max_partition(np.array(time), stages)
     assert longest(ends) == min(longest(other) for other in cuts(0, stages))
 
 
 @pytest.fixture(scope="module", params=["p3.16xlarge", "dgx-h100"])
 def blocks(request):
-    graph = order_for_blocks(trace(load_workload(str(EXAMPLES / "gpt.py"), **SMALL), dtype="float16").graph)
-    execution = ExecutionModel(dtype="float16", optimizer="adamw", fp32_grads=True, accumulate=True)
-    return Blocks(graph, cut_blocks(graph), load_cluster(request.param), execution)
+    graph = hoist_light_ops(trace(load_workload(str(EXAMPLES / "gpt.py"), **SMALL), dtype="float16").graph)
+    execution = ExecutionModel(dtype="float16", optimizer="adamw", fp32_grads=True, accumulates_gradients=True)
+    return BlockPricer(graph, split_into_blocks(graph), load_cluster(request.param), execution)
 
 
 @pytest.mark.parametrize("budget_mib", [1060, 1120, 1300, 16000])
@@ -75,23 +77,27 @@ def blocks(request):
 def test_bounds_are_not_above_any_pipeline_and_the_search_finds_the_best(
     blocks, budget_mib, num_microbatches, gpus, sizes
 ):
-    book = StageBook(blocks, gpus, num_microbatches, budget_mib * 2**20, ("none", "selective", "full"), gpus)
-    tables = StageTables(book, sizes)
-    search = Interleaving(tables, book.transfers.cut_bounds_s(sizes))
+    book = StageCosts(blocks, gpus, num_microbatches, budget_mib * 2**20, ("none", "selective", "full"), gpus)
+    tables = StageCostTables(book, sizes)
+    search = InterleavedSearch(tables, book.transfers.stage_boundary_bounds_s(sizes))
     steps = []
     for candidate in search._candidates:
-        arrangement = candidate.of(book)
-        runs = arrangement.finished()
+        arrangement = candidate.on(book)
+        runs = arrangement.fastest_prices()
         if runs is None:
             continue
         step_time_s = arrangement.step_time_s(runs)
         steps.append(step_time_s)
-        assert arrangement.finished(step_time_s) in (None, runs)
-        assert arrangement.finished(step_time_s * (1 + 1e-9)) == runs
-        busy_s = search._busy_s(arrangement)
-        for bound_s in (candidate.bound_s, search._simulated_s(candidate), search._way_s(candidate.stages, busy_s)):
+        assert arrangement.fastest_prices(step_time_s) in (None, runs)
+        assert arrangement.fastest_prices(step_time_s * (1 + 1e-9)) == runs
+        busy_s = search._busy_bounds_s(arrangement)
+        for bound_s in (
+            candidate.bound_s,
+            search._simulated_bound_s(candidate),
+            search._arrival_bound_s(candidate.stages, busy_s),
+        ):
             assert bound_s <= step_time_s * (1 + 1e-9)
-        assert arrangement.step_time_s(arrangement.mixed(runs)) <= step_time_s
+        assert arrangement.step_time_s(arrangement.improved_by_ilp(runs)) <= step_time_s
     simulated = []
 
     def step_s(arrangement, below_s):
@@ -99,23 +105,23 @@ def test_bounds_are_not_above_any_pipeline_and_the_search_finds_the_best(
         simulated.append(float("inf") if runs is None else arrangement.step_time_s(runs))
         return simulated[-1]
 
-    bound_s = search.run(float("inf"), float("inf"), step_s)
+    bound_s = search.search(float("inf"), float("inf"), step_s)
     assert min(steps, default=float("inf")) <= min(simulated, default=float("inf"))
     if steps:
         assert min(simulated) <= min(steps) * (1 + 1e-3)
         assert bound_s <= min(steps)
         simulated.clear()
-        assert search.run(min(steps) * 0.5, float("inf"), step_s) <= min(steps) * 0.5
+        assert search.search(min(steps) * 0.5, float("inf"), step_s) <= min(steps) * 0.5
         assert min(simulated, default=float("inf")) >= min(steps)
 
 
 def test_what_runs_on_other_nodes_is_known_to_be_farther(blocks):
     """Four runs of four devices on nodes of eight: cuts 1 | 2 and 3 | 0 lie between nodes."""
-    book = StageBook(blocks, 16, 16, float("inf"), ("none",), 16)
-    search = Interleaving(StageTables(book, (4,)), book.transfers.cut_bounds_s((4,)))
-    inside, between, inside_again, around = (search._cut_s(3, 4, chunk) for chunk in range(4))
+    book = StageCosts(blocks, 16, 16, float("inf"), ("none",), 16)
+    search = InterleavedSearch(StageCostTables(book, (4,)), book.transfers.stage_boundary_bounds_s((4,)))
+    inside, between, inside_again, around = (search._boundary_s(3, 4, chunk) for chunk in range(4))
     assert inside == inside_again < between == around
-    assert search._cut_s(3, 4, 5) == between
+    assert search._boundary_s(3, 4, 5) == between
 
 
 @pytest.mark.parametrize("memory_gib", [None, 1.12, 1.09])
@@ -128,7 +134,7 @@ def test_an_interleaved_plan_holds_every_invariant_and_the_judge_agrees(memory_g
         schedule="interleaved",
         memory_gib=memory_gib,
     )
-    check(found)
+    check_plan(found)
     assert found.schedule == "interleaved"
     assert found.num_chunks > 1
     assert found.estimate.peak_memory_bytes <= found.estimate.budget_bytes

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from autopar.choice.evaluate import evaluate
-from autopar.choice.lagrangian import solve
+from autopar.choice.lagrangian import solve_exactly
 from tests.iopddl import maximal_live_sets, path_of, read_problem
 
 
@@ -15,12 +15,12 @@ def test_public_instance_is_proved_optimal(letter: str, optimum: float) -> None:
     if not path_of(letter).exists():
         pytest.skip("the public instances do not lie beside this checkout")
     problem = read_problem(path_of(letter))
-    solution = solve(problem, time_limit_s=60)
+    solution = solve_exactly(problem, time_limit_s=60)
     assert solution.status == "optimal"
     assert solution.cost == pytest.approx(optimum, rel=1e-9)
-    assert solution.bound == pytest.approx(optimum, rel=1e-6)
+    assert solution.lower_bound == pytest.approx(optimum, rel=1e-6)
     verdict = evaluate(problem, solution.choices)
-    assert verdict.feasible
+    assert verdict.is_feasible
     assert verdict.cost == solution.cost
 
 

@@ -11,14 +11,14 @@ from autopar.core.dtypes import LONG_NAMES
 from autopar.core.errors import CheckError
 from autopar.core.placement import parse_placements
 from autopar.core.plan import BlockProgram, Execution, OpPlan, Plan, ValuePlan
-from autopar.graph.ir import Batch, Block, Graph, Op, Ref, Value
+from autopar.graph.ir import Block, Graph, InputRef, Op, TracedBatch, Value
 from autopar.graph.op_profiles import profile_graph
-from autopar.graph.split_into_blocks import cut_blocks, order_for_blocks
+from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
 from autopar.graph.trace import trace
-from autopar.judge.block_redistributions import moves
-from autopar.judge.context import Case, Ground
+from autopar.judge.block_redistributions import find_redistributions
+from autopar.judge.context import BlockContext, ModelContext
 from autopar.judge.judge import differences, judge
-from autopar.judge.judge_mesh import Mesh, local_shape
+from autopar.judge.judge_mesh import JudgeMesh, local_shape
 from autopar.judge.op_price import price_op
 from autopar.manual.layout_pricer import plan_layout
 from autopar.planner.planner import plan
@@ -49,8 +49,8 @@ def graphs():
     def of(name, dtype):
         if (name, dtype) not in known:
             workload = load_workload(str(EXAMPLES / f"{name.split()[-1]}.py"), **MODELS[name])
-            graph = order_for_blocks(trace(workload, dtype=dtype).graph)
-            known[name, dtype] = (workload, graph, cut_blocks(graph))
+            graph = hoist_light_ops(trace(workload, dtype=dtype).graph)
+            known[name, dtype] = (workload, graph, split_into_blocks(graph))
         return known[name, dtype]
 
     return of
@@ -90,20 +90,22 @@ def test_local_shapes_are_those_of_the_fullest_rank():
     ],
 )
 def test_routes_worked_by_hand(source, target, steps):
-    mesh = Mesh(load_cluster("dgx-a100"), (2, 2), 0)
-    route = mesh.route((8192, 4096), 2, parse_placements(source), parse_placements(target))
+    mesh = JudgeMesh(load_cluster("dgx-a100"), (2, 2), 0)
+    route = mesh.redistribution_path((8192, 4096), 2, parse_placements(source), parse_placements(target))
     if steps is None:
-        assert len(route.steps) >= 1
+        assert len(route.collectives) >= 1
         assert route.placements[-1] == parse_placements(target)
     else:
-        assert [(step.kind, step.axes, step.num_bytes / 2**20) for step in route.steps] == steps
+        assert [(step.kind, step.axes, step.num_bytes / 2**20) for step in route.collectives] == steps
 
 
 def test_a_whole_tensor_becomes_a_partial_sum_for_nothing_and_a_cut_one_by_a_gather():
-    mesh = Mesh(load_cluster("dgx-a100"), (2, 2), 0)
+    mesh = JudgeMesh(load_cluster("dgx-a100"), (2, 2), 0)
     replicated, partial, sharded = map(parse_placements, ("RR", "RP", "RS(0)"))
-    assert mesh.route((8, 4), 2, replicated, partial).steps == ()  # zeros on all ranks but the first
-    assert [step.kind for step in mesh.route((8, 4), 2, sharded, partial).steps] == ["all_gather"]
+    assert (
+        mesh.redistribution_path((8, 4), 2, replicated, partial).collectives == ()
+    )  # zeros on all ranks but the first
+    assert [step.kind for step in mesh.redistribution_path((8, 4), 2, sharded, partial).collectives] == ["all_gather"]
 
 
 # --- a column and row linear pair on tp = 2 ---------------------------------------------------------------------------
@@ -125,12 +127,12 @@ def linear_pair():
 
     def op(id, name, inputs, outputs):
         return Op(
-            id=id, name=name, target="aten.linear.default", inputs=inputs, outputs=outputs, args=(Ref(0), Ref(1)),
-            kwargs=(), module="", source=""
+            id=id, name=name, target="aten.linear.default", inputs=inputs, outputs=outputs, args=(InputRef(0), InputRef(1)),
+            kwargs=(), module_path="", source_location=""
         )  # fmt: skip
 
     ops = (op(0, "up", (0, 1), (3,)), op(1, "down", (3, 2), (4,)))
-    batch = Batch(traced=808, prime=101)
+    batch = TracedBatch(traced_size=808, prime=101)
     graph = Graph(values=values, ops=ops, inputs=(0,), outputs=(4,), batch=batch, fingerprint="")
     block = Block(index=0, name="b", kind=0, first_op=0, end_op=2, inputs=(0,), outputs=(4,), parameters=(1, 2))
     return graph, block
@@ -162,39 +164,39 @@ def pair_program(boundary: tuple[str, str]):
 )
 def test_a_column_and_row_pair_moves_64_bytes_per_collective(boundary, forward, backward):
     graph, block = linear_pair()
-    mesh = Mesh(load_cluster("dgx-a100"), (2,), 0)
-    moved = moves(graph, block, pair_program(boundary), mesh, 8, frozenset())
-    for routes, kinds in ((moved.forward, forward), (moved.backward, backward)):
-        steps = [step for route in routes for step in route.steps]
+    mesh = JudgeMesh(load_cluster("dgx-a100"), (2,), 0)
+    moved = find_redistributions(graph, block, pair_program(boundary), mesh, 8, frozenset())
+    for routes, kinds in ((moved.forward_paths, forward), (moved.backward_paths, backward)):
+        steps = [step for route in routes for step in route.collectives]
         assert sorted(step.kind for step in steps) == sorted(kinds)
         assert {step.num_bytes for step in steps} == {64}
 
 
-def pair_case() -> Case:
+def pair_case() -> BlockContext:
     """The pair on 2 ranks at 8 samples."""
     graph, block = linear_pair()
-    return Case(
-        ground=Ground.of(Execution(dtype="fp16", optimizer="adamw"), graph, (block,), profile_graph(graph)),
+    return BlockContext(
+        model=ModelContext.of(Execution(dtype="fp16", optimizer="adamw"), graph, (block,), profile_graph(graph)),
         block=block,
         program=pair_program(("R", "R")),
-        mesh=Mesh(load_cluster("dgx-a100"), (2,), 0),
+        mesh=JudgeMesh(load_cluster("dgx-a100"), (2,), 0),
         micro_batch=8,
-        accumulates=False,
+        accumulates_gradients=False,
         has_data_axis=False,
-        as_megatron=False,
-        stored=frozenset(),
-        disagreed=frozenset(),
-        read_on=frozenset(),
+        is_megatron=False,
+        stored_earlier=frozenset(),
+        conflicting_axes=frozenset(),
+        outputs_read_later=frozenset(),
     )
 
 
 def test_an_op_whose_tensors_disagree_is_refused():
     case = pair_case()
-    op, good = case.ground.graph.ops[0], case.program.ops[0]
+    op, good = case.model.graph.ops[0], case.program.ops[0]
     price, device = price_op(case, op, good), case.mesh.cluster.device
     # (8, 3, 4) by the device's curve, and nothing else
     assert price.forward_s == pytest.approx(float(device.matmul_s(8, 3, 4, 1, dtype="float16")))
-    assert price.shards == 2
+    assert price.num_shards == 2
     for wrong in (
         {"outputs": ("R",)},  # the weight's rows are cut, the result's columns are not
         {"inputs": ("S(1)", "R"), "outputs": ("S(1)",)},  # half of a contraction, but no sum
@@ -270,7 +272,7 @@ def test_where_memory_binds_gathered_inputs_are_kept_as_cut(graphs):
     for memory_gib in (16, 1.8):
         made = plan(workload(graphs, "wide gpt"), memory_gib=memory_gib, **search)
         assert list(differences(made, judged(graphs, "wide gpt", made))) == []
-        kept[memory_gib] = [op.name for program in made.programs for op in program.ops if op.gathers_again]
+        kept[memory_gib] = [op.name for program in made.programs for op in program.ops if op.regathered]
     assert not kept[16]
     assert kept[1.8]
 
@@ -301,7 +303,7 @@ def test_stages_that_hold_a_tied_table_pay_for_its_gradient(graphs):
             sent = [c.num_bytes for c in priced.estimate.collectives if (c.kind, c.per) == ("send", "step")]
             assert sent == ([512 * 256 * 4 // (8 if zero else 2)] * 2 if tied else [])
     for zero in (0, 1):
-        part_s = float(cluster.transfer_s(512 * 256 * 4 / (8 if zero else 2), same_node=False, sharers=8))
+        part_s = float(cluster.transfer_s(512 * 256 * 4 / (8 if zero else 2), same_node=False, num_senders=8))
         assert own[True, zero][1] == pytest.approx(own[False, zero][1] + part_s, rel=1e-6)
 
 

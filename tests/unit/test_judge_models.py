@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from autopar.cluster.cost_tables import load_cluster
 from autopar.core.plan import Plan
-from autopar.graph.split_into_blocks import cut_blocks, order_for_blocks
+from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
 from autopar.graph.trace import trace
 from autopar.judge.judge import differences, judge
 from autopar.planner.planner import plan
@@ -107,8 +107,8 @@ BATCH = {"mixtral": 2048, "t5": 2048, "moe_odd": 256}
 def planned(workload: Workload, cluster: str, gpus: int, global_batch: int) -> tuple[Plan, list[str]]:
     """A plan, and where the judge differs from it."""
     made = plan(workload, cluster=cluster, gpus=gpus, global_batch=global_batch)
-    graph = order_for_blocks(trace(workload, dtype="bfloat16").graph)
-    return made, list(differences(made, judge(made, graph, cut_blocks(graph), load_cluster(cluster))))
+    graph = hoist_light_ops(trace(workload, dtype="bfloat16").graph)
+    return made, list(differences(made, judge(made, graph, split_into_blocks(graph), load_cluster(cluster))))
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in MODELS])

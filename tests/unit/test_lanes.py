@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from autopar.core.errors import InfeasibleError
 from autopar.core.plan import Plan
 from autopar.inter import parallel_search as lanes
-from autopar.inter.worker_process import Beside
+from autopar.inter.worker_process import WorkerProcess
 from autopar.planner.planner import plan
 from autopar.workload import load_workload
 
@@ -48,14 +48,14 @@ def codes() -> list[int]:
 
 @pytest.fixture
 def beside(codes):
-    runner = Beside(Counter(), codes.append)
+    runner = WorkerProcess(Counter(), codes.append)
     yield runner
     runner.close()
 
 
-def call(runner: Beside, method: str, *arguments: object) -> object:
-    runner.begin(method, *arguments)
-    return runner.end()
+def call(runner: WorkerProcess, method: str, *arguments: object) -> object:
+    runner.submit(method, *arguments)
+    return runner.result()
 
 
 def test_calls_reach_one_object(beside):
@@ -94,24 +94,24 @@ def without_seconds(one: Plan) -> Plan:
 @pytest.mark.parametrize("memory_gib", [None, 1.16])
 def test_one_process_and_two_find_the_same_plan(monkeypatch, memory_gib):
     begun = []
-    monkeypatch.setattr(lanes, "WORTH", 0)
-    monkeypatch.setattr(lanes, "can_run_beside", lambda: True)
-    monkeypatch.setattr(lanes, "Beside", lambda *arguments: begun.append(Beside(*arguments)) or begun[-1])
+    monkeypatch.setattr(lanes, "MIN_PARALLEL_WORK", 0)
+    monkeypatch.setattr(lanes, "can_use_worker_process", lambda: True)
+    monkeypatch.setattr(lanes, "WorkerProcess", lambda *arguments: begun.append(WorkerProcess(*arguments)) or begun[-1])
     one, two = (without_seconds(found(processes=count, memory_gib=memory_gib)) for count in (1, 2))
     assert one == two
     assert [runner._process.returncode for runner in begun] == [-signal.SIGKILL]  # it is ended when the search is
 
 
 def test_no_plan_fits_in_two_processes_either(monkeypatch):
-    monkeypatch.setattr(lanes, "WORTH", 0)
-    monkeypatch.setattr(lanes, "can_run_beside", lambda: True)
+    monkeypatch.setattr(lanes, "MIN_PARALLEL_WORK", 0)
+    monkeypatch.setattr(lanes, "can_use_worker_process", lambda: True)
     with pytest.raises(InfeasibleError, match="no plan fits"):
         found(memory_gib=0.9)
 
 
 def test_the_time_limit_holds_in_two_processes(monkeypatch):
-    monkeypatch.setattr(lanes, "WORTH", 0)
-    monkeypatch.setattr(lanes, "can_run_beside", lambda: True)
+    monkeypatch.setattr(lanes, "MIN_PARALLEL_WORK", 0)
+    monkeypatch.setattr(lanes, "can_use_worker_process", lambda: True)
     late = found(time_limit_s=0.01)
     assert late.search.status == "feasible"
     assert late.search.lower_bound_s == 0.0

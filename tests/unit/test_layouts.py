@@ -7,15 +7,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from autopar.cluster.cost_tables import load_cluster, load_device, tables_folder
+from autopar.cluster.cost_tables import cost_tables_folder, load_cluster, load_device
 from autopar.cluster.software import Software, load_software
 from autopar.cluster.uncertainty import Uncertainty, load_uncertainty
 from autopar.core.errors import LayoutError
-from autopar.core.invariants import check
+from autopar.core.invariants import check_plan
 from autopar.core.layout import parse_layout
-from autopar.manual.layout_pricer import LayoutPricer, model_graph, plan_layout
-from autopar.manual.megatron_restriction import cuts
-from autopar.pipeline.schedule import actions, held_by_chunk
+from autopar.manual.layout_pricer import LayoutPricer, plan_layout, trace_model
+from autopar.manual.megatron_restriction import layout_stages
+from autopar.pipeline.schedule import in_flight_by_chunk, rank_actions
 from autopar.workload import load_workload
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -24,7 +24,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 @pytest.fixture(scope="module")
 def pricer():
     settings = {"layers": 8, "hidden": 1024, "heads": 16, "vocab": 50257, "seq": 1024}
-    model = model_graph(load_workload(str(EXAMPLES / "gpt.py"), **settings), dtype="bf16")
+    model = trace_model(load_workload(str(EXAMPLES / "gpt.py"), **settings), dtype="bf16")
     cluster = load_cluster("dgx-h100")
     return LayoutPricer(model, cluster=cluster, gpus=16, global_batch=64, memory_gib=None, optimizer="adamw")
 
@@ -49,7 +49,7 @@ def test_what_runs_is_priced_and_the_judge_agrees(pricer, text) -> None:
             _model_of(pricer), cluster=pricer.cluster, gpus=12, global_batch=60, memory_gib=None, optimizer="adamw"
         )
     plan = pricer.plan(pricer.price(layout), 0.0)
-    check(plan)
+    check_plan(plan)
     assert plan.estimate.step_time_low_s < plan.estimate.step_time_s < plan.estimate.step_time_high_s
     assert not plan.notes
 
@@ -64,9 +64,9 @@ def test_the_vocabulary_is_cut_by_rows_and_positions_are_whole(pricer, text) -> 
 
 
 def _model_of(pricer):
-    from autopar.manual.layout_pricer import ModelGraph
+    from autopar.manual.layout_pricer import TracedModel
 
-    return ModelGraph(
+    return TracedModel(
         workload=pricer.workload,
         dtype=pricer.dtype,
         graph=pricer.graph,
@@ -78,10 +78,10 @@ def _model_of(pricer):
 def test_layers_are_cut_as_even_as_possible(pricer) -> None:
     def layers(text, gpus):
         layout = parse_layout(text).resolve(gpus, 240)
-        found = cuts(pricer.blocks, layout, gpus)
-        assert [cut.end for cut in found[:-1]] == [cut.first for cut in found[1:]]
-        assert (found[0].first, found[-1].end) == (0, len(pricer.blocks))
-        sizes = [cut.end - cut.first for cut in found]
+        found = layout_stages(pricer.blocks, layout, gpus)
+        assert [cut.end_block for cut in found[:-1]] == [cut.first_block for cut in found[1:]]
+        assert (found[0].first_block, found[-1].end_block) == (0, len(pricer.blocks))
+        sizes = [cut.end_block - cut.first_block for cut in found]
         return [sizes[0] - 1, *sizes[1:-1], sizes[-1] - 1]
 
     assert layers("pp=4", 4) == [2, 2, 2, 2]
@@ -103,8 +103,8 @@ def test_layers_are_cut_as_even_as_possible(pricer) -> None:
 def test_chunks_hold_what_the_order_of_actions_says() -> None:
     for ranks, microbatches, chunks in itertools.product((1, 2, 4), (4, 8), (1, 2, 3)):
         schedule = "interleaved" if chunks > 1 else "1f1b"
-        held = held_by_chunk(schedule, ranks, microbatches, chunks)
-        for rank, order in enumerate(actions(schedule, ranks, microbatches, chunks)):
+        held = in_flight_by_chunk(schedule, ranks, microbatches, chunks)
+        for rank, order in enumerate(rank_actions(schedule, ranks, microbatches, chunks)):
             now = peak = 0
             for action in order:
                 now += 1 if action.kind == "F" else -1
@@ -153,7 +153,7 @@ def test_intervals_hold_their_plan_layout() -> None:
 
 
 def test_every_shipped_table_names_its_sources() -> None:
-    for path in tables_folder().glob("*.json"):
+    for path in cost_tables_folder().glob("*.json"):
         document = json.loads(path.read_text())
         assert set(document) - {"name", "device", "provenance"} == set(document["provenance"]), path.name
         for source in document["provenance"].values():
@@ -181,7 +181,7 @@ def test_backward_exchanges_hide_behind_the_products_of_their_linear_op() -> Non
     their input, cut by sequence: the gather made again runs beside (m, k, n), the scatter beside (n, k, m)."""
     hidden, seq, tp = 6144, 2048, 8
     settings = {"layers": 1, "hidden": hidden, "heads": 48, "ffn": 4 * hidden, "vocab": 1024, "seq": seq}
-    model = model_graph(load_workload(str(EXAMPLES / "gpt.py"), **settings), dtype="bf16")
+    model = trace_model(load_workload(str(EXAMPLES / "gpt.py"), **settings), dtype="bf16")
     cluster = load_cluster("dgx-a100")
     group = cluster.axis_group(8, (tp,), (0,))
     num_bytes = 2.0 * seq * hidden

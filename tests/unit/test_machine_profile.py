@@ -13,15 +13,15 @@ from autopar.cluster.cluster import Cluster
 from autopar.cluster.cost_tables import load_cluster, save_cluster
 from autopar.measure import profile_machine as profiling
 from autopar.measure.kernel_times import Stopwatch
-from autopar.measure.profile_machine import Sizes, profile
+from autopar.measure.profile_machine import MeasurementSizes, profile_machine
 from autopar.planner.planner import plan
 from autopar.workload import load_workload
 
 torch.set_num_threads(1)
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-TINY = Sizes(
+TINY = MeasurementSizes(
     m=(16, 64), nk=(32, 128), seq=(32, 64), heads=(1, 2), stream_bytes=2**20, message_bytes=(2**10, 2**14),
-    repeats=2, least_s=0.0, warm_s=0.0,
+    repeats=2, min_total_s=0.0, warm_s=0.0,
 )  # fmt: skip
 
 
@@ -29,8 +29,8 @@ def silent(*news: object) -> None:
     pass
 
 
-def measured(sizes: Sizes = TINY) -> Cluster:
-    found = profile(device="cpu", quick=True, base=None, progress=silent, sizes=sizes)
+def measured(sizes: MeasurementSizes = TINY) -> Cluster:
+    found = profile_machine(device="cpu", quick=True, base=None, progress=silent, sizes=sizes)
     assert found is not None
     return found
 
@@ -90,7 +90,7 @@ def test_a_machine_of_known_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, formula in formulas.items():
         monkeypatch.setattr(profiling, name, formula)
     device = measured().device
-    watch = Stopwatch(device="cpu", repeats=1, least_s=0.0)
+    watch = Stopwatch(device="cpu", repeats=1, min_total_s=0.0)
     fp32: Any = torch.float32
     assert device.peak("float32") == PEAK * 0.9  # the fastest that was seen
     for m, n, k in ((16, 32, 128), (64, 128, 128), (64, 32, 32)):
@@ -120,7 +120,7 @@ def test_a_machine_of_known_speed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(profiling.SIZES, ("cpu", True), TINY)
+    monkeypatch.setitem(profiling.MEASUREMENT_SIZES, ("cpu", True), TINY)
     path = str(tmp_path / "t.json")
     assert run(["profile", "-o", path, "--quick", "--device", "cpu"]) == 0
     out, err = capsys.readouterr()

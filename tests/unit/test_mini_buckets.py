@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from autopar.choice import mini_buckets
 from autopar.choice.elimination import Eliminator
-from autopar.choice.mini_buckets import MiniBuckets, eliminator
-from autopar.core.invariants import check
+from autopar.choice.mini_buckets import MiniBuckets, make_eliminator
+from autopar.core.invariants import check_plan
 from autopar.manual.layout_pricer import plan_layout
 from autopar.planner.planner import plan
 from autopar.workload import Workload, load_workload
@@ -22,7 +22,7 @@ NUM_PRICES = 3
 @pytest.fixture(autouse=True)
 def _nothing_kept_from_other_limits():
     yield
-    eliminator.cache_clear()
+    make_eliminator.cache_clear()
 
 
 def made_up(seed):
@@ -82,21 +82,21 @@ def test_choices_are_near_the_optimum():
 
 def test_only_what_is_too_wide_is_relaxed(monkeypatch):
     clique = tuple((a, b) for a in range(6) for b in range(a))
-    assert isinstance(eliminator((4,) * 6, clique), Eliminator)
-    monkeypatch.setattr(mini_buckets, "EXACT_CELLS", 4**5)
-    eliminator.cache_clear()
-    assert isinstance(eliminator((4,) * 6, clique), MiniBuckets)
+    assert isinstance(make_eliminator((4,) * 6, clique), Eliminator)
+    monkeypatch.setattr(mini_buckets, "MAX_EXACT_CELLS", 4**5)
+    make_eliminator.cache_clear()
+    assert isinstance(make_eliminator((4,) * 6, clique), MiniBuckets)
 
 
 def test_a_plan_of_relaxed_blocks_is_sound(monkeypatch):
     workload = load_workload(str(EXAMPLES / "gpt.py"), layers=2, hidden=256, heads=4, vocab=512, seq=128)
     search = {"cluster": "p3.16xlarge", "gpus": 8, "global_batch": 32}
     exact = plan(workload, **search)
-    monkeypatch.setattr(mini_buckets, "EXACT_CELLS", 100)
-    monkeypatch.setattr(mini_buckets, "MAX_CELLS", 100)
-    eliminator.cache_clear()
+    monkeypatch.setattr(mini_buckets, "MAX_EXACT_CELLS", 100)
+    monkeypatch.setattr(mini_buckets, "MAX_GROUP_CELLS", 100)
+    make_eliminator.cache_clear()
     relaxed = plan(workload, **search)
-    check(relaxed)
+    check_plan(relaxed)
     assert relaxed.search.lower_bound_s <= exact.estimate.step_time_s
     assert exact.search.lower_bound_s <= relaxed.estimate.step_time_s * (1 + 1e-9)
     assert relaxed.estimate.step_time_s <= 1.2 * exact.estimate.step_time_s
@@ -141,7 +141,7 @@ def test_a_densely_connected_model_is_planned(monkeypatch):
         }
 
     found = plan(Workload(build_model=Dense, example_inputs=inputs), gpus=4, global_batch=64)
-    check(found)
+    check_plan(found)
     assert 0 < found.search.lower_bound_s <= found.estimate.step_time_s
     assert relaxed
 

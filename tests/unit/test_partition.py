@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from autopar.core.errors import UsageError
-from autopar.inter.alpa_dp import Stage
-from autopar.inter.branch_and_bound import search
-from autopar.inter.pipeline_problem import PipelineProblem, StageTable
+from autopar.inter.alpa_dp import SubmeshStage
+from autopar.inter.branch_and_bound import search_pipelines
+from autopar.inter.pipeline_problem import PipelineProblem, StageTimeTable
 from autopar.pipeline.simulate import StageTimes, simulate
 
 
@@ -43,17 +43,17 @@ class Case:
         self.crossing = np.array([[rng.random() for _ in range(K)] for _ in range(K)])
         self.cut_known = rng.random() < 0.5
 
-    def table(self, in_flight: int) -> StageTable:
+    def table(self, in_flight: int) -> StageTimeTable:
         allowed = self.room >= in_flight
         # Not monotone on purpose: a leaner choice is slower for each micro-batch and cheaper for each step.
         lean = 1.0 + self.slower_lean * (in_flight % 3)
-        return StageTable(
+        return StageTimeTable(
             forward_s=np.where(allowed, self.forward * lean, np.inf),
             backward_s=np.where(allowed, self.backward, np.inf),
             step_s=np.where(allowed, self.step / lean, np.inf),
         )
 
-    def evaluate(self, stages: tuple[Stage, ...]) -> float:
+    def evaluate(self, stages: tuple[SubmeshStage, ...]) -> float:
         times = []
         for index, (i, j, k) in enumerate(stages):
             place = len(stages) - index
@@ -67,13 +67,13 @@ class Case:
                     forward_s=float(table.forward_s[i, j, k]),
                     backward_s=float(table.backward_s[i, j, k]),
                     step_s=float(table.step_s[i, j, k]),
-                    send_forward_s=self.transfer * float(self.crossing[k, after]),
-                    send_backward_s=self.transfer * float(self.crossing[before, k]),
+                    transfer_forward_s=self.transfer * float(self.crossing[k, after]),
+                    transfer_backward_s=self.transfer * float(self.crossing[before, k]),
                 )
             )
         return simulate(self.schedule, times, self.num_microbatches).step_time_s
 
-    def partitions(self) -> Iterator[tuple[Stage, ...]]:
+    def partitions(self) -> Iterator[tuple[SubmeshStage, ...]]:
         L, limit = self.num_blocks, self.max_stages or self.num_blocks
         for count in range(1, min(L, limit) + 1):
             for inner in itertools.combinations(range(1, L), count - 1):
@@ -111,14 +111,14 @@ def test_search_equals_exhaustive_enumeration(block):
     for seed in range(block * 100, block * 100 + 100):
         case = Case(seed, identical=seed % 4 == 0)
         expected = min(map(case.evaluate, case.partitions()), default=math.inf)
-        result = search(case.problem(), evaluate=case.evaluate)
+        result = search_pipelines(case.problem(), evaluate=case.evaluate)
         if math.isinf(expected):
-            assert (result.status, result.best, result.lower_bound_s) == ("infeasible", None, math.inf), seed
+            assert (result.status, result.incumbent, result.lower_bound_s) == ("infeasible", None, math.inf), seed
             continue
         num_feasible += 1
         assert result.status == "optimal", seed
-        assert result.best.step_time_s == pytest.approx(expected, rel=1e-12), seed
-        assert case.evaluate(result.best.stages) == result.best.step_time_s
+        assert result.incumbent.step_time_s == pytest.approx(expected, rel=1e-12), seed
+        assert case.evaluate(result.incumbent.stages) == result.incumbent.step_time_s
         assert result.lower_bound_s == pytest.approx(expected, rel=1e-11)
         assert result.gap == pytest.approx(0.0, abs=1e-11)
     assert num_feasible >= 40
@@ -138,16 +138,16 @@ def feasible_cases(count: int) -> list[tuple[Case, list[float]]]:
 
 def test_limits_leave_an_honest_bound():
     for case, times in feasible_cases(40):
-        result = search(case.problem(), evaluate=case.evaluate, max_evaluations=1)
+        result = search_pipelines(case.problem(), evaluate=case.evaluate, max_evaluations=1)
         assert result.num_evaluated <= 1
         assert result.lower_bound_s <= times[0] * (1 + 1e-12)
-        if result.best is None:
+        if result.incumbent is None:
             assert result.status == "failed"
         else:
-            assert result.best.step_time_s >= times[0] * (1 - 1e-12)
+            assert result.incumbent.step_time_s >= times[0] * (1 - 1e-12)
             assert result.status == ("optimal" if result.gap <= 1e-11 else "feasible")
     case, times = feasible_cases(1)[0]
-    result = search(case.problem(), evaluate=case.evaluate, deadline_s=-1.0)
+    result = search_pipelines(case.problem(), evaluate=case.evaluate, deadline_s=-1.0)
     # A deadline that has passed still lets the first pipeline be evaluated.
     assert result.num_evaluated <= 1
     assert result.lower_bound_s <= times[0]
@@ -155,51 +155,51 @@ def test_limits_leave_an_honest_bound():
 
 def test_tolerance_is_kept_and_reported():
     for case, times in feasible_cases(40):
-        result = search(case.problem(), evaluate=case.evaluate, tolerance=0.05)
+        result = search_pipelines(case.problem(), evaluate=case.evaluate, tolerance=0.05)
         assert result.status == "optimal"
         assert result.gap <= 0.05 + 1e-12
         assert result.lower_bound_s <= times[0] * (1 + 1e-12)
-        assert result.best.step_time_s * 0.95 <= times[0] * (1 + 1e-12)
+        assert result.incumbent.step_time_s * 0.95 <= times[0] * (1 + 1e-12)
 
 
 def test_upper_bound_keeps_only_better_pipelines():
     for case, times in feasible_cases(40):
-        result = search(case.problem(upper_bound_s=times[0]), evaluate=case.evaluate)
+        result = search_pipelines(case.problem(upper_bound_s=times[0]), evaluate=case.evaluate)
         assert result.status == "infeasible"
         assert result.lower_bound_s == pytest.approx(times[0], rel=1e-11)
-        result = search(case.problem(upper_bound_s=times[0] * 1.01), evaluate=case.evaluate)
-        assert result.best.step_time_s == pytest.approx(times[0], rel=1e-12)
+        result = search_pipelines(case.problem(upper_bound_s=times[0] * 1.01), evaluate=case.evaluate)
+        assert result.incumbent.step_time_s == pytest.approx(times[0], rel=1e-12)
 
 
 def test_stage_times_are_asked_once_for_each_number_in_flight():
     asked = []
 
-    def stage_times(in_flight: int) -> StageTable:
+    def stage_times(in_flight: int) -> StageTimeTable:
         asked.append(in_flight)
         length = np.arange(7)[None, :, None] - np.arange(7)[:, None, None] + np.zeros((1, 1, 2))
         time = np.where(length > 0, length / np.array([1.0, 2.0]), np.inf)
-        return StageTable(forward_s=time, backward_s=2 * time, step_s=0 * length)
+        return StageTimeTable(forward_s=time, backward_s=2 * time, step_s=0 * length)
 
     problem = PipelineProblem(
         num_blocks=6, num_devices=6, num_microbatches=4, submesh_sizes=(1, 2), stage_times=stage_times
     )
 
-    def evaluate(stages: tuple[Stage, ...]) -> float:
+    def evaluate(stages: tuple[SubmeshStage, ...]) -> float:
         even = [
             StageTimes(forward_s=(j - i) / (1 + k), backward_s=2 * (j - i) / (1 + k), step_s=0.0) for i, j, k in stages
         ]
         return simulate("1f1b", even, 4).step_time_s
 
     # One block a device everywhere: S even stages of 6/S devices take (B + S - 1) 3 s, the fewest stages being 3 of 2.
-    result = search(problem, evaluate=evaluate)
+    result = search_pipelines(problem, evaluate=evaluate)
     assert asked == [1, 2, 3, 4]
-    assert result.best.step_time_s == pytest.approx((4 + 3 - 1) * 3.0)
+    assert result.incumbent.step_time_s == pytest.approx((4 + 3 - 1) * 3.0)
 
 
 def test_impossible_device_counts_are_infeasible():
     case = Case(1)
     odd = case.problem(num_devices=7, submesh_sizes=tuple(2 for _ in case.sizes))
-    assert search(odd, evaluate=case.evaluate).status == "infeasible"
+    assert search_pipelines(odd, evaluate=case.evaluate).status == "infeasible"
     with pytest.raises(UsageError, match="interleaved"):
         case.problem(schedule="interleaved")
 
@@ -217,25 +217,25 @@ class Ways(Case):
             for _ in range(3)
         ]
 
-    def ways(self, in_flight: int) -> list[StageTable]:
+    def ways(self, in_flight: int) -> list[StageTimeTable]:
         table = self.table(in_flight)
         return [
-            StageTable(forward_s=table.forward_s * f, backward_s=table.backward_s * b, step_s=table.step_s * s)
+            StageTimeTable(forward_s=table.forward_s * f, backward_s=table.backward_s * b, step_s=table.step_s * s)
             for f, b, s in self.factors
         ]
 
-    def relaxed(self, in_flight: int) -> StageTable:
+    def relaxed(self, in_flight: int) -> StageTimeTable:
         ways, B = self.ways(in_flight), self.num_microbatches
         forward = np.min([way.forward_s for way in ways], axis=0)
         through = np.min([way.forward_s + way.backward_s for way in ways], axis=0)
-        return StageTable(
+        return StageTimeTable(
             forward_s=forward,
             backward_s=through - np.where(np.isfinite(forward), forward, 0.0),
             step_s=np.min([way.step_s for way in ways], axis=0),
             busy_s=np.min([B * (way.forward_s + way.backward_s) + way.step_s for way in ways], axis=0),
         )
 
-    def evaluate_best(self, stages: tuple[Stage, ...]) -> float:
+    def evaluate_best(self, stages: tuple[SubmeshStage, ...]) -> float:
         held = [
             min(len(stages) - at, self.num_microbatches) if self.schedule == "1f1b" else self.num_microbatches
             for at in range(len(stages))
@@ -250,8 +250,8 @@ class Ways(Case):
                         forward_s=float(table.forward_s[stage]),
                         backward_s=float(table.backward_s[stage]),
                         step_s=float(table.step_s[stage]),
-                        send_forward_s=0.0,
-                        send_backward_s=0.0,
+                        transfer_forward_s=0.0,
+                        transfer_backward_s=0.0,
                     )
                 )
             best = min(best, simulate(self.schedule, times, self.num_microbatches).step_time_s)
@@ -265,9 +265,9 @@ def test_relaxed_times_bound_every_way_to_run_the_stages(block):
         case = Ways(seed)
         expected = min(map(case.evaluate_best, case.partitions()), default=math.inf)
         problem = case.problem(stage_times=case.relaxed, cut_transfer_s=None)
-        result = search(problem, evaluate=case.evaluate_best)
+        result = search_pipelines(problem, evaluate=case.evaluate_best)
         assert result.lower_bound_s <= expected * (1 + 1e-12), seed
         if math.isfinite(expected):
             num_feasible += 1
-            assert result.best.step_time_s == pytest.approx(expected, rel=1e-12), seed
+            assert result.incumbent.step_time_s == pytest.approx(expected, rel=1e-12), seed
     assert num_feasible >= 5

@@ -7,23 +7,23 @@ import pytest
 from autopar.cluster import load_cluster
 from autopar.core.errors import LayoutError, UsageError
 from autopar.core.layout import parse_layout
-from autopar.core.pin import meets
+from autopar.core.pin import satisfies
 from autopar.core.placement import REPLICATE, Shard
 from autopar.core.plan import Plan
 from autopar.inter.block_pins import BlockPins
-from autopar.manual.layout_pricer import LayoutPricer, ModelGraph, model_graph
+from autopar.manual.layout_pricer import LayoutPricer, TracedModel, trace_model
 from autopar.workload import load_workload
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
-def model() -> ModelGraph:
+def model() -> TracedModel:
     settings = {"layers": 4, "hidden": 512, "heads": 8, "vocab": 2048, "seq": 128}
-    return model_graph(load_workload(str(EXAMPLES / "gpt.py"), **settings), dtype="bf16")
+    return trace_model(load_workload(str(EXAMPLES / "gpt.py"), **settings), dtype="bf16")
 
 
-def priced(model: ModelGraph, layout: str, *pins: tuple[str, str]) -> Plan:
+def priced(model: TracedModel, layout: str, *pins: tuple[str, str]) -> Plan:
     pricer = LayoutPricer(
         model,
         cluster=load_cluster("dgx-h100"),
@@ -41,7 +41,7 @@ def lies(plan: Plan, name: str) -> str:
 
 
 @pytest.mark.parametrize("placements", ["RS(0)", "RS(1)", "RR"])
-def test_a_pin_decides_what_a_layout_leaves_open(model: ModelGraph, placements: str) -> None:
+def test_a_pin_decides_what_a_layout_leaves_open(model: TracedModel, placements: str) -> None:
     plan = priced(model, "tp=4", ("layers.*.mlp.fc1.weight", placements))
     assert lies(plan, "layers.0.mlp.fc1.weight") == placements
     free = priced(model, "tp=4")
@@ -50,22 +50,22 @@ def test_a_pin_decides_what_a_layout_leaves_open(model: ModelGraph, placements: 
     assert (plan.estimate.step_time_s == free.estimate.step_time_s) == (placements == "RS(0)")
 
 
-def test_any_name_of_a_tied_table_pins_it(model: ModelGraph) -> None:
+def test_any_name_of_a_tied_table_pins_it(model: TracedModel) -> None:
     """The head multiplies by the table of the tokens: pinned by the second name, it lies so under the first."""
     plan = priced(model, "tp=4", ("head.weight", "RS(0)"))
     assert lies(plan, "tokens.weight") == "RS(0)"
 
 
 def test_a_strided_shard_is_a_shard() -> None:
-    assert meets(Shard(0, split_factor=3), Shard(0))
-    assert meets(Shard(0, split_factor=3), Shard(0, split_factor=3))
-    assert not meets(Shard(0, split_factor=3), Shard(0, split_factor=2))
-    assert not meets(Shard(1, split_factor=3), Shard(0))
-    assert not meets(REPLICATE, Shard(0))
-    assert meets(REPLICATE, REPLICATE)
+    assert satisfies(Shard(0, split_factor=3), Shard(0))
+    assert satisfies(Shard(0, split_factor=3), Shard(0, split_factor=3))
+    assert not satisfies(Shard(0, split_factor=3), Shard(0, split_factor=2))
+    assert not satisfies(Shard(1, split_factor=3), Shard(0))
+    assert not satisfies(REPLICATE, Shard(0))
+    assert satisfies(REPLICATE, REPLICATE)
 
 
-def test_the_data_axis_says_what_is_cut_at_rest(model: ModelGraph) -> None:
+def test_the_data_axis_says_what_is_cut_at_rest(model: TracedModel) -> None:
     priced(model, "zero=3", ("layers.*.mlp.*.weight", "S(0)"))
     with pytest.raises(LayoutError, match=r"layers.0.mlp.fc1.weight is placed as R on \(dp\)"):
         priced(model, "zero=1", ("layers.*.mlp.*.weight", "S(0)"))
@@ -80,12 +80,12 @@ def test_the_data_axis_says_what_is_cut_at_rest(model: ModelGraph) -> None:
         ("layers.*.mlp.fc1.weight", "", "for each mesh axis"),
     ],
 )
-def test_pins_that_say_nothing_sound(model: ModelGraph, glob: str, placements: str, message: str) -> None:
+def test_pins_that_say_nothing_sound(model: TracedModel, glob: str, placements: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         BlockPins(model.graph, model.blocks, [(glob, placements)])
 
 
-def test_pins_that_contradict_each_other_or_the_mesh(model: ModelGraph) -> None:
+def test_pins_that_contradict_each_other_or_the_mesh(model: TracedModel) -> None:
     with pytest.raises(UsageError, match="both name"):
         BlockPins(model.graph, model.blocks, [("*fc1.weight", "RR"), ("layers.*.mlp.fc1.weight", "RS(0)")])
     with pytest.raises(LayoutError, match=r"1 placements, the mesh has 2 axes \(dp, tp\)"):

@@ -19,9 +19,9 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from autopar.core.local_shape import is_legal, largest_local_shape, local_shape, local_size
 from autopar.core.placement import PARTIAL, REPLICATE, Placements, Shard, format_placements, parse_placements
 from autopar.judge.judge_mesh import local_shape as judged_shape
-from autopar.rules.dim_factors import Atom
+from autopar.rules.dim_factors import DimFactor
 from autopar.rules.placement_pair import PARTIAL_GRADIENT, PARTIAL_VALUE, REPLICATED, PlacementPair
-from autopar.runtime.lower.shards import global_indices, local_part
+from autopar.runtime.lower.shards import global_indices, local_shard
 
 SHARDS = st.builds(Shard, st.integers(0, 20), st.integers(1, 200))
 PLACEMENTS = st.lists(st.one_of(SHARDS, st.just(REPLICATE), st.just(PARTIAL)), max_size=5).map(tuple)
@@ -69,8 +69,8 @@ def test_no_shard_is_of_a_negative_dim_or_of_no_pieces(dim: int, split_factor: i
 
 def test_placements_are_values() -> None:
     """Equal ones are one key, also when they come from another process."""
-    every = (REPLICATE, PARTIAL, Shard(0), Shard(1), Shard(0, 2), Atom(dim=0, size=4), Atom(dim=0, size=8))
-    every += (REPLICATED, PARTIAL_GRADIENT, PARTIAL_VALUE, PlacementPair.sharded(Atom(dim=0, size=4)))
+    every = (REPLICATE, PARTIAL, Shard(0), Shard(1), Shard(0, 2), DimFactor(dim=0, size=4), DimFactor(dim=0, size=8))
+    every += (REPLICATED, PARTIAL_GRADIENT, PARTIAL_VALUE, PlacementPair.sharded(DimFactor(dim=0, size=4)))
     assert len(set(every)) == len(every)
     for placement in every:
         other = pickle.loads(pickle.dumps(placement))
@@ -95,7 +95,7 @@ def test_a_pair_is_one_of_four_kinds() -> None:
 
 
 def test_the_size_of_an_atom_is_no_part_of_its_placements() -> None:
-    small, large = (PlacementPair.sharded(Atom(dim=0, split_factor=3, size=size)) for size in (4, 8))
+    small, large = (PlacementPair.sharded(DimFactor(dim=0, split_factor=3, size=size)) for size in (4, 8))
     assert small != large
     assert small.without_size == large.without_size == PlacementPair.sharded(Shard(0, split_factor=3))
     assert PARTIAL_GRADIENT.without_size == PARTIAL_GRADIENT
@@ -142,7 +142,7 @@ def test_every_rank_stores_what_its_placements_say(case: tuple[tuple[int, ...], 
         found = global_indices(shape, placements, sizes, coordinate)
         assert [index.tolist() for index in found] == expected
         assert local_shape(shape, placements, sizes, coordinate) == tuple(map(len, expected))
-        part = local_part(full, placements, sizes, coordinate)
+        part = local_shard(full, placements, sizes, coordinate)
         assert part.numel() > 0
         counts[part.flatten()] += 1
     replicas = prod(size for placement, size in zip(placements, sizes, strict=True) if placement.shard_dim is None)

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from autopar.core.errors import PlanFileError
-from autopar.core.invariants import INVARIANTS, check
+from autopar.core.invariants import INVARIANTS, check_plan
 from autopar.core.mesh_axis import Axis
 from autopar.core.plan import Plan
 from autopar.core.plan_file import load_plan, save_plan
@@ -150,8 +150,8 @@ def interleaved(**changes: Any) -> Plan:
 
 
 def test_sound_plans_pass() -> None:
-    check(sample_plan())
-    check(interleaved())
+    check_plan(sample_plan())
+    check_plan(interleaved())
 
 
 def with_estimate(**changes: Any) -> Plan:
@@ -247,7 +247,7 @@ def wrong_plans() -> dict[str, tuple[str, Plan]]:
 def test_each_way_of_being_wrong_is_named(case: str) -> None:
     name, plan = wrong_plans()[case]
     with pytest.raises(PlanFileError, match=rf"(?m)^  - {name}: "):
-        check(plan)
+        check_plan(plan)
 
 
 def test_every_invariant_has_a_wrong_plan() -> None:
@@ -257,6 +257,6 @@ def test_every_invariant_has_a_wrong_plan() -> None:
 
 def test_all_violations_are_listed() -> None:
     with pytest.raises(PlanFileError) as raised:
-        check(changed(sample_plan(), gpus=9, global_batch=31))
+        check_plan(changed(sample_plan(), gpus=9, global_batch=31))
     assert "devices-covering" in str(raised.value)
     assert "batch-product" in str(raised.value)

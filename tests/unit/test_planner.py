@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 
 from autopar.core.errors import AutoparError, InfeasibleError
-from autopar.core.invariants import check
+from autopar.core.invariants import check_plan
 from autopar.inter import micro_batch_search as size_search
 from autopar.inter import parallel_search as lanes
-from autopar.inter.stage_cost_tables import StageTables
+from autopar.inter.stage_cost_tables import StageCostTables
 from autopar.planner import planner
-from autopar.planner.planner import micro_batches, plan, submesh_sizes
+from autopar.planner.planner import micro_batch_sizes, plan, submesh_sizes
 from autopar.workload import load_workload
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -28,7 +28,7 @@ def tiny(**search):
 
 def test_every_invariant_holds_and_the_bound_is_not_above_the_step():
     found = tiny(cluster="p3.16xlarge")
-    check(found)
+    check_plan(found)
     assert found.estimate.fits
     assert found.search.lower_bound_s <= found.estimate.step_time_s
     assert [block.index for stage in found.stages for block in stage.blocks] == list(range(6))
@@ -36,7 +36,7 @@ def test_every_invariant_holds_and_the_bound_is_not_above_the_step():
 
 def test_a_350m_gpt_on_8_h100_is_data_parallel():
     found = plan(load_workload(str(EXAMPLES / "gpt.py"), size="350M"), cluster="dgx-h100", gpus=8)
-    check(found)
+    check_plan(found)
     assert [(axis.name, axis.size) for stage in found.stages for axis in stage.axes] == [("dp", 8)]
 
 
@@ -71,7 +71,7 @@ def test_the_budget_that_the_error_names_does_and_less_does_not(model, settings)
         plan(workload, memory_gib=0.9, **search)
     needed = float(re.search(r"needs (\d+\.\d\d) GiB", str(error.value)).group(1))
     found = plan(workload, memory_gib=needed, **search)
-    check(found)
+    check_plan(found)
     assert found.estimate.peak_memory_bytes <= needed * 2**30
     with pytest.raises(InfeasibleError):
         plan(workload, memory_gib=needed - 0.02, **search)
@@ -83,7 +83,7 @@ def test_past_the_time_limit_the_best_plan_so_far_is_kept_and_nothing_is_claimed
     for module in (planner, lanes):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     found = tiny(cluster="p3.16xlarge", time_limit_s=1e3)
-    check(found)
+    check_plan(found)
     assert found.search.lower_bound_s == 0.0
     assert found.search.status == "feasible"
 
@@ -100,7 +100,7 @@ def test_no_restriction_of_the_search_is_faster():
 )
 def test_pins_are_kept_and_the_rest_is_searched(glob, placements, axes):
     found = tiny(cluster="p3.16xlarge", pins=((glob, placements),))
-    check(found)
+    check_plan(found)
     assert found.estimate.step_time_s >= tiny(cluster="p3.16xlarge").estimate.step_time_s * (1 - 1e-3)
     for stage in found.stages:
         assert len(stage.axes) == axes
@@ -138,7 +138,7 @@ def test_a_pin_that_cannot_be_kept_says_why(pin, says):
 def test_device_counts_of_stages_and_micro_batches():
     assert submesh_sizes(10, 8) == (1, 2, 4, 8, 10)
     assert submesh_sizes(64, 8) == (1, 2, 4, 8, 16, 32, 64)
-    assert micro_batches(12) == [1, 2, 3, 4, 6, 12]
+    assert micro_batch_sizes(12) == [1, 2, 3, 4, 6, 12]
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1e3, None])
@@ -146,13 +146,13 @@ def test_the_guess_of_a_micro_batch_sets_the_order_not_the_plan(monkeypatch, fac
     def found():
         return plan(load_workload(str(EXAMPLES / "gpt.py"), **TINY), cluster="p3.16xlarge", gpus=4, global_batch=32)
 
-    own_s, own_guesses = found().estimate.step_time_s, StageTables.guesses
+    own_s, own_guesses = found().estimate.step_time_s, StageCostTables.guess_even_pipelines
 
     def guesses(tables):
-        scale = factor if factor is not None and tables.book.micro_batch > 4 else 1.0
+        scale = factor if factor is not None and tables.stage_costs.micro_batch > 4 else 1.0
         return [(seconds * scale, stages) for seconds, stages in own_guesses(tables)] if factor is not None else []
 
-    monkeypatch.setattr(StageTables, "guesses", guesses)
+    monkeypatch.setattr(StageCostTables, "guess_even_pipelines", guesses)
     assert found().estimate.step_time_s == pytest.approx(own_s, rel=1e-3)
 
 
@@ -168,11 +168,11 @@ def test_the_runner_up_is_another_pipeline_and_no_faster(search):
 def test_a_capped_search_says_less_but_nothing_wrong(monkeypatch):
     search = {"cluster": "p3.16xlarge", "micro_batch": 8}
     whole = tiny(**search)
-    monkeypatch.setattr(size_search, "SMALL_EVALUATIONS", 2)
-    monkeypatch.setattr(size_search, "EVEN_EVALUATIONS", 2)
-    monkeypatch.setattr(planner, "NUM_GUESSES", 0)
+    monkeypatch.setattr(size_search, "MAX_SMALL_EVALUATIONS", 2)
+    monkeypatch.setattr(size_search, "MAX_UNIFORM_EVALUATIONS", 2)
+    monkeypatch.setattr(planner, "NUM_SIMULATED_GUESSES", 0)
     capped = tiny(**search)
-    check(capped)
+    check_plan(capped)
     assert capped.search.lower_bound_s <= whole.estimate.step_time_s <= capped.estimate.step_time_s * (1 + 1e-3)
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from autopar.graph.ir import Batch, Graph, Op, OpProfile, Ref, Value
+from autopar.graph.ir import Graph, InputRef, Op, OpProfile, TracedBatch, Value
 from autopar.graph.op_profiles import profile_graph, profile_ops
 from autopar.graph.trace import trace
 from autopar.workload import Workload
@@ -90,9 +90,9 @@ def planned_saved_bytes(graph: Graph) -> int:
     owners = set()
     internal = 0
     for op, kept in zip(graph.ops, profile.ops, strict=True):
-        owners |= {profile.owners[op.inputs[position]] for position in kept.saved_inputs}
-        owners |= {profile.owners[op.outputs[position]] for position in kept.saved_outputs}
-        internal += sum(prod(shape) * itemsize for shape, itemsize in kept.saved_internal)
+        owners |= {profile.storage_owner[op.inputs[position]] for position in kept.saved_inputs}
+        owners |= {profile.storage_owner[op.outputs[position]] for position in kept.saved_outputs}
+        internal += sum(prod(shape) * itemsize for shape, itemsize in kept.saved_internal_tensors)
     values = [graph.values[owner] for owner in owners]
     return internal + sum(
         prod(value.shape) * value.itemsize for value in values if value.kind not in ("parameter", "buffer")
@@ -177,13 +177,13 @@ def test_saved_bytes_of_a_layer_follow_korthikanti(flash: bool) -> None:
 def test_views_are_free_and_a_reshape_that_copies_is_not() -> None:
     values = [value(0, (101, 4, 6)), value(1, (101, 6, 4)), value(2, (101, 24)), value(3, (101, 24))]
     ops = [
-        op(0, "aten.transpose.int", (0,), (1,), (Ref(0), 1, 2)),
-        op(1, "aten.reshape.default", (1,), (2,), (Ref(0), (101, 24))),
-        op(2, "aten.reshape.default", (0,), (3,), (Ref(0), (101, 24))),
+        op(0, "aten.transpose.int", (0,), (1,), (InputRef(0), 1, 2)),
+        op(1, "aten.reshape.default", (1,), (2,), (InputRef(0), (101, 24))),
+        op(2, "aten.reshape.default", (0,), (3,), (InputRef(0), (101, 24))),
     ]
     profile = profile_graph(graph(values, ops))
     assert [(p.forward_kernels, p.forward_bytes) for p in profile.ops] == [(0, 0), (1, 2 * 4 * 101 * 24), (0, 0)]
-    assert profile.owners == (0, 0, 2, 0)
+    assert profile.storage_owner == (0, 0, 2, 0)
 
 
 def test_a_frozen_weight_saves_neither_the_input_nor_half_of_the_backward() -> None:
@@ -196,15 +196,15 @@ def test_a_frozen_weight_saves_neither_the_input_nor_half_of_the_backward() -> N
 
 def test_no_gradient_no_backward() -> None:
     values = [value(0, (101, 8), grad=False), value(1, (101, 8), grad=False)]
-    profile = profile_ops(graph(values, [op(0, "aten.gelu.default", (0,), (1,), (Ref(0),))]))[0]
+    profile = profile_ops(graph(values, [op(0, "aten.gelu.default", (0,), (1,), (InputRef(0),))]))[0]
     assert (profile.backward_kernels, profile.backward_bytes, profile.saved_inputs) == (0, 0, ())
     assert (profile.forward_kernels, profile.forward_bytes) == (1, 2 * 4 * 101 * 8)
 
 
 def test_gradients_that_meet_are_added_once_per_extra_reader() -> None:
     values = [value(i, (101, 8)) for i in range(5)]
-    ops = [op(i, "aten.neg.default", (0,), (i + 1,), (Ref(0),)) for i in range(3)]
-    ops.append(op(3, "aten.add.Tensor", (1, 2), (4,), (Ref(0), Ref(1))))
+    ops = [op(i, "aten.neg.default", (0,), (i + 1,), (InputRef(0),)) for i in range(3)]
+    ops.append(op(3, "aten.add.Tensor", (1, 2), (4,), (InputRef(0), InputRef(1))))
     profiles = profile_ops(graph(values, ops))
     assert [profiles[i].backward_kernels for i in range(3)] == [2, 2, 1]
     assert profiles[0].backward_bytes - profiles[2].backward_bytes == 3 * 4 * 101 * 8
@@ -212,8 +212,8 @@ def test_gradients_that_meet_are_added_once_per_extra_reader() -> None:
 
 def test_dropout_keeps_one_byte_an_element() -> None:
     values = [value(0, (101, 8)), value(1, (101, 8))]
-    profile = profile_ops(graph(values, [op(0, "aten.dropout.default", (0,), (1,), (Ref(0), 0.1, True))]))[0]
-    assert profile.saved_internal == (((101, 8), 1),)
+    profile = profile_ops(graph(values, [op(0, "aten.dropout.default", (0,), (1,), (InputRef(0), 0.1, True))]))[0]
+    assert profile.saved_internal_tensors == (((101, 8), 1),)
     assert (profile.saved_inputs, profile.saved_outputs) == ((), ())
     assert (profile.forward_kernels, profile.backward_kernels) == (1, 1)
 
@@ -221,23 +221,25 @@ def test_dropout_keeps_one_byte_an_element() -> None:
 def test_layer_norm_launches_one_kernel_forward_and_two_backward_and_keeps_fp32_statistics() -> None:
     values = [value(0, (101, 8), dtype="bfloat16"), value(1, (8,), dtype="bfloat16"), value(2, (8,), dtype="bfloat16")]
     values.append(value(3, (101, 8), dtype="bfloat16"))
-    call = op(0, "aten.layer_norm.default", (0, 1, 2), (3,), (Ref(0), (8,), Ref(1), Ref(2)))
+    call = op(0, "aten.layer_norm.default", (0, 1, 2), (3,), (InputRef(0), (8,), InputRef(1), InputRef(2)))
     profile = profile_ops(graph(values, [call]))[0]
     assert (profile.forward_kernels, profile.backward_kernels) == (1, 2)
-    assert [itemsize for _, itemsize in profile.saved_internal] == [4, 4]
+    assert [itemsize for _, itemsize in profile.saved_internal_tensors] == [4, 4]
 
 
 def test_rms_norm_is_one_fused_kernel() -> None:
     values = [value(0, (101, 8)), value(1, (8,)), value(2, (101, 8))]
-    profile = profile_ops(graph(values, [op(0, "aten.rms_norm.default", (0, 1), (2,), (Ref(0), (8,), Ref(1)))]))[0]
-    assert profile.saved_internal == (((101, 1), 4),)
+    profile = profile_ops(
+        graph(values, [op(0, "aten.rms_norm.default", (0, 1), (2,), (InputRef(0), (8,), InputRef(1)))])
+    )[0]
+    assert profile.saved_internal_tensors == (((101, 1), 4),)
     assert profile.forward_bytes == 2 * 4 * 101 * 8 + 4 * 8 + 4 * 101
     assert (profile.forward_kernels, profile.backward_kernels) == (1, 2)
 
 
 def test_a_gather_does_not_read_the_whole_table() -> None:
     values = [value(0, (50000, 8)), value(1, (101,), dtype="int64", grad=False), value(2, (101, 8))]
-    profile = profile_ops(graph(values, [op(0, "aten.embedding.default", (0, 1), (2,), (Ref(0), Ref(1)))]))[0]
+    profile = profile_ops(graph(values, [op(0, "aten.embedding.default", (0, 1), (2,), (InputRef(0), InputRef(1)))]))[0]
     assert profile.forward_bytes == 2 * 4 * 101 * 8 + 8 * 101
     assert profile.forward_flops == 0
     assert profile.backward_bytes > 4 * 50000 * 8  # the gradient is a dense table
@@ -245,11 +247,11 @@ def test_a_gather_does_not_read_the_whole_table() -> None:
 
 def test_an_op_that_cannot_run_is_priced_by_its_tensors_and_named() -> None:
     values = [value(0, (101, 8)), value(1, (101, 8))]
-    profile = profile_graph(graph(values, [op(0, "nobody.knows.default", (0,), (1,), (Ref(0),))]))
+    profile = profile_graph(graph(values, [op(0, "nobody.knows.default", (0,), (1,), (InputRef(0),))]))
     assert profile.ops[0].forward_bytes == 2 * 4 * 101 * 8
     assert profile.ops[0].backward_kernels == 0
-    assert [number for number, _ in profile.notes] == [0]
-    assert "nobody.knows.default" in profile.notes[0][1]
+    assert [number for number, _ in profile.unprofiled_ops] == [0]
+    assert "nobody.knows.default" in profile.unprofiled_ops[0][1]
 
 
 def value(number: int, shape: tuple[int, ...], *, dtype: str = "float32", grad: bool = True) -> Value:
@@ -258,13 +260,13 @@ def value(number: int, shape: tuple[int, ...], *, dtype: str = "float32", grad: 
 
 def op(number: int, target: str, inputs: tuple[int, ...], outputs: tuple[int, ...], args: tuple[Any, ...]) -> Op:
     return Op(
-        id=number, name=f"op{number}", target=target, inputs=inputs, outputs=outputs, args=args, kwargs=(), module="",
-        source="",
+        id=number, name=f"op{number}", target=target, inputs=inputs, outputs=outputs, args=args, kwargs=(), module_path="",
+        source_location="",
     )  # fmt: skip
 
 
 def graph(values: list[Value], ops: list[Op]) -> Graph:
-    batch = Batch(traced=101, prime=101)
+    batch = TracedBatch(traced_size=101, prime=101)
     return Graph(
         values=tuple(values), ops=tuple(ops), inputs=(0,), outputs=(len(values) - 1,), batch=batch, fingerprint=""
     )
@@ -272,7 +274,7 @@ def graph(values: list[Value], ops: list[Op]) -> Graph:
 
 def linear_profile(*, weight_grad: bool) -> OpProfile:
     values = [value(0, (101, 8)), value(1, (16, 8), grad=weight_grad), value(2, (101, 16))]
-    return profile_ops(graph(values, [op(0, "aten.linear.default", (0, 1), (2,), (Ref(0), Ref(1)))]))[0]
+    return profile_ops(graph(values, [op(0, "aten.linear.default", (0, 1), (2,), (InputRef(0), InputRef(1)))]))[0]
 
 
 def test_a_recurrent_layer_counts_its_matmuls_in_every_dtype():
@@ -290,4 +292,4 @@ def test_a_recurrent_layer_counts_its_matmuls_in_every_dtype():
     for dtype in ("float32", "bfloat16"):
         graph = trace(load, dtype=dtype).graph
         (op,) = [op for op in graph.ops if "lstm" in op.target]
-        assert profile_graph(graph).ops[op.id].forward_flops == graph.batch.traced * 5 * 2 * 80 * (12 + 20)
+        assert profile_graph(graph).ops[op.id].forward_flops == graph.batch.traced_size * 5 * 2 * 80 * (12 + 20)

@@ -4,15 +4,15 @@ import pytest
 
 import autopar
 from autopar.cluster import load_cluster
-from autopar.cluster.cluster import Group
+from autopar.cluster.cluster import RankGroup
 from autopar.cost.provenance_tags import attention_tag, collective_tag, matmul_tag
 
 A100, V100 = load_cluster("dgx-a100"), load_cluster("p3.16xlarge")
 SETTINGS = {"layers": 2, "hidden": 512, "heads": 8, "ffn": 2048, "vocab": 1024, "seq": 1024}
 
 
-def inside(num_ranks: int) -> Group:
-    return Group(num_ranks=num_ranks, ranks_per_node=num_ranks, num_nodes=1, groups_per_node=1)
+def inside(num_ranks: int) -> RankGroup:
+    return RankGroup(num_ranks=num_ranks, ranks_per_node=num_ranks, num_nodes=1, groups_per_node=1)
 
 
 def test_a_matmul_is_measured_inside_the_table_of_its_device_only() -> None:
@@ -35,7 +35,7 @@ def test_a_collective_is_measured_among_the_ranks_of_a_curve_inside_a_node() -> 
     assert collective_tag(A100, "all_reduce", 2**20, inside(8)) == "measured"
     assert collective_tag(A100, "all_reduce", 2**20, inside(3)) == "modelled"
     assert collective_tag(A100, "all_reduce", 2**50, inside(8)) == "extrapolated"
-    across = Group(num_ranks=16, ranks_per_node=8, num_nodes=2, groups_per_node=1)
+    across = RankGroup(num_ranks=16, ranks_per_node=8, num_nodes=2, groups_per_node=1)
     assert collective_tag(A100, "all_reduce", 2**20, across) == "modelled"
 
 

@@ -12,7 +12,7 @@ from autopar.core.plan import ParameterPlan, Plan
 from autopar.report.comparison_text import comparison_text
 from autopar.report.json_document import comparison_document, plan_document
 from autopar.report.plan_text import plan_text
-from autopar.report.sharding import parameter_text
+from autopar.report.sharding import sharding_text
 from tests.unit.sample_plan import GIB, estimate, sample_plan
 
 PLAN_TEXT = """\
@@ -158,7 +158,7 @@ def test_parameter_text(placements: tuple[str, str, str, str], text: str) -> Non
     compute, parameter, gradient, optimizer = placements
     line = ParameterPlan(name="w", compute=compute, parameter=parameter, gradient=gradient, optimizer=optimizer)
     mesh = (Axis(name="ep", size=2), Axis(name="tp", size=4))
-    assert parameter_text(line, mesh) == text
+    assert sharding_text(line, mesh) == text
 
 
 def test_a_pattern_that_differs_by_stage_names_the_stages() -> None:

@@ -9,10 +9,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from autopar.graph.ir import frozen
-from autopar.graph.split_into_blocks import cut_blocks
-from autopar.graph.trace import Traced, trace
-from autopar.intra.block_space import block_space
+from autopar.graph.ir import hashable_literal
+from autopar.graph.split_into_blocks import split_into_blocks
+from autopar.graph.trace import TracedGraph, trace
+from autopar.intra.block_space import build_block_space
 from autopar.workload import Workload, load_workload
 from tests.unit.rule_oracle import WIDE, Case, call, check_option, ranks_to_try
 
@@ -76,7 +76,7 @@ MODELS: dict[str, Callable[[], Workload]] = {
 }  # fmt: skip
 
 
-def real_values(traced: Traced) -> dict[int, Tensor]:
+def real_values(traced: TracedGraph) -> dict[int, Tensor]:
     """Random weights and inputs, and everything computed from them by the graph, in fp64."""
     graph = traced.graph
     generator = torch.Generator().manual_seed(0)
@@ -100,19 +100,19 @@ def real_values(traced: Traced) -> dict[int, Tensor]:
     return known
 
 
-def wrong_options(traced: Traced) -> tuple[list[str], set[str], int]:
+def wrong_options(traced: TracedGraph) -> tuple[list[str], set[str], int]:
     """What is wrong with each wrong option, the targets without a rule, and how many options were tried."""
     graph = traced.graph
     known = real_values(traced)
     data = graph.parameter_free()
     faults, seen, unknown, tried, kinds = [], set(), set(), 0, set()
-    for block in cut_blocks(graph):
+    for block in split_into_blocks(graph):
         if block.kind in kinds:
             continue
         kinds.add(block.kind)
-        for node in block_space(graph, block, data).ops:
+        for node in build_block_space(graph, block, data).ops:
             op = node.op
-            if not node.rule.known:
+            if not node.rule.is_known:
                 unknown.add(op.target)
             inputs = tuple(graph.values[value] for value in op.inputs)
             types = tuple((value.shape, value.dtype, value.requires_grad) for value in inputs)
@@ -124,7 +124,7 @@ def wrong_options(traced: Traced) -> tuple[list[str], set[str], int]:
             )
             for option in node.options:
                 for ranks in ranks_to_try(option, node.rule):
-                    key = (op.target, frozen(op.args), frozen(op.kwargs), types, option, ranks)
+                    key = (op.target, hashable_literal(op.args), hashable_literal(op.kwargs), types, option, ranks)
                     if key in seen:
                         continue
                     seen.add(key)

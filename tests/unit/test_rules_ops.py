@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autopar.graph.trace import Traced, trace
+from autopar.graph.trace import TracedGraph, trace
 from autopar.workload import Workload
 from tests.unit.test_rules_models import wrong_options
 
@@ -29,7 +29,7 @@ class Model(nn.Module):
         return y if y.dim() == 0 else y.sum()
 
 
-def traced(forward: Forward, x: tuple[int, ...], w: tuple[int, ...], b: int) -> Traced:
+def traced(forward: Forward, x: tuple[int, ...], w: tuple[int, ...], b: int) -> TracedGraph:
     load = Workload(
         build_model=lambda: Model(forward, x[-1], w, b),
         example_inputs=lambda batch_size: {

@@ -16,11 +16,11 @@ from autopar.cluster.cost_tables import load_cluster
 from autopar.core.layout import parse_layout
 from autopar.cost.execution_model import ExecutionModel
 from autopar.graph.op_profiles import profile_graph
-from autopar.graph.split_into_blocks import cut_blocks
-from autopar.intra.block_space import block_space
-from autopar.intra.recompute import Again, Kept
+from autopar.graph.split_into_blocks import split_into_blocks
+from autopar.intra.block_space import build_block_space
+from autopar.intra.recompute import Recomputation, SelectiveSaved
 from autopar.judge.judge import differences, judge
-from autopar.manual.layout_pricer import LayoutPricer, model_graph
+from autopar.manual.layout_pricer import LayoutPricer, trace_model
 from autopar.workload.model_file import load_workload
 
 HIDDEN, HEADS, KEYS, FFN, SEQ, BATCH = 64, 4, 2, 160, 32, 2
@@ -143,7 +143,7 @@ def run(module: ModuleType, num_layers: int) -> tuple[int, int]:
 def pricer(path: Path, num_layers: int) -> LayoutPricer:
     workload = load_workload(str(path), num_layers=num_layers)
     return LayoutPricer(
-        model_graph(workload, dtype="fp32"),
+        trace_model(workload, dtype="fp32"),
         cluster=load_cluster("dgx-h100"),
         gpus=2,
         global_batch=2 * BATCH,
@@ -174,12 +174,16 @@ def test_what_a_layer_keeps_and_computes_again_is_what_torch_does(model_file: Pa
     assert saved[1] - saved[0] == by_hand
 
     graph = prices.graph
-    blocks, profile = cut_blocks(graph), profile_graph(graph)
-    kept = Kept.of(graph, profile, blocks, ExecutionModel(dtype="float32", selective="products"))
+    blocks, profile = split_into_blocks(graph), profile_graph(graph)
+    kept = SelectiveSaved.by_operation(
+        graph, profile, blocks, ExecutionModel(dtype="float32", selective_policy="products")
+    )
     layer = next(block for block in blocks if block.name == "layers.1")
-    again = Again.of(block_space(graph, layer, graph.parameter_free()), profile, whole=False, stay=kept.ops)
+    again = Recomputation.of_block(
+        build_block_space(graph, layer, graph.parameter_free()), profile, whole_block=False, saved_ops=kept.saved_ops
+    )
     products = [op for op in graph.ops if op.id in again.ops and op.target.startswith("aten.linear")]
-    assert [op.module.split(".")[-1] for op in products] == ["k", "o", "up"]
+    assert [op.module_path.split(".")[-1] for op in products] == ["k", "o", "up"]
     assert three_products - two_products == 2 * 7 + len(products)
 
 

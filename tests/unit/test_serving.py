@@ -13,8 +13,8 @@ from autopar.cli.main import run
 from autopar.cluster import load_cluster
 from autopar.core.errors import LayoutError, UsageError
 from autopar.manual.layout_pricer import plan_layout
-from autopar.serving.decode_step import Product, batch_that_fits, product_s
-from autopar.serving.serve import Serving, serve
+from autopar.serving.decode_step import DecodeMatmul, largest_batch, matmul_time
+from autopar.serving.serve import ServingEstimate, estimate_serving
 from autopar.workload import load_workload
 
 torch.set_num_threads(1)
@@ -23,13 +23,13 @@ LAYERS, HIDDEN, HEADS, VOCAB, SEQ = 4, 2048, 16, 51200, 1024
 MATRICES = 12 * LAYERS * HIDDEN**2 + HIDDEN * VOCAB
 
 
-def gpt(layout: str = "", gpus: int = 1, mode: Any = "decode", **options: Any) -> Serving:
+def gpt(layout: str = "", gpus: int = 1, mode: Any = "decode", **options: Any) -> ServingEstimate:
     settings = {"layers": LAYERS, "hidden": HIDDEN, "heads": HEADS, "vocab": VOCAB, "seq": SEQ}
     workload = load_workload(str(EXAMPLES / "gpt.py"), **settings)
-    return serve(workload, gpus=gpus, layout=layout, mode=mode, **options)
+    return estimate_serving(workload, gpus=gpus, layout=layout, mode=mode, **options)
 
 
-def read_bytes(serving: Serving) -> float:
+def read_bytes(serving: ServingEstimate) -> float:
     """Of a device in a step, out of the utilisation of its bandwidth."""
     return serving.mbu * serving.time_s * load_cluster(serving.cluster).device.memory_bytes_per_s
 
@@ -38,16 +38,16 @@ def test_gemma_7b_by_the_course_notes() -> None:
     """28 layers, 16 heads of 256, 2K tokens: about 939 MB of keys and values; beside 14 GB of weights 121 sequences fill
     128 GB. A GPT of hidden 4096 = 16 * 256 has such a cache."""
     workload = load_workload(str(EXAMPLES / "gpt.py"), layers=28, hidden=4096, heads=16, vocab=VOCAB, seq=2048)
-    serving = serve(workload, gpus=1, layout="", mode="decode", batch=1, context=2048)
+    serving = estimate_serving(workload, gpus=1, layout="", mode="decode", batch=1, context=2048)
     assert serving.cache_bytes == 2 * 28 * 16 * 256 * 2048 * 2 == 939_524_096
-    assert batch_that_fits(128e9, 14e9, serving.cache_bytes) == 121
+    assert largest_batch(128e9, 14e9, serving.cache_bytes) == 121
 
 
 @pytest.mark.parametrize(("tp", "heads_held"), [(1, 8), (2, 4), (8, 1)])
 def test_grouped_queries_have_the_small_cache_of_the_trace(tp: int, heads_held: int) -> None:
     """Llama 3 8B repeats 8 key heads for 32 query heads before it attends; the cache is of the 8."""
     workload = load_workload(str(EXAMPLES / "llama.py"), size="8B", layers=2, seq=1024)
-    serving = serve(workload, gpus=tp, layout=f"tp={tp}", mode="decode", batch=1)
+    serving = estimate_serving(workload, gpus=tp, layout=f"tp={tp}", mode="decode", batch=1)
     assert serving.kv_heads == (8,)
     assert serving.cache_bytes_per_token == 2 * 2 * heads_held * 128 * 2
 
@@ -81,8 +81,11 @@ def test_small_weights_do_not_speed_up_arithmetic() -> None:
     """At 8,192 rows an H100 computes for 30 times as long as it reads."""
     device = load_cluster("dgx-h100").device
     half, quarter = (
-        product_s(
-            Product(rows_per_token=1.0, n=4096, k=4096, matrices=1.0, weight_bytes=size), 8192, device, "bfloat16"
+        matmul_time(
+            DecodeMatmul(rows_per_token=1.0, n=4096, k=4096, num_matrices=1.0, weight_itemsize=size),
+            8192,
+            device,
+            "bfloat16",
         )[0]
         for size in (2.0, 0.5)
     )
@@ -132,7 +135,7 @@ def test_ranks_share_no_key_head() -> None:
     """Megatron-LM: the tensor-parallel degree divides the number of query groups; in training as in inference."""
     workload = load_workload(str(EXAMPLES / "llama.py"), size="8B", layers=2, seq=1024)
     with pytest.raises(LayoutError, match="tp=16 does not divide 8 key/value heads"):
-        serve(workload, gpus=16, layout="tp=16", mode="decode")
+        estimate_serving(workload, gpus=16, layout="tp=16", mode="decode")
     with pytest.raises(LayoutError, match="tp=16 does not divide 8 key/value heads"):
         plan_layout(workload, gpus=16, layout="tp=16", global_batch=16)
 
@@ -155,7 +158,7 @@ def test_layouts_that_inference_does_not_take(layout: str, gpus: int, faults: li
 
 def test_models_that_do_not_generate() -> None:
     with pytest.raises(UsageError, match="calls no scaled_dot_product_attention"):
-        serve(load_workload(str(EXAMPLES / "wide_resnet.py"), size="250M"), gpus=1, layout="", mode="decode")
+        estimate_serving(load_workload(str(EXAMPLES / "wide_resnet.py"), size="250M"), gpus=1, layout="", mode="decode")
 
     class Crossing(nn.Module):
         def __init__(self) -> None:
@@ -171,7 +174,7 @@ def test_models_that_do_not_generate() -> None:
 
     workload = autopar.Workload(build_model=Crossing, example_inputs=inputs)
     with pytest.raises(UsageError, match=r"from one sequence to another .16 and 32 tokens"):
-        serve(workload, gpus=1, layout="", mode="prefill")
+        estimate_serving(workload, gpus=1, layout="", mode="prefill")
 
 
 def test_encoders_read_but_do_not_generate() -> None:
@@ -187,14 +190,14 @@ def test_encoders_read_but_do_not_generate() -> None:
 
     workload = autopar.Workload(build_model=build, example_inputs=inputs)
     with pytest.raises(UsageError, match="without a causal mask"):
-        serve(workload, gpus=1, layout="", mode="decode")
-    assert serve(workload, gpus=1, layout="", mode="prefill").time_s > 0
+        estimate_serving(workload, gpus=1, layout="", mode="decode")
+    assert estimate_serving(workload, gpus=1, layout="", mode="prefill").time_s > 0
 
 
 def test_encoder_decoders_of_equal_sequences_are_seen() -> None:
     workload = load_workload(str(EXAMPLES.parent / "tests/distributed/models/t5.py"))
     with pytest.raises(UsageError, match="from one sequence to another"):
-        serve(workload, gpus=1, layout="", mode="decode")
+        estimate_serving(workload, gpus=1, layout="", mode="decode")
 
 
 def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

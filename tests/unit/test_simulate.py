@@ -8,8 +8,8 @@ from torch.distributed.pipelining import schedules as torch_schedules
 from torch.distributed.pipelining.schedules import get_schedule_class
 
 from autopar.core.errors import UsageError
-from autopar.inter.pipeline_bounds import lower_bound_s, max_in_flight
-from autopar.pipeline.schedule import Action, actions, in_flight
+from autopar.inter.pipeline_bounds import max_in_flight, pipeline_lower_bound_s
+from autopar.pipeline.schedule import Action, in_flight_by_rank, rank_actions
 from autopar.pipeline.simulate import StageTimes, simulate
 
 TORCH_NAMES = {"1f1b": "1F1B", "gpipe": "GPipe", "interleaved": "Interleaved1F1B"}
@@ -52,7 +52,9 @@ def torch_order(schedule: str, num_ranks: int, num_microbatches: int, num_chunks
 
 
 def ours(schedule, num_ranks, num_microbatches, num_chunks):
-    return [[str(action) for action in rank] for rank in actions(schedule, num_ranks, num_microbatches, num_chunks)]
+    return [
+        [str(action) for action in rank] for rank in rank_actions(schedule, num_ranks, num_microbatches, num_chunks)
+    ]
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4, 5, 8])
@@ -85,16 +87,16 @@ def test_in_flight_is_counted():
     for num_ranks in range(1, 7):
         for num_microbatches in range(1, 10):
             for schedule in ("1f1b", "gpipe"):
-                held = in_flight(schedule, num_ranks, num_microbatches)
+                held = in_flight_by_rank(schedule, num_ranks, num_microbatches)
                 places = range(num_ranks, 0, -1)
                 assert held == tuple(max_in_flight(schedule, num_microbatches, place) for place in places)
-            assert in_flight("1f1b", num_ranks, num_microbatches) == tuple(
+            assert in_flight_by_rank("1f1b", num_ranks, num_microbatches) == tuple(
                 min(place, num_microbatches) for place in range(num_ranks, 0, -1)
             )
         for num_chunks in (1, 2, 3):
             for rounds in (1, 2, 4):
                 total = num_ranks * rounds
-                assert in_flight("interleaved", num_ranks, total, num_chunks) == tuple(
+                assert in_flight_by_rank("interleaved", num_ranks, total, num_chunks) == tuple(
                     min(2 * (num_ranks - 1 - rank) + (num_chunks - 1) * num_ranks + 1, num_chunks * total)
                     for rank in range(num_ranks)
                 )
@@ -111,11 +113,11 @@ def test_in_flight_is_counted():
 )
 def test_impossible_sizes_are_refused(arguments, message):
     with pytest.raises(UsageError, match=message):
-        actions(*arguments)
+        rank_actions(*arguments)
 
 
 def test_actions_parse_back():
-    for rank in actions("interleaved", 2, 4, 2):
+    for rank in rank_actions("interleaved", 2, 4, 2):
         assert [Action.parse(str(action)) for action in rank] == list(rank)
     with pytest.raises(UsageError):
         Action.parse("2X0")
@@ -135,9 +137,9 @@ def plain_times(orders: list[list[str]], stages: list[StageTimes]) -> dict[str, 
             stage, (rank, index) = int(stage), where[name]
             waits = [(orders[rank][index - 1], 0.0)] if index else []
             if kind == "F" and stage > 0:
-                waits.append((f"{stage - 1}F{number}", stages[stage - 1].send_forward_s))
+                waits.append((f"{stage - 1}F{number}", stages[stage - 1].transfer_forward_s))
             if kind == "B" and stage < len(stages) - 1:
-                waits.append((f"{stage + 1}B{number}", stages[stage + 1].send_backward_s))
+                waits.append((f"{stage + 1}B{number}", stages[stage + 1].transfer_backward_s))
             if kind == "B":
                 waits.append((f"{stage}F{number}", 0.0))
             if any(other not in spans for other, _ in waits):
@@ -157,8 +159,8 @@ def random_stages(rng: random.Random, count: int, transfer: float) -> list[Stage
             forward_s=rng.uniform(1 - spread, 1),
             backward_s=rng.choice([0.2, 1, 2]) * rng.uniform(1 - spread, 1),
             step_s=rng.choice([0, 4]) * rng.random(),
-            send_forward_s=transfer * rng.random(),
-            send_backward_s=transfer * rng.random(),
+            transfer_forward_s=transfer * rng.random(),
+            transfer_backward_s=transfer * rng.random(),
         )
         for _ in range(count)
     ]
@@ -179,7 +181,7 @@ def test_simulation_equals_a_plain_event_loop(schedule):
         for name, (_, end) in spans.items():
             rank = Action.parse(name).stage % num_ranks
             finish[rank] = max(finish[rank], end)
-        assert result.finish_s == pytest.approx(finish, rel=1e-12)
+        assert result.last_backward_s == pytest.approx(finish, rel=1e-12)
         step = [sum(stage.step_s for stage in stages[rank::num_ranks]) for rank in range(num_ranks)]
         assert result.step_time_s == pytest.approx(max(map(sum, zip(finish, step, strict=True))), rel=1e-12)
         timeline = {str(action): (start, end) for _, action, start, end in result.timeline()}
@@ -209,7 +211,7 @@ def test_bound_is_never_above_the_simulation(schedule):
             num_chunks, num_microbatches = rng.randint(1, 3), num_ranks * rng.randint(1, 4)
         stages = random_stages(rng, num_ranks * num_chunks, rng.choice([0.0, 0.1, 1.0, 5.0]))
         simulated = simulate(schedule, stages, num_microbatches, num_chunks).step_time_s
-        bound = lower_bound_s(schedule, stages, num_microbatches, num_chunks)
+        bound = pipeline_lower_bound_s(schedule, stages, num_microbatches, num_chunks)
         assert bound <= simulated * (1 + 1e-12)
         if num_chunks == 1:
             # The plain form: the way to a stage, and the stage's work.
@@ -221,4 +223,4 @@ def test_bound_is_never_above_the_simulation(schedule):
 def test_bound_is_tight_for_even_stages():
     even = [StageTimes(forward_s=1.0, backward_s=2.0)] * 6
     for schedule in ("1f1b", "gpipe"):
-        assert lower_bound_s(schedule, even, 20) == simulate(schedule, even, 20).step_time_s
+        assert pipeline_lower_bound_s(schedule, even, 20) == simulate(schedule, even, 20).step_time_s

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import autopar
-from autopar.core.plan import MemoryParts, chunks_memory
+from autopar.core.plan import MemoryParts, memory_of_chunks
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 RESNET = {"size": "250M", "base_channels": 16, "width_factor": 2, "classes": 64, "image_size": 64}
@@ -48,4 +48,4 @@ def test_one_chunk_of_a_device_is_at_its_peak_while_the_others_rest() -> None:
         )
 
     # at the first's peak: 200 + 50 + 40 saved, of which 30 are gone, + 35; at the second's: 200 + 90 - 5 + 20
-    assert chunks_memory([chunk(50, 35, 30), chunk(40, 20, 5)]).tensor_bytes == 200 + 90 - 5 + 20
+    assert memory_of_chunks([chunk(50, 35, 30), chunk(40, 20, 5)]).tensor_bytes == 200 + 90 - 5 + 20

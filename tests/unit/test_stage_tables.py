@@ -7,12 +7,12 @@ import pytest
 
 from autopar.cluster.cost_tables import load_cluster
 from autopar.cost.execution_model import ExecutionModel
-from autopar.graph.split_into_blocks import cut_blocks, order_for_blocks
+from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
 from autopar.graph.trace import trace
-from autopar.inter.block_pricer import Blocks
-from autopar.inter.stage_choice import add
-from autopar.inter.stage_cost_tables import StageTables
-from autopar.inter.stage_costs import FREE, PRICED, StageBook
+from autopar.inter.block_pricer import BlockPricer
+from autopar.inter.stage_choice import sum_totals
+from autopar.inter.stage_cost_tables import StageCostTables
+from autopar.inter.stage_costs import FREE, PRICED, StageCosts
 from autopar.intra import block_totals as tt
 from autopar.workload import load_workload
 
@@ -24,9 +24,9 @@ MODES = ("none", "selective", "full")
 @pytest.fixture(scope="module", params=["p3.16xlarge", "dgx-h100"])
 def blocks(request):
     workload = load_workload(str(EXAMPLES / "gpt.py"), layers=5, hidden=512, heads=8, vocab=2048, seq=256)
-    graph = order_for_blocks(trace(workload, dtype="float16").graph)
-    execution = ExecutionModel(dtype="float16", optimizer="adamw", fp32_grads=True, accumulate=True)
-    return Blocks(graph, cut_blocks(graph), load_cluster(request.param), execution)
+    graph = hoist_light_ops(trace(workload, dtype="float16").graph)
+    execution = ExecutionModel(dtype="float16", optimizer="adamw", fp32_grads=True, accumulates_gradients=True)
+    return BlockPricer(graph, split_into_blocks(graph), load_cluster(request.param), execution)
 
 
 def ways(book, kind, mesh, in_flight, rng):
@@ -41,7 +41,7 @@ def ways(book, kind, mesh, in_flight, rng):
             for _ in range(int(book.counts[kind, column])):
                 one = points[column, phases[int(rng.integers(2))]]
                 parts.append((one.totals[int(rng.integers(len(one.rows))), boundary], 1.0))
-        whole = add(parts)
+        whole = sum_totals(parts)
         if np.isfinite(whole).all():
             yield whole, float(tt.memory_bytes(whole, in_flight))
 
@@ -50,24 +50,24 @@ def ways(book, kind, mesh, in_flight, rng):
 @pytest.mark.parametrize("num_microbatches", [2, 16])
 def test_no_way_to_run_a_stage_is_below_its_bound(blocks, budget_mib, num_microbatches):
     rng = np.random.default_rng(budget_mib + num_microbatches)
-    book = StageBook(blocks, 8, num_microbatches, budget_mib * 2**20, MODES, 16)
-    tables = StageTables(book, SIZES)
+    book = StageCosts(blocks, 8, num_microbatches, budget_mib * 2**20, MODES, 16)
+    tables = StageCostTables(book, SIZES)
     compared = 0
     for size in SIZES:
         for in_flight in (1, 2, 3, 5, 7):
             if in_flight > num_microbatches:
                 continue
             bounds = tables.bounds(size, in_flight)
-            possible = sorted(set(book.type_of[tables._possible(size, in_flight)].tolist()) - {-1})
+            possible = sorted(set(book.stage_kind_of[tables.possible_stages(size, in_flight)].tolist()) - {-1})
             for kind in possible[:: max(1, len(possible) // 4)]:
                 for mesh in book.meshes(size):
                     for whole, memory in ways(book, kind, mesh, in_flight, rng):
-                        if memory > book.room_bytes:
+                        if memory > book.tensor_budget_bytes:
                             continue
                         forward, backward, step = (float(seconds) for seconds in book.times_s(whole))
                         near = 1 + 1e-9
                         assert bounds.forward_s[kind] <= forward * near
-                        assert bounds.through_s[kind] <= (forward + backward) * near
+                        assert bounds.forward_backward_s[kind] <= (forward + backward) * near
                         assert bounds.step_s[kind] <= step * near
                         assert bounds.busy_s[kind] <= (num_microbatches * (forward + backward) + step) * near
                         compared += 1
@@ -77,7 +77,8 @@ def test_no_way_to_run_a_stage_is_below_its_bound(blocks, budget_mib, num_microb
 def test_what_cannot_fit_is_known_before_any_price(blocks):
     held = (4, 3, 2, 1)[::-1]
     lean = [
-        StageTables(StageBook(blocks, 8, 16, mib * 2**20, MODES, 8), SIZES).can_fit(held) for mib in (200, 900, 4000)
+        StageCostTables(StageCosts(blocks, 8, 16, mib * 2**20, MODES, 8), SIZES).can_any_pipeline_fit(held)
+        for mib in (200, 900, 4000)
     ]
     assert not lean[0]
     assert lean[-1]
@@ -85,24 +86,24 @@ def test_what_cannot_fit_is_known_before_any_price(blocks):
 
 
 def test_a_guess_is_above_the_bound_of_work_and_none_where_nothing_fits(blocks):
-    roomy = StageTables(StageBook(blocks, 8, 16, 16000 * 2**20, MODES, 8), SIZES)
-    assert len(roomy.guesses()) > 1
-    for seconds, stages in roomy.guesses():
-        assert roomy.work_bound_s() <= seconds
+    roomy = StageCostTables(StageCosts(blocks, 8, 16, 16000 * 2**20, MODES, 8), SIZES)
+    assert len(roomy.guess_even_pipelines()) > 1
+    for seconds, stages in roomy.guess_even_pipelines():
+        assert roomy.work_lower_bound_s() <= seconds
         assert sum(devices for _, _, devices in stages) == 8
         assert [end for _, end, _ in stages[:-1]] == [first for first, _, _ in stages[1:]]
-    assert min(roomy.guesses())[0] < 10 * roomy.work_bound_s()
-    assert StageTables(StageBook(blocks, 8, 16, 200 * 2**20, MODES, 8), SIZES).guesses() == []
+    assert min(roomy.guess_even_pipelines())[0] < 10 * roomy.work_lower_bound_s()
+    assert StageCostTables(StageCosts(blocks, 8, 16, 200 * 2**20, MODES, 8), SIZES).guess_even_pipelines() == []
 
 
 def test_a_block_with_an_auxiliary_loss_runs_between_any_boundaries():
     """The scalar loss of a GShard layer is whole on every rank; where a boundary wants terms of a sum, that is free."""
     sizes = {"hidden": 256, "heads": 4, "vocab": 512, "seq": 128, "experts": 4, "group_size": 128}
     workload = load_workload(str(EXAMPLES / "moe.py"), layers=4, **sizes)
-    graph = order_for_blocks(trace(workload, dtype="float16").graph)
-    execution = ExecutionModel(dtype="float16", optimizer="adamw", fp32_grads=True, accumulate=True)
-    blocks = Blocks(graph, cut_blocks(graph), load_cluster("p3.16xlarge"), execution)
-    book = StageBook(blocks, 8, 4, 16 * 2**30, MODES, 8)
-    for mesh in (mesh for mesh in book.meshes(8) if mesh.inner):
-        for column in range(len(book.columns)):
-            assert np.isfinite(book.points(column, mesh, FREE).bound_s).all()
+    graph = hoist_light_ops(trace(workload, dtype="float16").graph)
+    execution = ExecutionModel(dtype="float16", optimizer="adamw", fp32_grads=True, accumulates_gradients=True)
+    blocks = BlockPricer(graph, split_into_blocks(graph), load_cluster("p3.16xlarge"), execution)
+    book = StageCosts(blocks, 8, 4, 16 * 2**30, MODES, 8)
+    for mesh in (mesh for mesh in book.meshes(8) if mesh.inner_sizes):
+        for column in range(len(book.variants)):
+            assert np.isfinite(book.frontier(column, mesh, FREE).bound_s).all()

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autopar.core.errors import ModelError
-from autopar.graph.ir import Graph, Op, Ref
-from autopar.graph.trace import Traced, trace
+from autopar.graph.ir import Graph, InputRef, Op
+from autopar.graph.trace import TracedGraph, trace
 from autopar.workload import Workload, load_workload
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -29,7 +29,7 @@ def op_of(name: str) -> Any:
     return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
 
 
-def run(traced: Traced, model: nn.Module, inputs: dict[str, Any], batch_size: int) -> Tensor:
+def run(traced: TracedGraph, model: nn.Module, inputs: dict[str, Any], batch_size: int) -> Tensor:
     """Interprets the graph on real tensors, checking every result's shape; literals and shapes scaled to the batch."""
     graph = traced.graph
     state = {
@@ -42,10 +42,10 @@ def run(traced: Traced, model: nn.Module, inputs: dict[str, Any], batch_size: in
             continue
         source = {"input": inputs, "constant": traced.constants}.get(value.kind, state)
         tensors[value.id] = source[value.name]
-        assert all(state[name] is tensors[value.id] for name in value.names)
+        assert all(state[name] is tensors[value.id] for name in value.qualified_names)
 
     def literal(argument: Any, op: Op) -> Any:
-        if isinstance(argument, Ref):
+        if isinstance(argument, InputRef):
             return tensors[op.inputs[argument.index]]
         if isinstance(argument, tuple):
             return [literal(element, op) for element in argument]
@@ -236,8 +236,8 @@ def test_ids_kinds_places_and_dtypes() -> None:
     placeholders = [node.name for node in traced.module.graph.nodes if node.op == "placeholder"]
     assert len(placeholders) == sum(value.kind != "activation" for value in graph.values)
     attention = next(op for op in graph.ops if "attention" in op.target)
-    assert attention.module == "layers.0.attn"
-    line = int(attention.source.removeprefix("gpt.py:"))
+    assert attention.module_path == "layers.0.attn"
+    line = int(attention.source_location.removeprefix("gpt.py:"))
     assert "scaled_dot_product_attention" in (EXAMPLES / "gpt.py").read_text().splitlines()[line - 1]
     unbind = next(op for op in graph.ops if op.target == "aten.unbind.int")
     assert len(unbind.outputs) == 3
@@ -247,12 +247,12 @@ def test_ids_kinds_places_and_dtypes() -> None:
 
 def test_tied_weights_are_one_value() -> None:
     graph = trace(TINY["gpt"][0](), dtype="bfloat16").graph
-    tied = [value for value in graph.values if len(value.names) > 1]
-    assert [value.names for value in tied] == [("tokens.weight", "head.weight")]
+    tied = [value for value in graph.values if len(value.qualified_names) > 1]
+    assert [value.qualified_names for value in tied] == [("tokens.weight", "head.weight")]
     readers = [op.target for op in graph.ops if tied[0].id in op.inputs]
     assert readers == ["aten.embedding.default", "aten.linear.default"]
     untied = trace(TINY["gpt untied"][0](), dtype="bfloat16").graph
-    assert not [value for value in untied.values if len(value.names) > 1]
+    assert not [value for value in untied.values if len(value.qualified_names) > 1]
 
 
 def test_one_tensor_under_two_names_is_two_inputs() -> None:
@@ -418,7 +418,7 @@ def test_models_that_want_another_divisibility_are_traced() -> None:
             return self.linear(x).sum()
 
     workload = Workload(build_model=Odd, example_inputs=lambda batch_size: {"x": torch.empty(batch_size, 4)})
-    assert trace(workload, dtype="float32").graph.batch.traced % 4
+    assert trace(workload, dtype="float32").graph.batch.traced_size % 4
 
 
 REAL: dict[str, tuple[str, dict[str, Any], Callable[[int], dict[str, Tensor]], float]] = {

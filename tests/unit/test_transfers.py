@@ -7,11 +7,11 @@ import pytest
 
 from autopar.cluster.cost_tables import load_cluster
 from autopar.cost.execution_model import ExecutionModel
-from autopar.graph.split_into_blocks import cut_blocks, order_for_blocks
+from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
 from autopar.graph.trace import trace
-from autopar.inter.block_pricer import Blocks
+from autopar.inter.block_pricer import BlockPricer
 from autopar.inter.stage_choice import StageChoice
-from autopar.inter.stage_costs import StageBook
+from autopar.inter.stage_costs import StageCosts
 from autopar.inter.stage_transfers import first_devices
 from autopar.planner.planner import submesh_sizes
 from autopar.workload import load_workload
@@ -22,20 +22,20 @@ SMALL = {"layers": 10, "hidden": 128, "heads": 8, "vocab": 512, "seq": 64}
 
 @pytest.fixture(scope="module")
 def blocks():
-    graph = order_for_blocks(trace(load_workload(EXAMPLES / "gpt.py", **SMALL), dtype="float16").graph)
-    return Blocks(
+    graph = hoist_light_ops(trace(load_workload(EXAMPLES / "gpt.py", **SMALL), dtype="float16").graph)
+    return BlockPricer(
         graph,
-        cut_blocks(graph),
+        split_into_blocks(graph),
         load_cluster("p3.16xlarge"),
-        ExecutionModel(dtype="float16", optimizer="adamw", fp32_grads=True, accumulate=True),
+        ExecutionModel(dtype="float16", optimizer="adamw", fp32_grads=True, accumulates_gradients=True),
     )
 
 
 @pytest.mark.parametrize("gpus", [6, 10, 12, 16, 20, 24])
 def test_no_transfer_is_below_its_bound(blocks, gpus):
-    book = StageBook(blocks, 24, 8, float("inf"), ("none",), gpus)
+    book = StageCosts(blocks, 24, 8, float("inf"), ("none",), gpus)
     sizes = tuple(size for size in submesh_sizes(gpus, 8) if book.meshes(size))
-    bounds_s = book.transfers.cut_bounds_s(sizes)
+    bounds_s = book.transfers.stage_boundary_bounds_s(sizes)
     rng = random.Random(gpus)
     tight = 0
     for _ in range(60):
@@ -48,10 +48,12 @@ def test_no_transfer_is_below_its_bound(blocks, gpus):
         stages = tuple(zip([0, *ends[:-1]], ends, devices, strict=True))
         meshes = [rng.choice(book.meshes(size)) for size in devices]
         choices = [
-            StageChoice(mesh=mesh, boundary=rng.randrange(len(book.points(0, mesh, 0).tables.boundaries)), points=())
+            StageChoice(
+                mesh=mesh, boundary=rng.randrange(len(book.frontier(0, mesh, 0).tables.boundary_roles)), mixes=()
+            )
             for mesh in meshes
         ]
-        forward, backward = book.transfers.seconds(stages, first_devices(devices, 8), choices)
+        forward, backward = book.transfers.transfer_times_s(stages, first_devices(devices, 8), choices)
         for at in range(len(stages) - 1):
             true_s = forward[at] + backward[at + 1]
             for size in devices[at : at + 2]:

@@ -12,7 +12,7 @@ from autopar.graph.bounds.movement import RULES
 from autopar.graph.bounds.pointwise import is_pointwise, operands_of, pointwise
 from autopar.graph.bounds.pyramid import Pyramid
 from autopar.graph.bounds.strided import View, view_of
-from autopar.graph.ir import Batch
+from autopar.graph.ir import TracedBatch
 
 _MAX_STEPS = 10_000  # nodes looked at for one set of boxes: more only where views of views multiply
 
@@ -21,7 +21,7 @@ class ConstantTensors:
     """The tensors of constant ``nodes`` (in execution order) at two samples: those of at most ``limit`` elements are
     computed, where they can be, all others have bounds only."""
 
-    def __init__(self, nodes: Sequence[fx.Node], batch: Batch, limit: int) -> None:
+    def __init__(self, nodes: Sequence[fx.Node], batch: TracedBatch, limit: int) -> None:
         self._batch = batch
         self._computed = {node: Pyramid(tensor) for node, tensor in small_tensors(nodes, batch, limit).items()}
         self._calls: dict[fx.Node, Call] = {}

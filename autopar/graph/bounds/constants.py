@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from autopar.graph.ir import Batch
+from autopar.graph.ir import TracedBatch
 
 SAMPLES = 2
 
@@ -46,7 +46,7 @@ class Call:
         return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
 
 
-def call_of(node: fx.Node, batch: Batch) -> Call:
+def call_of(node: fx.Node, batch: TracedBatch) -> Call:
     """Raises ValueError where a size is no whole number at two samples."""
     value = node.meta["val"]
     whole = isinstance(value, Tensor)
@@ -59,12 +59,12 @@ def call_of(node: fx.Node, batch: Batch) -> Call:
     )
 
 
-def shape_of(node: fx.Node, batch: Batch) -> tuple[int, ...]:
+def shape_of(node: fx.Node, batch: TracedBatch) -> tuple[int, ...]:
     """Sizes of the node's tensor at two samples."""
     return tuple(batch.scale(size, SAMPLES) for size in node.meta["val"].shape)
 
 
-def _at_two_samples(argument: Any, batch: Batch) -> Any:
+def _at_two_samples(argument: Any, batch: TracedBatch) -> Any:
     if isinstance(argument, (tuple, list)):
         return [_at_two_samples(element, batch) for element in argument]
     return batch.scale(argument, SAMPLES) if type(argument) is int else argument
@@ -103,7 +103,7 @@ def sources_of(node: fx.Node) -> list[fx.Node]:
     return [] if str(node.target) in SHAPE_ONLY else node.all_input_nodes
 
 
-def small_tensors(nodes: Sequence[fx.Node], batch: Batch, limit: int) -> dict[fx.Node, Tensor]:
+def small_tensors(nodes: Sequence[fx.Node], batch: TracedBatch, limit: int) -> dict[fx.Node, Tensor]:
     """Those of the constant ``nodes`` (in execution order) that are computed from tensors of at most ``limit`` elements
     alone: the last node, and what the others read.
 
@@ -131,7 +131,7 @@ def small_tensors(nodes: Sequence[fx.Node], batch: Batch, limit: int) -> dict[fx
     return {node: tensor for node, tensor in tensors.items() if isinstance(tensor, Tensor)}
 
 
-def elements_of(node: fx.Node, batch: Batch) -> int:
+def elements_of(node: fx.Node, batch: TracedBatch) -> int:
     """Elements of the node's tensor at two samples; of several tensors, those of the largest."""
     value = node.meta["val"]
     results = [value] if isinstance(value, Tensor) else value if isinstance(value, (tuple, list)) else []

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from autopar.graph.bounds.boxes import Bounds, Box, Span, Undecided, position
 from autopar.graph.bounds.constant_tensors import ConstantTensors
 from autopar.graph.bounds.constants import SAMPLES, elements_of
-from autopar.graph.ir import Batch
+from autopar.graph.ir import TracedBatch
 
 Form = Literal["all", "causal"]
 
@@ -50,7 +50,7 @@ class _Boxes:
         return self.side**2 if self.each else 1
 
 
-def mask_form(nodes: Sequence[fx.Node], batch: Batch) -> Form | None:
+def mask_form(nodes: Sequence[fx.Node], batch: TracedBatch) -> Form | None:
     """ "all" for a mask that hides nothing at two samples, "causal" for one that hides exactly what is above the
     diagonal, None for any other, and for one that cannot be decided. ``nodes`` are those that compute the mask, in
     execution order, the mask last (``constant_nodes``).

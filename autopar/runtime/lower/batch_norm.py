@@ -13,40 +13,40 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from autopar.runtime.lower.in_place import overwriting
-from autopar.runtime.lower.rank_mesh import Mesh
+from autopar.runtime.lower.in_place import annotate_in_place
+from autopar.runtime.lower.rank_mesh import RankMesh
 from autopar.runtime.lower.redistribute_tensor import all_reduce
 
 
-def normalise(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, count: int, mesh: Mesh, axes: Sequence[int]
+def sync_batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, count: int, mesh: RankMesh, axes: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, m, v) of (n, c, ...) local samples of ``count`` numbers a channel on all ranks of ``axes``."""
-    y, mean, var = _Normalise.apply(x, weight, bias, eps, count, mesh, tuple(axes))
+    y, mean, var = _SyncBatchNorm.apply(x, weight, bias, eps, count, mesh, tuple(axes))
     return y, mean, var
 
 
-def _differences(x: Tensor, mean: Tensor, shape: Sequence[int]) -> Tensor:
-    with overwriting():
+def _centered(x: Tensor, mean: Tensor, shape: Sequence[int]) -> Tensor:
+    with annotate_in_place():
         return x.to(mean.dtype) - mean.view(shape)
 
 
-class _Normalise(torch.autograd.Function):
+class _SyncBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps, count, mesh, axes):  # type: ignore[no-untyped-def]
         wide = torch.promote_types(x.dtype, torch.float32)
         dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
         mean = all_reduce(x.to(wide).sum(dims), mesh, axes) / count
-        difference = _differences(x, mean, shape)
-        with overwriting():
+        difference = _centered(x, mean, shape)
+        with annotate_in_place():
             square = difference * difference
         var = all_reduce(square.sum(dims), mesh, axes) / count
         root = torch.rsqrt(var + eps)
-        y = _differences(x, mean, shape)
-        with overwriting():
+        y = _centered(x, mean, shape)
+        with annotate_in_place():
             y = y * (root if weight is None else root * weight.to(wide)).view(shape)
         if bias is not None:
-            with overwriting():
+            with annotate_in_place():
                 y = y + bias.to(wide).view(shape)
         ctx.save_for_backward(x, weight, mean, root)
         ctx.count, ctx.mesh, ctx.axes, ctx.bias = count, mesh, axes, bias is not None
@@ -58,20 +58,20 @@ class _Normalise(torch.autograd.Function):
         x, weight, mean, root = ctx.saved_tensors
         dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
         wide = gradient.to(mean.dtype)
-        difference = _differences(x, mean, shape)
-        with overwriting():
+        difference = _centered(x, mean, shape)
+        with annotate_in_place():
             product = difference * wide
         along, total = product.sum(dims), wide.sum(dims)
         weight_gradient = None if weight is None else (along * root).to(weight.dtype)
         bias_gradient = total.to(weight.dtype if weight is not None else x.dtype) if ctx.bias else None
         along_all, total_all = (all_reduce(each, ctx.mesh, ctx.axes) / ctx.count for each in (along, total))
-        back = _differences(x, mean, shape)
-        with overwriting():
+        back = _centered(x, mean, shape)
+        with annotate_in_place():
             back = back * (along_all * root * root).view(shape)
-        with overwriting():
+        with annotate_in_place():
             left = wide - total_all.view(shape)
-        with overwriting():
+        with annotate_in_place():
             left = left - back
-        with overwriting():
+        with annotate_in_place():
             left = left * (root if weight is None else root * weight.to(root.dtype)).view(shape)
         return left.to(x.dtype), weight_gradient, bias_gradient, None, None, None, None

@@ -14,35 +14,41 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from autopar.runtime.lower.in_place import overwriting
-from autopar.runtime.lower.rank_mesh import Mesh
+from autopar.runtime.lower.in_place import annotate_in_place
+from autopar.runtime.lower.rank_mesh import RankMesh
 from autopar.runtime.lower.redistribute_tensor import all_reduce
 
 
 def token_losses(
-    logits: Tensor, rows: Tensor, mine: Tensor, smoothing: float, num_classes: int, mesh: Mesh, axes: Sequence[int]
+    logits: Tensor,
+    local_targets: Tensor,
+    is_local: Tensor,
+    smoothing: float,
+    num_classes: int,
+    mesh: RankMesh,
+    vocab_axes: Sequence[int],
 ) -> Tensor:
     """(n,) losses of (n, v) logits, v of the ``num_classes`` on this rank: ``rows`` are the targets' places among
     those, ``mine`` says which targets lie there; ``axes`` cut the vocabulary."""
-    return _TokenLosses.apply(logits, rows, mine, smoothing, num_classes, mesh, tuple(axes))
+    return _TokenLosses.apply(logits, local_targets, is_local, smoothing, num_classes, mesh, tuple(vocab_axes))
 
 
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, rows, mine, smoothing, num_classes, mesh, axes):  # type: ignore[no-untyped-def]
+    def forward(ctx, logits, local_targets, is_local, smoothing, num_classes, mesh, vocab_axes):  # type: ignore[no-untyped-def]
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         highest = wide.amax(-1)
-        highest = all_reduce(highest, mesh, axes, "max").unsqueeze(-1)
-        with overwriting():
+        highest = all_reduce(highest, mesh, vocab_axes, "max").unsqueeze(-1)
+        with annotate_in_place():
             shifted = wide - highest
-        own = torch.where(mine, shifted.gather(-1, rows.unsqueeze(-1)).squeeze(-1), 0.0)
+        own = torch.where(is_local, shifted.gather(-1, local_targets.unsqueeze(-1)).squeeze(-1), 0.0)
         terms = [own, shifted.sum(-1)] if smoothing else [own]
-        with overwriting():
+        with annotate_in_place():
             exponentials = shifted.exp()
-        sums = all_reduce(torch.stack([exponentials.sum(-1), *terms]), mesh, axes)
-        with overwriting():
+        sums = all_reduce(torch.stack([exponentials.sum(-1), *terms]), mesh, vocab_axes)
+        with annotate_in_place():
             probabilities = exponentials / sums[0].unsqueeze(-1)
-        ctx.save_for_backward(probabilities, rows, mine)
+        ctx.save_for_backward(probabilities, local_targets, is_local)
         ctx.smoothing, ctx.num_classes, ctx.dtype = smoothing, num_classes, logits.dtype
         log_total = sums[0].log()
         losses = log_total - sums[1]
@@ -55,11 +61,11 @@ class _TokenLosses(torch.autograd.Function):
         probabilities, rows, mine = ctx.saved_tensors
         gradient = gradient.to(probabilities.dtype)
         target = torch.where(mine, gradient * (ctx.smoothing - 1), 0.0).unsqueeze(-1)
-        with overwriting():
+        with annotate_in_place():
             back = probabilities * gradient.unsqueeze(-1)
-        with overwriting():
+        with annotate_in_place():
             back = back.scatter_add(-1, rows.unsqueeze(-1), target)
         if ctx.smoothing:
-            with overwriting():
+            with annotate_in_place():
                 back = back - gradient.unsqueeze(-1) * (ctx.smoothing / ctx.num_classes)
         return back.to(ctx.dtype), None, None, None, None, None, None

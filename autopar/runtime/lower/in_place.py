@@ -14,7 +14,7 @@ from torch import fx
 from torch.fx import traceback
 
 _ATEN = torch.ops.aten
-IN_PLACE: Mapping[Any, Any] = {
+IN_PLACE_FORM: Mapping[Any, Any] = {
     _ATEN.add.Tensor: _ATEN.add_.Tensor,
     _ATEN.sub.Tensor: _ATEN.sub_.Tensor,
     _ATEN.mul.Tensor: _ATEN.mul_.Tensor,
@@ -24,14 +24,14 @@ IN_PLACE: Mapping[Any, Any] = {
 }
 
 
-def overwriting() -> AbstractContextManager[Any]:
+def annotate_in_place() -> AbstractContextManager[Any]:
     """Nodes traced inside may write their result where their first input lies, if nobody reads that later."""
     if not traceback.has_preserved_node_meta():
         return nullcontext()
     return traceback.annotate({"overwrites": True})
 
 
-def overwrites(order: Sequence[fx.Node], inputs: Sequence[fx.Node], results: Sequence[Any]) -> set[fx.Node]:
+def in_place_nodes(order: Sequence[fx.Node], inputs: Sequence[fx.Node], results: Sequence[Any]) -> set[fx.Node]:
     """Which nodes of a pass run in place; ``order`` is that in which they run, ``inputs`` are there before."""
     place = {node: at for at, node in enumerate(order)}
     staying = {node for node in results if isinstance(node, fx.Node)}
@@ -40,17 +40,19 @@ def overwrites(order: Sequence[fx.Node], inputs: Sequence[fx.Node], results: Seq
         node
         for node in order
         if node.meta.get("custom", {}).get("overwrites")
-        and node.target in IN_PLACE
-        and _is_dead(node, place, given, staying)
+        and node.target in IN_PLACE_FORM
+        and _may_overwrite_input(node, place, given, staying)
     }
 
 
-def _is_dead(node: fx.Node, place: Mapping[fx.Node, int], given: set[fx.Node], staying: set[fx.Node]) -> bool:
+def _may_overwrite_input(
+    node: fx.Node, position: Mapping[fx.Node, int], pass_inputs: set[fx.Node], pass_results: set[fx.Node]
+) -> bool:
     """Whether the memory of a node's first input may be overwritten when it runs."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
     base = source
-    while shares(base):
+    while shares_input_memory(base):
         base = base.all_input_nodes[0]
     if base.op != "call_function":  # an argument of the stage, or a gradient that another stage gave
         return False
@@ -62,13 +64,13 @@ def _is_dead(node: fx.Node, place: Mapping[fx.Node, int], given: set[fx.Node], s
     while stack:
         one = stack.pop()
         alike.add(one)
-        stack.extend(user for user in one.users if shares(user) and user not in alike)
-    if alike & staying or len(alike & given) > (base in given):
+        stack.extend(user for user in one.users if shares_input_memory(user) and user not in alike)
+    if alike & pass_results or len(alike & pass_inputs) > (base in pass_inputs):
         return False
-    return all(place.get(user, -1) <= place[node] for one in alike for user in one.users)
+    return all(position.get(user, -1) <= position[node] for one in alike for user in one.users)
 
 
-def shares(node: fx.Node) -> bool:
+def shares_input_memory(node: fx.Node) -> bool:
     """Whether a node's result lies in the memory of its input."""
     if node.op == "call_function" and node.target is _ATEN._unsafe_view.default:
         return True

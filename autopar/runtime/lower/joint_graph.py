@@ -22,12 +22,21 @@ from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import _BoxedCodeGen  # private; tried on torch 2.13.0
 
-from autopar.runtime.lower.schedule_nodes import GATHER, SENDS, Pass, Take, arranged, is_start, is_view, marked
+from autopar.runtime.lower.schedule_nodes import (
+    SEND_PREPARATION,
+    ZERO3_GATHER,
+    GraphPass,
+    TakeGradient,
+    block_and_recompute,
+    is_view,
+    schedule_pass,
+    starts_collective,
+)
 from autopar.runtime.lower.stage_function import StageFunction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Lowered:
+class LoweredStage:
     """``run_forward(arguments)`` returns ``num_outputs`` outputs, then the tensors saved for ``run_backward``, which
     takes the arguments ``kept_arguments``, those, and the tangents. It hands the gradients of parameters over as it
     makes them and returns the others. Both empty the list they are given, so that a tensor lives until its last reader
@@ -36,59 +45,61 @@ class Lowered:
     forward: fx.GraphModule
     backward: fx.GraphModule
     num_outputs: int
-    kept_arguments: tuple[int, ...]
-    hands_over: bool
+    saved_arguments: tuple[int, ...]
+    hands_over_gradients: bool
 
     def run_forward(self, arguments: list[Tensor]) -> list[Tensor]:
         return list(self.forward.forward(arguments))
 
-    def run_backward(self, arguments: list[Any], take: Take) -> list[Tensor]:
-        if self.hands_over:
-            arguments.append(take)
+    def run_backward(self, arguments: list[Any], take_gradient: TakeGradient) -> list[Tensor]:
+        if self.hands_over_gradients:
+            arguments.append(take_gradient)
         return list(self.backward.forward(arguments))
 
 
-def lower(stage: StageFunction, shapes: Sequence[tuple[tuple[int, ...], torch.dtype]], device: torch.device) -> Lowered:
+def lower_stage(
+    stage: StageFunction, shapes: Sequence[tuple[tuple[int, ...], torch.dtype]], device: torch.device
+) -> LoweredStage:
     """Trace ``stage`` for arguments of these local shapes and dtypes; runs nothing and communicates nothing."""
     num_arguments = len(shapes)
 
     def joint(*inputs: Tensor) -> list[Tensor]:
-        leaves = stage.leaves(inputs[:num_arguments])
+        leaves = stage.make_leaves(inputs[:num_arguments])
         outputs = stage.forward(leaves)
         gradients = stage.backward(leaves, outputs, inputs[num_arguments:])
-        return [*flat(outputs), *gradients]
+        return [*flatten_outputs(outputs), *gradients]
 
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         arguments = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
-        outputs = stage.forward(stage.leaves(arguments))
-        tangents = [torch.empty_like(outputs.sent[at]) for at in stage.sent_with_gradient]
+        outputs = stage.forward(stage.make_leaves(arguments))
+        tangents = [torch.empty_like(outputs.sent[at]) for at in stage.sent_requiring_grad]
         tangents += [torch.empty_like(outputs.loss)] if outputs.loss is not None else []
-        num_outputs = len(flat(outputs))
+        num_outputs = len(flatten_outputs(outputs))
         with traceback.preserve_node_meta():
             graph = make_fx(joint)(*arguments, *tangents)
-            if any(_writes(node) for node in graph.graph.nodes):  # a write has no place among what others need
+            if any(_is_mutating(node) for node in graph.graph.nodes):  # a write has no place among what others need
                 written = functionalize(fx.Interpreter(graph).run, remove="mutations")
                 graph = make_fx(written)(*arguments, *tangents)
     del mode
-    assert not any(_writes(node) for node in graph.graph.nodes), "a node of the lowered graph writes in place"
-    _simplify(graph.graph)
-    for at, node in enumerate(node for node in graph.graph.nodes if is_start(node)):
+    assert not any(_is_mutating(node) for node in graph.graph.nodes), "a node of the lowered graph writes in place"
+    _remove_redundant_views(graph.graph)
+    for at, node in enumerate(node for node in graph.graph.nodes if starts_collective(node)):
         node.meta["collective"] = at  # the same one on all ranks
     graph.graph.eliminate_dead_code()
-    return partition(graph, num_arguments, num_outputs, stage.num_parameters)
+    return partition_joint_graph(graph, num_arguments, num_outputs, stage.num_parameters)
 
 
-def _writes(node: fx.Node) -> bool:
+def _is_mutating(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return node.op == "call_function" and schema is not None and schema.is_mutable
 
 
-def flat(outputs: Any) -> list[Tensor]:
+def flatten_outputs(outputs: Any) -> list[Tensor]:
     """Sent activations, the loss, buffers."""
     return [*outputs.sent, *([outputs.loss] if outputs.loss is not None else []), *outputs.buffers]
 
 
-def _simplify(graph: fx.Graph) -> None:
+def _remove_redundant_views(graph: fx.Graph) -> None:
     """Without views that change nothing where no autograd runs: ``detach``, and a transpose of a transpose."""
     aten = torch.ops.aten
     for node in list(graph.nodes):
@@ -103,7 +114,9 @@ def _simplify(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def partition(module: fx.GraphModule, num_arguments: int, num_outputs: int, num_parameters: int) -> Lowered:
+def partition_joint_graph(
+    module: fx.GraphModule, num_arguments: int, num_outputs: int, num_parameters: int
+) -> LoweredStage:
     """Cut a joint graph whose first ``num_outputs`` results are the forward's and the others gradients, of which the
     first ``num_parameters`` are handed over."""
     graph = module.graph
@@ -128,28 +141,32 @@ def partition(module: fx.GraphModule, num_arguments: int, num_outputs: int, num_
     order = {node: at for at, node in enumerate(graph.nodes)}
     kept = sorted((node for node in saved if node in arguments), key=order.__getitem__)
     held = sorted((node for node in saved if node.op != "placeholder"), key=order.__getitem__)
-    ahead = Pass(
-        inputs=list(arguments), results=[*results[:num_outputs], *held], gradients={}, again=(), backwards=False
+    ahead = GraphPass(
+        inputs=list(arguments),
+        results=[*results[:num_outputs], *held],
+        gradients={},
+        recomputable=(),
+        is_backward=False,
     )
     gradients = results[num_outputs:]
-    back = Pass(
+    back = GraphPass(
         inputs=[*kept, *held, *placeholders[num_arguments:]],
         results=gradients[num_parameters:],
         gradients=dict(enumerate(gradients[:num_parameters])),
-        again=forward,
-        backwards=True,
+        recomputable=forward,
+        is_backward=True,
     )
-    return Lowered(
-        forward=_boxed(module, ahead),
-        backward=_boxed(module, back),
+    return LoweredStage(
+        forward=_boxed_module(module, ahead),
+        backward=_boxed_module(module, back),
         num_outputs=num_outputs,
-        kept_arguments=tuple(arguments[node] for node in kept),
-        hands_over=num_parameters > 0,
+        saved_arguments=tuple(arguments[node] for node in kept),
+        hands_over_gradients=num_parameters > 0,
     )
 
 
-def _boxed(module: fx.GraphModule, one: Pass) -> fx.GraphModule:
-    graph = arranged(module.graph, one)
+def _boxed_module(module: fx.GraphModule, graph_pass: GraphPass) -> fx.GraphModule:
+    graph = schedule_pass(module.graph, graph_pass)
     graph.set_codegen(_BoxedCodeGen())
     return fx.GraphModule(module, graph)
 
@@ -173,25 +190,25 @@ def _is_recomputed(node: fx.Node, forward: set[fx.Node]) -> bool:
         return _is_recomputed(node.args[0], forward)
     if is_view(node):
         return True
-    block, recompute = marked(node)
+    block, recompute = block_and_recompute(node)
     if not recompute:
         return False
-    return block == GATHER or not _leaves(node, block, forward)
+    return block == ZERO3_GATHER or not _leaves_block(node, block, forward)
 
 
-def _leaves(node: fx.Node, block: int, forward: set[fx.Node]) -> bool:
+def _leaves_block(node: fx.Node, block: int, forward: set[fx.Node]) -> bool:
     """Whether another block of the stage reads a node, or a view of all of it (views hold no memory of their own);
     what brings it to another stage keeps nothing."""
     for user in node.users:
-        reader = marked(user)[0]
-        if user not in forward or reader == SENDS:
+        reader = block_and_recompute(user)[0]
+        if user not in forward or reader == SEND_PREPARATION:
             continue
-        if reader != block or (_views_all(user, node) and _leaves(user, block, forward)):
+        if reader != block or (_is_full_view(user, node) and _leaves_block(user, block, forward)):
             return True
     return False
 
 
-def _views_all(user: fx.Node, node: fx.Node) -> bool:
+def _is_full_view(user: fx.Node, node: fx.Node) -> bool:
     """Whether a user is a view that shows every element; a slice counts as a copy whether or not it is one."""
     sizes = [found.numel() for each in (user, node) if isinstance(found := each.meta.get("val"), Tensor)]
     return is_view(user) and len(set(sizes)) == 1

@@ -14,108 +14,110 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autopar.core.local_shape import nested_shards
-from autopar.graph.op_arguments import resolve
-from autopar.runtime.lower.batch_norm import normalise
+from autopar.graph.op_arguments import resolve_overload
+from autopar.runtime.lower.batch_norm import sync_batch_norm
 from autopar.runtime.lower.cross_entropy import token_losses
-from autopar.runtime.lower.local_op import Around, LocalOp, Written
-from autopar.runtime.lower.randomness import drop, normal, uniform
+from autopar.runtime.lower.local_op import KernelContext, LocalOp, ResultAndBuffers
+from autopar.runtime.lower.randomness import apply_dropout, normal, uniform
 
-NONE, MEAN, SUM = 0, 1, 2  # torch's reductions
+REDUCE_NONE, REDUCE_MEAN, REDUCE_SUM = 0, 1, 2  # torch's reductions
 
 
-def run_op(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Any:
+def run_op(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) -> Any:
     """The op's local result: a tensor, a tuple of tensors, or ``Written``."""
-    kernel = KERNELS.get(local.name)
+    kernel = LOCAL_KERNELS.get(local.packet)
     if kernel is not None:
-        return kernel(local, tensors, around)
-    if resolve(local.op.target)._schema.is_mutable:
-        return _write(local, tensors)
+        return kernel(local, tensors, context)
+    if resolve_overload(local.op.target)._schema.is_mutable:
+        return _run_in_place_op(local, tensors)
     return local.call(tensors)
 
 
-def _write(local: LocalOp, tensors: Sequence[Tensor]) -> Written:
+def _run_in_place_op(local: LocalOp, tensors: Sequence[Tensor]) -> ResultAndBuffers:
     """An in-place op on a buffer, by its functional twin; a copy takes the source's value in the buffer's dtype."""
-    if local.name == "copy_":
+    if local.packet == "copy_":
         result = tensors[1].to(tensors[0].dtype).expand_as(tensors[0])
     else:
         namespace, name, overload = local.op.target.split(".")
         twin = replace(local.op, target=f"{namespace}.{name.removesuffix('_')}.{overload}")
         result = replace(local, op=twin).call(tensors).to(tensors[0].dtype)
-    return Written(result=result, buffers={0: result})
+    return ResultAndBuffers(result=result, new_buffers={0: result})
 
 
-def _reshape(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
-    return tensors[0].reshape(local.local_output())
+def _reshape(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) -> Tensor:
+    return tensors[0].reshape(local.local_output_shape())
 
 
-def _expand(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
-    return tensors[0].expand(local.local_output())
+def _expand(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) -> Tensor:
+    return tensors[0].expand(local.local_output_shape())
 
 
-def _copy(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
+def _copy(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) -> Tensor:
     """The second tensor in the place of the first; torch's own form has no derivative."""
-    return tensors[1].to(tensors[0].dtype).expand(local.local_output())
+    return tensors[1].to(tensors[0].dtype).expand(local.local_output_shape())
 
 
-def _split(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> tuple[Tensor, ...]:
+def _split(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) -> tuple[Tensor, ...]:
     dim = local.op.argument(2, "dim", 0)
-    sizes = [local.local_output(at)[dim] for at in range(len(local.output_shapes))]
+    sizes = [local.local_output_shape(at)[dim] for at in range(len(local.output_shapes))]
     return tensors[0].split(sizes, dim)
 
 
-def _linear(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
+def _linear(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) -> Tensor:
     if len(tensors) > 2:
-        return F.linear(tensors[0], tensors[1], local.only_first(tensors[2], local.usage.summed_axes()))
+        return F.linear(tensors[0], tensors[1], local.zero_except_first(tensors[2], local.sharding.partial_axes()))
     return F.linear(tensors[0], tensors[1])
 
 
-def _bias_once(at: int) -> "Kernel":
+def _add_bias_once(bias_position: int) -> "LocalKernel":
     """The bias, input ``at``, is added on the first rank of those that share the sum."""
 
-    def run(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Any:
-        axes = local.usage.summed_axes()
-        return local.call([local.only_first(t, axes) if i == at else t for i, t in enumerate(tensors)])
+    def run(local: LocalOp, tensors: Sequence[Tensor], around: KernelContext) -> Any:
+        axes = local.sharding.partial_axes()
+        return local.call(
+            [local.zero_except_first(t, axes) if i == bias_position else t for i, t in enumerate(tensors)]
+        )
 
     return run
 
 
-def _convolution(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Any:
+def _convolution(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) -> Any:
     groups = local.op.argument(6, "groups", 1)
     if len(tensors) > 2:
-        tensors = (*tensors[:2], local.only_first(tensors[2], local.usage.summed_axes()))
+        tensors = (*tensors[:2], local.zero_except_first(tensors[2], local.sharding.partial_axes()))
     if groups > 1:  # depthwise: as many groups as this rank holds channels
-        return local.call(tensors, groups=groups * local.local_output()[1] // local.output_shapes[0][1])
+        return local.call(tensors, groups=groups * local.local_output_shape()[1] // local.output_shapes[0][1])
     return local.call(tensors)
 
 
-def _mean(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
+def _mean(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) -> Tensor:
     """A mean over a cut dim is this rank's term of the sum: its mean weighed by its share of the elements."""
     result = local.call(tensors)
-    if not local.usage.summed_axes():
+    if not local.sharding.partial_axes():
         return result
     reduced = tensors[0].numel() / max(result.numel(), 1)
     count = prod(local.input_shapes[0]) / prod(local.output_shapes[0])
     return result * (reduced / count)
 
 
-def _loss(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
+def _elementwise_loss(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) -> Tensor:
     result = local.call(tensors)
-    reduction = local.op.argument(_REDUCTION_AT.get(local.name, 2), "reduction", MEAN)
-    if reduction != MEAN or not local.usage.summed_axes():
+    reduction = local.op.argument(_REDUCTION_POSITION.get(local.packet, 2), "reduction", REDUCE_MEAN)
+    if reduction != REDUCE_MEAN or not local.sharding.partial_axes():
         return result
     return result * (tensors[0].numel() / prod(local.input_shapes[0]))
 
 
-_REDUCTION_AT = {"binary_cross_entropy": 3, "binary_cross_entropy_with_logits": 4}
+_REDUCTION_POSITION = {"binary_cross_entropy": 3, "binary_cross_entropy_with_logits": 4}
 
 
-def _embedding(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
+def _embedding(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) -> Tensor:
     """A shard of the vocabulary looks up what it has, zeros otherwise."""
     weight, ids = tensors
     padding = local.op.argument(2, "padding_idx", -1)
-    if not nested_shards(local.usage.inputs[0], 0):
+    if not nested_shards(local.sharding.inputs[0], 0):
         return local.call(tensors)
-    rows, mine = local.local_index(ids, 0, 0)
+    rows, mine = local.to_local_index(ids, 0, 0)
     if padding >= 0:  # the row of the padding gets no gradient
         counted = mine & (ids != padding)
         looked_up = F.embedding(rows, weight)
@@ -125,7 +127,7 @@ def _embedding(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Ten
     return torch.where(mine.unsqueeze(-1), looked_up, 0.0)
 
 
-def _grouped_mm(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
+def _grouped_mm(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) -> Tensor:
     """torch's kernel has no fp64: there every expert takes all rows, and a row keeps its own expert's result."""
     rows, weights, *ends = tensors
     if rows.dtype != torch.float64 or len(ends) != 1 or rows.dim() != 2 or weights.dim() != 3:
@@ -135,20 +137,22 @@ def _grouped_mm(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Te
     return (torch.matmul(rows, weights) * chosen.unsqueeze(-1).to(rows.dtype)).sum(0)
 
 
-def _attention(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
+def _attention(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) -> Tensor:
     """With the queries cut, a causal mask starts at the position of this rank's first query."""
     dropout = local.op.argument(4, "dropout_p", 0.0)
     if dropout > 0.0:
-        return _attention_with_dropout(local, tensors, around, dropout)
+        return _attention_with_dropout(local, tensors, context, dropout)
     positions = len(local.input_shapes[0]) - 2
-    if not (nested_shards(local.usage.inputs[0], positions) and local.op.argument(5, "is_causal", False)):
+    if not (nested_shards(local.sharding.inputs[0], positions) and local.op.argument(5, "is_causal", False)):
         return local.call(tensors)
-    rows = local.global_index(0, positions)
+    rows = local.global_indices(0, positions)
     keys = torch.arange(local.input_shapes[1][positions], device=local.device)
     return local.call(tensors, attn_mask=rows.unsqueeze(1) >= keys.unsqueeze(0), is_causal=False)
 
 
-def _attention_with_dropout(local: LocalOp, tensors: Sequence[Tensor], around: Around, probability: float) -> Tensor:
+def _attention_with_dropout(
+    local: LocalOp, tensors: Sequence[Tensor], context: KernelContext, probability: float
+) -> Tensor:
     """Attention written out, as its weights are dropped by their global position (sample, head, query, key)."""
     query, key, value = tensors[:3]
     heads, positions = query.dim() - 3, query.dim() - 2
@@ -157,143 +161,143 @@ def _attention_with_dropout(local: LocalOp, tensors: Sequence[Tensor], around: A
         key, value = (tensor.repeat_interleave(repeats, heads) for tensor in (key, value))
     scale = local.op.argument(6, "scale", None) or query.shape[-1] ** -0.5
     scores = (query @ key.transpose(-1, -2)) * scale
-    rows = local.global_index(0, positions)
+    rows = local.global_indices(0, positions)
     columns = torch.arange(key.shape[positions], device=local.device)
     if local.op.argument(5, "is_causal", False):
         scores = scores.masked_fill(rows.unsqueeze(1) < columns.unsqueeze(0), -torch.inf)
     for mask in tensors[3:]:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    indices = [*(local.global_index(0, dim) for dim in range(positions)), rows, columns]
+    indices = [*(local.global_indices(0, dim) for dim in range(positions)), rows, columns]
     sizes = (*local.input_shapes[0][:-1], local.input_shapes[1][positions])
-    weights = drop(scores.softmax(-1), indices, sizes, probability, around.key, local.op.id)
+    weights = apply_dropout(scores.softmax(-1), indices, sizes, probability, context.random_key, local.op.id)
     return weights @ value
 
 
-def _dropout(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
+def _dropout(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) -> Tensor:
     probability, training = local.op.args[1], local.op.args[2]
     if not training or probability == 0.0:
         return tensors[0]
     shape = local.input_shapes[0]
-    indices = [local.global_index(0, dim) for dim in range(len(shape))]
-    return drop(tensors[0], indices, shape, probability, around.key, local.op.id)
+    indices = [local.global_indices(0, dim) for dim in range(len(shape))]
+    return apply_dropout(tensors[0], indices, shape, probability, context.random_key, local.op.id)
 
 
-def _feature_dropout(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
+def _feature_dropout(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) -> Tensor:
     """Whole channels (n, c) are dropped."""
     probability, training = local.op.args[1], local.op.args[2]
     if not training or probability == 0.0:
         return tensors[0]
     shape = local.input_shapes[0][:2]
-    indices = [local.global_index(0, dim) for dim in range(len(shape))]
-    return drop(tensors[0], indices, shape, probability, around.key, local.op.id)
+    indices = [local.global_indices(0, dim) for dim in range(len(shape))]
+    return apply_dropout(tensors[0], indices, shape, probability, context.random_key, local.op.id)
 
 
-def _random(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
+def _random_tensor(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) -> Tensor:
     """rand, randn and their like forms, and bernoulli of a tensor of probabilities."""
     shape = local.output_shapes[0]
     if tensors:
-        indices = [local.global_index(0, dim) for dim in range(len(shape))]
+        indices = [local.global_indices(0, dim) for dim in range(len(shape))]
     else:
         indices = [torch.arange(size, device=local.device) for size in shape]
-    if local.name.startswith("randn"):
-        drawn = normal(indices, shape, around.key, local.op.id)
+    if local.packet.startswith("randn"):
+        drawn = normal(indices, shape, context.random_key, local.op.id)
     else:
-        drawn = uniform(indices, shape, around.key, local.op.id)
-    if local.name == "bernoulli":
+        drawn = uniform(indices, shape, context.random_key, local.op.id)
+    if local.packet == "bernoulli":
         return (drawn < tensors[0].detach()).to(tensors[0].dtype)
     named = dict(local.op.kwargs).get("dtype")
     return drawn.to(getattr(torch, named) if named else tensors[0].dtype if tensors else torch.get_default_dtype())
 
 
-def _cross_entropy(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
+def _cross_entropy(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) -> Tensor:
     """Tokens may be cut (this rank's term of the mean over all that are not ignored, or over their classes' weights), and
     so may the vocabulary (see ``cross_entropy``)."""
     logits, target, *weights = tensors
-    reduction = local.op.argument(3, "reduction", MEAN)
+    reduction = local.op.argument(3, "reduction", REDUCE_MEAN)
     ignored = local.op.argument(4, "ignore_index", -100)
-    vocabulary = local.usage.axes_of(local.usage.rule.inputs[0][1]) if logits.dim() == 2 else ()
-    tokens = local.usage.summed_axes()
+    vocabulary = local.sharding.axes_sharding(local.sharding.rule.input_labels[0][1]) if logits.dim() == 2 else ()
+    tokens = local.sharding.partial_axes()
     smoothing = local.op.argument(5, "label_smoothing", 0.0)
     if logits.dim() == 2 and not (weights and smoothing) and not target.is_floating_point():
-        rows, mine = local.local_index(target.clamp(min=0), 0, 1)
+        rows, mine = local.to_local_index(target.clamp(min=0), 0, 1)
         losses = token_losses(logits, rows, mine, smoothing, local.input_shapes[0][1], local.mesh, vocabulary)
         losses = torch.where(target == ignored, 0.0, losses)
         for weight in weights:
             losses = losses * weight[target.clamp(min=0)]
-        if reduction == NONE:
+        if reduction == REDUCE_NONE:
             return losses
         total = losses.sum()
     elif not vocabulary and not tokens:
         return local.call(tensors)
     else:
-        total = local.call(tensors, reduction=SUM)
-    if reduction == SUM:
+        total = local.call(tensors, reduction=REDUCE_SUM)
+    if reduction == REDUCE_SUM:
         return total
-    targets = around.whole(1) if tokens else target
+    targets = context.full_input(1) if tokens else target
     counted: Tensor = targets != ignored
     for weight in weights:
         counted = torch.where(counted, weight[targets.clamp(min=0)], 0.0)
     return total / counted.sum().to(total.dtype)
 
 
-def _nll_loss(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Tensor:
+def _nll_loss(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) -> Tensor:
     """This rank's term: of its tokens, and of targets that lie in its part of the classes."""
     logs, target = tensors[:2]
-    reduction = local.op.argument(3, "reduction", MEAN)
+    reduction = local.op.argument(3, "reduction", REDUCE_MEAN)
     ignored = local.op.argument(4, "ignore_index", -100)
-    if reduction == NONE or not local.usage.summed_axes():
+    if reduction == REDUCE_NONE or not local.sharding.partial_axes():
         return local.call(tensors)
-    if nested_shards(local.usage.inputs[0], 1):
-        rows, mine = local.local_index(target.clamp(min=0), 0, 1)
+    if nested_shards(local.sharding.inputs[0], 1):
+        rows, mine = local.to_local_index(target.clamp(min=0), 0, 1)
         own = logs.gather(1, rows.unsqueeze(1)).squeeze(1)
         total = -torch.where(mine & (target != ignored), own, 0.0).sum()
     else:
-        total = local.call(tensors, reduction=SUM)
-    if reduction == SUM:
+        total = local.call(tensors, reduction=REDUCE_SUM)
+    if reduction == REDUCE_SUM:
         return total
-    return total / (around.whole(1) != ignored).sum().to(total.dtype)
+    return total / (context.full_input(1) != ignored).sum().to(total.dtype)
 
 
-def _batch_norm(local: LocalOp, tensors: Sequence[Tensor], around: Around) -> Any:
+def _batch_norm(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) -> Any:
     """Statistics are over the whole micro-batch: with samples cut, sums are exchanged. Variance by two passes."""
     op = local.op
     training, momentum, eps = op.args[5], op.args[6], op.args[7]
-    places = {name: op.args[at].index for at, name in _NORM_ARGUMENTS if op.args[at] is not None}
+    places = {name: op.args[at].index for at, name in _BATCH_NORM_TENSORS if op.args[at] is not None}
     if not training:
         return local.call(tensors)
-    axes = local.usage.axes_of(local.usage.rule.inputs[0][0])
+    axes = local.sharding.axes_sharding(local.sharding.rule.input_labels[0][0])
     running = {name: tensors[places[name]] for name in ("mean", "var") if name in places}
     if not axes:
         written = {places[name] for name in running}
         copies = [tensor.clone() if at in written else tensor for at, tensor in enumerate(tensors)]
         result = local.call(copies)
-        return Written(result=result, buffers={places[name]: copies[places[name]] for name in running})
+        return ResultAndBuffers(result=result, new_buffers={places[name]: copies[places[name]] for name in running})
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
     count = prod(size for dim, size in enumerate(local.input_shapes[0]) if dim != 1)
     weight, bias = (tensors[places[name]] if name in places else None for name in ("weight", "bias"))
-    result, mean, var = normalise(tensors[0], weight, bias, eps, count, local.mesh, axes)
+    result, mean, var = sync_batch_norm(tensors[0], weight, bias, eps, count, local.mesh, axes)
     latest = {"mean": mean, "var": var * (count / max(count - 1, 1))}
-    return Written(
+    return ResultAndBuffers(
         result=result,
-        buffers={
+        new_buffers={
             places[name]: torch.lerp(old.to(wide), latest[name], momentum).to(old.dtype)
             for name, old in running.items()
         },
     )
 
 
-_NORM_ARGUMENTS = ((1, "weight"), (2, "bias"), (3, "mean"), (4, "var"))
+_BATCH_NORM_TENSORS = ((1, "weight"), (2, "bias"), (3, "mean"), (4, "var"))
 
-Kernel = Callable[[LocalOp, Sequence[Tensor], Around], Any]
-KERNELS: dict[str, Kernel] = {
+LocalKernel = Callable[[LocalOp, Sequence[Tensor], KernelContext], Any]
+LOCAL_KERNELS: dict[str, LocalKernel] = {
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"), _reshape),
     **dict.fromkeys(("expand", "broadcast_to", "expand_as"), _expand),
     "copy": _copy,
     **dict.fromkeys(("split", "chunk", "split_with_sizes"), _split),
     "linear": _linear,
-    **dict.fromkeys(("addmm", "baddbmm"), _bias_once(0)),
-    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _bias_once(2)),
-    "bilinear": _bias_once(3),
+    **dict.fromkeys(("addmm", "baddbmm"), _add_bias_once(0)),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _add_bias_once(2)),
+    "bilinear": _add_bias_once(3),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _convolution),
     "mean": _mean,
     **dict.fromkeys(
@@ -307,7 +311,7 @@ KERNELS: dict[str, Kernel] = {
             "binary_cross_entropy_with_logits",
             "soft_margin_loss",
         ),
-        _loss,
+        _elementwise_loss,
     ),
     "embedding": _embedding,
     **dict.fromkeys(("_grouped_mm", "grouped_mm"), _grouped_mm),
@@ -317,5 +321,5 @@ KERNELS: dict[str, Kernel] = {
     "batch_norm": _batch_norm,
     "dropout": _dropout,
     "feature_dropout": _feature_dropout,
-    **dict.fromkeys(("rand", "rand_like", "randn", "randn_like", "bernoulli"), _random),
+    **dict.fromkeys(("rand", "rand_like", "randn", "randn_like", "bernoulli"), _random_tensor),
 }

@@ -12,8 +12,8 @@ from autopar.core.errors import PlanFileError
 from autopar.core.placement import PARTIAL, REPLICATE, Placements, Shard, parse_placements
 from autopar.core.plan import BlockProgram, OpPlan, Plan, Recompute, ValuePlan
 from autopar.graph.ir import Block, Graph, Op
-from autopar.rules.registry import rule_of
-from autopar.runtime.lower.stage_program import StageParameter
+from autopar.rules.registry import sharding_rule
+from autopar.runtime.lower.stage_program import ParameterSharding
 
 
 class PlannedBlocks:
@@ -22,7 +22,7 @@ class PlannedBlocks:
 
     def __init__(self, plan: Plan, graph: Graph, blocks: tuple[Block, ...]) -> None:
         self.plan, self.graph, self.blocks = plan, graph, blocks
-        self.carrying = graph.depending_on_parameters()
+        self.parameter_dependent = graph.depending_on_parameters()
         self.programs = {program.id: program for program in plan.programs}
         self.first_of_kind: dict[int, Block] = {}
         for block in blocks:
@@ -30,26 +30,26 @@ class PlannedBlocks:
         stage_of_block = {ref.index: at for at, stage in enumerate(plan.stages) for ref in stage.blocks}
         if set(stage_of_block) != {block.index for block in blocks}:
             raise PlanFileError(f"the plan has {len(stage_of_block)} blocks, the model {len(blocks)}; plan again")
-        self.maker: dict[int, int] = {}
-        self.op_of: dict[int, Op] = {}
+        self.producing_stage: dict[int, int] = {}
+        self.producers: dict[int, Op] = {}
         for block in blocks:
             for op in graph.ops[block.first_op : block.end_op]:
                 for value in op.outputs:
-                    self.op_of[value] = op
-                    self.maker[value] = stage_of_block[block.index]
-        self.readers: dict[int, set[int]] = {}
+                    self.producers[value] = op
+                    self.producing_stage[value] = stage_of_block[block.index]
+        self.reading_stages: dict[int, set[int]] = {}
         for block in blocks:
             for op in graph.ops[block.first_op : block.end_op]:
                 for value in op.inputs:
-                    self.readers.setdefault(value, set()).add(stage_of_block[block.index])
+                    self.reading_stages.setdefault(value, set()).add(stage_of_block[block.index])
 
-    def crosses_as_terms(self, value: int) -> tuple[bool, bool]:
+    def crosses_as_partial(self, value: int) -> tuple[bool, bool]:
         """Whether a value, and its gradient, may cross stages as partial sums: all stages on its way hold as many
         terms."""
-        made = self.maker[value]
-        last = max(self.readers[value])
+        made = self.producing_stage[value]
+        last = max(self.reading_stages[value])
         sizes = [tuple(axis.size for axis in self.plan.stages[at].axes) for at in range(made, last + 1)]
-        lies = [self._planned_lie(at, value) for at in range(made, last + 1)]
+        lies = [self._planned_placements(at, value) for at in range(made, last + 1)]
         passed_on = any(lie is None and mesh != sizes[0] for lie, mesh in zip(lies, sizes, strict=True))
         forward, backward = (
             {
@@ -65,7 +65,7 @@ class PlannedBlocks:
         )
         return len(forward) == 1 and not passed_on, len(backward) == 1 and not passed_on
 
-    def _planned_lie(self, stage: int, value: int) -> tuple[str, str] | None:
+    def _planned_placements(self, stage: int, value: int) -> tuple[str, str] | None:
         """How a stage makes a value or takes it in, None where it only passes it on."""
         for ref in self.plan.stages[stage].blocks:
             block, program = self.blocks[ref.index], self.programs[ref.program]
@@ -75,7 +75,7 @@ class PlannedBlocks:
                     return lie.placement, lie.gradient
         return None
 
-    def lies_between(
+    def placements_between_ops(
         self, block: Block, program: BlockProgram
     ) -> tuple[dict[int, ValuePlan], dict[int, ValuePlan], dict[int, ValuePlan]]:
         """How values lie where the block begins, for several of its readers, and where it ends, as far as the plan
@@ -96,7 +96,7 @@ class PlannedBlocks:
         begins, ends = (dict(zip(values, planned, strict=True)) if planned else {} for planned, values in sides)
         return begins, shared, ends
 
-    def block_ops(
+    def ops_with_placements(
         self, block: Block, program: BlockProgram
     ) -> Iterable[tuple[Op, tuple[Placements, ...], tuple[Placements, ...], frozenset[int] | None]]:
         """Each op of a block with its planned placements, and the axes on which a partial gradient is to go through it,
@@ -110,18 +110,18 @@ class PlannedBlocks:
         for op, planned in zip(ops, program.ops, strict=True):
             if len(planned.inputs) != len(op.inputs) or len(planned.outputs) != len(op.outputs):
                 raise PlanFileError(f"the plan's op {planned.name} does not fit the model's {op.name}; plan again")
-            passing = _partial_axes(planned) if planned.output_gradients else None
+            passing = _partial_gradient_axes(planned) if planned.output_gradients else None
             inputs, outputs = (tuple(map(parse_placements, texts)) for texts in (planned.inputs, planned.outputs))
             yield op, inputs, outputs, passing
 
-    def recomputed(self, block: Block, program: BlockProgram) -> tuple[Recompute, frozenset[int]]:
+    def recomputation(self, block: Block, program: BlockProgram) -> tuple[Recompute, frozenset[int]]:
         """What the backward computes again of a block, and the ops (ids) whose results stay nevertheless: of selective
         recomputation by product fused attentions and the first, third, ... product with a weight."""
         if program.recompute != "selective" or self.plan.execution.selective == "attention":
             return program.recompute, frozenset()
         products, stays = 0, set()
         for op in self.graph.ops[block.first_op : block.end_op]:
-            compute = rule_of(op, self.graph.values).compute
+            compute = sharding_rule(op, self.graph.values).compute
             if compute == "attention" and self.plan.execution.attn == "flash":
                 stays.add(op.id)
             elif compute == "matmul" and any(self.graph.values[value].kind == "parameter" for value in op.inputs):
@@ -130,10 +130,10 @@ class PlannedBlocks:
                 products += 1
         return "full", frozenset(stays)
 
-    def block_parameters(self, block: Block, program: BlockProgram) -> Iterable[tuple[int, StageParameter]]:
+    def parameter_shardings(self, block: Block, program: BlockProgram) -> Iterable[tuple[int, ParameterSharding]]:
         """(value, how it is stored) of the parameters and buffers that the plan places."""
         names = [
-            self.graph.values[value].names or (self.graph.values[value].name,)
+            self.graph.values[value].qualified_names or (self.graph.values[value].name,)
             for value in self.first_of_kind[block.kind].parameters
         ]
         places = {name: at for at, all_names in enumerate(names) for name in all_names}
@@ -150,19 +150,19 @@ class PlannedBlocks:
                 zero = 3 if rest[axes[0]] != compute[axes[0]] else 2 if isinstance(gradient[axes[0]], Shard) else 1
             yield (
                 value.id,
-                StageParameter(
+                ParameterSharding(
                     value=value.id,
                     shape=value.shape,
-                    compute=compute,
-                    gradient=tuple(PARTIAL if axis in axes else each for axis, each in enumerate(gradient)),
-                    zero=zero,
+                    compute_placements=compute,
+                    gradient_placements=tuple(PARTIAL if axis in axes else each for axis, each in enumerate(gradient)),
+                    zero_stage=zero,
                     zero_axes=axes if zero else (),
                     trained=value.kind == "parameter" and value.requires_grad,
                 ),
             )
 
 
-def _partial_axes(planned: OpPlan) -> frozenset[int]:
+def _partial_gradient_axes(planned: OpPlan) -> frozenset[int]:
     """The axes on which the op's outputs are replicated and their gradients partial sums."""
     return frozenset(
         axis

@@ -15,29 +15,31 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _BITS = 24
 
 
-def _signed(number: int) -> int:
+def _as_int64(number: int) -> int:
     """The 64 bits of a number as torch's int64."""
     number %= 1 << 64
     return number - (1 << 64) if number >= 1 << 63 else number
 
 
-def step_key(seed: int, step: int, microbatch: int) -> int:
+def micro_batch_key(seed: int, step: int, microbatch: int) -> int:
     """The number that all random ops of one micro-batch start from.
 
     >>> step_key(0, 1, 2) == step_key(0, 1, 2), step_key(0, 1, 2) == step_key(0, 2, 1)
     (True, False)
     """
-    return _signed((seed * 0xD1342543DE82EF95 + step * 0x2545F4914F6CDD1D + microbatch * _GOLDEN) ^ 0x5851F42D4C957F2D)
+    return _as_int64(
+        (seed * 0xD1342543DE82EF95 + step * 0x2545F4914F6CDD1D + microbatch * _GOLDEN) ^ 0x5851F42D4C957F2D
+    )
 
 
-def mixed(number: Tensor) -> Tensor:
+def splitmix64(number: Tensor) -> Tensor:
     """splitmix64's finaliser, element by element, on int64 that wraps around."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        number = (number ^ _shifted(number, shift)) * _signed(factor)
-    return number ^ _shifted(number, 31)
+        number = (number ^ _logical_shift_right(number, shift)) * _as_int64(factor)
+    return number ^ _logical_shift_right(number, 31)
 
 
-def _shifted(number: Tensor, bits: int) -> Tensor:
+def _logical_shift_right(number: Tensor, bits: int) -> Tensor:
     """A logical shift to the right."""
     return (number >> bits) & ((1 << (64 - bits)) - 1)
 
@@ -51,8 +53,8 @@ def uniform(indices: Sequence[Tensor], sizes: Sequence[int], key: Tensor | None,
         shape = [1] * len(sizes)
         shape[dim] = len(index)
         place = place * size + index.view(shape)
-    start = mixed(key + _signed(op * _GOLDEN)) + draw
-    number = mixed(start + place * _signed(_GOLDEN))
+    start = splitmix64(key + _as_int64(op * _GOLDEN)) + draw
+    number = splitmix64(start + place * _as_int64(_GOLDEN))
     return (number & ((1 << _BITS) - 1)).to(torch.float32) / (1 << _BITS)
 
 
@@ -62,15 +64,17 @@ def normal(indices: Sequence[Tensor], sizes: Sequence[int], key: Tensor | None, 
     return radius * torch.cos(2 * torch.pi * uniform(indices, sizes, key, op, 1))
 
 
-def kept(indices: Sequence[Tensor], sizes: Sequence[int], probability: float, key: Tensor | None, op: int) -> Tensor:
+def dropout_mask(
+    indices: Sequence[Tensor], sizes: Sequence[int], probability: float, key: Tensor | None, op: int
+) -> Tensor:
     """Which elements a dropout keeps."""
     return uniform(indices, sizes, key, op) >= probability
 
 
-def drop(
+def apply_dropout(
     tensor: Tensor, indices: Sequence[Tensor], sizes: Sequence[int], probability: float, key: Tensor | None, op: int
 ) -> Tensor:
     """``tensor`` with dropout; ``indices`` and ``sizes`` may end before its dims do."""
-    mask = kept(indices, sizes, probability, key, op)
+    mask = dropout_mask(indices, sizes, probability, key, op)
     mask = mask.view(*mask.shape, *[1] * (tensor.dim() - len(sizes)))
     return tensor * mask.to(tensor.dtype) / (1.0 - probability)

@@ -16,7 +16,7 @@ from autopar.core.plan import StagePlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Mesh:
+class RankMesh:
     """Axis ``names`` and ``sizes`` (outermost first), the rank's ``coordinate`` on them (that of the first rank where
     it is not a member), and per set of axes the name of the group that the rank is in."""
 
@@ -24,7 +24,7 @@ class Mesh:
     sizes: tuple[int, ...]
     first_rank: int
     coordinate: tuple[int, ...]
-    groups: dict[tuple[int, ...], str] = field(repr=False)
+    group_names: dict[tuple[int, ...], str] = field(repr=False)
 
     @property
     def num_ranks(self) -> int:
@@ -37,7 +37,7 @@ class Mesh:
         """Ranks of a group over these axes."""
         return prod(self.sizes[axis] for axis in axes)
 
-    def index(self, axes: Sequence[int]) -> int:
+    def rank_in_group(self, axes: Sequence[int]) -> int:
         """The rank's place in its group over these axes."""
         place = 0
         for axis in axes:
@@ -66,7 +66,7 @@ def axis_groups(first_rank: int, sizes: Sequence[int], axes: Sequence[int]) -> l
     return [tuple(row) for row in rows.tolist()]
 
 
-def make_meshes(stages: Sequence[StagePlan], rank: int) -> tuple[Mesh, ...]:
+def make_meshes(stages: Sequence[StagePlan], rank: int) -> tuple[RankMesh, ...]:
     """The mesh of every stage; collective over the world. Groups of one rank are left out: nothing runs on them."""
     known: dict[tuple[int, ...], str] = {}
     meshes = []
@@ -83,20 +83,20 @@ def make_meshes(stages: Sequence[StagePlan], rank: int) -> tuple[Mesh, ...]:
                         known[ranks] = getattr(group, "group_name", "")
                     if rank in ranks:
                         groups[axes] = known[ranks]
-        mesh = Mesh(
+        mesh = RankMesh(
             names=tuple(axis.name for axis in stage.axes),
             sizes=sizes,
             first_rank=stage.first_device,
             coordinate=(0,) * len(sizes),
-            groups=groups,
+            group_names=groups,
         )
         if mesh.contains(rank):
-            mesh = Mesh(
+            mesh = RankMesh(
                 names=mesh.names,
                 sizes=sizes,
                 first_rank=stage.first_device,
                 coordinate=mesh.coordinate_of(rank),
-                groups=groups,
+                group_names=groups,
             )
         meshes.append(mesh)
     return tuple(meshes)

@@ -25,7 +25,7 @@ def global_indices(
     return tuple(indices)
 
 
-def local_part(full: Tensor, placements: Placements, sizes: Sequence[int], coordinate: Sequence[int]) -> Tensor:
+def local_shard(full: Tensor, placements: Placements, sizes: Sequence[int], coordinate: Sequence[int]) -> Tensor:
     """What the rank at ``coordinate`` stores of a full tensor."""
     part = full
     for dim, index in enumerate(global_indices(full.shape, placements, sizes, coordinate)):

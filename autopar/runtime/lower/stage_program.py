@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from autopar.core.placement import Placements
 from autopar.core.plan import Recompute, StagePlan
 from autopar.graph.ir import Op
-from autopar.runtime.lower.op_sharding import Usage
-from autopar.runtime.lower.redistribute_tensor import Conversion
+from autopar.runtime.lower.op_sharding import OpSharding
+from autopar.runtime.lower.redistribute_tensor import EdgeRedistribution
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,46 +22,46 @@ class ProgramOp:
     ``stays``: what it makes is kept although its block is computed again."""
 
     op: Op
-    usage: Usage
-    reads: tuple[int, ...]
-    makes: tuple[int, ...]
-    conversions: tuple[Conversion, ...]
+    sharding: OpSharding
+    input_slots: tuple[int, ...]
+    output_slots: tuple[int, ...]
+    redistributions: tuple[EdgeRedistribution, ...]
     output_shapes: tuple[tuple[int, ...], ...]
     block: int
     recompute: Recompute
-    gathers_again: tuple[int, ...]
-    stays: bool
+    regathered_inputs: tuple[int, ...]
+    saves_result: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProgramMove:
+class ProgramRedistribution:
     """Brings what slot ``source`` holds to slot ``target``; ``again``: once more in the backward, where ops need it."""
 
     source: int
     target: int
-    conversion: Conversion
+    redistribution: EdgeRedistribution
     block: int
     recompute: Recompute
-    again: bool
+    regathered: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StageParameter:
+class ParameterSharding:
     """A parameter or buffer of a stage. ``compute`` is where its ops use it, ``gradient`` where one micro-batch leaves
     its gradient before ZeRO cuts it; ``zero`` (0 to 3) is the stage of ZeRO over ``zero_axes``, which cut dim 0 of what
     ``compute`` leaves to a rank."""
 
     value: int
     shape: tuple[int, ...]
-    compute: Placements
-    gradient: Placements
-    zero: int
+    compute_placements: Placements
+    gradient_placements: Placements
+    zero_stage: int
     zero_axes: tuple[int, ...]
     trained: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Crossing:
+class BoundaryTransfer:
     """An activation on its way from stage ``maker``, which makes it or passes it on, to the next, ``reader``, with its
     placement on either's mesh; ``returned`` is how the reader gives the gradient, ``taken_back`` how the maker takes
     it."""
@@ -70,12 +70,12 @@ class Crossing:
     shape: tuple[int, ...]
     dtype: str
     requires_grad: bool
-    maker: int
-    reader: int
-    sent: Placements
-    received: Placements
-    returned: Placements
-    taken_back: Placements
+    sender: int
+    receiver: int
+    sender_placements: Placements
+    receiver_placements: Placements
+    receiver_gradient_placements: Placements
+    sender_gradient_placements: Placements
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,22 +88,22 @@ class StageProgram:
 
     index: int
     plan: StagePlan
-    steps: tuple[ProgramOp | ProgramMove, ...]
-    parameters: tuple[StageParameter, ...]
-    buffers: tuple[StageParameter, ...]
-    written: tuple[int, ...]
+    steps: tuple[ProgramOp | ProgramRedistribution, ...]
+    parameters: tuple[ParameterSharding, ...]
+    buffers: tuple[ParameterSharding, ...]
+    written_buffers: tuple[int, ...]
     constants: tuple[int, ...]
     inputs: tuple[int, ...]
     received: tuple[int, ...]
     received_placements: tuple[Placements, ...]
-    received_gradients: tuple[Placements, ...]
+    received_gradient_placements: tuple[Placements, ...]
     sent: tuple[int, ...]
     send_slots: tuple[int, ...]
-    send_conversions: tuple[Conversion, ...]
-    loss: Placements | None
+    send_redistributions: tuple[EdgeRedistribution, ...]
+    loss_placements: Placements | None
     loss_slot: int
-    random: bool
-    shapes: dict[int, tuple[int, ...]]
+    draws_random: bool
+    global_shapes: dict[int, tuple[int, ...]]
 
     @property
     def ops(self) -> tuple[ProgramOp, ...]:
