@@ -82,7 +82,7 @@ class StageCostTables:
             by_size.append({name: np.min([getattr(one, name) for one in found], axis=0) for name in BOUND_FIELDS})
         return StageTimeTable(
             forward_s=self._by_stage(FREE, [bound["forward_s"] for bound in by_size]),
-            backward_s=self._by_stage(FREE, [bound["through_s"] - bound["forward_s"] for bound in by_size]),
+            backward_s=self._by_stage(FREE, [bound["forward_backward_s"] - bound["forward_s"] for bound in by_size]),
             step_s=self._by_stage(FREE, [bound["step_s"] for bound in by_size]),
             busy_s=self._by_stage(FREE, [bound["busy_s"] for bound in by_size]),
         )
@@ -90,7 +90,7 @@ class StageCostTables:
     def forward_backward_s(self, num_devices: int) -> Floats:
         """(L + 1, L + 1): forward and backward of blocks i..j-1 take no less on ``size`` devices, memory aside; inf
         where j <= i."""
-        return self._min_over_meshes(num_devices, "through_s")
+        return self._min_over_meshes(num_devices, "forward_backward_s")
 
     def per_step_s(self, num_devices: int) -> Floats:
         """The same of what is done once per step."""

@@ -233,7 +233,7 @@ class BlockTableBuilder:
             eliminator=make_eliminator(
                 tuple(len(choices) for choices in metrics),
                 tuple((source, target) for source, target, _, _ in edges),
-                keep=(INPUT_NODE, OUTPUT_NODE),
+                query_nodes=(INPUT_NODE, OUTPUT_NODE),
             ),
         )
 

@@ -128,7 +128,7 @@ def choose_data_axis(
         op_options=picked,
         shared_pairs=tuple(chosen[choices[first_hub + at]] for at, chosen in enumerate(pairs)),
         boundary_pairs=ends,
-        is_batch_parallel=still and sharded and not any(option.inside for option in picked),
+        is_batch_parallel=still and sharded and not any(option.runs_kernel_collectives for option in picked),
         partial_gradient_parameters=frozenset(
             value.id
             for call, option in zip(ops, picked, strict=True)

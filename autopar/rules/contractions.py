@@ -15,7 +15,7 @@ def linear(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShard
     roles = (*tuple((row, "m") for row in rows if row != NO_LABEL), (n, "n"), (k, "k"))
     sides = [(*rows, k), (n, k), (n,)][: len(inputs)]
     once = (k,) if len(inputs) > 2 else ()
-    return labels.build(sides, [(*rows, n)], compute="matmul", roles=roles, local_form=once)
+    return labels.build(sides, [(*rows, n)], compute="matmul", roles=roles, local_form_labels=once)
 
 
 def addmm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
@@ -24,7 +24,7 @@ def addmm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardi
     m, n, k = labels.new_label(), labels.new_label(), labels.new_label("sum")
     bias = broadcast_labels(inputs[0].shape, outputs[0].shape, (m, n))
     roles = ((m, "m"), (n, "n"), (k, "k"))
-    return labels.build([bias, (m, k), (k, n)], [(m, n)], compute="matmul", roles=roles, local_form=(k,))
+    return labels.build([bias, (m, k), (k, n)], [(m, n)], compute="matmul", roles=roles, local_form_labels=(k,))
 
 
 def matmul(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
@@ -54,7 +54,7 @@ def baddbmm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShar
     bias = broadcast_labels(inputs[0].shape, outputs[0].shape, (b, m, n))
     roles = tuple((label, role) for label, role in ((b, "b"), (m, "m"), (n, "n"), (k, "k")) if label != NO_LABEL)
     sides = [bias, (b, m, k), (b, k, n)]
-    return labels.build(sides, [(b, m, n)], compute="matmul", roles=roles, local_form=(k,))
+    return labels.build(sides, [(b, m, n)], compute="matmul", roles=roles, local_form_labels=(k,))
 
 
 def outer(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
@@ -71,7 +71,7 @@ def bilinear(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpSha
     rows = labels.labels_of(outputs[0].shape[:-1])
     o, i, j = labels.new_label(), labels.new_label("sum"), labels.new_label("sum")
     sides = [(*rows, i), (*rows, j), (o, i, j), (o,)]
-    return labels.build(sides[: len(inputs)], [(*rows, o)], local_form=(i, j) if len(inputs) > 3 else ())
+    return labels.build(sides[: len(inputs)], [(*rows, o)], local_form_labels=(i, j) if len(inputs) > 3 else ())
 
 
 def einsum(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
@@ -147,7 +147,7 @@ def grouped_mm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpS
         [(t, n)],
         compute="matmul",
         roles=((t, "m"), (n, "n"), (k, "k"), (e, "b")),
-        local_form=(t, e),
+        local_form_labels=(t, e),
     )
 
 
@@ -183,9 +183,9 @@ def attention(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpSh
         [(*lead, heads, q, dv)],
         compute="attention",
         roles=roles,
-        groups=groups,
-        sizes=sizes,
-        local_form=(q,) if op.argument(5, "is_causal", False) else (),
+        view_groups=groups,
+        hidden_label_sizes=sizes,
+        local_form_labels=(q,) if op.argument(5, "is_causal", False) else (),
     )
 
 
@@ -222,5 +222,5 @@ def convolution(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> Op
         [(batch, c_out, *out_space)],
         compute="matmul",
         roles=(*ms, (c_out, "n"), *ks),
-        local_form=local_form,
+        local_form_labels=local_form,
     )

@@ -22,9 +22,9 @@ def pointwise(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpSh
         sides,
         [dims] * len(outputs),
         pointwise=True,
-        passes_gradient=single,
+        passes_partial_gradient=single,
         passes_partial=single and len(inputs) == 1 and op.target.startswith(_LINEAR_OPS),
-        carrier=carriers[0] if single else 0,
+        linear_input=carriers[0] if single else 0,
     )
 
 
@@ -57,8 +57,8 @@ def batch_norm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpS
     return labels.build(
         [dims, *((channel,) for _ in inputs[1:])],
         [dims],
-        inside=KernelCollectives(forward_bytes=exchanged, backward_bytes=exchanged, labels=(channel,)),
-        local_form=(batch,),
+        kernel_collectives=KernelCollectives(forward_bytes=exchanged, backward_bytes=exchanged, labels=(channel,)),
+        local_form_labels=(batch,),
     )
 
 
@@ -108,7 +108,7 @@ def sum_or_mean(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> Op
     else:
         out = tuple(label for at, label in enumerate(dims) if at not in reduced)
     averaged = tuple(label for label in dims if label != NO_LABEL and labels.kinds[label] == "sum")
-    return labels.build([dims], [out], local_form=averaged if op.target.startswith("aten.mean") else ())
+    return labels.build([dims], [out], local_form_labels=averaged if op.target.startswith("aten.mean") else ())
 
 
 def max_or_argmax(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
@@ -157,7 +157,7 @@ def _loss_by_token(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) ->
     t, *rest = (labels.new_label("sum" if scalar else "parallel") for _ in (shape[0], *shape[2:]))
     v = labels.new_label("whole")
     averaged = (t, *rest) if scalar and op.argument(3, "reduction", 1) == 1 else ()
-    return labels.build([(t, v, *rest), (t, *rest)], [() if scalar else (t, *rest)], local_form=averaged)
+    return labels.build([(t, v, *rest), (t, *rest)], [() if scalar else (t, *rest)], local_form_labels=averaged)
 
 
 def log_softmax(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
@@ -202,7 +202,7 @@ def elementwise_loss(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) 
     position = {"binary_cross_entropy": 3, "binary_cross_entropy_with_logits": 4}.get(op.packet, 2)
     averages = scalar and op.argument(position, "reduction", 1) == 1
     averaged = tuple(label for label in dims if label != NO_LABEL) if averages else ()
-    return labels.build([dims for _ in inputs], [() if scalar else dims], local_form=averaged)
+    return labels.build([dims for _ in inputs], [() if scalar else dims], local_form_labels=averaged)
 
 
 def over_replicated_dims(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:

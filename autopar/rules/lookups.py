@@ -17,7 +17,7 @@ def embedding(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpSh
     labels = ShardingRuleBuilder()
     ids = labels.labels_of(inputs[1].shape)
     v, h = labels.new_label("sum"), labels.new_label()
-    return labels.build([(v, h), ids], [(*ids, h)], local_form=(v,))
+    return labels.build([(v, h), ids], [(*ids, h)], local_form_labels=(v,))
 
 
 def index(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
@@ -34,7 +34,9 @@ def index(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardi
     rest = labels.labels_of(inputs[0].shape[1:])
     floats = inputs[0].dtype.startswith(("float", "bfloat"))
     rows = labels.new_label("sum" if floats else "whole") if inputs[0].shape[0] > 1 else NO_LABEL
-    return labels.build([(rows, *rest), asked], [(*asked, *rest)], local_form=(rows,) if rows != NO_LABEL else ())
+    return labels.build(
+        [(rows, *rest), asked], [(*asked, *rest)], local_form_labels=(rows,) if rows != NO_LABEL else ()
+    )
 
 
 def _index_several_dims(
@@ -159,4 +161,4 @@ def flip_roll_or_tril(op: Op, inputs: Sequence[Value], outputs: Sequence[Value])
         (NO_LABEL if size == 1 else labels.new_label("whole")) if at in acted else dims[at]
         for at, size in enumerate(outputs[0].shape)
     )
-    return labels.build([dims], [out], passes_gradient=True, passes_partial=True)
+    return labels.build([dims], [out], passes_partial_gradient=True, passes_partial=True)

@@ -50,5 +50,5 @@ def replicated_rule(op: Op, inputs: Sequence[Value], outputs: Sequence[Value], *
     return labels.build(
         [labels.labels_of(value.shape, "whole") for value in inputs],
         [labels.labels_of(value.shape, "whole") for value in outputs],
-        known=known,
+        is_known=known,
     )

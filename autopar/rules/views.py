@@ -6,7 +6,7 @@ from autopar.graph.ir import Op, Value
 from autopar.rules.op_sharding_rule import NO_LABEL, OpShardingRule
 from autopar.rules.rule_builder import ShardingRuleBuilder, broadcast_labels
 
-PASSES_PARTIAL = {"passes_gradient": True, "passes_partial": True}
+PASSES_PARTIAL = {"passes_partial_gradient": True, "passes_partial": True}
 
 
 def reshape(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
@@ -31,7 +31,7 @@ def reshape(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShar
         sides = tuple(tuple(label for label in side if label != NO_LABEL) for side in (ins, outs))
         if all(sides):
             groups.append((sides[0], sides[1]))
-    return labels.build([before], [after], compute="free", groups=tuple(groups), **PASSES_PARTIAL)
+    return labels.build([before], [after], compute="free", view_groups=tuple(groups), **PASSES_PARTIAL)
 
 
 def permute(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
@@ -139,8 +139,8 @@ def split(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardi
             [tuple(dims)],
             [out] * len(outputs),
             compute="free",
-            groups=(((dims[dim],), (part, inner)),),
-            sizes=((part, len(outputs)),),
+            view_groups=(((dims[dim],), (part, inner)),),
+            hidden_label_sizes=((part, len(outputs)),),
             **PASSES_PARTIAL,
         )
     return _split_unevenly(labels, dims, dim, inputs, outputs)

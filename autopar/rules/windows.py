@@ -52,7 +52,7 @@ def unfold(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShard
         (labels.new_label("whole") if n != 1 else NO_LABEL) if at in (dim, len(shape)) else dims[at]
         for at, n in enumerate(outputs[0].shape)
     ]
-    return labels.build([tuple(dims)], [tuple(out)], passes_gradient=True, passes_partial=True)
+    return labels.build([tuple(dims)], [tuple(out)], passes_partial_gradient=True, passes_partial=True)
 
 
 def instance_norm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
@@ -84,7 +84,7 @@ def conv_transpose(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) ->
         [(batch, c_out, *out_space)],
         compute="matmul",
         roles=(*ms, (c_out, "n"), *ks),
-        local_form=(c_in,) if len(inputs) > 2 and not grouped else (),
+        local_form_labels=(c_in,) if len(inputs) > 2 and not grouped else (),
     )
 
 

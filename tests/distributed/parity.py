@@ -144,21 +144,21 @@ def check_gradients(
         )
     expected, wanted = known_gradients(source, plan.global_batch, plan.microbatches, seed, classes, double)
     errors: dict[str, tuple[float, float]] = {}
-    with trainer.counted(widened=double) as tally:
-        loss = trainer.gradients(batch)
+    with trainer.counting_collectives(fp64_as_fp32=double) as tally:
+        loss = trainer.forward_backward(batch)
         for index, stage in trainer.stages.items():
             mesh = trainer.meshes[index]
             for parameter in stage.parameters.trained():
-                if parameter.counted:
+                if parameter.counts_in_norm:
                     whole = wanted[parameter.names[0]]
                     mine = select_indices(
-                        whole, stored_indices(parameter.stored, mesh, mesh.coordinate, zero_sharded=True)
+                        whole, stored_indices(parameter.sharding, mesh, mesh.coordinate, zero_sharded=True)
                     ).double()
                     error = float((parameter.master.grad.double() - mine).square().sum())
                     errors[f"{parameter.names[0]}@{index}"] = (error, float(mine.square().sum()))
             assert stage.num_in_flight == 0
         trainer.update()
-    return Checked(loss=float(loss), expected=expected, errors=errors, ran=tally.found)
+    return Checked(loss=float(loss), expected=expected, errors=errors, ran=tally.counts)
 
 
 def check_training(

@@ -13,11 +13,11 @@ from autopar.measure.kernel_times import Stopwatch
 from autopar.measure.link_times import measure_links
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
-watch = Stopwatch(device="cpu", repeats=3, least_s=0.0)
+watch = Stopwatch(device="cpu", repeats=3, min_total_s=0.0)
 links = measure_links(watch, (2**12, 2**20), 2, lambda what: None)
 if dist.get_rank() == 0:
     curves = [(curve.kind, curve.num_ranks, curve.num_bytes, curve.time_s) for curve in links.curves]
-    open(sys.argv[1], "w").write(json.dumps([curves, links.link_bytes_per_s, links.link_latency_s, links.between]))
+    open(sys.argv[1], "w").write(json.dumps([curves, links.link_bytes_per_s, links.link_latency_s, links.inter_node]))
 dist.destroy_process_group()
 """
 

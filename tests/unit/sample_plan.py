@@ -124,8 +124,8 @@ def stage(
         "forward_s": 0.06,
         "backward_s": 0.12,
         "step_s": 0.03,
-        "send_forward_s": 0.001,
-        "send_backward_s": 0.001,
+        "transfer_forward_s": 0.001,
+        "transfer_backward_s": 0.001,
         "in_flight": held,
         "memory": MemoryParts(
             parameters_bytes=2 * GIB,

@@ -202,7 +202,7 @@ def test_a_frozen_or_shared_weight_makes_another_kind() -> None:
     values[frozen.id] = dataclasses.replace(frozen, requires_grad=False)
     after = {block.name: block.kind for block in split_into_blocks(dataclasses.replace(graph, values=tuple(values)))}
     assert after["layers.1"] == after["layers.3"] != after["layers.2"]
-    values[frozen.id] = dataclasses.replace(frozen, names=("layers.2.one.weight", "other.weight"))
+    values[frozen.id] = dataclasses.replace(frozen, qualified_names=("layers.2.one.weight", "other.weight"))
     tied = {block.name: block.kind for block in split_into_blocks(dataclasses.replace(graph, values=tuple(values)))}
     assert tied["layers.1"] == tied["layers.3"] != tied["layers.2"]
 

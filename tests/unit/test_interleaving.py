@@ -101,7 +101,7 @@ def test_bounds_are_not_above_any_pipeline_and_the_search_finds_the_best(
     simulated = []
 
     def step_s(arrangement, below_s):
-        runs = arrangement.finished(below_s)
+        runs = arrangement.fastest_prices(below_s)
         simulated.append(float("inf") if runs is None else arrangement.step_time_s(runs))
         return simulated[-1]
 

@@ -23,7 +23,7 @@ class Prices:
         )
         return totals[..., tt.FORWARD], totals[..., tt.BACKWARD], step
 
-    def time_s(self, totals):
+    def amortised_s(self, totals):
         forward, backward, step = self.times_s(totals)
         return forward + backward + step / self.num_microbatches
 
@@ -73,7 +73,7 @@ def test_the_program_finds_the_best_of_all_mixes(seed):
     prices = Prices()
     for boundary in range(2):
         fitting = [t for t in every_mix(points, boundary) if memory_bytes(t, in_flight) <= room]
-        expected = min((float(prices.time_s(totals)) for totals in fitting), default=math.inf)
+        expected = min((float(prices.amortised_s(totals)) for totals in fitting), default=math.inf)
         found = best_frontier_mix(points, prices, in_flight, room, boundary, prices.num_microbatches, 0.0)
         quick = fastest_feasible(points, prices, in_flight, room, boundary)
         if math.isinf(expected):

@@ -101,7 +101,7 @@ class Case:
         }
         if self.cut_known:
             least = 2 * self.transfer * float(self.crossing.min())
-            fields["cut_transfer_s"] = np.full(self.num_blocks + 1, least)
+            fields["stage_boundary_s"] = np.full(self.num_blocks + 1, least)
         return PipelineProblem(**(fields | changes))
 
 
@@ -264,7 +264,7 @@ def test_relaxed_times_bound_every_way_to_run_the_stages(block):
     for seed in range(5000 + block * 20, 5000 + block * 20 + 20):
         case = Ways(seed)
         expected = min(map(case.evaluate_best, case.partitions()), default=math.inf)
-        problem = case.problem(stage_times=case.relaxed, cut_transfer_s=None)
+        problem = case.problem(stage_times=case.relaxed, stage_boundary_s=None)
         result = search_pipelines(problem, evaluate=case.evaluate_best)
         assert result.lower_bound_s <= expected * (1 + 1e-12), seed
         if math.isfinite(expected):

@@ -203,7 +203,7 @@ def wrong_plans() -> dict[str, tuple[str, Plan]]:
             ),
         ),
         "partial parameter": (
-            "parameters-whole",
+            "parameters-not-partial",
             changed(
                 plan,
                 programs=(embedding(), changed(layer(), parameters=(changed(parameter, parameter="PR"),)), head()),

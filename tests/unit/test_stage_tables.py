@@ -32,15 +32,15 @@ def blocks(request):
 def ways(book, kind, mesh, in_flight, rng):
     """Random choices for a stage: a boundary placement, and a random point for every block of it."""
     phases = [FREE, PRICED]
-    columns = np.flatnonzero(book.counts[kind])
-    points = {(column, phase): book.points(int(column), mesh, phase) for column in columns for phase in phases}
+    columns = np.flatnonzero(book.num_blocks[kind])
+    points = {(column, phase): book.frontier(int(column), mesh, phase) for column in columns for phase in phases}
     for _ in range(60):
         boundary = int(rng.integers(points[columns[0], FREE].totals.shape[1]))
         parts = []
         for column in columns:
-            for _ in range(int(book.counts[kind, column])):
+            for _ in range(int(book.num_blocks[kind, column])):
                 one = points[column, phases[int(rng.integers(2))]]
-                parts.append((one.totals[int(rng.integers(len(one.rows))), boundary], 1.0))
+                parts.append((one.totals[int(rng.integers(len(one.objectives))), boundary], 1.0))
         whole = sum_totals(parts)
         if np.isfinite(whole).all():
             yield whole, float(tt.memory_bytes(whole, in_flight))
