@@ -23,8 +23,8 @@ TWICE = 0, 0  # class names, file names
 
 @cache
 def floors() -> list[str]:
-    """Folders of the package, top first, as the README lists them."""
-    rows = (ROOT / "README.md").read_text().split("## The map of the folders")[1].splitlines()
+    """Folders of the package, top first, as the architecture's page lists them."""
+    rows = (ROOT / "docs" / "architecture.md").read_text().split("## The floors")[1].splitlines()
     return [row.split("`")[1].removeprefix("autopar/") for row in rows if row.startswith("| `autopar/")]
 
 
