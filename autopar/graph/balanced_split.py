@@ -9,21 +9,19 @@ from bisect import bisect_left, bisect_right
 from itertools import accumulate
 from math import prod
 
-from autopar.graph.ir import Graph
-from autopar.graph.op_profiles import profile_graph
+from autopar.graph.ir import Graph, GraphProfile
 
 MAX_BLOCKS = 16
 
 
-def balanced_split_points(graph: Graph) -> list[int]:
+def balanced_split_points(graph: Graph, profile: GraphProfile) -> list[int]:
     """Ids of the ops that begin a block, op 0 included: at most ``MAX_BLOCKS``. A model without FLOPs is balanced by the
     bytes of its kernels.
 
     Example: 32 equal linear layers with a ReLU each are split before every second linear layer."""
-    profiles = profile_graph(graph).ops
-    weights = [profile.forward_flops for profile in profiles]
+    weights = [op_profile.forward_flops for op_profile in profile.ops]
     if not any(weights):
-        weights = [profile.forward_bytes for profile in profiles]
+        weights = [op_profile.forward_bytes for op_profile in profile.ops]
     num_blocks = min(MAX_BLOCKS, max(1, sum(weight > 0 for weight in weights)))
     before = list(accumulate(weights, initial=0))  # before[i]: C(i)
     total = before[-1]

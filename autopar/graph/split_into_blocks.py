@@ -11,25 +11,29 @@ before it unlike those of other layers: ``hoist_light_ops`` moves such ops to be
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 from autopar.graph.balanced_split import balanced_split_points
 from autopar.graph.block_kinds import BlockSpan, blocks_of_spans
-from autopar.graph.ir import Block, Graph, Op
+from autopar.graph.ir import Block, Graph, GraphProfile, Op
+from autopar.graph.op_profiles import profile_graph
 from autopar.graph.repeated_modules import repeated_modules
 
 _RANDOM_WORDS = ("dropout", "rand", "bernoulli", "normal", "uniform", "multinomial", "exponential")
 
 
-def split_into_blocks(graph: Graph) -> tuple[Block, ...]:
+def split_into_blocks(graph: Graph, profile: Callable[[], GraphProfile] | None = None) -> tuple[Block, ...]:
     """All ops as consecutive blocks, ``blocks[i].index == i``. Linear in the number of ops.
+
+    ``profile`` gives the profile of the graph, by default a new one; only a model without repeated modules needs it.
 
     >>> [block.name for block in split_into_blocks(gpt)]  # two layers  # doctest: +SKIP
     ['embedding', 'layers.0', 'layers.1', 'head']
     """
     units = repeated_modules(graph)
     if not units:
-        starts = balanced_split_points(graph)
+        starts = balanced_split_points(graph, profile() if profile is not None else profile_graph(graph))
         ends = [*starts[1:], len(graph.ops)]
         spans = [
             BlockSpan(name=f"part.{i}", first_op=start, end_op=end)
