@@ -80,7 +80,7 @@ class GPT(nn.Module):
     """Token and position embeddings, the layers, a final norm and the projection to the vocabulary."""
 
     def __init__(
-        self, layers: int, hidden: int, heads: int, ffn: int, vocab: int, seq: int, tied_embeddings: bool
+        self, *, layers: int, hidden: int, heads: int, ffn: int, vocab: int, seq: int, tied_embeddings: bool
     ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocab, hidden)
@@ -108,6 +108,7 @@ def _size(size: str) -> tuple[int, int, int, int]:
 
 def build_model(
     size: str = "39B",
+    *,
     layers: int | None = None,
     hidden: int | None = None,
     heads: int | None = None,
@@ -122,7 +123,15 @@ def build_model(
     heads = heads or size_heads
     if hidden % heads:
         raise ValueError(f"hidden={hidden} is not divisible by heads={heads}")
-    return GPT(layers or size_layers, hidden, heads, ffn or 4 * hidden, vocab, seq or size_seq, tied_embeddings)
+    return GPT(
+        layers=layers or size_layers,
+        hidden=hidden,
+        heads=heads,
+        ffn=ffn or 4 * hidden,
+        vocab=vocab,
+        seq=seq or size_seq,
+        tied_embeddings=tied_embeddings,
+    )
 
 
 def example_inputs(batch_size: int, size: str = "39B", seq: int | None = None) -> dict[str, Tensor]:

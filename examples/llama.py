@@ -36,6 +36,7 @@ def _size(size: str) -> tuple[int, int, int, int, int, int, int]:
 
 def build_model(
     size: str = "8B",
+    *,
     layers: int | None = None,
     hidden: int | None = None,
     heads: int | None = None,

@@ -76,7 +76,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """A router, the experts, and the exchange of tokens between them."""
+    """A mixture of experts: a router, the experts, and the dispatch and combination of tokens."""
 
     def __init__(
         self, hidden: int, ffn: int, experts: int, top_k: int, group_size: int, capacity_factor: float
@@ -183,6 +183,7 @@ def _size(size: str) -> tuple[int, int, int]:
 
 def build_model(
     size: str = "2.4B",
+    *,
     layers: int | None = None,
     hidden: int | None = None,
     heads: int = 16,

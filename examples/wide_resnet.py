@@ -83,6 +83,7 @@ def _size(size: str) -> tuple[int, int, int]:
 
 def build_model(
     size: str = "1B",
+    *,
     layers: int | None = None,
     base_channels: int | None = None,
     width_factor: int | None = None,

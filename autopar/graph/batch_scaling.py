@@ -33,17 +33,17 @@ def may_break_batch_scaling(graph: Graph) -> bool:
         inputs = [graph.values[value] for value in op.inputs]
         outputs = [graph.values[value] for value in op.outputs]
         fixed = {size for value in inputs for size in value.shape if not batch.is_proportional(size)}
-        spans = {math.prod(size for size in value.shape if not batch.is_proportional(size)) for value in inputs}
-        grows = any(batch.is_proportional(size) for value in inputs for size in value.shape)
+        products = {math.prod(size for size in value.shape if not batch.is_proportional(size)) for value in inputs}
+        reads_batch = any(batch.is_proportional(size) for value in inputs for size in value.shape)
         for value in outputs:
             for size in value.shape:
                 if batch.is_proportional(size):
-                    if not grows and size % batch.traced_size:
+                    if not reads_batch and size % batch.traced_size:
                         return True
                 elif (
                     size > 1
                     and not _is_near_fixed_size(size, fixed)
-                    and not any(other % size == 0 for other in spans | known)
+                    and not any(other % size == 0 for other in products | known)
                 ):
                     return True
         if any(_may_be_batch_literal(literal, batch) for literal in _numbers_in((op.args, op.kwargs))):
@@ -74,17 +74,18 @@ def _numbers_in(literal: object) -> Iterator[float]:
 
 def check_batch_scaling(graph: Graph, retraced: Graph) -> None:
     """Raises ModelError unless ``retraced``, traced at another batch, is ``graph`` scaled to that batch."""
-    for op, twin in zip(graph.ops, retraced.ops, strict=False):
-        if (op.target, op.source_location) != (twin.target, twin.source_location):
+    for op, retraced_op in zip(graph.ops, retraced.ops, strict=False):
+        if (op.target, op.source_location) != (retraced_op.target, retraced_op.source_location):
             raise _different_ops_error(op, graph, retraced)
     if len(graph.ops) != len(retraced.ops):
         raise _different_ops_error(graph.ops[-1], graph, retraced)
-    for op, twin in zip(graph.ops, retraced.ops, strict=True):
-        for value, other in zip(_outputs_of(graph, op), _outputs_of(retraced, twin), strict=True):
+    for op, retraced_op in zip(graph.ops, retraced.ops, strict=True):
+        for value, other in zip(_outputs_of(graph, op), _outputs_of(retraced, retraced_op), strict=True):
             if tuple(_scaled(size, graph.batch, retraced.batch) for size in value.shape) != other.shape:
                 at = f"at batch {graph.batch.traced_size} and {other.shape} at batch {retraced.batch.traced_size}"
                 raise _not_proportional_error(op, f"its result is {value.shape} {at}")
-        numbers = zip(_numbers_in((op.args, op.kwargs)), _numbers_in((twin.args, twin.kwargs)), strict=True)
+        retraced_literals = (retraced_op.args, retraced_op.kwargs)
+        numbers = zip(_numbers_in((op.args, op.kwargs)), _numbers_in(retraced_literals), strict=True)
         for number, other_number in numbers:
             expected = _scaled(number, graph.batch, retraced.batch) if type(number) is int else number
             if expected != other_number:

@@ -84,7 +84,9 @@ def _unmasked_bias(mask: fx.Node, forms: _Forms) -> fx.Node | None:
     The condition only broadcasts the bias over the batch, which the attention op does by itself."""
     if str(mask.target) == "aten.contiguous.default":
         mask = mask.all_input_nodes[0]
-    if str(mask.target) != "aten.where.ScalarOther" or not all(isinstance(given, fx.Node) for given in mask.args[:2]):
+    if str(mask.target) != "aten.where.ScalarOther":
+        return None
+    if not all(isinstance(argument, fx.Node) for argument in mask.args[:2]):
         return None
     condition, bias = mask.args[:2]
     return bias if forms.of(condition) == "all" else None  # type: ignore[arg-type, return-value]
@@ -94,4 +96,4 @@ def _set_mask(node: fx.Node, mask: fx.Node | None, *, causal: bool) -> None:
     """Gives an attention call another mask; its dropout, scale and grouped-query setting stay."""
     dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
     node.args = (*node.args[:3], mask, dropout, causal)
-    node.kwargs = {key: given for key, given in node.kwargs.items() if key in ("scale", "enable_gqa")}
+    node.kwargs = {name: argument for name, argument in node.kwargs.items() if name in ("scale", "enable_gqa")}

@@ -44,9 +44,9 @@ def scalar_loss(output: Any, loss_fn: Callable[[Any, dict[str, Any]], Tensor] | 
         loss, origin = output, "the model's output"
     if isinstance(loss, Tensor) and loss.dim() == 0:
         return loss
-    found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+    actual = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
     raise ModelError(
-        f"no loss: {origin} is {found}, not a scalar tensor\n"
+        f"no loss: {origin} is {actual}, not a scalar tensor\n"
         "  add `def loss_fn(output, inputs)` that returns a scalar to the model file, or pass labels to a model that "
         "computes its own loss"
     )
