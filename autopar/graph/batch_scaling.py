@@ -14,8 +14,9 @@ from autopar.graph.ir import Graph, Op, TracedBatch, Value
 
 def may_break_batch_scaling(graph: Graph) -> bool:
     """Whether the rule may fail for some size: one of a result that is neither near nor a divisor of a size known to be
-    independent of the batch, one that is divisible by the prime though no size of its op's inputs is, a literal that
-    may be a multiple of the batch, or equal calls as many as a multiple of the prime (a Python loop over the samples).
+    independent of the batch, one that is divisible by the prime but not by the batch though no size of its op's inputs
+    is, a literal that may be a multiple of the batch, or a number of equal calls that is divisible by the prime (a
+    Python loop over the samples).
 
     Example: a capacity of ceil(2 * 808 * 1024 / 60) = 27580 slots grows with the batch, yet 101 does not divide it."""
     batch = graph.batch
