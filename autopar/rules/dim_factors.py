@@ -18,9 +18,9 @@ from autopar.rules.op_sharding_rule import NO_LABEL, OpShardingRule
 
 
 class DimFactor(Shard, frozen=True, cache_hash=True, kw_only=True):
-    """The shard of a factor: each of the ``split_factor`` equal parts of a dim is divided along its leading ``size``, the
-    size of the factor at the traced batch. Factors of different sizes are unequal; ``without_size`` gives their
-    placements.
+    """The shard of a factor: a dim is ``split_factor`` equal parts, each of ``size`` slices at the traced batch, and every
+    rank has an equal share of the slices of every part. Factors of different sizes are unequal; ``without_size`` gives
+    their placements.
 
     >>> str(DimFactor(dim=2, split_factor=3, size=16)), str(DimFactor(dim=0, size=8))
     ('_S(2,3)', 'S(0)')
