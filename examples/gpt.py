@@ -27,16 +27,19 @@ SIZES = {  # hidden, layers, heads, sequence
 
 
 class Attention(nn.Module):
+    """Causal self-attention, [batch, seq, hidden] -> [batch, seq, hidden]."""
+
     def __init__(self, hidden: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.head_dim = hidden // heads
         # The rows of the fused projection are ordered head by head (q, k, v of head 0, then of head 1, ...), so a shard
-        # of them holds whole heads.
+        # of them has all rows of some heads.
         self.qkv = nn.Linear(hidden, 3 * hidden)
         self.proj = nn.Linear(hidden, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Attends to all earlier positions."""
         batch, seq, hidden = x.shape
         qkv = self.qkv(x).view(batch, seq, self.heads, 3, self.head_dim)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(3))
@@ -45,16 +48,21 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers with a GELU between them, [batch, seq, hidden] -> [batch, seq, hidden]."""
+
     def __init__(self, hidden: int, ffn: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(hidden, ffn)
         self.fc2 = nn.Linear(ffn, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Applies the same layers to every position."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class Block(nn.Module):
+    """A transformer layer with layer norms before attention and MLP."""
+
     def __init__(self, hidden: int, heads: int, ffn: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden)
@@ -63,13 +71,16 @@ class Block(nn.Module):
         self.mlp = MLP(hidden, ffn)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[batch, seq, hidden] -> [batch, seq, hidden]."""
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
 
 class GPT(nn.Module):
+    """Token and position embeddings, the layers, a final norm and the projection to the vocabulary."""
+
     def __init__(
-        self, layers: int, hidden: int, heads: int, ffn: int, vocab: int, seq: int, tied_embeddings: bool
+        self, *, layers: int, hidden: int, heads: int, ffn: int, vocab: int, seq: int, tied_embeddings: bool
     ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocab, hidden)
@@ -81,6 +92,7 @@ class GPT(nn.Module):
             self.head.weight = self.tokens.weight
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Logits [batch, seq, vocab] of ``tokens`` [batch, seq]; ``labels`` are for ``loss_fn``."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.tokens(tokens) + self.positions(positions)
         for layer in self.layers:
@@ -96,6 +108,7 @@ def _size(size: str) -> tuple[int, int, int, int]:
 
 def build_model(
     size: str = "39B",
+    *,
     layers: int | None = None,
     hidden: int | None = None,
     heads: int | None = None,
@@ -104,16 +117,25 @@ def build_model(
     seq: int | None = None,
     tied_embeddings: bool = True,
 ) -> nn.Module:
-    """A row of ``SIZES``, any number of which may be replaced; ``ffn`` is four times ``hidden`` unless given."""
+    """The model of a row of ``SIZES``, in which any number may be replaced; ``ffn`` is four times ``hidden`` unless given."""
     size_hidden, size_layers, size_heads, size_seq = _size(size)
     hidden = hidden or size_hidden
     heads = heads or size_heads
     if hidden % heads:
         raise ValueError(f"hidden={hidden} is not divisible by heads={heads}")
-    return GPT(layers or size_layers, hidden, heads, ffn or 4 * hidden, vocab, seq or size_seq, tied_embeddings)
+    return GPT(
+        layers=layers or size_layers,
+        hidden=hidden,
+        heads=heads,
+        ffn=ffn or 4 * hidden,
+        vocab=vocab,
+        seq=seq or size_seq,
+        tied_embeddings=tied_embeddings,
+    )
 
 
 def example_inputs(batch_size: int, size: str = "39B", seq: int | None = None) -> dict[str, Tensor]:
+    """Token ids and targets, [batch_size, seq] each."""
     shape = (batch_size, seq or _size(size)[3])
     return {name: torch.empty(shape, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
 
@@ -124,7 +146,7 @@ def loss_fn(output: Tensor, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def init_weights(model: nn.Module) -> None:
-    """Normal(0, 0.02), projections into the residual stream divided by sqrt(2 L), as GPT-2."""
+    """Normal(0, 0.02), divided by sqrt(2 L) for projections into the residual stream, as in GPT-2."""
     residual_std = 0.02 / (2 * len(model.layers)) ** 0.5
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:

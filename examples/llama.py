@@ -21,9 +21,10 @@ SIZES = {  # hidden, layers, heads, kv_heads, ffn, vocab, sequence
 
 
 class Llama(LlamaForCausalLM):
-    """The same model; the targets are the loss's business."""
+    """The same model with the targets among its inputs, where ``loss_fn`` finds them."""
 
     def forward(self, input_ids: Tensor, targets: Tensor) -> Any:
+        """The output of Hugging Face's model, with logits [batch, seq, vocab]."""
         return super().forward(input_ids=input_ids)
 
 
@@ -35,6 +36,7 @@ def _size(size: str) -> tuple[int, int, int, int, int, int, int]:
 
 def build_model(
     size: str = "8B",
+    *,
     layers: int | None = None,
     hidden: int | None = None,
     heads: int | None = None,
@@ -44,7 +46,7 @@ def build_model(
     seq: int | None = None,
     tied_embeddings: bool = False,
 ) -> nn.Module:
-    """A row of ``SIZES``, any number of which may be replaced."""
+    """The model of a row of ``SIZES``, in which any number may be replaced."""
     row = _size(size)
     config = LlamaConfig(
         hidden_size=hidden or row[0],
@@ -62,10 +64,11 @@ def build_model(
 
 
 def example_inputs(batch_size: int, size: str = "8B", seq: int | None = None) -> dict[str, Tensor]:
+    """Token ids and targets, [batch_size, seq] each."""
     shape = (batch_size, seq or _size(size)[6])
     return {name: torch.empty(shape, dtype=torch.long, device="meta") for name in ("input_ids", "targets")}
 
 
 def loss_fn(output: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy in fp32; ``targets`` are the inputs shifted by one, as a data loader gives them."""
+    """Cross-entropy in fp32; ``targets`` are the inputs shifted by one position, as data loaders give them."""
     return F.cross_entropy(output.logits.flatten(0, 1).float(), inputs["targets"].flatten())

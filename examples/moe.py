@@ -1,10 +1,10 @@
 """GShard mixture of experts (Lepikhin et al. 2020), as sized by Alpa OSDI'22: every second layer's MLP is a set of
 experts.
 
-Tokens are routed in groups of ``group_size``. Each token goes to its ``top_k`` best experts; an expert takes at most
-``capacity = top_k * group_size / experts * capacity_factor`` tokens of a group, the rest skip the layer. With 8
-experts and groups of 2048 that is 512. Shapes below: G groups, S tokens of a group, M hidden, E experts, C capacity,
-H the MLP's width.
+Tokens are routed in groups of ``group_size``. Each token goes to the ``top_k`` experts with its highest gate values; an
+expert takes at most ``capacity = top_k * group_size / experts * capacity_factor`` tokens of a group, and the others skip
+the layer. With 8 experts and groups of 2048 that is 512. Shapes below: G groups, S tokens of a group, M hidden, E
+experts, C capacity, H the MLP's width.
 """
 
 import math
@@ -28,14 +28,14 @@ BALANCE_WEIGHT = 0.01
 
 
 def one_hot(index: Tensor, classes: int) -> Tensor:
-    """fp32 rows of zeros with a one at ``index``; all zeros where the index is ``classes`` or more."""
+    """[..., classes] in fp32 with a one at ``index`` [...]; all zeros where the index is ``classes`` or more."""
     return (index.unsqueeze(-1) == torch.arange(classes, device=index.device)).float()
 
 
 def gate(logits: Tensor, top_k: int, capacity: int) -> tuple[Tensor, Tensor]:
     """Combine weights [G, S, E, C] and the load-balancing loss, from router logits [G, S, E], both in fp32.
 
-    ``combine[g, s, e, c]`` is the weight of token s's result from expert e when it sits in that expert's slot c, else
+    ``combine[g, s, e, c]`` is the weight of expert e's result for token s if the token is in the expert's slot c, else
     0."""
     gates = logits.float().softmax(-1)
     experts = gates.shape[-1]
@@ -46,7 +46,7 @@ def gate(logits: Tensor, top_k: int, capacity: int) -> tuple[Tensor, Tensor]:
         chosen = one_hot(remaining.argmax(-1), experts)
         if balance is None:
             balance = experts * (gates.mean(1) * chosen.mean(1)).sum(-1).mean()
-        # The slot of a token: how many tokens before it, or of earlier choices, went to the same expert.
+        # The slot of a token: the number of tokens before it, or of earlier choices, that went to the same expert.
         slot = chosen.cumsum(1) - chosen
         slot = ((slot if taken is None else slot + taken) * chosen).sum(-1)
         taken = chosen.sum(1, keepdim=True) if taken is None else taken + chosen.sum(1, keepdim=True)
@@ -62,7 +62,7 @@ def gate(logits: Tensor, top_k: int, capacity: int) -> tuple[Tensor, Tensor]:
 
 
 class Experts(nn.Module):
-    """E two-layer MLPs, their weights stacked."""
+    """E two-layer MLPs with stacked weights."""
 
     def __init__(self, hidden: int, ffn: int, experts: int) -> None:
         super().__init__()
@@ -70,11 +70,14 @@ class Experts(nn.Module):
         self.fc2 = nn.Parameter(torch.empty(experts, ffn, hidden))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[E, G, C, M] -> [E, G, C, M], expert e on the slots of expert e."""
         x = F.gelu(torch.einsum("EGCM,EMH->EGCH", x, self.fc1), approximate="tanh")
         return torch.einsum("EGCH,EHM->EGCM", x, self.fc2)
 
 
 class MoE(nn.Module):
+    """A mixture of experts: a router, the experts, and the dispatch and combination of tokens."""
+
     def __init__(
         self, hidden: int, ffn: int, experts: int, top_k: int, group_size: int, capacity_factor: float
     ) -> None:
@@ -86,6 +89,7 @@ class MoE(nn.Module):
         self.experts = Experts(hidden, ffn, experts)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[batch, seq, M] -> [batch, seq, M] and the load-balancing loss; ValueError where groups are not full."""
         batch, seq, hidden = x.shape
         if batch * seq % self.group_size:
             raise ValueError(f"{batch} x {seq} tokens do not fill groups of group_size={self.group_size}")
@@ -98,6 +102,8 @@ class MoE(nn.Module):
 
 
 class Attention(nn.Module):
+    """Causal self-attention, [batch, seq, M] -> [batch, seq, M]."""
+
     def __init__(self, hidden: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -105,6 +111,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Attends to all earlier positions."""
         batch, seq, hidden = x.shape
         qkv = self.qkv(x).view(batch, seq, self.heads, 3, hidden // self.heads)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(3))
@@ -113,17 +120,20 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers with a GELU between them, [batch, seq, M] -> [batch, seq, M]."""
+
     def __init__(self, hidden: int, ffn: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(hidden, ffn)
         self.fc2 = nn.Linear(ffn, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Applies the same layers to every position."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class Block(nn.Module):
-    """A pre-norm layer; returns the load-balancing loss too when its MLP is a mixture."""
+    """A transformer layer with layer norms before attention and MLP, which may be a mixture of experts."""
 
     def __init__(self, hidden: int, heads: int, mlp: nn.Module) -> None:
         super().__init__()
@@ -133,6 +143,7 @@ class Block(nn.Module):
         self.mlp = mlp
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[batch, seq, M] -> [batch, seq, M] and the load-balancing loss of a mixture, else None."""
         x = x + self.attn(self.norm1(x))
         y, balance = self.mlp(self.norm2(x)), None
         if isinstance(y, tuple):
@@ -141,6 +152,8 @@ class Block(nn.Module):
 
 
 class GShard(nn.Module):
+    """Token and position embeddings, the layers, a final norm and the projection to the vocabulary."""
+
     def __init__(self, hidden: int, heads: int, vocab: int, seq: int, mlps: list[nn.Module]) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocab, hidden)
@@ -151,6 +164,7 @@ class GShard(nn.Module):
         self.head.weight = self.tokens.weight
 
     def forward(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [batch, seq, vocab] of ``tokens`` [batch, seq], and the mean load-balancing loss."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.tokens(tokens) + self.positions(positions)
         balances = []
@@ -169,6 +183,7 @@ def _size(size: str) -> tuple[int, int, int]:
 
 def build_model(
     size: str = "2.4B",
+    *,
     layers: int | None = None,
     hidden: int | None = None,
     heads: int = 16,
@@ -180,7 +195,8 @@ def build_model(
     group_size: int = 2048,
     capacity_factor: float = 1.0,
 ) -> nn.Module:
-    """A row of ``SIZES``, any number of which may be replaced; ``ffn`` is eight times ``hidden`` unless given."""
+    """The model of a row of ``SIZES``, in which any number may be replaced; ``ffn`` is eight times ``hidden`` unless
+    given."""
     size_hidden, size_layers, size_experts = _size(size)
     hidden, experts, layers = hidden or size_hidden, experts or size_experts, layers or size_layers
     ffn = ffn or 8 * hidden
@@ -194,6 +210,7 @@ def build_model(
 
 
 def example_inputs(batch_size: int, seq: int = 1024) -> dict[str, Tensor]:
+    """Token ids and targets, [batch_size, seq] each."""
     return {name: torch.empty(batch_size, seq, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
 
 
@@ -204,6 +221,7 @@ def loss_fn(output: tuple[Tensor, Tensor], inputs: dict[str, Tensor]) -> Tensor:
 
 
 def init_weights(model: nn.Module) -> None:
+    """Normal(0, 0.02); norms start as the identity."""
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
             nn.init.constant_(parameter, 1.0 if "norm" in name and name.endswith("weight") else 0.0)

@@ -4,9 +4,10 @@
         --set size=125M --set layers=2 --set hidden=128 --set heads=4 --set vocab=256 --set seq=64
     torchrun --nproc-per-node 4 examples/train_gpt.py --plan gpt.plan.json --steps 300 --checkpoint ckpt
 
-Run it again with another plan of the same model and the same --checkpoint: it goes on from there. With
-`torchrun --max-restarts 3` it does so by itself when a rank dies (set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, else torch
-2.13's restarted ranks look for the dead ones; `autopar run --max-restarts 3` prints the whole line).
+Started another time with the same --checkpoint, and with the same plan or another plan of the same model, it continues
+from the checkpoint. With `torchrun --max-restarts 3` it does so by itself when a rank dies (set
+TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, else torch 2.13's restarted ranks look for the dead ones;
+`autopar run --max-restarts 3` prints the full command line).
 """
 
 import argparse
@@ -20,7 +21,7 @@ import autopar
 
 
 def text() -> Tensor:
-    """Some 700 kB of English, as bytes."""
+    """Some 700 kB of English, one byte per element."""
     return torch.frombuffer(bytearray("\n".join(pydoc_data.topics.topics.values()), "utf-8"), dtype=torch.uint8).long()
 
 
@@ -33,11 +34,12 @@ def batch_of(corpus: Tensor, size: int, seq: int, step: int) -> dict[str, Tensor
 
 
 def main() -> None:
+    """Trains on this rank; torchrun starts one process per rank."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", required=True)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--checkpoint", help="folder to save to, and to go on from")
+    parser.add_argument("--checkpoint", help="folder to save to and to continue from")
     parser.add_argument("--save-every", type=int, default=100)
     arguments = parser.parse_args()
 
@@ -64,7 +66,7 @@ def main() -> None:
             start = trainer.load(arguments.checkpoint)
         except autopar.PlanFileError as error:
             if dist.get_rank() == 0:
-                print(f"{error}: starting anew", flush=True)
+                print(f"{error}: starting from step 0", flush=True)
 
     corpus, seq = text(), workload.inputs(1)["tokens"].shape[1]
     for step in range(start, arguments.steps):

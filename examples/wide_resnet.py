@@ -23,6 +23,8 @@ BLOCKS = {26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
 
 class Bottleneck(nn.Module):
+    """A residual block of three convolutions, of which the 3x3 has the ``stride``."""
+
     def __init__(self, channels_in: int, channels: int, width_factor: int, stride: int) -> None:
         super().__init__()
         wide, channels_out = channels * width_factor, 4 * channels
@@ -39,6 +41,7 @@ class Bottleneck(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        """[batch, channels_in, h, w] -> [batch, 4 * channels, h / stride, w / stride]."""
         y = F.relu(self.norm1(self.conv1(x)))
         y = F.relu(self.norm2(self.conv2(y)))
         y = self.norm3(self.conv3(y))
@@ -46,6 +49,8 @@ class Bottleneck(nn.Module):
 
 
 class WideResNet(nn.Module):
+    """A stem, four stages of bottlenecks and a linear classifier."""
+
     def __init__(self, layers: int, base_channels: int, width_factor: int, classes: int) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, base_channels, 7, stride=2, padding=3, bias=False)
@@ -63,6 +68,7 @@ class WideResNet(nn.Module):
         self.head = nn.Linear(channels_in, classes)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Logits [batch, classes] of ``images`` [batch, 3, h, w]; ``labels`` are for ``loss_fn``."""
         x = F.max_pool2d(F.relu(self.norm(self.stem(images))), 3, stride=2, padding=1)
         for stage in self.stages:
             x = stage(x)
@@ -77,12 +83,13 @@ def _size(size: str) -> tuple[int, int, int]:
 
 def build_model(
     size: str = "1B",
+    *,
     layers: int | None = None,
     base_channels: int | None = None,
     width_factor: int | None = None,
     classes: int = 1000,
 ) -> nn.Module:
-    """A row of ``SIZES``, any number of which may be replaced; ``layers`` is 50 or 101."""
+    """The model of a row of ``SIZES``, in which any number may be replaced; ``layers`` is a key of ``BLOCKS``."""
     row = _size(size)
     layers = layers or row[0]
     if layers not in BLOCKS:
@@ -91,6 +98,7 @@ def build_model(
 
 
 def example_inputs(batch_size: int, image_size: int = 224) -> dict[str, Tensor]:
+    """Images [batch_size, 3, image_size, image_size] and labels [batch_size]."""
     return {
         "images": torch.empty(batch_size, 3, image_size, image_size, device="meta"),
         "labels": torch.empty(batch_size, dtype=torch.long, device="meta"),
@@ -98,10 +106,12 @@ def example_inputs(batch_size: int, image_size: int = 224) -> dict[str, Tensor]:
 
 
 def loss_fn(output: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    """Cross-entropy of the logits."""
     return F.cross_entropy(output, inputs["labels"])
 
 
 def random_inputs(batch_size: int, seed: int, image_size: int = 224, classes: int = 1000) -> dict[str, Tensor]:
+    """Inputs of the same shapes with random elements, for runs without data."""
     generator = torch.Generator().manual_seed(seed)
     return {
         "images": torch.randn(batch_size, 3, image_size, image_size, generator=generator),
@@ -110,7 +120,7 @@ def random_inputs(batch_size: int, seed: int, image_size: int = 224, classes: in
 
 
 def init_weights(model: nn.Module) -> None:
-    """He initialisation; the last norm of each block starts at zero, so a block starts as the identity."""
+    """He initialisation; the last norm of each block starts at zero, so that the block starts as the identity."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

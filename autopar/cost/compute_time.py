@@ -107,7 +107,7 @@ def _shards_vocabulary(rule: OpShardingRule, degrees: Mapping[int, Floats], ones
     """Whether a cross entropy sees part of the vocabulary: then it is a chain of fp32 kernels around its exchanges."""
     cut = ones < 0
     for label, kind in enumerate(rule.label_kinds):
-        if kind == "inside":
+        if kind == "collective":
             cut = cut | (degrees.get(label, ones) > 1)
     return cut
 

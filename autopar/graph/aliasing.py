@@ -1,4 +1,4 @@
-"""Which ops hand on their input's memory, and when two tensors are laid out alike."""
+"""Ops whose result may share the storage of their input, and tensors with equal metadata."""
 
 import math
 from typing import Any
@@ -7,7 +7,7 @@ from torch import Tensor
 
 RESHAPE_OPS = frozenset(("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default"))
 COPY_OPS = frozenset(("aten.clone.default", "aten._to_copy.default", "aten.lift_fresh_copy.default"))
-# Ops that return their first argument itself, or a view of it, where shape, strides and dtype already fit.
+# Ops that return their first argument itself, or a view of it, where shape, strides and dtype allow it.
 MAY_ALIAS_OPS = RESHAPE_OPS | frozenset(
     f"aten.{name}"
     for name in (
@@ -20,7 +20,7 @@ MAY_ALIAS_OPS = RESHAPE_OPS | frozenset(
 
 
 def same_metadata(one: Any, other: Any) -> bool:
-    """Whether both are tensors of the same shape, dtype, device and strides (strides of one element do not count)."""
+    """Whether both are tensors of the same shape, dtype, device and strides (those of a single element do not matter)."""
     if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
         return False
     same = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device

@@ -1,6 +1,7 @@
-"""Checks the rule that sizes divisible by the prime, and only they, are proportional to the batch.
+"""Checks that exactly the sizes divisible by the prime are proportional to the batch.
 
-``unclear`` looks at one graph for sizes whose origin the rule cannot vouch for; ``check_rule`` compares two traces.
+``may_break_batch_scaling`` finds sizes in one graph for which that is not certain; ``check_batch_scaling`` then compares
+two traces.
 """
 
 import math
@@ -12,8 +13,10 @@ from autopar.graph.ir import Graph, Op, TracedBatch, Value
 
 
 def may_break_batch_scaling(graph: Graph) -> bool:
-    """Whether some size may break the rule: a literal or result that neither divides a known size nor is one, or one
-    that is divisible by the prime without coming from the batch.
+    """Whether the rule may fail for some size: one of a result that is neither near nor a divisor of a size known to be
+    independent of the batch, one that is divisible by the prime but not by the batch though no size of its op's inputs
+    is, a literal that may be a multiple of the batch, or a number of equal calls that is divisible by the prime (a
+    Python loop over the samples).
 
     Example: a capacity of ceil(2 * 808 * 1024 / 60) = 27580 slots grows with the batch, yet 101 does not divide it."""
     batch = graph.batch
@@ -31,17 +34,17 @@ def may_break_batch_scaling(graph: Graph) -> bool:
         inputs = [graph.values[value] for value in op.inputs]
         outputs = [graph.values[value] for value in op.outputs]
         fixed = {size for value in inputs for size in value.shape if not batch.is_proportional(size)}
-        spans = {math.prod(size for size in value.shape if not batch.is_proportional(size)) for value in inputs}
-        grows = any(batch.is_proportional(size) for value in inputs for size in value.shape)
+        products = {math.prod(size for size in value.shape if not batch.is_proportional(size)) for value in inputs}
+        reads_batch = any(batch.is_proportional(size) for value in inputs for size in value.shape)
         for value in outputs:
             for size in value.shape:
                 if batch.is_proportional(size):
-                    if not grows and size % batch.traced_size:
+                    if not reads_batch and size % batch.traced_size:
                         return True
                 elif (
                     size > 1
                     and not _is_near_fixed_size(size, fixed)
-                    and not any(other % size == 0 for other in spans | known)
+                    and not any(other % size == 0 for other in products | known)
                 ):
                     return True
         if any(_may_be_batch_literal(literal, batch) for literal in _numbers_in((op.args, op.kwargs))):
@@ -50,12 +53,12 @@ def may_break_batch_scaling(graph: Graph) -> bool:
 
 
 def _is_near_fixed_size(size: int, fixed: set[int]) -> bool:
-    """Whether a size is a fixed one of the inputs, or that with a few rows cut or padded."""
+    """Whether a size is a fixed one of the inputs, or differs from it by a few rows of slicing or padding."""
     return any(abs(size - other) <= 8 for other in fixed)
 
 
 def _may_be_batch_literal(number: float, batch: TracedBatch) -> bool:
-    """A float that is, or is one over, a multiple of the prime: a mean over the batch written by hand."""
+    """Whether a float is a multiple of the prime, or one over it: a mean over the batch written by hand."""
     if not isinstance(number, float) or not math.isfinite(number) or number == 0:
         return False
     size = max(abs(number), 1 / abs(number))
@@ -71,18 +74,19 @@ def _numbers_in(literal: object) -> Iterator[float]:
 
 
 def check_batch_scaling(graph: Graph, retraced: Graph) -> None:
-    """Raises ModelError unless ``again``, traced at another batch, is ``graph`` scaled to it."""
-    for op, twin in zip(graph.ops, retraced.ops, strict=False):
-        if (op.target, op.source_location) != (twin.target, twin.source_location):
+    """Raises ModelError unless ``retraced``, traced at another batch, is ``graph`` scaled to that batch."""
+    for op, retraced_op in zip(graph.ops, retraced.ops, strict=False):
+        if (op.target, op.source_location) != (retraced_op.target, retraced_op.source_location):
             raise _different_ops_error(op, graph, retraced)
     if len(graph.ops) != len(retraced.ops):
         raise _different_ops_error(graph.ops[-1], graph, retraced)
-    for op, twin in zip(graph.ops, retraced.ops, strict=True):
-        for value, other in zip(_outputs_of(graph, op), _outputs_of(retraced, twin), strict=True):
+    for op, retraced_op in zip(graph.ops, retraced.ops, strict=True):
+        for value, other in zip(_outputs_of(graph, op), _outputs_of(retraced, retraced_op), strict=True):
             if tuple(_scaled(size, graph.batch, retraced.batch) for size in value.shape) != other.shape:
                 at = f"at batch {graph.batch.traced_size} and {other.shape} at batch {retraced.batch.traced_size}"
                 raise _not_proportional_error(op, f"its result is {value.shape} {at}")
-        numbers = zip(_numbers_in((op.args, op.kwargs)), _numbers_in((twin.args, twin.kwargs)), strict=True)
+        retraced_literals = (retraced_op.args, retraced_op.kwargs)
+        numbers = zip(_numbers_in((op.args, op.kwargs)), _numbers_in(retraced_literals), strict=True)
         for number, other_number in numbers:
             expected = _scaled(number, graph.batch, retraced.batch) if type(number) is int else number
             if expected != other_number:
@@ -101,14 +105,14 @@ def _scaled(size: float, batch: TracedBatch, other: TracedBatch) -> float:
 def _different_ops_error(op: Op, graph: Graph, retraced: Graph) -> ModelError:
     return ModelError(
         f"the model runs {len(graph.ops)} operations at batch {graph.batch.traced_size} and {len(retraced.ops)} at batch "
-        f"{retraced.batch.traced_size}; they part {'at ' + op.source_location if op.source_location else 'at ' + op.target}\n"
-        "  write a Python loop over the samples as one operation on the whole batch"
+        f"{retraced.batch.traced_size}; they first differ at {op.source_location or op.target}\n"
+        "  replace a Python loop over the samples by one operation on the batch"
     )
 
 
 def _not_proportional_error(op: Op, what: str) -> ModelError:
     place = f" at {op.source_location}" if op.source_location else ""
     return ModelError(
-        f"cannot plan {op.target}{place}: {what}, which is not in proportion to the batch\n"
+        f"cannot plan {op.target}{place}: {what}, which does not scale with the batch\n"
         "  make this size independent of the batch (for example per group or per sample), or proportional to it"
     )

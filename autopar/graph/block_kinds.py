@@ -1,13 +1,14 @@
 """Structural equality of blocks: blocks of one kind differ in nothing but which values they read and write.
 
-A block's key lists, op by op, the target, the literal arguments, where each input comes from and what each output is.
-An input is
+A block's key lists for each op its target, its literal arguments, where each input comes from and the type of each
+output. An input is identified by
 
-    inside    (offset of the op in the block, position among its outputs)
-    outside   (position among the block's external values of that sort, in the order of first use), with shape, dtype,
-              requires_grad and whether other blocks read it too (a tied weight, a skip, a mask for all layers)
+    made inside    (offset of its op in the block, position among that op's outputs)
+    made outside   (position in the order of first use, among the block's parameters and buffers or among its other
+                   external values), with shape, dtype, requires_grad and whether other blocks read it as well (a tied
+                   weight, a skip connection, a mask for all layers)
 
-Equal keys, equal kind. Everything is linear in the number of ops.
+Blocks with equal keys are of one kind. Linear in the number of ops.
 """
 
 from collections import defaultdict
@@ -19,7 +20,7 @@ from autopar.graph.ir import Block, Graph, Op, Value, hashable_literal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockSpan:
-    """Ops ``first_op <= id < end_op`` that are to be a block."""
+    """Consecutive ops, ``first_op <= id < end_op``, that are to become the block ``name``."""
 
     name: str
     first_op: int
@@ -27,7 +28,7 @@ class BlockSpan:
 
 
 def blocks_of_spans(graph: Graph, spans: list[BlockSpan]) -> tuple[Block, ...]:
-    """Blocks of the spans, in order, numbered by kind in the order of first appearance.
+    """The blocks of the spans, in order; kinds are numbered in the order in which they first occur.
 
     Example: GPT with 12 layers -> embedding (kind 0), 12 layers (kind 1), head (kind 2)."""
     readers: dict[int, set[int]] = defaultdict(set)
@@ -57,7 +58,7 @@ def blocks_of_spans(graph: Graph, spans: list[BlockSpan]) -> tuple[Block, ...]:
 def _block_structure(
     graph: Graph, index: int, span: BlockSpan, readers: dict[int, set[int]]
 ) -> tuple[Any, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """The key of a block, and its inputs, outputs and parameters."""
+    """The key of a block, and the ids of its inputs, its outputs and its parameters and buffers."""
     produced: dict[int, tuple[int, int]] = {}
     inputs: dict[int, int] = {}
     parameters: dict[int, int] = {}
@@ -91,12 +92,12 @@ def _input_key(
     parameters: dict[int, int],
     read_elsewhere: bool,
 ) -> tuple[Any, ...]:
-    """Where an input of an op comes from; a new external value is appended to ``inputs`` or ``parameters``."""
+    """The key of an op's input; a new external value is appended to ``inputs`` or ``parameters``."""
     if value.id in produced:
         return produced[value.id]
     is_parameter = value.kind in ("parameter", "buffer")
-    place = parameters if is_parameter else inputs
-    position = place.setdefault(value.id, len(place))
+    positions = parameters if is_parameter else inputs
+    position = positions.setdefault(value.id, len(positions))
     tied = read_elsewhere or len(value.qualified_names) > 1
     return ("parameter" if is_parameter else "input", position, value.kind, _type_key(value), tied)
 

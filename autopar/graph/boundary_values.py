@@ -1,4 +1,4 @@
-"""What crosses from block to block."""
+"""The boundary values: what later blocks read of earlier ones."""
 
 from collections import defaultdict
 
@@ -6,20 +6,21 @@ from autopar.graph.ir import Block, Graph
 
 
 def boundary_values(graph: Graph, blocks: tuple[Block, ...]) -> tuple[tuple[int, ...], ...]:
-    """For each boundary i | i + 1 the ids of the activations made in blocks <= i that blocks > i read, in order of id.
+    """For each boundary between blocks i and i + 1 the ids of the activations that blocks <= i produce and blocks > i
+    read, in ascending order.
 
-    >>> crossing(gpt, cut_blocks(gpt))[0]  # the result of the embedding  # doctest: +SKIP
+    >>> boundary_values(gpt, split_into_blocks(gpt))[0]  # the result of the embedding  # doctest: +SKIP
     (585,)
     """
-    made = {
+    producer = {
         value: block.index
         for block in blocks
         for op in graph.ops[block.first_op : block.end_op]
         for value in op.outputs
     }
-    last = {value: block.index for block in blocks for value in block.inputs}
-    cuts: dict[int, list[int]] = defaultdict(list)
-    for value, reader in sorted(last.items()):
-        for boundary in range(made.get(value, reader), reader):
-            cuts[boundary].append(value)
-    return tuple(tuple(cuts[boundary]) for boundary in range(len(blocks) - 1))
+    last_reader = {value: block.index for block in blocks for value in block.inputs}
+    crossing: dict[int, list[int]] = defaultdict(list)
+    for value, reader in sorted(last_reader.items()):
+        for boundary in range(producer.get(value, reader), reader):
+            crossing[boundary].append(value)
+    return tuple(tuple(crossing[boundary]) for boundary in range(len(blocks) - 1))

@@ -1,7 +1,8 @@
-"""Ops that CUDA runs as one fused kernel and the cpu does not: their profiles by hand, sources beside them.
+"""Ops that CUDA runs as one fused kernel and the CPU does not: handwritten profiles, with their sources.
 
-``FUSED`` maps an op to a function of (op, inputs, outputs) that gives its profile and the strides of its outputs;
-``SUBSTITUTES`` maps an op to the call that eager CUDA makes for it, which is then profiled like any other.
+``HANDWRITTEN_PROFILES`` maps an op to a function of (op, inputs, outputs) that returns its profile and the strides of
+its outputs; ``CUDA_SUBSTITUTES`` maps an op to the call that eager CUDA makes for it, which is then profiled like any
+other.
 """
 
 from collections.abc import Callable
@@ -14,20 +15,21 @@ from torch import Tensor
 from autopar.graph.ir import Op, OpProfile, Value
 from autopar.graph.kernel_recorder import attention_flops
 
-HandwrittenProfile: TypeAlias = tuple[OpProfile, tuple[tuple[int, ...], ...]]
+HandwrittenProfile: TypeAlias = tuple[OpProfile, tuple[tuple[int, ...], ...]]  # with the strides of each output
 
 ATTENTION_KERNELS = (1, 2)  # flash attention: forward one; backward the row sums of out * grad, then the gradients
 NORM_KERNELS = (1, 2)  # _fused_rms_norm: backward is one kernel for the input and one for the weight
 
 
 def flash_attention_profile(op: Op, inputs: list[Value], outputs: list[Value]) -> HandwrittenProfile:
-    """Scaled dot product attention as flash attention, whatever the cpu would run (Dao et al. 2022, algorithms 1, 4).
+    """Scaled dot product attention as flash attention, whatever the CPU would run (Dao et al. 2022, algorithms 1, 4).
 
-    q (b, h, sq, d), k and v (b, hk, skv, d), kept with the result and the fp32 log-sum-exp (b, h, sq). Its bytes are
-    the kernel's own affair and not counted, but for a given mask, read each way and, with a gradient, written. Dropout
-    inside keeps two numbers, no mask. The result lies in memory as (b, sq, h, d), so its transpose back is a view.
+    q (b, h, sq, d), k and v (b, hk, skv, d) are saved, with the result and the fp32 log-sum-exp (b, h, sq). The
+    kernel's own memory traffic is not counted, as matmul-like kernels are priced by their FLOPs; that of a mask tensor
+    is: read in each pass and, if it has a gradient, written. Dropout inside saves two numbers (seed and offset) instead
+    of a mask. The result is laid out as (b, sq, h, d), so its transpose back is a view.
 
-    Example: b=1, h=2, s=8, d=4 gives 2,048 FLOPs forward and 5,120 backward, and keeps 64 bytes of log-sum-exp.
+    Example: b=1, h=2, s=8, d=4 gives 2,048 FLOPs forward and 5,120 backward, and saves 64 bytes of log-sum-exp.
     """
     query, key, value = inputs[:3]
     mask = inputs[3] if len(inputs) > 3 else None
@@ -51,9 +53,9 @@ def flash_attention_profile(op: Op, inputs: list[Value], outputs: list[Value]) -
 
 
 def rms_norm_profile(op: Op, inputs: list[Value], outputs: list[Value]) -> HandwrittenProfile:
-    """``aten.rms_norm`` as ``aten._fused_rms_norm``: keeps its input, its weight and one fp32 number a row.
+    """``aten.rms_norm`` as ``aten._fused_rms_norm``: saves its input, its weight and one fp32 number per row.
 
-    Backward reads the gradient, the input and the weight, and writes the gradients of both."""
+    The backward reads the gradient, the input and the weight, and writes the gradients of both."""
     hidden = inputs[0]
     sizes = [prod(value.shape) * value.itemsize for value in inputs]
     row_dims = len(op.args[1])
@@ -75,7 +77,7 @@ def rms_norm_profile(op: Op, inputs: list[Value], outputs: list[Value]) -> Handw
 
 
 def native_dropout(hidden: Tensor, probability: float, train: bool) -> Any:
-    """Dropout as CUDA runs it: one kernel that keeps a mask of one byte an element
+    """Dropout as CUDA runs it: one kernel that saves a mask of one byte per element
     (aten/src/ATen/native/Dropout.cpp)."""
     if not train or probability == 0:
         return hidden

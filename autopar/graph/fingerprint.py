@@ -1,4 +1,4 @@
-"""One sha256 over the structure of a graph, the same at whatever batch it was traced."""
+"""A sha256 hash of a graph's structure, independent of the batch size at which it was traced."""
 
 import hashlib
 from collections.abc import Iterable
@@ -9,9 +9,9 @@ from autopar.graph.ir import InputRef, Op, TracedBatch, Value
 
 
 def fingerprint(values: Iterable[Value], ops: Iterable[Op], batch: TracedBatch) -> str:
-    """Hash of values (kind, sizes, dtype, names of parameters) and ops (call, edges, literals, module).
+    """Hexadecimal hash of values (kind, sizes, dtype, names of parameters) and ops (call, edges, literals, module).
 
-    Sizes and literals that grow with the batch enter as their share per sample. Line numbers do not enter."""
+    Sizes and literals proportional to the batch enter as their share per sample. Line numbers do not enter."""
     digest = hashlib.sha256()
     for value in values:
         shape = tuple(_per_sample(size, batch) for size in value.shape)

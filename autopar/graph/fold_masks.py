@@ -1,9 +1,10 @@
-"""Recognises attention masks that do not depend on the data: all ones, or causal.
+"""Recognises attention masks that do not depend on the data and are all ones or causal.
 
-While a model is traced, Hugging Face builds its causal mask as a tensor (batch x 1 x seq x seq) which it would skip
-in a real run. A mask that no input reaches is the same at every step, so its form is decided here once, at a batch of
-two samples, and where it equals the causal mask or hides nothing the attention op gets ``is_causal=True`` or no mask
-instead. ``bounds.mask_form`` decides it without the seq x seq elements, the same way at any length.
+While a model is traced, Hugging Face builds its causal mask as a tensor (batch x 1 x seq x seq), which it does not in a
+real run. A mask that depends on no input, parameter or buffer is the same at every step, so its form is decided here,
+once, at a batch of two samples; the attention op then gets ``is_causal=True`` in place of a causal mask, and no mask in
+place of one that masks nothing. ``bounds.mask_form`` decides it without computing seq x seq elements, whatever the
+length.
 """
 
 from typing import Any
@@ -18,7 +19,7 @@ _ATTENTION = "aten.scaled_dot_product_attention.default"
 
 
 def fold_masks(graph: fx.Graph, batch: TracedBatch) -> None:
-    """Replaces constant masks of attention ops in place; each distinct mask is decided once."""
+    """Replaces the constant masks of attention ops in place; masks computed alike are decided once."""
     forms = _Forms(batch)
     for node in graph.nodes:
         if str(node.target) != _ATTENTION or (len(node.args) < 4 and "attn_mask" not in node.kwargs):
@@ -36,7 +37,7 @@ def fold_masks(graph: fx.Graph, batch: TracedBatch) -> None:
 
 
 class _Forms:
-    """Forms of masks, those computed alike decided once (a model may make its mask anew in every layer)."""
+    """The forms of masks; those computed alike are decided once (a model may compute its mask in every layer)."""
 
     def __init__(self, batch: TracedBatch) -> None:
         self._batch = batch
@@ -45,7 +46,7 @@ class _Forms:
         self._forms: dict[int, Form | None] = {}
 
     def of(self, mask: fx.Node) -> Form | None:
-        """What the mask is; None also for one that depends on the data."""
+        """The form of a mask, None for one that is neither all ones nor causal or that depends on the data."""
         nodes = constant_nodes(mask)
         if nodes is None:
             return None
@@ -58,7 +59,7 @@ class _Forms:
         return self._forms[number]
 
     def _key(self, node: fx.Node) -> Any:
-        """Equal for constant nodes that run the same op on the same arguments, the nodes among them numbered."""
+        """Equal for constant nodes that run the same op on equal arguments, where nodes with equal keys are equal."""
         sources = sources_of(node)
         size = None if sources else str(node.meta["val"])  # an op that reads no elements may still read a size
         numbered = fx.node.map_arg(
@@ -72,7 +73,7 @@ def _is_causal(node: fx.Node) -> bool:
 
 
 def _is_square(node: fx.Node) -> bool:
-    """Whether there are as many queries as keys: only then ``is_causal`` means the lower triangle."""
+    """Whether there are as many queries as keys: only then does ``is_causal`` mean the lower triangle."""
     query, key = (argument.meta["val"] for argument in node.args[:2])  # type: ignore[union-attr]
     return query.shape[-2] == key.shape[-2]
 
@@ -80,16 +81,19 @@ def _is_square(node: fx.Node) -> bool:
 def _unmasked_bias(mask: fx.Node, forms: _Forms) -> fx.Node | None:
     """``bias`` of ``where(condition, bias, -inf)`` whose condition is all ones (T5's position bias), else None.
 
-    The condition only spread the bias over the batch; the attention op broadcasts it itself."""
+    The condition only broadcasts the bias over the batch, which the attention op does by itself."""
     if str(mask.target) == "aten.contiguous.default":
         mask = mask.all_input_nodes[0]
-    if str(mask.target) != "aten.where.ScalarOther" or not all(isinstance(given, fx.Node) for given in mask.args[:2]):
+    if str(mask.target) != "aten.where.ScalarOther":
+        return None
+    if not all(isinstance(argument, fx.Node) for argument in mask.args[:2]):
         return None
     condition, bias = mask.args[:2]
     return bias if forms.of(condition) == "all" else None  # type: ignore[arg-type, return-value]
 
 
 def _set_mask(node: fx.Node, mask: fx.Node | None, *, causal: bool) -> None:
+    """Gives an attention call another mask; its dropout, scale and grouped-query setting stay."""
     dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
     node.args = (*node.args[:3], mask, dropout, causal)
-    node.kwargs = {key: given for key, given in node.kwargs.items() if key in ("scale", "enable_gqa")}
+    node.kwargs = {name: argument for name, argument in node.kwargs.items() if name in ("scale", "enable_gqa")}

@@ -1,7 +1,7 @@
 """Turns in-place ops into functional ones, so that every tensor of the graph is written once.
 
-torch's own functionalisation runs the whole graph again (seconds for a large model); this pass covers what models do in
-practice (``relu_``, ``+=``, ``x[:, 1:] = y``) by rewriting names, and says when it cannot.
+torch's own functionalisation re-runs the whole graph (seconds for a large model); this pass covers what models do in
+practice (``relu_``, ``+=``, ``x[:, 1:] = y``) by redirecting uses, and returns False where that is not enough.
 """
 
 import operator
@@ -20,11 +20,11 @@ _SCATTER_OF_VIEW = {"aten.slice.Tensor": aten.slice_scatter.default, "aten.selec
 
 
 def functionalize_in_place_ops(graph: fx.Graph, buffers: frozenset[str], inputs: frozenset[Any]) -> bool:
-    """Turns every in-place op into its functional twin, except on buffers, which keep it (running statistics).
+    """Turns every in-place op into its functional variant, except on buffers, where it stays (running statistics).
 
     A write through ``x[..., 1:]`` or ``x[i]`` becomes a ``slice_scatter`` or ``select_scatter`` into ``x``. Returns
-    False at the first write that another alias of the tensor would see later: only torch's own functionalisation is
-    right there. Raises ModelError where the forward pass writes a parameter or constant.
+    False at the first write that is read later through another alias of the tensor: that needs torch's own
+    functionalisation. Raises ModelError where the forward pass modifies a parameter or constant.
 
     ``buffers`` and ``inputs`` are names of placeholders."""
     order = {node: index for index, node in enumerate(graph.nodes)}
@@ -39,14 +39,14 @@ def functionalize_in_place_ops(graph: fx.Graph, buffers: frozenset[str], inputs:
         root = roots[written]
         if root.op == "placeholder" and root.name not in buffers | inputs:
             raise ModelError(
-                f"{node.target}{location_of_node(node, ' at ')} writes a parameter, or a tensor that is no buffer, in the "
-                "forward pass\n"
-                "  change parameters in the optimizer step, or keep what the forward pass updates in a buffer"
+                f"{node.target}{location_of_node(node, ' at ')} modifies a parameter, or a tensor that is not a buffer, "
+                "in the forward pass\n"
+                "  change parameters in the optimizer step, and register what the forward pass updates as a buffer"
             )
         if root.op == "placeholder" and root.name in buffers and written is not root:
             return False
         now = order[node]
-        # Views taken after the write see it through the tensor they are taken from.
+        # Views taken after the write read it through the tensor that they are taken from.
         before = (alias for alias in members[roots[written]] if order[alias] <= now and alias is not node)
         later = {alias for alias in before if any(order[user] > now for user in alias.users)}
         base = written.all_input_nodes[0] if str(written.target) in _SCATTER_OF_VIEW else None
@@ -56,10 +56,10 @@ def functionalize_in_place_ops(graph: fx.Graph, buffers: frozenset[str], inputs:
             _replace_later_uses(written, node, order, now)
         if written.op == "placeholder" and written.name in buffers:
             continue
-        twin = _functional_variant(node)
-        if twin is None:
+        variant = _functional_variant(node)
+        if variant is None:
             return False
-        node.target = twin
+        node.target = variant
         if base is not None and base in later:
             with graph.inserting_after(node):
                 scatter = graph.call_function(_SCATTER_OF_VIEW[str(written.target)], (base, node, *written.args[1:]))
@@ -68,20 +68,20 @@ def functionalize_in_place_ops(graph: fx.Graph, buffers: frozenset[str], inputs:
             roots[scatter] = roots[base]
             members[roots[base]].append(scatter)
             _replace_later_uses(base, scatter, order, now)
-        if twin is aten.copy.default:
+        if variant is aten.copy.default:
             _simplify_copy(node)
     return True
 
 
 def _replace_later_uses(old: fx.Node, new: fx.Node, order: dict[fx.Node, int], now: int) -> None:
-    """Lets the readers of ``old`` that run after ``now`` read ``new``."""
+    """Makes the users of ``old`` that run after position ``now`` read ``new``."""
     for user in list(old.users):
         if order[user] > now:
             user.replace_input_with(old, new)
 
 
 def _simplify_copy(node: fx.Node) -> None:
-    """``copy(written, source)`` of like tensors is the source itself."""
+    """Replaces ``copy(written, source)`` by ``source`` where both have the same metadata."""
     destination, source = node.args[:2]
     assert isinstance(destination, fx.Node)
     if isinstance(source, fx.Node) and same_metadata(destination.meta["val"], source.meta["val"]):
@@ -89,7 +89,7 @@ def _simplify_copy(node: fx.Node) -> None:
 
 
 def _alias_roots(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """For every node, the first node whose memory it may share."""
+    """For every node the first node whose storage it may share."""
     roots: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         base = node
@@ -104,13 +104,14 @@ def _alias_roots(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
 
 
 def mutated_input(node: fx.Node) -> fx.Node | None:
-    """The tensor an in-place op writes (its first argument), or None for a functional op."""
+    """The tensor that an in-place op writes (the first argument that its schema marks as written), or None for a
+    functional op."""
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None or not schema.is_mutable:
         return None
-    for argument, given in zip(schema.arguments, node.args, strict=False):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            return given if isinstance(given, fx.Node) else None
+    for parameter, argument in zip(schema.arguments, node.args, strict=False):
+        if parameter.alias_info is not None and parameter.alias_info.is_write:
+            return argument if isinstance(argument, fx.Node) else None
     return None
 
 

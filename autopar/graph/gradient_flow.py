@@ -1,10 +1,10 @@
-"""Which tensors of a graph a gradient flows into during the backward pass."""
+"""The tensors of a graph that get a gradient in the backward pass."""
 
 import operator
 
 from torch import Tensor, fx
 
-# Ops with a floating result through which no gradient flows.
+# Ops with a floating-point result through which no gradient flows.
 _GRADIENT_STOPPING_OPS = frozenset(
     f"aten.{name}"
     for name in (
@@ -12,33 +12,33 @@ _GRADIENT_STOPPING_OPS = frozenset(
         "new_ones", "new_full", "new_empty", "bernoulli", "sign", "one_hot",
     )
 )  # fmt: skip
-NodeResult = tuple[fx.Node, int]
+NodeResult = tuple[fx.Node, int]  # a node and the position of one of its results
 
 
 def results_with_gradient(graph: fx.Graph) -> set[NodeResult]:
-    """(op or placeholder, position of the result) of every floating tensor that lies on a path from a trainable
-    parameter to the loss, with no detach or ``no_grad`` region on it."""
+    """Every floating-point result of an op or placeholder on a path from a trainable parameter to the loss that no
+    detach or ``no_grad`` region interrupts."""
     reached = _reached_from_parameters(graph)
     loss = next(reversed(graph.nodes)).args[0]
     used: set[fx.Node] = {loss}  # type: ignore[arg-type]
     for node in reversed(graph.nodes):
-        # Behind the last reader of a node all of its readers have been seen, as nodes are in execution order.
+        # Nodes are in execution order, so in reverse all users of a node come before it.
         if node in used and node in reached and not _stops_gradient(node):
             used.update(source for source in node.all_input_nodes if source in reached)
-    live: set[NodeResult] = set()
+    results: set[NodeResult] = set()
     for node in graph.nodes:
         if node not in used or node not in reached:
             continue
         value = node.meta.get("val")
         if node.target is operator.getitem:
-            live.add((node.args[0], node.args[1]))  # type: ignore[arg-type]
+            results.add((node.args[0], node.args[1]))  # type: ignore[arg-type]
         elif isinstance(value, Tensor):
-            live.add((node, 0))
-    return live
+            results.add((node, 0))
+    return results
 
 
 def _reached_from_parameters(graph: fx.Graph) -> set[fx.Node]:
-    """Floating nodes that depend on a trainable parameter."""
+    """Floating-point nodes that depend on a trainable parameter."""
     reached: set[fx.Node] = set()
     for node in graph.nodes:
         value = node.meta.get("val")

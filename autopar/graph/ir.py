@@ -1,8 +1,8 @@
-"""The nouns of the graph: values, ops, and the forward graph they form.
+"""The nouns of the graph: values, ops, the forward graph they form, its blocks and the profiles of its ops.
 
-A graph is traced once, at a batch size ``Batch.traced`` that is a multiple of a prime which no size of the model
-contains, so every dimension that grows with the batch is recognised by that prime and rescaled to any batch size
-(``Batch.scale``).
+A graph is traced once, at a batch size ``TracedBatch.traced_size`` that is a multiple of a prime which divides no size
+of the model. So every size that is proportional to the batch is recognised by that prime and can be scaled to any batch
+size (``TracedBatch.scale``).
 """
 
 from collections.abc import Iterable
@@ -23,9 +23,9 @@ ValueKind = Literal["parameter", "buffer", "input", "constant", "activation"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TracedBatch:
-    """How sizes follow the batch: traced at ``traced`` samples, a multiple of the prime ``prime``.
+    """How sizes scale with the batch: traced at ``traced_size`` samples, a multiple of ``prime``.
 
-    >>> batch = Batch(traced=808, prime=101)
+    >>> batch = TracedBatch(traced_size=808, prime=101)
     >>> batch.scale(808 * 1024, 2), batch.scale(4096, 2)
     (2048, 4096)
     """
@@ -38,19 +38,19 @@ class TracedBatch:
         return size > 0 and size % self.prime == 0
 
     def scale(self, size: int, batch_size: int) -> int:
-        """``size`` as it would be at ``batch_size`` samples; raises ValueError where that is not a whole number."""
+        """``size`` as it would be at ``batch_size`` samples; raises ValueError where that is not an integer."""
         if not self.is_proportional(size):
             return size
-        scaled, rest = divmod(size * batch_size, self.traced_size)
-        if rest:
-            raise ValueError(f"size {size} traced at batch {self.traced_size} is no whole number at batch {batch_size}")
+        scaled, remainder = divmod(size * batch_size, self.traced_size)
+        if remainder:
+            raise ValueError(f"size {size} traced at batch {self.traced_size} is not an integer at batch {batch_size}")
         return scaled
 
     def bytes_factor(self, shapes: Iterable[tuple[int, ...]], batch_size: int) -> float:
-        """By what the bytes of tensors of these traced shapes change at ``batch_size`` samples: as those that have the
-        batch in most of their dims (two in the similarities of a contrastive loss).
+        """The factor from the bytes of tensors of these traced shapes to those at ``batch_size`` samples: that of the
+        shape with the most dims proportional to the batch (two in the similarities of a contrastive loss).
 
-        >>> Batch(traced=808, prime=101).growth([(808, 64), (808, 808)], 404)
+        >>> TracedBatch(traced_size=808, prime=101).bytes_factor([(808, 64), (808, 808)], 404)
         0.25
         """
         power = max((sum(map(self.is_proportional, shape)) for shape in shapes), default=0)
@@ -59,8 +59,9 @@ class TracedBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Value:
-    """A tensor of the graph. ``shape`` is at the traced batch. ``names`` are all fully qualified names of a parameter
-    or buffer (several when tied). ``requires_grad``: a gradient flows into it during the backward pass."""
+    """A tensor of the graph. ``shape`` is at the traced batch. ``qualified_names`` are all fully qualified names of a
+    parameter or buffer (several when tied), () for other values. ``requires_grad``: it gets a gradient in the backward
+    pass."""
 
     id: int
     name: str
@@ -72,12 +73,13 @@ class Value:
 
     @property
     def itemsize(self) -> int:
+        """Bytes of an element."""
         return ITEMSIZE[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
 class InputRef:
-    """Stands for a tensor among an op's literal arguments: ``index`` counts the op's ``inputs``."""
+    """Stands for a tensor among an op's literal arguments: ``index`` is its position in the op's ``inputs``."""
 
     index: int
 
@@ -85,8 +87,8 @@ class InputRef:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Op:
     """One aten call. ``inputs`` are the ids of its tensor arguments in order of appearance; ``args`` and ``kwargs`` are
-    the call's arguments as written, every tensor replaced by a ``Ref`` into ``inputs``; ``outputs`` are the ids of the
-    tensors it returns (a multi-output op lists all, ``getitem`` nodes are folded away)."""
+    the call's arguments with every tensor replaced by an ``InputRef``; ``outputs`` are the ids of the tensors that it
+    returns (all of them for a multi-output op: ``getitem`` nodes are folded away)."""
 
     id: int
     name: str  # name of the fx node
@@ -106,12 +108,13 @@ class Op:
 
     @property
     def is_attention(self) -> bool:
-        """Whether the op is torch's scaled dot product attention, in one of its forms."""
+        """Whether the op is one of torch's variants of scaled dot product attention."""
         return "scaled_dot_product" in self.packet
 
     @property
     def is_matrix_op(self) -> bool:
-        """Whether the op multiplies matrices, convolves or attends: all of a model's FLOPs are in such ops."""
+        """Whether the op is a matmul, a convolution, an attention or a recurrent layer: they have all of a model's
+        FLOPs."""
         return self.packet in MATRIX_OPS
 
     @property
@@ -126,9 +129,9 @@ class Op:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Graph:
-    """The whole forward pass, loss included. ``values[i].id == i`` and ``ops[i].id == i``; ops are in execution order.
+    """The forward pass, loss included. ``values[i].id == i`` and ``ops[i].id == i``; ops are in execution order.
 
-    ``outputs`` holds the loss alone."""
+    ``inputs`` are the ids of the model's inputs; ``outputs`` is the id of the loss alone."""
 
     values: tuple[Value, ...]
     ops: tuple[Op, ...]
@@ -138,15 +141,15 @@ class Graph:
     fingerprint: str  # independent of the batch the graph was traced at
 
     def depending_on_parameters(self) -> frozenset[int]:
-        """Ids of the parameters and of all values computed from them; not those of masks, positions and targets."""
-        found = {value.id for value in self.values if value.kind == "parameter"}
+        """Ids of the parameters and of all values computed from them: not of masks, positions and targets."""
+        dependent = {value.id for value in self.values if value.kind == "parameter"}
         for op in self.ops:
-            if not found.isdisjoint(op.inputs):
-                found.update(op.outputs)
-        return frozenset(found)
+            if not dependent.isdisjoint(op.inputs):
+                dependent.update(op.outputs)
+        return frozenset(dependent)
 
     def parameter_free(self) -> frozenset[int]:
-        """Ids of the values that no parameter reaches: every rank computes what it needs of them by itself."""
+        """Ids of the values that depend on no parameter: every rank computes what it needs of them by itself."""
         return frozenset(range(len(self.values))) - self.depending_on_parameters()
 
     def producers(self) -> dict[int, Op]:
@@ -155,10 +158,13 @@ class Graph:
 
 
 def hashable_literal(literal: Any) -> Any:
-    """A hashable key, equal for equal literals only: 1, 1.0 and True differ, and so do nan's of one kind not.
+    """A hashable key of a literal argument. Unlike Python's ``==`` it tells 1, 1.0 and True apart, and takes nan as
+    equal to itself.
 
-    >>> frozen((1, 2.0)) == frozen((1, 2)), frozen((Ref(0), "a")) == frozen((Ref(0), "a"))
-    (False, True)
+    >>> hashable_literal((1, 2.0)) == hashable_literal((1, 2))
+    False
+    >>> hashable_literal((InputRef(0), "a")) == hashable_literal((InputRef(0), "a"))
+    True
     """
     if isinstance(literal, (tuple, list)):
         return tuple(map(hashable_literal, literal))
@@ -171,13 +177,14 @@ def hashable_literal(literal: Any) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpProfile:
-    """What running one op costs, forward and backward, whole (unsharded) at the traced batch.
+    """What running one op costs, forward and backward, unsharded at the traced batch.
 
-    FLOPs count matmul-like work only (matmul, convolution, attention). Bytes are read plus written by kernels that are
-    not matmul-like, views excluded. ``saved_inputs``/``saved_outputs`` are positions in ``Op.inputs``/``Op.outputs``
-    that autograd keeps for the backward; ``saved_internal`` are (shape, itemsize) of further tensors it keeps (masks,
-    statistics). ``*_scratch_bytes`` are the most that is allocated at once beside results, kept tensors and gradients;
-    ``overwritten`` are positions of kept inputs in whose memory the backward writes their gradients."""
+    FLOPs count matmul-like work only (matmul, convolution, attention). Bytes are those read plus those written by
+    kernels that are not matmul-like, views excluded. ``saved_inputs``/``saved_outputs`` are the positions in
+    ``Op.inputs``/``Op.outputs`` of the tensors that autograd saves for the backward; ``saved_internal_tensors`` are
+    (shape, itemsize) of further saved tensors (masks, statistics). ``*_workspace_bytes`` are the peak of temporaries:
+    what is allocated at once in addition to results, saved tensors and gradients. ``overwritten_inputs`` are positions
+    of saved inputs whose storage the backward overwrites with their gradient."""
 
     forward_flops: int
     backward_flops: int
@@ -195,9 +202,9 @@ class OpProfile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphProfile:
-    """``ops[i]`` is the profile of op i. ``owners[v]`` is the value whose memory value v shares: v itself unless op
-    results are views (q, k and v cut from one projection are owned by it), so bytes saved are those of distinct owners.
-    ``notes`` are (op, what could not be profiled)."""
+    """``ops[i]`` is the profile of op i. ``storage_owner[v]`` is the value whose storage value v shares: v itself unless
+    it is a view (q, k and v split from one projection share its storage), so the saved bytes are those of distinct
+    owners. ``unprofiled_ops`` are (id of an op, what of it could not be profiled)."""
 
     ops: tuple[OpProfile, ...]
     storage_owner: tuple[int, ...]
@@ -206,12 +213,12 @@ class GraphProfile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """Consecutive ops ``first_op <= id < end_op`` of the graph: the unit that stages are cut from.
+    """Consecutive ops ``first_op <= id < end_op`` of the graph: the unit that stages are made of.
 
     ``kind`` is the number of its class of structurally equal blocks (ops, shapes, attributes and edges); blocks of one
-    kind list corresponding values at corresponding positions in all four tuples. ``inputs`` are activations of earlier
-    blocks or model inputs/constants; ``outputs`` are its activations read by later blocks (or the loss);
-    ``parameters`` its parameters and buffers."""
+    kind list corresponding values at corresponding positions in all three tuples. ``inputs`` are activations of earlier
+    blocks and model inputs or constants; ``outputs`` are its activations that other blocks read, and the loss;
+    ``parameters`` are its parameters and buffers."""
 
     index: int
     name: str  # "layers.3", "embedding", "head"

@@ -1,14 +1,16 @@
-"""What a kernel reads, writes and multiplies: the recorder that profiles are made with.
+"""FLOPs, bytes and launches of kernels: the recorder that profiles are made with.
 
-Below autograd every aten call that is not a view launches kernels. ``KernelRecorder`` sees these calls on fake tensors
-and adds up
+Below autograd every aten call that is not a view launches kernels. ``KernelRecorder`` intercepts these calls on fake
+tensors and adds up
 
-    flops    of matmul-like calls (matmul, convolution, attention), by ``torch.utils.flop_counter`` and ``EXTRA_FLOPS``
-    bytes    of all other calls: every tensor read once and every result written once. A broadcast dim (stride 0) is
-             read once. Calls that touch only rows of a table (gathers, scatters) count those rows: see
-             ``PARTIAL_BYTES``
-    peak     bytes that are allocated inside and alive at once, results included
-    kernels  launches of eager PyTorch on CUDA: one per call but for ``KERNELS``; views and empty allocations are free
+    flops       of matmul-like calls (matmul, convolution, attention), by ``torch.utils.flop_counter`` and
+                ``EXTRA_FLOPS``
+    num_bytes   of all other calls: every tensor read once and every result written once. A broadcast dim (stride 0) is
+                read once. Calls that touch only rows of a table (gathers, scatters) count those rows: see
+                ``TRAFFIC_RULES``
+    peak_bytes  the most bytes that are allocated inside and alive at once, results included
+    kernels     launches of eager PyTorch on CUDA: one per call, or as in ``KERNELS_PER_CALL``; none for views and empty
+                allocations
 
 Example: ``y = x + 1`` with x of (4, 8) bfloat16 is 0 FLOPs, 64 + 64 bytes, 1 kernel.
 """
@@ -23,17 +25,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 Tensors: TypeAlias = list[Tensor]
-TrafficRule: TypeAlias = Callable[[Tensors, Tensors], int]
+TrafficRule: TypeAlias = Callable[[Tensors, Tensors], int]  # (tensors read, tensors written) -> bytes
 
-# Allocation and bookkeeping: no kernel at all.
+# Allocation and bookkeeping, which launch no kernel.
 OPS_WITHOUT_KERNEL = frozenset(
     {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh", "detach"}
     | {"alias", "is_same_size", "_has_compatible_shallow_copy_type", "sym_size", "sym_stride", "sym_numel", "lift"}
 )
 
-# Launches per call on CUDA where it is not one (aten/src/ATen/native/cuda of torch 2.13): gradients of weights are a
-# second kernel beside gradients of inputs (a convolution's output_mask says which are wanted), and gradients that only
-# touch part of a tensor first fill it with zeros.
+# Launches per call on CUDA where there is more than one (aten/src/ATen/native/cuda of torch 2.13): gradients of weights
+# take a kernel in addition to that for gradients of inputs (a convolution's output_mask says which are wanted), and
+# gradients that touch only part of a tensor first fill it with zeros.
 KERNELS_PER_CALL = {
     "native_layer_norm_backward": 2,
     "_fused_rms_norm_backward": 2,
@@ -52,18 +54,18 @@ KERNELS_PER_CALL = {
     "topk": 2,
 }
 
-# Statistics that CUDA keeps in fp32 whatever the type of the activations; the CPU keeps them in the activations' type.
+# Ops whose statistics CUDA stores in fp32 whatever the dtype of the activations; the CPU stores them in that dtype.
 FP32_STATISTICS_OPS = frozenset({"layer_norm", "native_layer_norm", "group_norm", "batch_norm", "native_batch_norm"})
 
 
 class KernelRecorder(TorchDispatchMode):
-    """Adds up what runs inside its ``with`` block; run it on fake tensors, so nothing is computed.
+    """Adds up what runs inside its ``with`` block; on fake tensors, so that nothing is computed.
 
     >>> import torch
     >>> from torch._subclasses.fake_tensor import FakeTensorMode
-    >>> with FakeTensorMode(), KernelRecorder() as seen:
+    >>> with FakeTensorMode(), KernelRecorder() as recorder:
     ...     _ = torch.empty(4, 8) @ torch.empty(8, 2)
-    >>> seen.flops, seen.num_bytes, seen.kernels
+    >>> recorder.flops, recorder.num_bytes, recorder.kernels
     (128, 0, 1)
     """
 
@@ -76,7 +78,7 @@ class KernelRecorder(TorchDispatchMode):
         self._live: dict[int, tuple[weakref.ref[Any], int]] = {}
 
     def live_bytes(self) -> int:
-        """Bytes of what was allocated inside and is still alive."""
+        """Bytes of the storages that were allocated inside and are still alive."""
         self._live = {key: entry for key, entry in self._live.items() if entry[0]() is not None}
         return sum(num_bytes for _, num_bytes in self._live.values())
 
@@ -91,6 +93,7 @@ class KernelRecorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        """Runs one aten call and records it; what torch calls for every op inside the ``with`` block."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func.namespace == "prim":
@@ -121,7 +124,7 @@ def nested_tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def storage_key(tensor: Tensor) -> int:
-    """Equal for tensors that share memory, while both are alive."""
+    """Equal for tensors that share their storage, while both are alive."""
     return int(tensor.untyped_storage()._cdata)
 
 
@@ -133,10 +136,10 @@ def touched_bytes(tensor: Tensor) -> int:
 def attention_flops(
     query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *, backward: bool = False
 ) -> int:
-    """FLOPs of a flash attention kernel over the full (sq, skv) square; shapes (b, h, sq, d), (b, hk, skv, d), (..,
-    dv).
+    """FLOPs of a flash attention kernel over the full (sq, skv) square; ``query`` is (b, h, sq, d), ``key`` (b, hk,
+    skv, d), ``value`` (b, hk, skv, dv).
 
-    Forward is two matmuls, 2 b h sq skv (d + dv); backward five, 2.5 times as much: it computes the scores again
+    The forward is two matmuls, 2 b h sq skv (d + dv); the backward five, 2.5 times as much, as it recomputes the scores
     (Dao et al. 2022, section 3.1). A causal mask is not discounted.
 
     >>> attention_flops((1, 2, 8, 4), (1, 2, 8, 4), (1, 2, 8, 4))
@@ -150,8 +153,8 @@ def attention_flops(
 def grouped_matmul_flops(left: tuple[int, ...], right: tuple[int, ...]) -> int:
     """FLOPs of a matmul whose rows are split into groups, each with its own matrix (experts of an MoE layer).
 
-    (t, k) x (g, k, n), (g, m, k) x (k, t) with t split: every row meets one matrix. (m, t) x (t, n) with t split gives
-    a matrix per group. (g, m, k) x (g, k, n) is a batched matmul. All are 2 x rows x contracted x columns.
+    (t, k) x (g, k, n) and (g, m, k) x (k, t) with t split: every row is multiplied by one matrix. (m, t) x (t, n) with
+    t split gives a matrix per group. (g, m, k) x (g, k, n) is a batched matmul. All are 2 x rows x contracted x columns.
 
     >>> grouped_matmul_flops((10, 4), (3, 4, 8))
     640
@@ -198,7 +201,7 @@ def _all_bytes(read: Tensors, written: Tensors) -> int:
 
 
 def _written_bytes(read: Tensors, written: Tensors) -> int:
-    """Fills: what is overwritten or only gives its shape is not read."""
+    """Fills: a tensor that is overwritten or only gives its shape is not read."""
     return sum(map(touched_bytes, written))
 
 
@@ -211,28 +214,28 @@ def _index_bytes(read: Tensors) -> int:
 
 
 def _gather_bytes(read: Tensors, written: Tensors) -> int:
-    """Rows read, rows written, indices read."""
+    """Gathers: rows read, rows written, indices read."""
     return 2 * _written_bytes(read, written) + _index_bytes(read)
 
 
 def _scatter_bytes(read: Tensors, written: Tensors) -> int:
-    """Rows of the source read, rows of the destination read and written, indices read."""
+    """Scatters in place: rows of the source read, rows of the destination read and written, indices read."""
     floating = [tensor for tensor in read if tensor.is_floating_point()]
     return 3 * (touched_bytes(floating[-1]) if len(floating) > 1 else 0) + _index_bytes(read)
 
 
 def _scatter_copy_bytes(read: Tensors, written: Tensors) -> int:
-    """A scatter that is not in place copies its destination first."""
+    """Scatters out of place, which first copy the destination."""
     return _scatter_bytes(read, written) + 2 * _written_bytes(read, written)
 
 
 def _embedding_backward_bytes(read: Tensors, written: Tensors) -> int:
-    """Fill the table, then add the rows."""
+    """Fills the table's gradient, then adds the rows."""
     return 3 * touched_bytes(read[0]) + _index_bytes(read) + _written_bytes(read, written)
 
 
 def _nll_bytes(read: Tensors, written: Tensors) -> int:
-    """One log-probability per target, and the targets."""
+    """Reads one log-probability per target, and the targets."""
     return 2 * _index_bytes(read)
 
 
@@ -244,7 +247,7 @@ TRAFFIC_RULES: dict[str, TrafficRule] = {
     **dict.fromkeys(("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"), _written_bytes),
     **dict.fromkeys(("rand_like", "randn_like", "fill_", "zero_", "uniform_", "normal_", "bernoulli_"), _written_bytes),
     **dict.fromkeys(("embedding", "index", "index_select", "gather", "take_along_dim"), _gather_bytes),
-    # Autograd of indexing writes in place on CUDA; fake tensors show the out-of-place form of it.
+    # The backward of indexing writes in place on CUDA; with fake tensors its out-of-place variant is recorded.
     **dict.fromkeys(("index_put", "index_put_", "_index_put_impl_", "scatter_", "scatter_add_"), _scatter_bytes),
     **dict.fromkeys(("index_add_", "index_copy_", "scatter_reduce_"), _scatter_bytes),
     **dict.fromkeys(("scatter", "scatter_add", "index_add", "index_copy", "scatter_reduce"), _scatter_copy_bytes),

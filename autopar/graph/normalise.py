@@ -1,7 +1,8 @@
-"""Rewrites an exported graph in place into the form we plan on: aten calls only, no no-ops, no in-place ops.
+"""Rewrites an exported graph in place into the form that is planned: aten calls only, no no-ops, no in-place ops.
 
-Passes, each linear in the number of nodes: ``inline`` the submodules of ``no_grad`` and ``autocast`` regions, make
-in-place ops ``functional``, drop ops that change nothing (``drop_identities``), resolve ``-1`` sizes, drop dead code.
+Passes, each linear in the number of nodes: inline the submodules of ``no_grad`` and ``autocast`` regions, make in-place
+ops functional, return the loss alone, merge tied placeholders, turn device copies into casts, drop ops that change
+nothing, write out ``-1`` sizes, replace constant masks, remove dead ops.
 """
 
 import operator
@@ -35,10 +36,11 @@ _DROPOUTS = ("aten.dropout.default", "aten.feature_dropout.default", "aten.alpha
 def normalise(
     program: ExportedProgram, tied: Mapping[str, str], batch: TracedBatch
 ) -> tuple[ExportedProgram, fx.GraphModule]:
-    """The normalised graph: placeholders (parameters, buffers, constants, inputs), aten calls, the loss as output; with
-    the exported program whose signature describes the placeholders.
+    """The normalised module (placeholders of parameters, buffers, constants and inputs; aten calls; the loss as output)
+    and the exported program whose signature describes its placeholders.
 
-    ``tied`` maps every path of a parameter or buffer to the first path of the same tensor: one placeholder stays."""
+    ``tied`` maps every path of a parameter or buffer to the first path of the same tensor, whose placeholder stands for
+    all of them. Raises ModelError for a higher-order op that cannot be inlined."""
     module = program.graph_module
     inline_regions(module)
     signature = program.graph_signature
@@ -61,18 +63,20 @@ def normalise(
 
 
 def inline_regions(module: fx.GraphModule) -> None:
-    """Replaces calls of wrapper ops by the nodes of their submodule; nodes of ``no_grad`` regions get
-    meta["no_grad"]."""
+    """Replaces calls of wrapper ops by the nodes of their submodules; nodes of ``no_grad`` regions get
+    meta["no_grad"]. Raises ModelError for any other higher-order op."""
     graph = module.graph
     for node in list(graph.nodes):
-        # An op has a schema, a Python function like getitem no `name`; what is left is a higher-order op.
+        # An op has a schema and a Python function like getitem has no `name`: all others are higher-order ops.
         if node.op != "call_function" or hasattr(node.target, "_schema") or not hasattr(node.target, "name"):
             continue
         name = str(node.target)
         position = _WRAPPERS.get(name)
         if position is None:
-            raise ModelError(f"cannot plan the operation torch.ops.higher_order.{name}{location_of_node(node, ' at ')}: "
-                             "replace it by ordinary tensor operations")  # fmt: skip
+            raise ModelError(
+                f"cannot plan the higher-order operation {name}{location_of_node(node, ' at ')}: "
+                "replace it with ordinary tensor operations"
+            )
         reference = node.args[position]
         submodule = getattr(module, str(reference.target))
         inline_regions(submodule)
@@ -84,7 +88,7 @@ def inline_regions(module: fx.GraphModule) -> None:
 
 
 def _inline_call(graph: fx.Graph, call: fx.Node, submodule: fx.GraphModule, args: list[Any], no_grad: bool) -> None:
-    """Copies the submodule's nodes before ``call`` and replaces the uses of the call by what the submodule returns."""
+    """Copies the submodule's nodes to before ``call`` and replaces uses of the call by what the submodule returns."""
     copies: dict[fx.Node, Any] = {}
     inputs = iter(args)
     for node in submodule.graph.nodes:
@@ -109,20 +113,20 @@ def _inline_call(graph: fx.Graph, call: fx.Node, submodule: fx.GraphModule, args
 
 
 def merge_tied_placeholders(program: ExportedProgram, graph: fx.Graph, tied: Mapping[str, str]) -> None:
-    """Lets the placeholder of a tensor's first path stand for those of its other paths."""
+    """Replaces the placeholders of a tensor's other paths by that of its first path."""
     signature = program.graph_signature
     paths = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     first: dict[str, fx.Node] = {}
     for node in list(graph.nodes):
         if node.op == "placeholder" and node.name in paths:
-            kept = first.setdefault(tied[paths[node.name]], node)
-            if kept is not node:
-                node.replace_all_uses_with(kept)
+            first_placeholder = first.setdefault(tied[paths[node.name]], node)
+            if first_placeholder is not node:
+                node.replace_all_uses_with(first_placeholder)
                 graph.erase_node(node)
 
 
 def device_moves_to_casts(graph: fx.Graph) -> None:
-    """Moves to the (fake cpu) device become plain casts: a plan decides where a tensor lies."""
+    """Turns copies to the (fake CPU) device into casts: the plan decides where a tensor is placed."""
     for node in graph.nodes:
         if str(node.target) == "aten.to.device":
             node.target = aten.to.dtype
@@ -144,7 +148,7 @@ def drop_identities(graph: fx.Graph) -> None:
                 node.meta.get("val"), source.meta.get("val")
             )
             identity = identity or _adds_zero_or_multiplies_by_one(node, source)
-            # A detach cuts the gradient: it changes nothing only where none flows.
+            # A detach stops the gradient: it changes nothing only where none flows.
             identity = identity and not (grad[source] and (target == "aten.detach.default" or node.meta.get("no_grad")))
         if identity:
             node.replace_all_uses_with(source)
@@ -152,27 +156,28 @@ def drop_identities(graph: fx.Graph) -> None:
 
 
 def _adds_zero_or_multiplies_by_one(node: fx.Node, source: fx.Node) -> bool:
-    """``x + 0`` or ``x * 1`` of the same dtype."""
+    """Whether a node is ``x + 0``, ``x - 0``, ``x * 1`` or ``x / 1`` of the dtype of ``x``."""
     neutral = _NEUTRAL_ELEMENTS.get(str(node.target))
     plain = neutral is not None and len(node.args) == 2 and not node.kwargs
     return plain and node.args[1] == neutral and same_metadata(node.meta.get("val"), source.meta.get("val"))
 
 
 def _may_carry_gradient(graph: fx.Graph) -> dict[fx.Node, bool]:
-    """Whether a floating tensor that may carry a gradient stands behind a node (an upper bound, for detach)."""
-    needs: dict[fx.Node, bool] = {}
+    """For every node whether its result may carry a gradient; True also for integers that depend on a parameter."""
+    may_carry: dict[fx.Node, bool] = {}
     for node in graph.nodes:
         value = node.meta.get("val")
         if node.op == "placeholder":
-            needs[node] = isinstance(value, Tensor) and value.requires_grad
+            may_carry[node] = isinstance(value, Tensor) and value.requires_grad
         else:
-            cut = node.meta.get("no_grad") or str(node.target) == "aten.detach.default"
-            needs[node] = not cut and any(needs[source] for source in node.all_input_nodes)
-    return needs
+            stops = node.meta.get("no_grad") or str(node.target) == "aten.detach.default"
+            may_carry[node] = not stops and any(may_carry[source] for source in node.all_input_nodes)
+    return may_carry
 
 
 def resolve_sizes(graph: fx.Graph) -> None:
-    """Writes the true size for ``-1`` in reshapes and for an open slice end, so literals scale with the batch."""
+    """Writes the size in place of ``-1`` in reshapes and of an open slice end, so that literals scale with the
+    batch."""
     for node in graph.nodes:
         target = str(node.target)
         if target in RESHAPE_OPS:
@@ -183,7 +188,7 @@ def resolve_sizes(graph: fx.Graph) -> None:
 
 
 def eliminate_dead_ops(graph: fx.Graph, constants: frozenset[str]) -> None:
-    """Removes ops that nobody reads, except those that write a buffer, and the ``constants`` that nobody reads."""
+    """Removes ops without users, except those that write a buffer, and placeholders of ``constants`` without users."""
     for node in reversed(list(graph.nodes)):
         droppable = node.op in ("call_function", "get_attr") or (node.op == "placeholder" and node.name in constants)
         if droppable and not node.users and mutated_input(node) is None:
@@ -191,7 +196,7 @@ def eliminate_dead_ops(graph: fx.Graph, constants: frozenset[str]) -> None:
 
 
 def return_only_loss(program: ExportedProgram, graph: fx.Graph) -> None:
-    """The loss as the one output; buffers that torch's functionalisation returns beside it are written in place."""
+    """Makes the loss the only output; buffers that torch's functionalisation returns as well are written in place."""
     output = next(reversed(graph.nodes))
     signature = program.graph_signature
     placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}

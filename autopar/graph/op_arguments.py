@@ -1,6 +1,6 @@
-"""An op's literal arguments as what torch's call takes.
+"""An op's literal arguments as the arguments of its torch call.
 
-In the graph, dtypes, devices, layouts and memory formats are strings and lists are tuples (see ``convert``).
+In the graph, dtypes, devices, layouts and memory formats are strings and lists are tuples (see ``from_fx``).
 """
 
 from typing import Any
@@ -12,16 +12,17 @@ from autopar.graph.ir import InputRef, Op
 
 
 def resolve_overload(target: str) -> Any:
-    """``aten.linear.default`` -> the callable of that name; raises AttributeError for one that is not loaded."""
-    found: Any = torch.ops
+    """``aten.linear.default`` -> the torch op of that name; raises AttributeError for one that is not loaded."""
+    overload: Any = torch.ops
     for part in target.split("."):
-        found = getattr(found, part)
-    return found
+        overload = getattr(overload, part)
+    return overload
 
 
 def call_arguments(op: Op, tensors: list[Tensor], schema: Any) -> tuple[list[Any], dict[str, Any]]:
-    """The call's positional and keyword arguments, tensors in place of ``Ref``s; ``schema`` tells a dtype's name from
-    other strings (None: no string is translated)."""
+    """The call's positional and keyword arguments, with ``tensors[i]`` in place of ``InputRef(i)``. ``schema`` is that
+    of the torch op: its types tell string arguments from names of dtypes, layouts and memory formats (None: every
+    string is an ordinary one)."""
     arguments = list(schema.arguments) if schema is not None else []
     types = {argument.name: str(argument.type) for argument in arguments}
     args = [

@@ -1,19 +1,21 @@
-"""What every op saves for the backward pass, and what its backward runs.
+"""The profile of every op: what its forward and backward run, and what it saves for the backward.
 
 Every distinct op (target, literal arguments, shapes, strides, dtypes and ``requires_grad`` of its inputs) is run once,
-alone, on fake cpu tensors at the traced batch:
+alone, on fake CPU tensors at the traced batch:
 
-    forward    under ``KernelRecorder`` and ``saved_tensors_hooks``: what autograd really keeps. A kept tensor that
-               shares memory with an input or output is that input or output, anything else is internal
-    backward   ``torch.autograd.grad`` of the results that carry a gradient, to the inputs that want one, recorded too
+    forward    under ``KernelRecorder`` and ``saved_tensors_hooks``: the tensors that autograd saves. A saved tensor that
+               shares storage with an input or output counts as that input or output, any other is internal
+    backward   ``torch.autograd.grad`` of the results that carry a gradient with respect to the inputs that require one,
+               under ``KernelRecorder``
 
-Strides are carried from op to op, so a ``reshape`` of a transposed tensor costs its copy and any other nothing. What
-the cpu would do otherwise than CUDA is corrected in ``fused``: flash attention, fused RMS norm, dropout's boolean mask,
-fp32 statistics of norms. Cross entropy is eager CUDA's: log_softmax (result kept) and nll_loss, two kernels each way.
-A value read by n ops receives n gradients; the n - 1 additions are charged to the ops that run their backward later.
+Strides are propagated from op to op, so a ``reshape`` of a transposed tensor costs its copy and any other is free.
+Where the CPU runs other kernels than CUDA, ``cuda_profiles`` corrects it (flash attention, fused RMS norm, dropout's
+boolean mask), and statistics of norms count as fp32. Cross entropy is that of eager CUDA: log_softmax (its result is
+saved) and nll_loss, two kernels in each pass. A value with n users gets n gradients; the n - 1 additions are charged to
+the ops whose backward runs later.
 
 An op whose backward cannot be run alone has none, and one that cannot be run at all is priced as one kernel that reads
-its inputs and writes its outputs; ``GraphProfile.notes`` names both.
+its inputs and writes its outputs; ``GraphProfile.unprofiled_ops`` names both.
 """
 
 from collections.abc import Iterable, Iterator
@@ -37,8 +39,9 @@ RECURRENT_OPS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _ProfiledOp:
-    """A profile with what the walk needs: per output its strides and the position of the input whose memory it is (or
-    None), and the positions of the inputs that get a gradient."""
+    """The profile of an op with what later ops need: for each output its strides and the position of the input whose
+    storage it shares (or None), the positions of the inputs that get a gradient, and in ``note`` what could not be
+    profiled."""
 
     profile: OpProfile
     strides: tuple[Strides, ...]
@@ -48,10 +51,9 @@ class _ProfiledOp:
 
 
 def profile_ops(graph: Graph, ops: Iterable[int] | None = None) -> dict[int, OpProfile]:
-    """Profiles of the given ops (all without ``ops``), whole at the traced batch. Time grows with the distinct ops
-    only.
+    """Profiles of the ops with these ids (None: all), unsharded, at the traced batch.
 
-    >>> profile_ops(graph)[5].saved_inputs  # a linear layer keeps its input and weight  # doctest: +SKIP
+    >>> profile_ops(graph)[5].saved_inputs  # a linear layer saves its input and weight  # doctest: +SKIP
     (0, 1)
     """
     profiles = profile_graph(graph).ops
@@ -59,7 +61,8 @@ def profile_ops(graph: Graph, ops: Iterable[int] | None = None) -> dict[int, OpP
 
 
 def profile_graph(graph: Graph) -> GraphProfile:
-    """Profiles of all ops, who owns the memory of each value, and what could not be profiled."""
+    """Profiles of all ops, the owner of each value's storage, and what could not be profiled. Linear in the number of
+    distinct ops."""
     strides: dict[int, Strides] = {}
     owners = list(range(len(graph.values)))
     seen: dict[Any, _ProfiledOp] = {}
@@ -85,31 +88,32 @@ def profile_graph(graph: Graph) -> GraphProfile:
 
 
 def _with_gradient_accumulation(graph: Graph, outcomes: list[_ProfiledOp]) -> tuple[OpProfile, ...]:
-    """Profiles with the additions of gradients that meet: backward goes from the last op to the first, the first
-    gradient of a value is kept, each later one is added to it (two reads, one write)."""
-    reached: set[int] = set()
+    """Profiles with the accumulation of gradients: the backward goes from the last op to the first, the first gradient
+    of a value is stored, each later one accumulates into it (two reads, one write)."""
+    with_gradient: set[int] = set()
     profiles: list[OpProfile] = []
     for op, outcome in zip(reversed(graph.ops), reversed(outcomes), strict=True):
         profile = outcome.profile
-        sums = 0
+        num_additions = 0
         num_bytes = 0
         for position in outcome.inputs_with_gradient:
             value = graph.values[op.inputs[position]]
-            if value.id in reached:
-                sums += 1
+            if value.id in with_gradient:
+                num_additions += 1
                 num_bytes += 3 * prod(value.shape) * value.itemsize
-            reached.add(value.id)
-        if sums:
+            with_gradient.add(value.id)
+        if num_additions:
             profile = replace(
                 profile,
                 backward_bytes=profile.backward_bytes + num_bytes,
-                backward_kernels=profile.backward_kernels + sums,
+                backward_kernels=profile.backward_kernels + num_additions,
             )
         profiles.append(profile)
     return tuple(reversed(profiles))
 
 
 def _profile_op(op: Op, inputs: list[Value], outputs: list[Value], layout: tuple[Strides, ...]) -> _ProfiledOp:
+    """The profile of one op whose inputs have the strides ``layout``."""
     packet = op.target.rsplit(".", 1)[0]
     if packet in HANDWRITTEN_PROFILES:
         profile, strides = HANDWRITTEN_PROFILES[packet](op, inputs, outputs)
@@ -122,7 +126,8 @@ def _profile_op(op: Op, inputs: list[Value], outputs: list[Value], layout: tuple
     try:
         return _profile_on_fake_tensors(op, inputs, outputs, layout)
     except Exception as error:  # fake tensors raise anything from RuntimeError to their own classes
-        return _unprofiled(inputs, outputs, f"{op.target} cannot run on fake tensors: {str(error).splitlines()[:1]}")
+        note = f"priced as one kernel that reads its inputs and writes its outputs: {_first_line(error)}"
+        return _unprofiled(inputs, outputs, f"{op.target} could not be profiled, so it is {note}")
 
 
 def _profile_on_fake_tensors(
@@ -139,34 +144,36 @@ def _profile_on_fake_tensors(
         ]
         schema = getattr(function, "_schema", None)
         mutable = schema is not None and schema.is_mutable
-        # A leaf may not be written in place; the gradient of a copy passes through to it without a kernel.
+        # A leaf may not be written in place; the gradient of a copy reaches it without a kernel.
         arguments = [leaf.clone() if mutable and leaf.requires_grad else leaf for leaf in leaves]
         args, kwargs = call_arguments(op, arguments, schema)
         saved: list[Tensor] = []
 
-        def keep(tensor: Tensor) -> Tensor:
+        def record_saved(tensor: Tensor) -> Tensor:
             saved.append(tensor)
             return tensor
 
         forward, backward = KernelRecorder(), KernelRecorder()
-        with torch.set_grad_enabled(grad), torch.autograd.graph.saved_tensors_hooks(keep, _identity), forward:
+        with torch.set_grad_enabled(grad), torch.autograd.graph.saved_tensors_hooks(record_saved, _identity), forward:
             results = list(nested_tensors(function(*args, **kwargs)))[: len(outputs)]
-        staying = forward.live_bytes()
+        live_bytes = forward.live_bytes()
         assert len(results) == len(outputs), f"{op.target} returned {len(results)} tensors, not {len(outputs)}"
         of_input, of_output = _positions_by_storage(arguments), _positions_by_storage(results)
-        kept = _classify_saved(saved, (of_output, of_input) if mutable else (of_input, of_output), of_input, op.packet)
+        by_owner = (of_output, of_input) if mutable else (of_input, of_output)
+        classified = _classify_saved(saved, by_owner, of_input, op.packet)
         try:
             gradients = _record_backward(leaves, results, outputs, backward) if grad else ()
             note = ""
         except Exception as error:
-            gradients, note = (), f"{op.target} has no backward on its own: {str(error).splitlines()[:1]}"
+            note = f"the backward of {op.target} could not be profiled, so it is priced as none: {_first_line(error)}"
+            gradients = ()
             backward = KernelRecorder()
-        profile = _op_profile(forward, backward, kept)
-        written = sum(leaves[at].numel() * leaves[at].element_size() for at in gradients)
+        profile = _op_profile(forward, backward, classified)
+        gradient_bytes = sum(leaves[position].numel() * leaves[position].element_size() for position in gradients)
         profile = replace(
             profile,
-            forward_workspace_bytes=max(forward.peak_bytes - staying, 0),
-            backward_workspace_bytes=max(backward.peak_bytes - written, 0),
+            forward_workspace_bytes=max(forward.peak_bytes - live_bytes, 0),
+            backward_workspace_bytes=max(backward.peak_bytes - gradient_bytes, 0),
         )
         return _ProfiledOp(
             profile=profile,
@@ -179,7 +186,8 @@ def _profile_on_fake_tensors(
 
 @contextmanager
 def _without_onednn(disabled: bool) -> Iterator[None]:
-    """oneDNN runs a recurrent layer as one kernel, which hides its matmuls."""
+    """Switches oneDNN off where ``disabled``: it runs a recurrent layer as one kernel, in which its matmuls cannot be
+    seen."""
     before: bool = bool(torch.backends.mkldnn.enabled)
     try:
         if disabled:
@@ -190,6 +198,7 @@ def _without_onednn(disabled: bool) -> Iterator[None]:
             setattr(torch.backends.mkldnn, "enabled", before)  # noqa: B010
 
 
+# Positions of saved inputs, positions of saved outputs, (shape, itemsize) of internal tensors.
 _SavedTensors: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[tuple[int, ...], int], ...]]
 
 
@@ -199,8 +208,9 @@ def _classify_saved(
     of_input: dict[int, list[int]],
     packet: str,
 ) -> _SavedTensors:
-    """Saved tensors as (input positions, output positions, internal tensors), each memory once. An in-place op's result
-    has its input's memory: the first map of ``order`` that knows the memory has it."""
+    """The saved tensors by what they are, each storage once. ``positions_by_owner`` are maps from a storage to the
+    positions of the inputs or outputs that have it, ``of_input`` is that of the inputs. The first map with a storage
+    counts: the result of an in-place op has the storage of its input."""
     saved_inputs: set[int] = set()
     saved_outputs: set[int] = set()
     internal: dict[int, tuple[tuple[int, ...], int]] = {}
@@ -222,24 +232,26 @@ def _classify_saved(
 def _record_backward(
     leaves: list[Tensor], results: list[Tensor], outputs: list[Value], recorder: KernelRecorder
 ) -> tuple[int, ...]:
-    """Runs the backward under the recorder; the positions of the inputs that got a gradient."""
-    heads = [
+    """Runs the backward under the recorder and returns the positions of the inputs that got a gradient."""
+    differentiable = [
         tensor for tensor, value in zip(results, outputs, strict=True) if tensor.requires_grad and value.requires_grad
     ]
-    wanted = [position for position, leaf in enumerate(leaves) if leaf.requires_grad]
-    if not heads or not wanted:
+    positions = [position for position, leaf in enumerate(leaves) if leaf.requires_grad]
+    if not differentiable or not positions:
         return ()
-    gradients = [_gradient_like(head) for head in heads]
+    output_gradients = [_gradient_like(result) for result in differentiable]
     with recorder:
-        found = torch.autograd.grad(heads, [leaves[position] for position in wanted], gradients, allow_unused=True)
-    return tuple(position for position, gradient in zip(wanted, found, strict=True) if gradient is not None)
+        gradients = torch.autograd.grad(
+            differentiable, [leaves[position] for position in positions], output_gradients, allow_unused=True
+        )
+    return tuple(position for position, gradient in zip(positions, gradients, strict=True) if gradient is not None)
 
 
-def _gradient_like(head: Tensor) -> Tensor:
-    """A gradient in the layout of its result; that of a broadcast result is dense."""
-    if any(stride == 0 and size > 1 for size, stride in zip(head.shape, head.stride(), strict=True)):
-        return torch.empty(head.shape, dtype=head.dtype)
-    return torch.empty_strided(head.shape, head.stride(), dtype=head.dtype)
+def _gradient_like(result: Tensor) -> Tensor:
+    """A gradient with the strides of its result; that of a broadcast result is dense."""
+    if any(stride == 0 and size > 1 for size, stride in zip(result.shape, result.stride(), strict=True)):
+        return torch.empty(result.shape, dtype=result.dtype)
+    return torch.empty_strided(result.shape, result.stride(), dtype=result.dtype)
 
 
 def _op_profile(forward: KernelRecorder, backward: KernelRecorder, saved: _SavedTensors) -> OpProfile:
@@ -257,7 +269,7 @@ def _op_profile(forward: KernelRecorder, backward: KernelRecorder, saved: _Saved
 
 
 def _unprofiled(inputs: list[Value], outputs: list[Value], note: str) -> _ProfiledOp:
-    """One kernel that reads every input and writes every output, without a backward."""
+    """The profile of one kernel that reads every input and writes every output, without a backward."""
     recorder = KernelRecorder()
     recorder.num_bytes = sum(prod(value.shape) * value.itemsize for value in (*inputs, *outputs))
     recorder.kernels = 1
@@ -270,6 +282,10 @@ def _unprofiled(inputs: list[Value], outputs: list[Value], note: str) -> _Profil
     )
 
 
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def _any_requires_grad(outputs: list[Value]) -> bool:
     return any(value.requires_grad for value in outputs)
 
@@ -279,6 +295,7 @@ def _identity(tensor: Tensor) -> Tensor:
 
 
 def _positions_by_storage(tensors: list[Tensor]) -> dict[int, list[int]]:
+    """Storage key -> positions of the tensors that have this storage."""
     positions: dict[int, list[int]] = {}
     for position, tensor in enumerate(tensors):
         positions.setdefault(storage_key(tensor), []).append(position)

@@ -1,8 +1,8 @@
-"""Which ops draw random numbers, and which of these a plan can hold.
+"""Ops that draw random numbers, and which of these are reproducible under any plan.
 
-Ops of ``DRAWING`` draw by the global index of each element, so they give the same numbers under every plan. Any other
-random op would draw from the generator of each rank: ranks that should agree would differ. It is refused where the
-model is traced.
+The runtime draws the numbers of dropouts and of ``INDEXED_RANDOM_OPS`` by the global index of each element, so they are
+the same under every plan. Any other random op would draw from the generator of each rank, and replicas would differ:
+tracing rejects it.
 """
 
 import torch
@@ -14,16 +14,12 @@ from autopar.graph.op_arguments import resolve_overload
 INDEXED_RANDOM_OPS = frozenset(
     ("rand.default", "rand_like.default", "randn.default", "randn_like.default", "bernoulli.default")
 )
-_DROPOUT_ARGUMENT = {
-    "dropout": 1,
-    "feature_dropout": 1,
-    "scaled_dot_product_attention": 4,
-}  # position of the probability
+_DROPOUT_ARGUMENT = {"dropout": 1, "feature_dropout": 1, "scaled_dot_product_attention": 4}  # its position
 _RECURRENT_OPS = ("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input")
 
 
 def dropout_probability(op: Op) -> float:
-    """The share of elements that a dropout, or attention with dropout, drops; 0 for other ops."""
+    """The probability with which a dropout, or attention with dropout, drops an element; 0 for other ops."""
     name = op.packet
     if name not in _DROPOUT_ARGUMENT:
         return 0.0
@@ -32,12 +28,12 @@ def dropout_probability(op: Op) -> float:
 
 
 def is_random(op: Op) -> bool:
-    """Whether an op draws random numbers that the runtime draws by index."""
+    """Whether an op draws random numbers, which the runtime draws by global index."""
     return dropout_probability(op) > 0.0 or op.target.removeprefix("aten.") in INDEXED_RANDOM_OPS
 
 
 def check_random_ops(graph: Graph) -> None:
-    """ModelError for the first op whose random numbers would depend on the plan."""
+    """Raises ModelError for the first op whose random numbers would depend on the plan."""
     for op in graph.ops:
         if _draws_per_rank(op):
             place = (
@@ -45,12 +41,13 @@ def check_random_ops(graph: Graph) -> None:
             )
             raise ModelError(
                 f"{op.target}{place} draws random numbers that would differ from rank to rank\n"
-                "  draw them by torch.nn.functional.dropout, torch.rand, torch.randn or torch.bernoulli, or outside of the "
+                "  use torch.nn.functional.dropout, torch.rand, torch.randn or torch.bernoulli, or draw them outside the "
                 "model and pass them as inputs"
             )
 
 
 def _draws_per_rank(op: Op) -> bool:
+    """Whether an op would draw from the generator of its rank."""
     target = op.target.removeprefix("aten.")
     if target.split(".")[0] in _DROPOUT_ARGUMENT or target in INDEXED_RANDOM_OPS:
         return False

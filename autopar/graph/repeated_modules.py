@@ -1,8 +1,8 @@
-"""Finds a model's repeated units (transformer layers, residual blocks) in the module paths of its ops.
+"""Finds a model's repeated modules, its units (transformer layers, residual blocks), in the module paths of its ops.
 
 A path component that is a number names a child of a container (``layers.3``, ``h.0``, ``encoder.block.5``,
-``layer2.1``). An op may lie in several, ``stages.2.4.shortcut.0``: its unit is the outermost child, unless no two
-children of that container are alike while those of a container inside are (the stages of a ResNet differ, their
+``layer2.1``). An op may be inside several, as in ``stages.2.4.shortcut.0``: its unit is the outermost child, unless no
+two children of that container are equal while those of a container inside are (the stages of a ResNet differ, their
 residual units repeat).
 """
 
@@ -11,11 +11,11 @@ from collections.abc import Iterable
 
 from autopar.graph.ir import Graph, Op
 
-_MIN_COVERED_SHARE = 0.9  # of the heavy ops must stay inside units when inner containers replace an outer one
+_MIN_COVERED_SHARE = 0.9  # of the matrix ops must stay inside units where inner containers replace an outer one
 
 
 def repeated_modules(graph: Graph) -> dict[int, str]:
-    """Op id -> path of its unit, for the ops inside a unit; empty where the model has no container of real blocks.
+    """Op id -> path of its unit, for the ops inside a unit; empty where fewer than half of the matrix ops are in one.
 
     Linear in the number of ops."""
     children: dict[str, dict[str, list[Op]]] = defaultdict(lambda: defaultdict(list))  # container -> child -> ops
@@ -36,7 +36,7 @@ def repeated_modules(graph: Graph) -> dict[int, str]:
 def _numbered_children(path: str) -> Iterable[tuple[str, str]]:
     """(container, child) for every number in the path, outermost first.
 
-    >>> list(_numbered("stages.2.4.conv"))
+    >>> list(_numbered_children("stages.2.4.conv"))
     [('stages', 'stages.2'), ('stages.2', 'stages.2.4')]
     """
     parts = path.split(".")
@@ -46,7 +46,7 @@ def _numbered_children(path: str) -> Iterable[tuple[str, str]]:
 
 
 def _chosen_containers(graph: Graph, top: str, children: dict[str, dict[str, list[Op]]]) -> list[str]:
-    """The containers whose children are the units: ``top``, or those inside it, or none."""
+    """The containers whose children are the units: ``top``, or containers inside it, or none."""
     groups = children[top]
     if not _has_equal_children(graph, groups):
         inner = [name for name in children if any(name == child or name.startswith(child + ".") for child in groups)]
@@ -62,7 +62,7 @@ def _chosen_containers(graph: Graph, top: str, children: dict[str, dict[str, lis
 
 
 def _has_equal_children(graph: Graph, groups: dict[str, list[Op]]) -> bool:
-    """Whether two children run the same ops on the same shapes."""
+    """Whether any two children run the same ops on the same shapes."""
     keys = [
         tuple((op.target, tuple(graph.values[value].shape for value in op.outputs)) for op in ops)
         for ops in groups.values()
@@ -71,7 +71,8 @@ def _has_equal_children(graph: Graph, groups: dict[str, list[Op]]) -> bool:
 
 
 def _are_layers(container: str, groups: dict[str, list[Op]]) -> bool:
-    """Whether the children are blocks rather than leaves: most have modules inside, or each is heavy by itself."""
+    """Whether the children are layers rather than leaf modules: some have matrix ops, and most have modules inside or
+    all have matrix ops."""
     heavy = [any(op.is_matrix_op for op in ops) for ops in groups.values()]
     deeper = [any(op.module_path != child for op in ops) for child, ops in groups.items()]
     return any(heavy) and (2 * sum(deeper) > len(groups) or all(heavy))

@@ -1,4 +1,4 @@
-"""Where a node of the graph comes from: module path and the user's file and line."""
+"""The source of a node of the graph: the module that ran it, and the user's file and line."""
 
 import os
 import re
@@ -14,7 +14,7 @@ _CALL_NUMBER = re.compile(r"@\d+")
 
 
 def location_of_node(node: fx.Node, prefix: str = "") -> str:
-    """``"model.py:41"`` of the innermost user frame (base name only), behind ``before``; "" when unknown."""
+    """``prefix`` and the innermost user frame of a node, ``"model.py:41"`` (base name only); "" where unknown."""
     for filename, line in reversed(_FRAME.findall(node.meta.get("stack_trace") or "")):
         if is_user_file(filename):
             return f"{prefix}{os.path.basename(filename)}:{line}"
@@ -22,13 +22,13 @@ def location_of_node(node: fx.Node, prefix: str = "") -> str:
 
 
 def location_of_function(function: Callable[..., Any] | None) -> str:
-    """``"model.py:30"``, where a function is defined; "" for none and for callables without code."""
+    """The place where a function is defined, ``"model.py:30"``; "" for None and for callables without code."""
     code = getattr(function, "__code__", None)
     return f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}" if code is not None else ""
 
 
 def module_path_of(node: fx.Node, prefix: str) -> str:
-    """Dotted path of the innermost module that ran the node, without the wrapper's ``prefix``; "" at the root."""
+    """Dotted path of the innermost module that ran a node, without the wrapper's ``prefix``; "" at the root."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""

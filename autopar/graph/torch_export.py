@@ -1,4 +1,4 @@
-"""One ``torch.export`` of the loss of a fake model; what goes wrong becomes one ModelError with the user's line."""
+"""``torch.export`` of the loss of a fake model; whatever it raises becomes one ModelError with the user's line."""
 
 import logging
 import warnings
@@ -19,7 +19,7 @@ MODEL_PREFIX = "model"  # the attribute that holds the user's model in the expor
 
 
 class LossModule(nn.Module):
-    """The user's model with its loss behind it: keyword inputs in, a scalar out."""
+    """The user's model followed by its loss: keyword inputs in, a scalar out."""
 
     def __init__(self, model: nn.Module, loss_fn: Callable[[Any, dict[str, Any]], Tensor] | None) -> None:
         super().__init__()
@@ -27,11 +27,13 @@ class LossModule(nn.Module):
         self.loss_fn = loss_fn
 
     def forward(self, **inputs: Any) -> Tensor:
+        """The loss of one batch of keyword inputs, a scalar."""
         return scalar_loss(self.model(**inputs), self.loss_fn, inputs)
 
 
 def scalar_loss(output: Any, loss_fn: Callable[[Any, dict[str, Any]], Tensor] | None, inputs: dict[str, Any]) -> Tensor:
-    """``loss_fn(output, inputs)``, else ``output.loss``, else the output itself; a ModelError if that is no scalar."""
+    """``loss_fn(output, inputs)``, else ``output.loss`` or ``output["loss"]``, else the output itself; raises ModelError
+    if that is not a scalar tensor."""
     if loss_fn is not None:
         loss, origin = loss_fn(output, inputs), "loss_fn"
     elif isinstance(getattr(output, "loss", None), Tensor):
@@ -42,16 +44,17 @@ def scalar_loss(output: Any, loss_fn: Callable[[Any, dict[str, Any]], Tensor] | 
         loss, origin = output, "the model's output"
     if isinstance(loss, Tensor) and loss.dim() == 0:
         return loss
-    found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+    actual = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
     raise ModelError(
-        f"no loss: {origin} is {found}, not a scalar tensor\n"
+        f"no loss: {origin} is {actual}, not a scalar tensor\n"
         "  add `def loss_fn(output, inputs)` that returns a scalar to the model file, or pass labels to a model that "
         "computes its own loss"
     )
 
 
 def export_loss(workload: Workload, model: nn.Module, batch_size: int, dtype: torch.dtype) -> ExportedProgram:
-    """The pre-dispatch training graph of the loss at ``batch_size`` samples, parameters lifted to placeholders."""
+    """The pre-dispatch training graph of the loss at ``batch_size`` samples, parameters lifted to placeholders and
+    stored in ``dtype``; raises ModelError where the model cannot be traced."""
     faker = FakeTensorFactory(dtype)
     inputs = faker.fake_inputs(workload.inputs(batch_size))
     with (
@@ -68,13 +71,14 @@ def export_loss(workload: Workload, model: nn.Module, batch_size: int, dtype: to
 
 
 def functionalized_by_torch(program: ExportedProgram) -> ExportedProgram:
-    """The program without in-place ops, by torch's own pass, which runs the whole graph again."""
+    """The program without in-place ops, by torch's own pass, which re-runs the whole graph."""
     with _torch_muted():
         return program.run_decompositions({})
 
 
 def is_data_dependent_error(error: BaseException) -> bool:
-    """Whether a value, unknown while tracing, was needed: such a failure is the same at any batch size."""
+    """Whether an exception says that the elements of a tensor, unknown while tracing, were needed; such a model fails
+    at every batch size."""
     text = str(error).lower()
     signs = ("data-dependent", "data dependent", "guardondatadependent", "dynamic_output_shape", "dynamicoutputshape")
     return isinstance(error, GuardOnDataDependentSymNode) or any(
@@ -83,7 +87,7 @@ def is_data_dependent_error(error: BaseException) -> bool:
 
 
 def tracing_error(error: Exception) -> ModelError:
-    """The one message for an exception raised while tracing."""
+    """The ModelError for an exception raised while tracing."""
     while isinstance(error.__cause__, Exception) and not isinstance(error, GuardOnDataDependentSymNode):
         error = error.__cause__
     if is_data_dependent_error(error):
@@ -91,7 +95,7 @@ def tracing_error(error: Exception) -> ModelError:
             "cannot trace the model: its control flow or a size depends on the values of a tensor\n"
             f"  {describe_user_error(_first_sentence(error))}\n"
             "  replace the `if`, `.item()`, `.tolist()`, `nonzero` or boolean indexing there by torch.where or a mask "
-            "of fixed size, or make the decision a setting of build_model"
+            "of a fixed size, or make the decision a setting of build_model"
         )
     return ModelError(
         f"cannot trace the model: {describe_user_error(error)}\n"
@@ -100,14 +104,15 @@ def tracing_error(error: Exception) -> ModelError:
 
 
 def _first_sentence(error: Exception) -> Exception:
-    """The same exception, place included, with torch's page of advice cut to its first sentence."""
+    """An exception of the same type name and traceback whose message is the first sentence of ``error``'s: torch adds a
+    page of advice."""
     short = type(error.__class__.__name__, (Exception,), {})(str(error).strip().splitlines()[0].split(". ")[0])
     return short.with_traceback(error.__traceback__)
 
 
 @contextmanager
 def _torch_muted() -> Iterator[None]:
-    """Mutes torch's own warnings and log lines about the export: the user hears from us, once."""
+    """Mutes torch's own warnings and log lines about the export: our errors tell the user all there is to know."""
     logger = logging.getLogger("torch")
     level = logger.level
     with warnings.catch_warnings():

@@ -1,8 +1,8 @@
-"""Traces a workload once, at a batch from which every other batch size follows.
+"""Traces a workload at one batch size, from which the graph at every other batch size follows.
 
-The batch is ``8 p`` with ``p`` a prime that divides no other size, so exactly the sizes divisible by ``p`` grow with
-it. That this holds is not taken on trust: a size or literal of unclear origin makes a second trace at another prime,
-and every size of the first must follow from the rule (``batch_rule``).
+The batch size is ``8 p`` with ``p`` a prime that divides no other size, so exactly the sizes divisible by ``p`` are
+proportional to the batch. That is checked: where a size or literal might break the rule, the model is traced another
+time at another prime, and the two graphs must agree after scaling (``batch_scaling``).
 """
 
 from collections.abc import Iterator
@@ -23,17 +23,18 @@ from autopar.graph.source_location import location_of_function
 from autopar.graph.torch_export import MODEL_PREFIX, export_loss, is_data_dependent_error
 from autopar.workload import Workload, guard_user_code
 
-_BATCH_MULTIPLES = (8, 2, 1, 32)  # of the prime; the later ones for models that want another divisibility
+_BATCH_MULTIPLES = (8, 2, 1, 32)  # of the prime; the later ones for models that need another divisibility
 _PRIMES = (101, 103, 107, 109, 113, 131, 137, 139, 149, 151, 157, 163, 167, 173, 179, 181, 191, 193, 197, 199)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TracedGraph:
-    """A graph and the torch.fx module behind it.
+    """A graph and the torch.fx module behind it, traced with weights in ``dtype``.
 
-    ``module``'s i-th tensor placeholder is ``graph.values[i]``, its call nodes carry the names of ``graph.ops`` (and
-    ``getitem`` nodes besides). Who runs it must detach the values with ``requires_grad`` False, as ``no_grad`` regions
-    are not nodes. ``constants`` holds the literal tensors that the model made while tracing, by value name."""
+    The i-th tensor placeholder of ``module`` is ``graph.values[i]``; its call nodes have the names of ``graph.ops``, in
+    addition to which there are ``getitem`` nodes. Code that runs the module must detach the values with
+    ``requires_grad`` False, as ``no_grad`` regions are no nodes. ``constants`` are the literal tensors that the model
+    made while tracing, by value name."""
 
     graph: Graph
     module: fx.GraphModule
@@ -42,25 +43,27 @@ class TracedGraph:
 
 
 def trace(workload: Workload, *, dtype: Dtype) -> TracedGraph:
-    """The forward graph of the workload's loss, weights in ``dtype``; raises ModelError with the user's file and line.
+    """The forward graph of the workload's loss with weights in ``dtype``; raises ModelError, with the user's file and
+    line, for a model that cannot be traced or whose sizes do not scale with the batch.
 
     >>> trace(load_workload("examples/gpt.py", size="125M"), dtype="bfloat16").graph.values[0].shape  # doctest: +SKIP
     (51200, 768)
     """
-    with guard_user_code(
-        "the model raised", reraised=(Exception,)
-    ):  # from a method of the module that is not its forward
+    # The guard is for methods of the model other than its forward, which the export guards by itself.
+    with guard_user_code("the model raised", reraised=(Exception,)):
         model = workload.build()
         primes = _unused_primes(workload, model)
         traced = _trace_at_any_multiple(workload, model, next(primes), dtype)
         if may_break_batch_scaling(traced.graph):
-            batch = traced.graph.batch
-            again = _trace_at(workload, model, batch.traced_size // batch.prime * (other := next(primes)), other, dtype)
-            check_batch_scaling(traced.graph, again.graph)
+            batch, prime = traced.graph.batch, next(primes)
+            retraced = _trace_at(workload, model, batch.traced_size // batch.prime * prime, prime, dtype)
+            check_batch_scaling(traced.graph, retraced.graph)
     return traced
 
 
 def _trace_at_any_multiple(workload: Workload, model: nn.Module, prime: int, dtype: Dtype) -> TracedGraph:
+    """The trace at the first multiple of the prime that the model accepts; raises the ModelError of the first one where
+    it accepts none."""
     first: ModelError | None = None
     for multiple in _BATCH_MULTIPLES:
         try:
@@ -74,13 +77,14 @@ def _trace_at_any_multiple(workload: Workload, model: nn.Module, prime: int, dty
 
 
 def _may_be_divisibility(error: ModelError) -> bool:
-    """Whether another batch size could help: the model raised a complaint on sizes, nothing else is wrong with it."""
+    """Whether the model may accept another batch size: it raised an error as torch does for sizes that do not fit."""
     cause = error.__cause__
     sizes = isinstance(cause, (RuntimeError, ValueError, AssertionError)) and not isinstance(cause, NotImplementedError)
     return sizes and not is_data_dependent_error(cause)  # type: ignore[arg-type]
 
 
 def _trace_at(workload: Workload, model: nn.Module, batch_size: int, prime: int, dtype: Dtype) -> TracedGraph:
+    """The trace at one batch size, a multiple of ``prime``."""
     program = export_loss(workload, model, batch_size, getattr(torch, dtype))
     names = _names_of_same_tensor(model)
     tied = {f"{MODEL_PREFIX}.{name}": all_names[0] for name, all_names in names.items()}
@@ -109,13 +113,18 @@ def _names_of_same_tensor(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def _unused_primes(workload: Workload, model: nn.Module) -> Iterator[int]:
-    """Primes that divide no size of a parameter, buffer or input but the batch, nor the end of an open slice."""
+    """Primes that divide no size of a parameter, buffer or input (the batch apart), nor the end of an open slice, which
+    is 2^63 - 1; raises ModelError where fewer than two are left."""
     sizes = {2**63 - 1}
     for tensor in (*model.parameters(), *model.buffers()):
         sizes.update(tensor.shape)
-    for one, other in zip(input_tensors(workload.inputs(8)), input_tensors(workload.inputs(16)), strict=True):
-        sizes.update(size for size, twin in zip(one.shape, other.shape, strict=True) if size == twin)
-    free = [prime for prime in _PRIMES if all(size % prime or not size for size in sizes)]
-    if len(free) < 2:
-        raise ModelError("the model has a size divisible by each of the primes that tell the batch from other sizes")
-    yield from free
+    for at_8, at_16 in zip(input_tensors(workload.inputs(8)), input_tensors(workload.inputs(16)), strict=True):
+        sizes.update(size for size, other in zip(at_8.shape, at_16.shape, strict=True) if size == other)
+    unused = [prime for prime in _PRIMES if all(size % prime or not size for size in sizes)]
+    if len(unused) < 2:
+        raise ModelError(
+            f"cannot tell the batch size from the model's other sizes: of {len(_PRIMES)} primes from {_PRIMES[0]} to "
+            f"{_PRIMES[-1]} that mark it, {len(_PRIMES) - len(unused)} divide one of them\n"
+            "  change a size a little, for example pad a vocabulary"
+        )
+    yield from unused

@@ -121,7 +121,9 @@ def _memory_bytes(
         *(_sharded_labels(placements, dim_labels, axis) for axis in range(len(context.mesh.sizes)))
     )
     profile, fused = context.model.profile.ops[op.id], context.model.fusion_savings.get(op.id, NO_SAVINGS)
-    chain = context.model.execution.loss == "chain" or any(_label_kind(rule, label) == "inside" for label in sharded)
+    chain = context.model.execution.loss == "chain" or any(
+        _label_kind(rule, label) == "collective" for label in sharded
+    )
     if "cross_entropy_loss" in op.target and chain:
         logits, software = prod(context.model.graph.values[op.inputs[0]].shape), context.software
         return logits * software.loss_forward_bytes_per_logit, logits * software.loss_backward_bytes_per_logit
@@ -161,7 +163,7 @@ def _check_partial_sums(
             continue
         if len({_label_kind(rule, label) for label in sharded}) == 1 and next(iter(sharded)) < len(rule.label_kinds):
             kind = _label_kind(rule, next(iter(sharded)))
-            if kind == "whole":
+            if kind == "replicated":
                 raise CheckError(
                     f"op {op.name}: it shards a dim that its rule does not allow to be sharded: {_placements_text(planned)}"
                 )
@@ -280,7 +282,7 @@ def _collectives_inside(
     exchanged, dividing = [], 1
     for axis, size in enumerate(mesh.sizes):
         sharded = _sharded_labels(placements, dim_labels, axis)
-        if any(_label_kind(rule, label) == "inside" for label in sharded):
+        if any(_label_kind(rule, label) == "collective" for label in sharded):
             exchanged.append(axis)
         elif sharded & set(inside.labels):
             dividing *= size

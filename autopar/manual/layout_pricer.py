@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from autopar.cluster.cluster import Cluster
 from autopar.cluster.cost_tables import load_cluster
-from autopar.core.dtypes import Dtype, long_dtype
 from autopar.core.errors import LayoutError
 from autopar.core.layout import Layout, parse_layout
 from autopar.core.pin import unsatisfied_pins
@@ -25,10 +24,8 @@ from autopar.core.plan import MemoryParts, Plan, memory_of_chunks
 from autopar.core.units import GIB
 from autopar.cost.execution_model import ExecutionModel
 from autopar.graph.attention import attention_calls
-from autopar.graph.ir import Block, Graph, GraphProfile
-from autopar.graph.op_profiles import profile_graph
-from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
-from autopar.graph.trace import trace
+from autopar.graph.ir import Graph
+from autopar.graph.traced_model import TracedModel, trace_model
 from autopar.inter.block_pins import BlockPins
 from autopar.inter.block_pricer import BlockPricer, LayoutRestriction
 from autopar.inter.stage_choice import StagePrice
@@ -61,26 +58,6 @@ class PricedLayout:
     step_time_s: float
     memory_bytes: float
     fits: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class TracedModel:
-    """A traced model: what pricing needs of it on any cluster. ``dtype`` is that of its weights."""
-
-    workload: Workload
-    dtype: Dtype
-    graph: Graph
-    blocks: tuple[Block, ...]
-    profile: GraphProfile
-
-
-def trace_model(workload: Workload, *, dtype: str) -> TracedModel:
-    """Trace a workload; ``dtype`` as on the command line ("bf16") or long ("bfloat16")."""
-    dtype = long_dtype(dtype)
-    graph = hoist_light_ops(trace(workload, dtype=dtype).graph)
-    return TracedModel(
-        workload=workload, dtype=dtype, graph=graph, blocks=split_into_blocks(graph), profile=profile_graph(graph)
-    )
 
 
 class LayoutPricer:

@@ -10,9 +10,10 @@ from autopar.core.errors import LayoutError, PlanFileError
 from autopar.core.layout import Layout, parse_layout
 from autopar.core.plan import Plan
 from autopar.core.units import GIB
+from autopar.graph.traced_model import trace_model
 from autopar.inter.even_partition import layers
 from autopar.inter.interleaved_search import CHUNK_COUNTS
-from autopar.manual.layout_pricer import LayoutPricer, PricedLayout, trace_model
+from autopar.manual.layout_pricer import LayoutPricer, PricedLayout
 from autopar.workload.workload import Workload
 
 

@@ -15,8 +15,7 @@ from autopar.core.pin import unsatisfied_pins
 from autopar.core.plan import Plan
 from autopar.core.units import GIB
 from autopar.cost.execution_model import ExecutionModel
-from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
-from autopar.graph.trace import trace
+from autopar.graph.traced_model import trace_model
 from autopar.inter.block_pins import BlockPins
 from autopar.inter.block_pricer import BlockPricer
 from autopar.inter.micro_batch_search import SimulatedPipeline
@@ -86,8 +85,8 @@ def plan(
         raise UsageError("no global batch: give --global-batch or set GLOBAL_BATCH in the model file")
     long = long_dtype(dtype or machine.device.default_dtype)
     machine.device.peak(long)
-    graph = hoist_light_ops(trace(workload, dtype=long).graph)
-    blocks = split_into_blocks(graph)
+    model = trace_model(workload, dtype=long)
+    graph, blocks = model.graph, model.blocks
     pinned = BlockPins(graph, blocks, pins)
     say("model", f"{len(graph.ops)} ops, {len(blocks)} blocks", None, None)
     budget = memory_gib * GIB if memory_gib is not None else float(machine.device.memory_bytes)
@@ -100,7 +99,7 @@ def plan(
             fp32_grads=accumulate,
             accumulates_gradients=accumulate,
         )
-        shared = BlockPricer(graph, blocks, machine, execution, pins=pinned)
+        shared = BlockPricer(graph, blocks, machine, execution, profile=model.profile, pins=pinned)
         for size in [micro_batch] if micro_batch else micro_batch_sizes(batch):
             if batch % size == 0 and (batch // size > 1) == accumulate:
                 modes = ("none", "selective", "full") if recompute == "auto" else (recompute,)

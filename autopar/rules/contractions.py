@@ -14,8 +14,8 @@ def linear(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShard
     n, k = labels.new_label(), labels.new_label("sum")
     roles = (*tuple((row, "m") for row in rows if row != NO_LABEL), (n, "n"), (k, "k"))
     sides = [(*rows, k), (n, k), (n,)][: len(inputs)]
-    once = (k,) if len(inputs) > 2 else ()
-    return labels.build(sides, [(*rows, n)], compute="matmul", roles=roles, local_form_labels=once)
+    bias_once = (k,) if len(inputs) > 2 else ()
+    return labels.build(sides, [(*rows, n)], compute="matmul", roles=roles, local_form_labels=bias_once)
 
 
 def addmm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
@@ -28,15 +28,15 @@ def addmm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardi
 
 
 def matmul(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
-    """a[..., m, k], b[..., k, n] -> [..., m, n], leading dims broadcast; a vector lacks m or n."""
+    """a[..., m, k], b[..., k, n] -> [..., m, n], leading dims broadcast; a vector has no m or n."""
     first, second = inputs[0].shape, inputs[1].shape
     labels = ShardingRuleBuilder()
     k = labels.new_label("sum")
     m, n = ((labels.new_label(),) if len(shape) > 1 else () for shape in (first, second))
-    whole = outputs[0].shape[: len(outputs[0].shape) - len(m) - len(n)]
-    lead = labels.labels_of(whole)
-    a = broadcast_labels(first[:-2], whole, lead)
-    b = broadcast_labels(second[:-2], whole, lead)
+    lead_shape = outputs[0].shape[: len(outputs[0].shape) - len(m) - len(n)]
+    lead = labels.labels_of(lead_shape)
+    a = broadcast_labels(first[:-2], lead_shape, lead)
+    b = broadcast_labels(second[:-2], lead_shape, lead)
     roles = tuple((label, "b" if label in a and label in b else "m") for label in lead if label != NO_LABEL)
     return labels.build(
         [(*a, *m, k), (*b, k, *n)],
@@ -65,8 +65,8 @@ def outer(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardi
 
 
 def bilinear(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
-    """x[..., i], y[..., j], w[o, i, j], bias[o] -> [..., o]. Local form along i and j: the bias on the first rank
-    only."""
+    """x[..., i], y[..., j], w[o, i, j], bias[o] -> [..., o]. Local form along i and j: the bias is added on the first
+    rank only."""
     labels = ShardingRuleBuilder()
     rows = labels.labels_of(outputs[0].shape[:-1])
     o, i, j = labels.new_label(), labels.new_label("sum"), labels.new_label("sum")
@@ -75,69 +75,77 @@ def bilinear(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpSha
 
 
 def einsum(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
-    """Each letter is a label; a letter that an operand has twice is a diagonal, and whole. The dims that "..." stands
-    for have letters of their own; without "->" the result has the letters that occur once, in order."""
-    terms, right = _expanded_equation(str(op.args[0]).replace(" ", ""), inputs)
-    if len(terms) != len(inputs):
+    """Each letter is a label; a letter that an operand has twice is a diagonal and cannot be sharded. The dims that
+    "..." stands for have letters of their own; without "->" the result has the letters that occur once, in alphabetical
+    order."""
+    operands, result = _expanded_equation(str(op.args[0]).replace(" ", ""), inputs)
+    if len(operands) != len(inputs):
         return replicated_rule(op, inputs, outputs, known=False)
     labels = ShardingRuleBuilder()
-    everything = "".join(terms)
-    numbers: dict[str, int] = {}
-    for letter in dict.fromkeys(everything):
+    label_of: dict[str, int] = {}
+    for letter in dict.fromkeys("".join(operands)):
         sizes = {
-            n for term, v in zip(terms, inputs, strict=True) for c, n in zip(term, v.shape, strict=True) if c == letter
+            size
+            for subscript, value in zip(operands, inputs, strict=True)
+            for other, size in zip(subscript, value.shape, strict=True)
+            if other == letter
         }
-        whole = any(term.count(letter) > 1 for term in terms)
-        kind: LabelKind = "whole" if whole else "parallel" if letter in right else "sum"
-        numbers[letter] = labels.new_label(kind) if sizes != {1} else NO_LABEL
+        is_diagonal = any(subscript.count(letter) > 1 for subscript in operands)
+        kind: LabelKind = "replicated" if is_diagonal else "parallel" if letter in result else "sum"
+        label_of[letter] = labels.new_label(kind) if sizes != {1} else NO_LABEL
 
     def role(letter: str) -> str:
-        if letter not in right:
+        if letter not in result:
             return "k"
-        return "b" if all(letter in term for term in terms) else "m" if letter in terms[0] else "n"
+        return "b" if all(letter in subscript for subscript in operands) else "m" if letter in operands[0] else "n"
 
-    two = len(terms) == 2 and not any(len(set(term)) < len(term) for term in terms)
+    is_matmul = len(operands) == 2 and not any(len(set(subscript)) < len(subscript) for subscript in operands)
     return labels.build(
         [
-            tuple(numbers[c] if n != 1 else NO_LABEL for c, n in zip(term, v.shape, strict=True))
-            for term, v in zip(terms, inputs, strict=True)
+            tuple(
+                label_of[letter] if size != 1 else NO_LABEL for letter, size in zip(subscript, value.shape, strict=True)
+            )
+            for subscript, value in zip(operands, inputs, strict=True)
         ],
-        [tuple(numbers[letter] for letter in right)],
-        compute="matmul" if two else "memory",
-        roles=tuple((n, role(letter)) for letter, n in numbers.items() if n != NO_LABEL) if two else (),
+        [tuple(label_of[letter] for letter in result)],
+        compute="matmul" if is_matmul else "memory",
+        roles=tuple((label, role(letter)) for letter, label in label_of.items() if label != NO_LABEL)
+        if is_matmul
+        else (),
     )
 
 
 def _expanded_equation(equation: str, inputs: Sequence[Value]) -> tuple[list[str], str]:
-    """The terms and the result with every dim a letter; no terms where they do not fit the operands.
+    """The subscripts of the operands and of the result, with a letter for each dim; no operands where the equation does
+    not fit the inputs.
 
-    >>> # "...k,kn->...n" of operands of 3 and 2 dims: (["ABk", "kn"], "ABn")
+    >>> # "...k,kn->...n" of operands with 3 and 2 dims: (["ABk", "kn"], "ABn")
     """
-    left, arrow, right = equation.partition("->")
-    terms = left.split(",")
-    if len(terms) != len(inputs):
+    left, arrow, result = equation.partition("->")
+    subscripts = left.split(",")
+    if len(subscripts) != len(inputs):
         return [], ""
-    dotted = [
-        len(v.shape) - len(term.replace("...", "")) for term, v in zip(terms, inputs, strict=True) if "..." in term
-    ]
-    spare = list(map(chr, range(0x100, 0x100 + max(dotted, default=0))))  # letters no equation has
+    num_letters = [len(subscript.replace("...", "")) for subscript in subscripts]
+    num_dotted = [len(value.shape) - count for count, value in zip(num_letters, inputs, strict=True)]
+    most_dotted = max((n for n, subscript in zip(num_dotted, subscripts, strict=True) if "..." in subscript), default=0)
+    spare = list(map(chr, range(0x100, 0x100 + most_dotted)))  # letters that no equation has
     if not arrow:
-        once = sorted(letter for letter in set(left) - set(",.") if left.count(letter) == 1)
-        right = ("..." if dotted else "") + "".join(once)
-    found = []
-    for term, value in zip(terms, inputs, strict=True):
-        count = len(value.shape) - len(term.replace("...", ""))
-        found.append(term.replace("...", "".join(spare[len(spare) - count :]) if count else ""))
-    if any(len(term) != len(value.shape) for term, value in zip(found, inputs, strict=True)):
+        single = sorted(letter for letter in set(left) - set(",.") if left.count(letter) == 1)
+        result = ("..." if "..." in left else "") + "".join(single)
+    operands = [
+        subscript.replace("...", "".join(spare[len(spare) - count :]) if count else "")
+        for subscript, count in zip(subscripts, num_dotted, strict=True)
+    ]
+    if any(len(subscript) != len(value.shape) for subscript, value in zip(operands, inputs, strict=True)):
         return [], ""
-    return found, right.replace("...", "".join(spare))
+    return operands, result.replace("...", "".join(spare))
 
 
 def grouped_mm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
-    """x[t, k], w[e, k, n], ends[e] -> [t, n]: rows sorted by expert, those of expert e end before row ends[e].
+    """x[t, k], w[e, k, n], ends[e] -> [t, n]: rows are sorted by expert, those of expert e end before row ends[e].
 
-    ``ends`` is whole on every rank. Local form: a rank that holds rows [r, r + len) uses clamp(ends - r, 0, len); one
-    that holds some experts computes their rows and has zeros elsewhere, so the result is partial."""
+    ``ends`` is replicated. Local form: a rank with rows [r, r + len) uses clamp(ends - r, 0, len); one with some of the
+    experts computes their rows and has zeros elsewhere, so the result is partial."""
     if len(inputs) != 3 or len(inputs[0].shape) != 2 or len(inputs[1].shape) != 3:
         return replicated_rule(op, inputs, outputs, known=False)
     labels = ShardingRuleBuilder()
@@ -154,19 +162,15 @@ def grouped_mm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpS
 def attention(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
     """q[..., h, q, d], k[..., g, s, d], v[..., g, s, d], mask: g key/value heads each serve h / g query heads.
 
-    Queries may be sharded by position: keys and values are then whole, which prices the gather of context parallelism.
-    Local form of cut queries under a causal mask: the mask starts at the position of the rank's first query.
+    Queries may be sharded by position: keys and values are then replicated, which prices the gather of context
+    parallelism. Local form of sharded queries under a causal mask: the mask starts at the position of the rank's first
+    query.
     """
     query, key = inputs[0].shape, inputs[1].shape
     labels = ShardingRuleBuilder()
     lead = labels.labels_of(query[:-3])
-    heads, q, s, d, dv = (
-        labels.new_label(),
-        labels.new_label(),
-        labels.new_label("whole"),
-        labels.new_label("whole"),
-        labels.new_label("whole"),
-    )
+    heads, q = labels.new_label(), labels.new_label()
+    s, d, dv = (labels.new_label("replicated") for _ in range(3))
     kv_heads = heads
     groups: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
     sizes: tuple[tuple[int, int], ...] = ()
@@ -192,15 +196,15 @@ def attention(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpSh
 def convolution(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
     """x[b, c_in, ...], w[c_out, c_in / groups, ...], bias[c_out] -> [b, c_out, ...]; space is not sharded (halos).
 
-    Local form: along c_in the bias is added on the first rank only; depthwise, a rank has as many groups as
-    channels."""
+    Local form: along c_in the bias is added on the first rank only; along the channels of a depthwise convolution a rank
+    has as many groups as channels."""
     num_groups = op.argument(6, "groups", 1)
     local_form: tuple[int, ...]
     labels = ShardingRuleBuilder()
     batch = labels.new_label()
-    space = labels.labels_of(inputs[0].shape[2:], "whole")
-    out_space = labels.labels_of(outputs[0].shape[2:], "whole")
-    kernel = labels.labels_of(inputs[1].shape[2:], "whole")
+    space = labels.labels_of(inputs[0].shape[2:], "replicated")
+    out_space = labels.labels_of(outputs[0].shape[2:], "replicated")
+    kernel = labels.labels_of(inputs[1].shape[2:], "replicated")
     c_out = labels.new_label()
     if num_groups == 1:
         c_in = labels.new_label("sum")
@@ -211,9 +215,9 @@ def convolution(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> Op
         sides = [(batch, c_out, *space), (c_out, NO_LABEL, *kernel), (c_out,)]
         local_form = (c_out,)
     else:
-        c_in = labels.new_label("whole")
-        labels.kinds[c_out] = "whole"
-        sides = [(batch, c_in, *space), (c_out, labels.new_label("whole"), *kernel), (c_out,)]
+        c_in = labels.new_label("replicated")
+        labels.kinds[c_out] = "replicated"
+        sides = [(batch, c_in, *space), (c_out, labels.new_label("replicated"), *kernel), (c_out,)]
         local_form = ()
     ks = tuple((label, "k") for label in (c_in, *kernel) if label != NO_LABEL)
     ms = tuple((label, "m") for label in (batch, *out_space) if label != NO_LABEL)

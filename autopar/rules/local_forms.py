@@ -1,7 +1,7 @@
-"""Which ops have the local form that some of their options need (`OpRule.local_form`): what nobody can run, nobody
-plans.
+"""The ops whose local form (``OpShardingRule.local_form_labels``) the runtime implements: an option that needs one the
+runtime lacks is not offered.
 
-The runtime implements them (`autopar.runtime.lower.local_kernels`); a test holds the two lists together.
+The implementations are in ``autopar.runtime.lower.local_kernels``; a test compares the two lists.
 """
 
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ OPS_WITH_LOCAL_FORM = frozenset(
 
 
 def can_run_sharded(op: Op, rule: OpShardingRule, labels: Iterable[int]) -> bool:
-    """Whether a rank can run its part of ``op`` when ``labels`` of its rule are sharded."""
+    """Whether a rank can run its shard of ``op`` if ``labels`` of its rule are sharded."""
     parts = op.target.split(".")
     name = parts[1] if len(parts) > 1 else parts[0]
     return name in OPS_WITH_LOCAL_FORM or not set(labels) & set(rule.local_form_labels)

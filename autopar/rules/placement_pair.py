@@ -1,7 +1,8 @@
-"""How a tensor and its gradient are placed on one mesh axis, together, as the backward of an op is conjugate to it:
+"""Placement pairs: the placement of a tensor and that of its gradient on one mesh axis, as the backward of an op is the
+conjugate of its forward:
 
     forward      gradient
-    a shard      the same shard   ``PlacementPair.sharded``: of an ``Atom``
+    Shard        the same Shard   ``PlacementPair.sharded``, in the search of a ``DimFactor``
     REPLICATE    REPLICATE        ``REPLICATED``
     REPLICATE    PARTIAL          ``PARTIAL_GRADIENT``: an input of a sharded op that lacks the sharded label
     PARTIAL      REPLICATE        ``PARTIAL_VALUE``: an output of a sharded contraction
@@ -20,9 +21,9 @@ _UNSHARDED = ((REPLICATE, REPLICATE), (REPLICATE, PARTIAL), (PARTIAL, REPLICATE)
 
 
 class PlacementPair(msgspec.Struct, frozen=True, cache_hash=True):
-    """The placements of a tensor and of its gradient on one axis; ValueError for a pair that no op leaves.
+    """The placements of a tensor and of its gradient on one axis; raises ValueError for other pairs than these.
 
-    >>> [str(pair) for pair in (PlacementPair.sharded(Atom(dim=1, size=8)), PARTIAL_GRADIENT)]
+    >>> [str(pair) for pair in (PlacementPair.sharded(DimFactor(dim=1, size=8)), PARTIAL_GRADIENT)]
     ['S(1)/S(1)', 'R/P']
     """
 
@@ -36,17 +37,17 @@ class PlacementPair(msgspec.Struct, frozen=True, cache_hash=True):
 
     @staticmethod
     def sharded(shard: Shard) -> "PlacementPair":
-        """Both sharded alike."""
+        """A tensor and its gradient that are sharded alike."""
         return PlacementPair(shard, shard)
 
     @property
     def atom(self) -> DimFactor | None:
-        """What is sharded, None where nothing is."""
+        """The factor that is sharded, None where the tensor is not sharded or its factor's size is not known."""
         return self.forward if isinstance(self.forward, DimFactor) else None
 
     @property
     def without_size(self) -> "PlacementPair":
-        """The placements alone, of an atom without its size."""
+        """The pair as it is, that of a factor without its size."""
         return PlacementPair.sharded(self.forward.shard) if isinstance(self.forward, DimFactor) else self
 
     def __str__(self) -> str:
@@ -59,10 +60,10 @@ PARTIAL_VALUE = PlacementPair(PARTIAL, REPLICATE)
 
 
 def forward_placements(pairs: Iterable[PlacementPair]) -> Placements:
-    """Where the tensor is, axis by axis."""
+    """The placements of the tensor, one per mesh axis."""
     return tuple(pair.forward for pair in pairs)
 
 
 def gradient_placements(pairs: Iterable[PlacementPair]) -> Placements:
-    """Where its gradient is, axis by axis."""
+    """The placements of its gradient, one per mesh axis."""
     return tuple(pair.gradient for pair in pairs)

@@ -1,4 +1,4 @@
-"""Rule of recurrent layers: samples are independent; time, features and weights are whole."""
+"""Rule of recurrent layers: samples are independent; time, features and weights cannot be sharded."""
 
 from collections.abc import Sequence
 
@@ -14,24 +14,27 @@ def recurrent(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpSh
     if (
         not op.target.endswith(".input")
         or len(inputs[0].shape) != 3
-        or not all(isinstance(s, InputRef) for s in states)
+        or not all(isinstance(state, InputRef) for state in states)
     ):
         return replicated_rule(op, inputs, outputs, known=True)
-    at = 0 if op.args[-1] is True else 1
-    if inputs[0].shape[at] == 1:
+    batch_dim = 0 if op.args[-1] is True else 1
+    if inputs[0].shape[batch_dim] == 1:
         return replicated_rule(op, inputs, outputs, known=True)
     labels = ShardingRuleBuilder()
     batch = labels.new_label()
 
-    def dims(value: Value, where: int) -> tuple[int, ...]:
+    def labels_of(value: Value, value_batch_dim: int) -> tuple[int, ...]:
+        """Labels of a tensor with the batch in ``value_batch_dim`` (-1: in none)."""
         return tuple(
-            batch if dim == where else labels.new_label("whole") if size != 1 else NO_LABEL
+            batch if dim == value_batch_dim else labels.new_label("replicated") if size != 1 else NO_LABEL
             for dim, size in enumerate(value.shape)
         )
 
-    carried = {state.index for state in states}
+    state_positions = {state.index for state in states}
     sides = [
-        dims(value, at) if number == 0 else dims(value, 1 if number in carried else -1)
-        for number, value in enumerate(inputs)
+        labels_of(value, batch_dim if position == 0 else 1 if position in state_positions else -1)
+        for position, value in enumerate(inputs)
     ]
-    return labels.build(sides, [dims(value, at if number == 0 else 1) for number, value in enumerate(outputs)])
+    return labels.build(
+        sides, [labels_of(value, batch_dim if position == 0 else 1) for position, value in enumerate(outputs)]
+    )

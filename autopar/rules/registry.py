@@ -1,12 +1,13 @@
-"""The table of rules: an op's target to the function that makes its rule.
+"""The table of rules: from the name of an op to its rule function.
 
-Total: an op without an entry is pointwise where torch tags it so, otherwise replicated (``known`` False, and reported).
+A rule function takes (op, its input values, its output values) and returns the op's rule. An op without an entry is
+pointwise if torch tags it so; any other is replicated (``OpShardingRule.is_known`` is False), and the report says so.
 """
 
 from collections.abc import Callable, Sequence
 
 from autopar.graph.ir import Op, Value
-from autopar.rules import contractions, elementwise, lookups, recurrent, views, windows
+from autopar.rules import contractions, elementwise, lookups, losses, recurrent, reductions, views, windows
 from autopar.rules.op_sharding_rule import OpShardingRule
 from autopar.rules.rule_builder import replicated_rule
 
@@ -43,13 +44,13 @@ RULES: dict[str, RuleFunction] = {
     **dict.fromkeys(("split", "chunk", "tensor_split", "unbind", "split_with_sizes"), views.split),
     **dict.fromkeys(("slice", "select", "narrow", "pad", "constant_pad_nd"), views.slice_select_or_pad),
     **dict.fromkeys(("cat", "stack"), views.cat_or_stack),
-    **dict.fromkeys(("layer_norm", "rms_norm", "_fused_rms_norm"), elementwise.normalization),
-    "group_norm": elementwise.group_norm,
-    "batch_norm": elementwise.batch_norm,
+    **dict.fromkeys(("layer_norm", "rms_norm", "_fused_rms_norm"), reductions.normalization),
+    "group_norm": reductions.group_norm,
+    "batch_norm": reductions.batch_norm,
     "instance_norm": windows.instance_norm,
     **dict.fromkeys(
         ("softmax", "_softmax", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "argsort", "topk"),
-        elementwise.along_one_dim,
+        reductions.along_one_dim,
     ),
     **dict.fromkeys(
         (
@@ -70,22 +71,22 @@ RULES: dict[str, RuleFunction] = {
             "count_nonzero",
             "aminmax",
         ),
-        elementwise.over_replicated_dims,
+        reductions.over_replicated_dims,
     ),
-    **dict.fromkeys((f"fft_{kind}{n}" for kind in FFT_TRANSFORMS for n in ("", "2", "n")), elementwise.fft),
-    "cdist": elementwise.cdist,
-    "cosine_similarity": elementwise.cosine_similarity,
+    **dict.fromkeys((f"fft_{kind}{n}" for kind in FFT_TRANSFORMS for n in ("", "2", "n")), reductions.fft),
+    "cdist": reductions.cdist,
+    "cosine_similarity": reductions.cosine_similarity,
     **dict.fromkeys(("view_as_complex", "view_as_real"), views.complex_view),
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), recurrent.recurrent),
-    "glu": elementwise.glu,
+    "glu": reductions.glu,
     "prelu": elementwise.prelu,
     **dict.fromkeys(("bucketize", "searchsorted"), elementwise.bucketize),
-    **dict.fromkeys(("log_softmax", "_log_softmax"), elementwise.log_softmax),
-    **dict.fromkeys(("nll_loss", "nll_loss_nd"), elementwise.nll_loss),
-    **dict.fromkeys(("sum", "mean"), elementwise.sum_or_mean),
-    **dict.fromkeys(("argmax", "argmin", "amax", "amin", "max", "min"), elementwise.max_or_argmax),
+    **dict.fromkeys(("log_softmax", "_log_softmax"), reductions.log_softmax),
+    **dict.fromkeys(("nll_loss", "nll_loss_nd"), losses.nll_loss),
+    **dict.fromkeys(("sum", "mean"), reductions.sum_or_mean),
+    **dict.fromkeys(("argmax", "argmin", "amax", "amin", "max", "min"), reductions.max_or_argmax),
     "embedding": lookups.embedding,
-    "cross_entropy_loss": elementwise.cross_entropy,
+    "cross_entropy_loss": losses.cross_entropy,
     **dict.fromkeys(
         (
             "mse_loss",
@@ -97,7 +98,7 @@ RULES: dict[str, RuleFunction] = {
             "binary_cross_entropy_with_logits",
             "soft_margin_loss",
         ),
-        elementwise.elementwise_loss,
+        losses.elementwise_loss,
     ),
     **dict.fromkeys((f"{kind}_pool{n}d" for n in (1, 2, 3) for kind in POOLS), windows.pool),
     **dict.fromkeys((f"max_pool{n}d_with_indices" for n in (1, 2, 3)), windows.pool),
@@ -138,7 +139,7 @@ POINTWISE_OPS |= {
     "__xor__",
     "polar",
 }
-REPLICATED_OPS = frozenset({"index_put", "index_put_"})  # known, and of no use in pieces: every rank does it all
+REPLICATED_OPS = frozenset({"index_put", "index_put_"})  # known, but never worth sharding: every rank runs it in full
 FACTORY_OPS = frozenset(
     {"arange", "zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "new_empty", "empty", "scalar_tensor"}
 )
@@ -146,9 +147,9 @@ FACTORY_OPS |= {"rand", "randn"}
 
 
 def sharding_rule(op: Op, values: Sequence[Value]) -> OpShardingRule:
-    """The rule of an op; ``values`` are the graph's.
+    """The rule of an op; ``values`` are those of its graph.
 
-    >>> rule_of(linear, graph.values).roles  # x[b, s, k] w[n, k]  # doctest: +SKIP
+    >>> sharding_rule(linear, graph.values).roles  # x[b, s, k] w[n, k]  # doctest: +SKIP
     ((0, 'm'), (1, 'm'), (2, 'n'), (3, 'k'))
     """
     inputs, outputs = [values[value] for value in op.inputs], [values[value] for value in op.outputs]
@@ -165,6 +166,7 @@ def sharding_rule(op: Op, values: Sequence[Value]) -> OpShardingRule:
 
 
 def _is_tagged_pointwise(target: str) -> bool:
+    """Whether torch tags an op as pointwise; torch is imported only for an op that has no entry."""
     import torch
 
     from autopar.graph.op_arguments import resolve_overload

@@ -23,11 +23,12 @@ from autopar.cost.fusion import NO_SAVINGS, fused_kernel_of
 from autopar.graph.attention import AttentionCall
 from autopar.graph.flops import flops_at_batch
 from autopar.graph.ir import Graph, Value
+from autopar.graph.traced_model import TracedModel
 from autopar.inter.block_choice import BlockChoice, block_choices
 from autopar.intra import op_metrics as om
 from autopar.judge.block_redistributions import find_redistributions
 from autopar.judge.judge_mesh import JudgeMesh
-from autopar.manual.layout_pricer import LayoutPricer, PricedLayout, TracedModel
+from autopar.manual.layout_pricer import LayoutPricer, PricedLayout
 from autopar.serving.decode_step import (
     CachedAttention,
     DecodeCollective,

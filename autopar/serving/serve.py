@@ -18,7 +18,7 @@ from autopar.core.errors import LayoutError, UsageError
 from autopar.core.layout import Layout, parse_layout
 from autopar.graph.attention import AttentionCall, attention_calls
 from autopar.graph.flops import num_parameters
-from autopar.manual.layout_pricer import trace_model
+from autopar.graph.traced_model import trace_model
 from autopar.serving.decode_step import StorageFormat, largest_batch, price_decode_step
 from autopar.serving.replica import Replica
 from autopar.workload.workload import Workload

@@ -1,5 +1,4 @@
-"""The user's model file: in comes a path (or three callables), out comes a ``Workload`` that builds model and
-inputs."""
+"""The user's model file. In: a path, or callables in Python. Out: a ``Workload`` that builds the model and its inputs."""
 
 from autopar.workload.model_file import load_workload, parse_setting
 from autopar.workload.user_code import describe_user_error, guard_user_code

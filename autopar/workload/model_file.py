@@ -1,4 +1,4 @@
-"""Loads a model file: plain Python that names ``build_model`` and ``example_inputs`` and need not import autopar."""
+"""Loads a model file: plain Python that defines ``build_model`` and ``example_inputs`` and need not import autopar."""
 
 import contextlib
 import hashlib
@@ -20,7 +20,7 @@ _OPTIONAL_FUNCTIONS = ("loss_fn", "random_inputs", "init_weights")
 
 
 def load_workload(path: str | Path, /, **settings: Any) -> Workload:
-    """The workload of a model file, with ``settings`` for those of its functions that accept them.
+    """The workload of a model file; ``settings`` are passed to those of its functions that accept them.
 
     Raises ModelError (exit 3) where the file cannot be read, raises on import (``sys.exit()`` included) or lacks a
     required function, and UsageError (exit 2) on a setting that no function accepts.
@@ -62,7 +62,8 @@ def load_workload(path: str | Path, /, **settings: Any) -> Workload:
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
-    """``--set``'s ``key=value``: value as int, float, bool or None where it reads as one, else as text.
+    """Key and value of ``--set key=value``: the value as int, float, bool or None if it reads as one, else as text.
+    Raises UsageError for any other form.
 
     >>> parse_setting("layers=96"), parse_setting("tied_embeddings=false"), parse_setting("size=39B")
     (('layers', 96), ('tied_embeddings', False), ('size', '39B'))
@@ -82,7 +83,8 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 
 def _run_model_file(path: Path) -> ModuleType:
-    """Runs the file as a module of its own; its folder is importable meanwhile, so it may import its neighbours."""
+    """Runs the file as a module of its own, with its folder on the import path so that it may import its neighbours;
+    raises ModelError on failure."""
     resolved = path.resolve()
     name = f"_autopar_model_{hashlib.sha256(str(resolved).encode()).hexdigest()[:12]}_{resolved.stem}"
     spec = importlib.util.spec_from_file_location(name, resolved)
@@ -104,6 +106,7 @@ def _run_model_file(path: Path) -> ModuleType:
 
 
 def _check_settings(path: Path, functions: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raises UsageError for settings that none of the file's functions accepts."""
     accepted: set[str] = set()
     for name in ("build_model", "example_inputs", "random_inputs"):
         if functions[name] is None:

@@ -1,7 +1,8 @@
-"""The guard around the user's code: whatever it raises ends as one of our errors, in a few lines with the user's own place.
+"""The guard around the user's code: whatever that raises becomes one of our errors, in a few lines with the user's own
+file and line.
 
-A model file that ends the program (``sys.exit(0)``, ``argparse`` meeting our arguments) must not end ours, and least of
-all with the exit code of success.
+A model file that ends the program (``sys.exit(0)``, or ``argparse`` on our arguments) must not end ours, least of all
+with the exit code of success.
 """
 
 import os
@@ -18,12 +19,11 @@ MAX_MESSAGE_LENGTH = 300
 
 @contextmanager
 def guard_user_code(what_failed: str, *, reraised: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """The guard of every place that runs the user's code, which stands inside the ``with``.
+    """Runs the user's code, the body of the ``with``, so that whatever it raises becomes one of our errors: a ModelError
+    of ``what_failed`` ("build_model raised") and the exception. KeyboardInterrupt, GeneratorExit and the types in
+    ``reraised`` are raised as they are.
 
-    All that it raises but KeyboardInterrupt, GeneratorExit and the types in ``passes`` becomes a ModelError of ``happening``
-    ("build_model raised") and the exception.
-
-    >>> with user_code("build_model raised"):
+    >>> with guard_user_code("build_model raised"):
     ...     raise SystemExit(0)
     Traceback (most recent call last):
     autopar.core.errors.ModelError: build_model raised SystemExit(0), which would end the program
@@ -37,14 +37,14 @@ def guard_user_code(what_failed: str, *, reraised: tuple[type[Exception], ...] =
 
 
 def describe_user_error(error: BaseException) -> str:
-    """One or two lines on an exception: its type, the first lines of its message, and the user's own file and line.
-
-    The place is the innermost frame outside torch and autopar, as ``model.py:12: x = y.view(3)``."""
+    """One or two lines on an exception: its type, the first lines of its message, and the user's own file and line, as
+    ``user_location`` gives them."""
     return _type_and_message(error) + user_location(error)
 
 
 def user_location(error: BaseException) -> str:
-    """``"\\n  at model.py:12: x = y.view(3)"`` for the innermost user frame of an exception, "" where there is none."""
+    """``"\\n  at model.py:12: x = y.view(3)"`` for the innermost frame of an exception in a user's file, that is, outside
+    of torch, autopar and Python's library; "" where there is none."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"\n  at {os.path.basename(error.filename)}:{error.lineno}: {(error.text or '').strip()}"
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
@@ -69,8 +69,8 @@ def is_user_file(filename: str) -> bool:
 def _type_and_message(error: BaseException) -> str:
     """The type of an exception and the first lines of its message.
 
-    >>> _what(KeyError("tokens")), _what(SystemExit("no data")), _what(SystemExit())
-    ("KeyError: 'tokens'", "SystemExit('no data'), which would end the program", 'SystemExit(), which would end the program')
+    >>> _type_and_message(KeyError("tokens")), _type_and_message(SystemExit("no data"))
+    ("KeyError: 'tokens'", "SystemExit('no data'), which would end the program")
     """
     try:
         message = str(error) if not isinstance(error, SystemExit) else "" if error.code is None else repr(error.code)

@@ -1,4 +1,4 @@
-"""A workload: how to build the model, its inputs and its loss, on the meta device (no memory, whatever the size)."""
+"""A workload: how to build a model, its inputs and its loss, on the meta device (without memory, whatever the size)."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -14,8 +14,8 @@ from autopar.workload.user_code import guard_user_code
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What is trained. ``settings`` reach every callable that accepts them; ``path`` and ``source_hash`` (sha256 of the
-    model file) are None for a workload made in Python.
+    """What is trained. ``settings`` are passed to every callable that accepts them; ``path`` and ``source_hash`` (sha256
+    of the model file) are None for a workload made in Python.
 
     >>> workload = Workload(build_model=lambda: nn.Linear(4, 1), example_inputs=lambda batch_size: {})
     >>> workload.build().weight.is_meta
@@ -33,7 +33,8 @@ class Workload:
     source_hash: str | None = None
 
     def build(self, device: str = "meta") -> nn.Module:
-        """The model, without memory on the meta device; raises ModelError where ``build_model`` fails."""
+        """The model on a device, by default the meta device, where it takes no memory; raises ModelError where
+        ``build_model`` fails or returns no module."""
         with torch.device(device):
             model = self._call("build_model", self.build_model)
         if not isinstance(model, nn.Module):
@@ -41,7 +42,8 @@ class Workload:
         return model
 
     def inputs(self, batch_size: int) -> dict[str, Any]:
-        """Meta tensors of one micro-batch of ``batch_size`` samples, by keyword; raises ModelError on failure."""
+        """Meta tensors of one micro-batch of ``batch_size`` samples, by keyword; raises ModelError where
+        ``example_inputs`` fails or returns no dict of names."""
         with torch.device("meta"):
             inputs = self._call("example_inputs", self.example_inputs, batch_size)
         if not isinstance(inputs, dict) or not all(isinstance(name, str) for name in inputs):
@@ -52,18 +54,20 @@ class Workload:
         return inputs
 
     def real_inputs(self, batch_size: int, seed: int) -> dict[str, Any] | None:
-        """Real inputs by the file's ``random_inputs``, or None where it has none."""
+        """Inputs with random elements by the file's ``random_inputs``, or None where the file has none."""
         if self.random_inputs is None:
             return None
         return self._call("random_inputs", self.random_inputs, batch_size, seed)
 
     def initialise(self, model: nn.Module) -> None:
-        """Gives a model its initial weights by the file's ``init_weights``, which must be there; ModelError on failure."""
+        """Initialises a model's weights in place by the file's ``init_weights``, which must not be None; raises ModelError
+        where that fails."""
         assert self.init_weights is not None
         with guard_user_code("init_weights raised"):
             self.init_weights(model)
 
     def _call(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
+        """Calls one of the user's functions with the settings that it accepts."""
         with guard_user_code(f"{name} raised"):
             accepted = accepted_settings(function)
             settings = {key: value for key, value in self.settings.items() if accepted is None or key in accepted}
@@ -71,7 +75,7 @@ class Workload:
 
 
 def accepted_settings(function: Callable[..., Any]) -> frozenset[str] | None:
-    """Names of the settings that ``function`` takes by keyword; None when it takes any (``**settings``).
+    """Names of the settings that ``function`` accepts by keyword; None if it accepts any (``**settings``).
 
     >>> def example_inputs(batch_size, seq=1024): ...
     >>> sorted(accepted_settings(example_inputs))

@@ -28,7 +28,8 @@ from autopar.cluster.uncertainty import load_uncertainty
 from autopar.core.errors import AutoparError
 from autopar.core.layout import parse_layout
 from autopar.graph.flops import model_flops
-from autopar.manual.layout_pricer import LayoutPricer, TracedModel, trace_model
+from autopar.graph.traced_model import TracedModel, trace_model
+from autopar.manual.layout_pricer import LayoutPricer
 from autopar.workload.model_file import load_workload
 from tests.benchmarks.left_out import device_of, left_out
 from tests.benchmarks.runs import GIB, Run, read_runs

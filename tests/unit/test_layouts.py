@@ -13,7 +13,8 @@ from autopar.cluster.uncertainty import Uncertainty, load_uncertainty
 from autopar.core.errors import LayoutError
 from autopar.core.invariants import check_plan
 from autopar.core.layout import parse_layout
-from autopar.manual.layout_pricer import LayoutPricer, plan_layout, trace_model
+from autopar.graph.traced_model import trace_model
+from autopar.manual.layout_pricer import LayoutPricer, plan_layout
 from autopar.manual.megatron_restriction import layout_stages
 from autopar.pipeline.schedule import in_flight_by_chunk, rank_actions
 from autopar.workload import load_workload
@@ -64,14 +65,12 @@ def test_the_vocabulary_is_cut_by_rows_and_positions_are_whole(pricer, text) -> 
 
 
 def _model_of(pricer):
-    from autopar.manual.layout_pricer import TracedModel
+    from autopar.graph.traced_model import TracedModel
 
     return TracedModel(
         workload=pricer.workload,
         dtype=pricer.dtype,
         graph=pricer.graph,
-        blocks=pricer.blocks,
-        profile=pricer.profile,
     )
 
 

@@ -10,8 +10,9 @@ from autopar.core.layout import parse_layout
 from autopar.core.pin import satisfies
 from autopar.core.placement import REPLICATE, Shard
 from autopar.core.plan import Plan
+from autopar.graph.traced_model import TracedModel, trace_model
 from autopar.inter.block_pins import BlockPins
-from autopar.manual.layout_pricer import LayoutPricer, TracedModel, trace_model
+from autopar.manual.layout_pricer import LayoutPricer
 from autopar.workload import load_workload
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

@@ -1,4 +1,4 @@
-"""Boxes of positions in a tensor, and bounds of the elements in them: many boxes at once, one entry of a tensor each.
+"""Boxes of positions in a tensor, and bounds of the elements in them; many boxes at once, as entries of tensors.
 
 Example: the 4 x 4 comparison ``column <= row`` over the boxes (rows 2..3, columns 0..1) and (rows 0..1, columns 0..1)
 has the bounds low = [True, False], high = [True, True]: all of the first box is True, the second is mixed.
@@ -11,20 +11,20 @@ import torch
 from torch import Tensor
 
 
-class Undecided(Exception):  # noqa: N818  # an answer, not an error: it leaves this folder as None
-    """Nothing can be said about a tensor: an op without a rule, or more boxes than are worth their time."""
+class Undecided(Exception):  # noqa: N818  # a result, not an error: this folder returns it as None
+    """A tensor whose bounds are unknown: an op without a rule, or more boxes than are worth the time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Span:
-    """First and last position along a dim: int64 of shape (boxes,), or (1,) where all boxes agree."""
+    """First and last position along a dim of each box: int64 of shape (boxes,), or (1,) where all boxes agree."""
 
     first: Tensor
     last: Tensor
 
     @property
     def single(self) -> bool:
-        """Whether the span of every box is known to be one position."""
+        """Whether the span of every box is known to be a single position."""
         return self.first is self.last
 
 
@@ -33,15 +33,15 @@ Box: TypeAlias = tuple[Span, ...]  # a span for every dim of the tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Bounds:
-    """No element of the tensor in a box is below ``low`` or above ``high``, both in the tensor's dtype and of a shape that
-    broadcasts to one entry a box; () for a tensor without dims, and for no other. NaN in either: nothing is known, the elements may be NaN."""
+    """Lower and upper bounds of the elements in each box: in the tensor's dtype, of a shape that broadcasts to one entry
+    per box; of shape () exactly for tensors without dims. NaN in either: nothing is known, the elements may be NaN."""
 
     low: Tensor
     high: Tensor
 
     @property
     def exact(self) -> bool:
-        """Whether the elements of every box are all equal, and known."""
+        """Whether the elements of every box are known to be all equal."""
         return self.low is self.high
 
 
@@ -51,14 +51,14 @@ def exactly(element: Tensor) -> Bounds:
 
 
 def position(index: int) -> Span:
-    """The one position ``index``."""
-    at = torch.tensor([index])
-    return Span(first=at, last=at)
+    """The span of the single position ``index``, in all boxes."""
+    tensor = torch.tensor([index])
+    return Span(first=tensor, last=tensor)
 
 
 def choose(inside: Tensor, outside: Tensor, one: Bounds, other: Bounds) -> Bounds:
-    """Bounds of a tensor whose boxes have the elements of ``one`` where they are ``inside`` a region, of ``other``
-    where they are ``outside`` of it, and of both where they are neither; bool tensors (boxes,)."""
+    """Bounds of a tensor that has the elements of ``one`` inside a region and those of ``other`` outside of it.
+    ``inside`` and ``outside``, bool (boxes,), say which boxes are entirely inside or outside; others have both."""
     if one.exact and other.exact and bool((inside | outside).all()):
         return exactly(torch.where(inside, one.low, other.low))
     low = torch.where(outside, other.low, torch.minimum(one.low, other.low))
@@ -67,12 +67,13 @@ def choose(inside: Tensor, outside: Tensor, one: Bounds, other: Bounds) -> Bound
 
 
 def widened(bounds: Bounds, unknown: Tensor) -> Bounds:
-    """``bounds`` where not ``unknown`` (boxes,), elsewhere all that the dtype can hold."""
+    """``bounds``, but the full range of the dtype for the boxes that are ``unknown``, bool (boxes,)."""
     low, high = _everything(bounds.low.dtype)
     return Bounds(low=torch.where(unknown, low, bounds.low), high=torch.where(unknown, high, bounds.high))
 
 
 def _everything(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Bounds that hold for all elements of a dtype: NaN for floating-point ones."""
     if dtype == torch.bool:
         return torch.tensor(False), torch.tensor(True)
     if dtype.is_floating_point:

@@ -14,12 +14,12 @@ from autopar.graph.bounds.pyramid import Pyramid
 from autopar.graph.bounds.strided import View, view_of
 from autopar.graph.ir import TracedBatch
 
-_MAX_STEPS = 10_000  # nodes looked at for one set of boxes: more only where views of views multiply
+_MAX_STEPS = 10_000  # (node, boxes) pairs for one set of boxes: exceeded only where views of views multiply
 
 
 class ConstantTensors:
-    """The tensors of constant ``nodes`` (in execution order) at two samples: those of at most ``limit`` elements are
-    computed, where they can be, all others have bounds only."""
+    """The tensors of constant ``nodes`` (in execution order) at two samples. Those of at most ``limit`` elements that
+    read only such tensors are computed; all others have bounds only."""
 
     def __init__(self, nodes: Sequence[fx.Node], batch: TracedBatch, limit: int) -> None:
         self._batch = batch
@@ -36,7 +36,7 @@ class ConstantTensors:
         return shape_of(node, self._batch)
 
     def computed(self, node: fx.Node) -> Pyramid | None:
-        """The node's own elements, None where it has bounds only."""
+        """The node's elements, None where it has bounds only."""
         return self._computed.get(node)
 
     def call(self, node: fx.Node) -> Call:
@@ -46,7 +46,7 @@ class ConstantTensors:
         return self._calls[node]
 
     def view(self, node: fx.Node) -> View | None:
-        """What the node is a view of, if it is one."""
+        """The view that the node is, None where it is none."""
         if node not in self._views:
             result = node.target is operator.getitem
             call = self.call(node.args[0]) if result else self.call(node)  # type: ignore[arg-type]
@@ -58,22 +58,25 @@ class ConstantTensors:
 
 
 class _Walk:
-    """Bounds over one set of boxes, each node once for the same boxes."""
+    """Bounds over one set of boxes: the ``Sources`` of its ops' rules. Each node is evaluated once for equal boxes."""
 
     def __init__(self, tensors: ConstantTensors) -> None:
         self._tensors = tensors
-        self._found: dict[tuple[object, ...], tuple[Box, Bounds]] = {}  # with its box, whose spans keep their ids
+        # (node, ids of the spans) -> the box, which it refers to so that the ids stay valid, and the bounds
+        self._known: dict[tuple[object, ...], tuple[Box, Bounds]] = {}
         self._origin = position(0)
 
     def over(self, node: fx.Node, box: Box) -> Bounds:
+        """As ``Sources.over``."""
         key = (node, *map(id, box))
-        if key not in self._found:
-            if len(self._found) >= _MAX_STEPS:
+        if key not in self._known:
+            if len(self._known) >= _MAX_STEPS:
                 raise Undecided("too many views of views")
-            self._found[key] = box, _with_dims(self._evaluated(node, box), len(box))
-        return self._found[key][1]
+            self._known[key] = box, _with_dims(self._evaluated(node, box), len(box))
+        return self._known[key][1]
 
     def broadcast(self, node: fx.Node, box: Box) -> Bounds:
+        """As ``Sources.broadcast``."""
         shape = self.shape(node)
         spans = box[len(box) - len(shape) :]
         return self.over(
@@ -81,9 +84,11 @@ class _Walk:
         )
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
+        """As ``Sources.shape``."""
         return self._tensors.shape(node)
 
     def _evaluated(self, node: fx.Node, box: Box) -> Bounds:
+        """Bounds from the node's elements, from its op's rule, or from the source of which it is a view."""
         computed = self._tensors.computed(node)
         if computed is not None:
             return computed.over(box)
@@ -100,7 +105,7 @@ class _Walk:
 
 
 def _with_dims(bounds: Bounds, num_dims: int) -> Bounds:
-    """Bounds of shape () for a tensor without dims, else of one dim: torch's type promotion tells the two apart."""
+    """Bounds of shape () for a tensor without dims, of one dim for others: torch's type promotion depends on it."""
     if (bounds.low.dim() > 0) == (num_dims > 0):
         return bounds
     shape = (1,) if num_dims else ()

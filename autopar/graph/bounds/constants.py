@@ -1,7 +1,7 @@
-"""The constant part of a graph at a batch of two samples: which nodes no input reaches, their sizes and arguments, and
+"""The constant part of a graph at a batch of two samples: which nodes depend on no input, their sizes and arguments, and
 the elements of those small enough to be computed.
 
-Two samples, not one: what differs between samples, or joins them into one sequence, shows in the second."""
+Two samples, not one: a mask that differs between samples, or joins them into one sequence, differs in the second."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from autopar.graph.ir import TracedBatch
 
 SAMPLES = 2
 
-# Ops that read only the size and dtype of their input, with what they fill their result with.
+# Ops that read only the size and dtype of their input, and the function that makes their result.
 SHAPE_ONLY = {
     "aten.new_ones.default": torch.ones,
     "aten.new_zeros.default": torch.zeros,
@@ -26,8 +26,8 @@ SHAPE_ONLY = {
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Call:
-    """The call of a node at two samples; tensors among ``args`` and ``kwargs`` are still nodes. ``shape`` and ``dtype``
-    are those of its result (of several: empty and None)."""
+    """The call of a node at two samples; tensors among ``args`` and ``kwargs`` are nodes. ``shape`` and ``dtype`` are
+    those of its result, () and None where it has several."""
 
     target: Callable[..., Any]
     args: tuple[Any, ...]
@@ -37,25 +37,25 @@ class Call:
 
     @property
     def packet(self) -> str:
-        """``tril`` of ``aten.tril.default``; "" for functions that are no aten op."""
+        """The name without namespace and overload: ``tril`` of ``aten.tril.default``; "" for other than aten ops."""
         namespace, _, rest = str(self.target).partition(".")
         return rest.split(".")[0] if namespace == "aten" else ""
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
-        """An argument, by its position or its name."""
+        """An argument, by its position or else by its name."""
         return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
 
 
 def call_of(node: fx.Node, batch: TracedBatch) -> Call:
-    """Raises ValueError where a size is no whole number at two samples."""
+    """The call of a node at two samples; raises ValueError where a size is not an integer there."""
     value = node.meta["val"]
-    whole = isinstance(value, Tensor)
+    is_tensor = isinstance(value, Tensor)
     return Call(
         target=node.target,  # type: ignore[arg-type]
         args=tuple(_at_two_samples(argument, batch) for argument in node.args),
         kwargs={name: _at_two_samples(argument, batch) for name, argument in node.kwargs.items()},
-        shape=shape_of(node, batch) if whole else (),
-        dtype=value.dtype if whole else None,
+        shape=shape_of(node, batch) if is_tensor else (),
+        dtype=value.dtype if is_tensor else None,
     )
 
 
@@ -80,36 +80,36 @@ def with_tensors(argument: Any, tensors: Callable[[fx.Node], Any]) -> Any:
 
 
 def constant_nodes(mask: fx.Node) -> list[fx.Node] | None:
-    """The nodes that compute ``mask``, in execution order, or None where a parameter, buffer, input or random number
-    takes part in it."""
-    found: dict[fx.Node, None] = {}
+    """The nodes that compute ``mask``, in execution order, or None where it depends on a parameter, buffer, input or
+    random number."""
+    ordered: dict[fx.Node, None] = {}
     stack = [(mask, False)]
     while stack:
         node, expanded = stack.pop()
-        if node in found:
+        if node in ordered:
             continue
         if node.op != "call_function" or "nondeterministic_seeded" in str(getattr(node.target, "tags", "")):
             return None
         if expanded:
-            found[node] = None
+            ordered[node] = None
         else:
             stack.append((node, True))
-            stack.extend((source, False) for source in sources_of(node) if source not in found)
-    return list(found)
+            stack.extend((source, False) for source in sources_of(node) if source not in ordered)
+    return list(ordered)
 
 
 def sources_of(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose elements decide those of ``node``."""
+    """The nodes whose elements those of ``node`` depend on."""
     return [] if str(node.target) in SHAPE_ONLY else node.all_input_nodes
 
 
 def small_tensors(nodes: Sequence[fx.Node], batch: TracedBatch, limit: int) -> dict[fx.Node, Tensor]:
-    """Those of the constant ``nodes`` (in execution order) that are computed from tensors of at most ``limit`` elements
-    alone: the last node, and what the others read.
+    """The elements of constant ``nodes`` (in execution order) that can be computed from tensors of at most ``limit``
+    elements: of the last node, and of those that nodes which are not computed read.
 
     Raises what torch raises where a node cannot be computed at two samples."""
-    within = set(nodes)
-    readers = {node: sum(user in within and node in sources_of(user) for user in node.users) for node in nodes}
+    among = set(nodes)
+    readers = {node: sum(user in among and node in sources_of(user) for user in node.users) for node in nodes}
     computed: set[fx.Node] = set()
     tensors: dict[fx.Node, Any] = {}
     for node in nodes:
@@ -132,7 +132,8 @@ def small_tensors(nodes: Sequence[fx.Node], batch: TracedBatch, limit: int) -> d
 
 
 def elements_of(node: fx.Node, batch: TracedBatch) -> int:
-    """Elements of the node's tensor at two samples; of several tensors, those of the largest."""
+    """The number of elements of the node's tensor at two samples, of the largest where it has several; raises
+    ValueError where a size is not an integer there."""
     value = node.meta["val"]
     results = [value] if isinstance(value, Tensor) else value if isinstance(value, (tuple, list)) else []
     tensors = (result for result in results if isinstance(result, Tensor))

@@ -1,8 +1,8 @@
 """The least and greatest elements of a tensor over boxes of its positions.
 
 Level k of the pyramid has the least and the greatest element of every aligned block of 2^k positions along each dim. A
-box of n positions along a dim is in at most two neighbouring blocks of the first level with 2^k >= n, so a look-up
-reads two blocks a dim; it is exact for single elements and for aligned blocks.
+box of n positions along a dim is inside at most two adjacent blocks of the first level with 2^k >= n, so a look-up reads
+two blocks per dim; it is exact for single elements and for aligned blocks.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from autopar.graph.bounds.boxes import Bounds, Box, exactly
 
 
 class Pyramid:
-    """``tensor`` with its levels, twice its memory; ``over`` looks boxes up."""
+    """``tensor`` and its levels, made as they are needed; the levels take at most twice the memory of the tensor."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._dims = [dim for dim, size in enumerate(tensor.shape) if size > 1]
@@ -39,13 +39,13 @@ class Pyramid:
         low = torch.empty_like(lengths, dtype=self._levels[0].low.dtype)
         high = low.clone()
         for level in levels:
-            mine = (lengths < 1 << level) & (lengths >= (1 << level) // 2)
-            found = self._at(level, [first[mine] for first in firsts], [last[mine] for last in lasts])
-            low[mine], high[mine] = found.low, found.high
+            at_level = (lengths < 1 << level) & (lengths >= (1 << level) // 2)
+            bounds = self._at(level, [first[at_level] for first in firsts], [last[at_level] for last in lasts])
+            low[at_level], high[at_level] = bounds.low, bounds.high
         return Bounds(low=low, high=high)
 
     def _at(self, level: int, firsts: Sequence[Tensor], lasts: Sequence[Tensor]) -> Bounds:
-        """Bounds of boxes of at most 2^level positions a dim; the first and last of every dim."""
+        """Bounds of boxes of at most 2^level positions per dim, from their first and last positions along each dim."""
         if not level:
             return exactly(self._levels[0].low[tuple(firsts)])
         blocks = self._level(level)
@@ -60,6 +60,7 @@ class Pyramid:
         return Bounds(low=low, high=high)
 
     def _level(self, level: int) -> Bounds:
+        """The least and greatest elements of the blocks of a level."""
         while len(self._levels) <= level:
             below = self._levels[-1]
             low, high = _halved(below.low, torch.minimum), _halved(below.high, torch.maximum)
@@ -67,11 +68,11 @@ class Pyramid:
         return self._levels[level]
 
 
-def _halved(tensor: Tensor, combined: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Neighbours combined along every dim; an odd one out stays as it is."""
+def _halved(tensor: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Pairs of neighbours combined along every dim; a last one without a neighbour stays as it is."""
     for dim, size in enumerate(tensor.shape):
         even, odd = (tensor.index_select(dim, torch.arange(start, size, 2)) for start in (0, 1))
         if size % 2:
             odd = torch.cat((odd, even.narrow(dim, -1, 1)), dim)
-        tensor = combined(even, odd)
+        tensor = combine(even, odd)
     return tensor

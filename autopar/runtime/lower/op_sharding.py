@@ -237,11 +237,11 @@ class _AxisCandidates:
         return None
 
     def _is_unshardable(self, label: int) -> bool:
-        return label < len(self.rule.label_kinds) and self.rule.label_kinds[label] == "whole"
+        return label < len(self.rule.label_kinds) and self.rule.label_kinds[label] == "replicated"
 
     def _sharded(self, factors: dict[int, int]) -> AxisSharding:
         inside = any(
-            label < len(self.rule.label_kinds) and self.rule.label_kinds[label] == "inside" for label in factors
+            label < len(self.rule.label_kinds) and self.rule.label_kinds[label] == "collective" for label in factors
         )
         shown = any(label in dims for dims in self.rule.output_labels for label in factors)
         lacking = REPLICATE if inside and not shown else PARTIAL
