@@ -10,7 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 from autopar.graph.trace import TracedGraph, trace
-from autopar.manual.layout_pricer import TracedModel, trace_model
+from autopar.manual.traced_model import TracedModel, trace_model
 from autopar.workload.workload import Workload
 
 NUM_KEPT = 24

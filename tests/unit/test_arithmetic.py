@@ -20,7 +20,8 @@ from autopar.graph.flops import model_flops, num_parameters
 from autopar.graph.ir import Graph
 from autopar.graph.op_profiles import profile_graph
 from autopar.graph.trace import trace
-from autopar.manual.layout_pricer import LayoutPricer, TracedModel, trace_model
+from autopar.manual.layout_pricer import LayoutPricer
+from autopar.manual.traced_model import TracedModel, trace_model
 from autopar.pipeline.simulate import StageTimes, simulate
 from autopar.report.training_time import TrainingTime
 from autopar.workload import load_workload

@@ -8,7 +8,8 @@ from autopar.cluster import load_cluster
 from autopar.core.errors import LayoutError
 from autopar.core.layout import parse_layout
 from autopar.core.plan import Plan, TimeItem
-from autopar.manual.layout_pricer import LayoutPricer, trace_model
+from autopar.manual.layout_pricer import LayoutPricer
+from autopar.manual.traced_model import trace_model
 from autopar.report.json_document import plan_document
 from autopar.workload import load_workload
 

@@ -11,7 +11,8 @@ from autopar.core.pin import satisfies
 from autopar.core.placement import REPLICATE, Shard
 from autopar.core.plan import Plan
 from autopar.inter.block_pins import BlockPins
-from autopar.manual.layout_pricer import LayoutPricer, TracedModel, trace_model
+from autopar.manual.layout_pricer import LayoutPricer
+from autopar.manual.traced_model import TracedModel, trace_model
 from autopar.workload import load_workload
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

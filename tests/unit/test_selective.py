@@ -20,7 +20,8 @@ from autopar.graph.split_into_blocks import split_into_blocks
 from autopar.intra.block_space import build_block_space
 from autopar.intra.recompute import Recomputation, SelectiveSaved
 from autopar.judge.judge import differences, judge
-from autopar.manual.layout_pricer import LayoutPricer, trace_model
+from autopar.manual.layout_pricer import LayoutPricer
+from autopar.manual.traced_model import trace_model
 from autopar.workload.model_file import load_workload
 
 HIDDEN, HEADS, KEYS, FFN, SEQ, BATCH = 64, 4, 2, 160, 32, 2
