@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from autopar.core.layout import Layout
 from autopar.core.plan import MemoryParts, memory_of_chunks
+from autopar.inter.block_choice import BlockChoice, block_choices
 from autopar.inter.stage_choice import StagePrice
 from autopar.inter.stage_costs import StageCosts
 from autopar.inter.stage_memory import stage_memory
@@ -25,6 +26,11 @@ class PricedStage:
     def span(self) -> tuple[int, int, int]:
         """(first block, last block + 1, devices)"""
         return self.layout_stage.first_block, self.layout_stage.end_block, self.layout_stage.spec.num_gpus
+
+    def block_choices(self) -> list[BlockChoice]:
+        """The choice of every block of the stage, in order."""
+        first, end, _ = self.span
+        return block_choices(self.stage_costs, self.price.choice, first, end)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
