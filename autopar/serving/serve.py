@@ -113,8 +113,6 @@ def estimate_serving(
     sequence = _sequence_length(calls, mode)
     chosen = _serving_layout(layout, gpus, batch, calls)
     replicas = chosen.dp or 1
-    if "fusion=" not in layout.replace(" ", ""):
-        chosen = replace(chosen, fusion="compiler")  # as serving engines do
     replica = Replica.of(model, machine, chosen, memory_gib)
     served = served_model(replica, calls, sequence=sequence, weight_storage=weights, kv_cache_storage=kv_cache)
     tokens = sequence if mode == "prefill" or context is None else context
@@ -127,10 +125,8 @@ def estimate_serving(
         replica.pricer.budget_bytes, resident_bytes, served.cache_bytes_per_token * tokens + workspace_per_sequence
     )
     smallest = replica.min_batch if is_prefill else 1
-    if batch is not None and chosen.gbs:
-        per_replica = chosen.gbs // replicas
-    else:
-        per_replica = smallest if is_prefill else max(largest, 1)
+    default = smallest if is_prefill else max(largest, 1)
+    per_replica = chosen.gbs // replicas if batch is not None and chosen.gbs else default
     if per_replica % smallest:
         raise LayoutError([f"{per_replica} sequences per replica; this model needs a multiple of {smallest}"])
     if is_prefill:
@@ -237,7 +233,8 @@ def _sequence_length(calls: tuple[AttentionCall, ...], mode: Mode) -> int:
 
 
 def _serving_layout(text: str, gpus: int, batch: int | None, calls: tuple[AttentionCall, ...]) -> Layout:
-    """The layout, resolved; LayoutError lists every key that inference does not take and every fault."""
+    """The layout, resolved, with a compiler's fusion unless it says otherwise; LayoutError lists every key that
+    inference does not take and every fault."""
     layout, plain = parse_layout(text), Layout()
     refused = [
         field.name
@@ -254,4 +251,4 @@ def _serving_layout(text: str, gpus: int, batch: int | None, calls: tuple[Attent
         raise LayoutError([*faults, *error.faults]) from None
     if faults:
         raise LayoutError(faults)
-    return resolved
+    return resolved if "fusion=" in text.replace(" ", "") else replace(resolved, fusion="compiler")
