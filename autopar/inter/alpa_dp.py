@@ -3,10 +3,11 @@
     F(s, i, d; t_max) = min over the next stage, with t + c <= t_max, of   t + c + F(s - 1, j, d - n_k; t_max)
     T(t_max)          = min_s F(s, 0, D; t_max) + (B - 1) t_max
 
-The first min is F(s, i, d; t_max): s stages of blocks i..L-1 on d devices, the next of which takes t on n_k devices and
-its transfer c (`min_stage_sums`). The transfer counts in both sums: where 1F1B has too few micro-batches in flight to
-overlap it, a micro-batch takes t + c in the long run. T only ranks pipelines, it does not bound the simulated time;
-`branch_and_bound` evaluates what `alpa_candidates` yields. F falls as t_max rises, so no T with t_max in (low, high] is
+F is the least sum over s stages of blocks i..L-1 on d devices, none slower than t_max; the first of them, blocks i..j-1 on
+a submesh of n_k devices, takes t per micro-batch, and c for its transfer (`min_stage_sums`). A stage is charged c in F and
+against t_max alike: where 1F1B has too few micro-batches in flight to overlap the transfer, a micro-batch takes t + c in
+the long run. T only ranks pipelines, it does not bound the simulated time; `branch_and_bound` evaluates what
+`alpa_candidates` yields. F falls as t_max rises, so no T with t_max in (low, high] is
 below F(high) + (B - 1) low: the interval with the least such value is halved next.
 """
 

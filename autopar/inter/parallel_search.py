@@ -50,7 +50,7 @@ class FoundPipeline:
 
 class SearchWorker:
     """The searches of some micro-batch sizes. None begins after ``deadline_s`` on the clock of ``time.perf_counter``,
-    which all processes share."""
+    which all processes share; ``on_opened`` is called with the costs of each size that is opened."""
 
     def __init__(
         self,
@@ -59,12 +59,14 @@ class SearchWorker:
         submesh_sizes: tuple[int, ...],
         schedules: tuple[Schedule, ...],
         deadline_s: float,
+        *,
+        on_opened: Callable[[StageCosts], None] | None = None,
     ) -> None:
         self._worker, self._stage_costs_by_size = worker, stage_costs_by_size
         self._submesh_sizes, self._schedules, self._deadline_s = submesh_sizes, schedules, deadline_s
         self._searches: list[MicroBatchSearch] = []
         self._searched: list[int] = []
-        self.on_opened: Callable[[StageCosts], None] | None = None
+        self._on_opened = on_opened
 
     def open(self) -> list[OpenMicroBatch]:
         """Open every size; past the deadline, only until one has a pipeline. Returns all that are open."""
@@ -76,8 +78,8 @@ class SearchWorker:
             self._searches.append(opened)
             if not math.isfinite(opened.unconstrained_bound_s):
                 opened.tables.release()
-            if self.on_opened is not None:
-                self.on_opened(costs)
+            if self._on_opened is not None:
+                self._on_opened(costs)
         return [
             OpenMicroBatch(
                 worker=self._worker,
@@ -143,14 +145,11 @@ class ParallelSearch:
         on_opened: Callable[[StageCosts], None],
         on_lost: Callable[[int], None],
     ) -> None:
-        # 0 1 1 0 0 1 1 ...: neighbours, which take alike, go to different workers, and the first of a pair to each in turn
+        # 0 1 1 0 0 1 1 ...: neighbours, whose searches take about as long, go to different workers, and each worker is the
+        # first of a pair in turn.
         self._stage_costs_by_worker = [
             [costs for index, costs in enumerate(stage_costs_by_size) if (index + 1) // 2 % NUM_WORKERS == worker]
             for worker in range(NUM_WORKERS)
-        ]
-        workers = [
-            SearchWorker(number, part, submesh_sizes, schedules, deadline_s)
-            for number, part in enumerate(self._stage_costs_by_worker)
         ]
         use_process = (
             _pricing_work(stage_costs_by_size, submesh_sizes) > MIN_PARALLEL_WORK
@@ -160,8 +159,17 @@ class ParallelSearch:
         if use_process:  # sharding rules ask torch about ops: with all spaces made, the worker process need not load it
             for pricer in {id(costs.pricer): costs.pricer for costs in stage_costs_by_size}.values():
                 pricer.make_all_spaces()
-        for worker in workers[: 1 if use_process else None]:
-            worker.on_opened = on_opened
+        workers = [
+            SearchWorker(
+                number,
+                part,
+                submesh_sizes,
+                schedules,
+                deadline_s,
+                on_opened=on_opened if number == 0 or not use_process else None,
+            )
+            for number, part in enumerate(self._stage_costs_by_worker)
+        ]
         first, *others = workers
         self._runners: list[MethodRunner] = [
             InProcessRunner(first),

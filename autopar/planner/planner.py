@@ -114,20 +114,9 @@ def plan(
             schedule=schedule,
         )
     deadline_s = started + time_limit_s if time_limit_s is not None else math.inf
-    found = SearchProgress(report=report, num_sizes=len(stage_costs_by_size))
-    middle = _geometric_mean_size(stage_costs_by_size)
-    with closing(
-        ParallelSearch(
-            sorted(stage_costs_by_size, key=lambda costs: _log_distance(costs, middle)),
-            sizes,
-            SCHEDULES_TRIED[schedule],
-            deadline_s,
-            num_processes=processes,
-            on_opened=found.on_opened,
-            on_lost=found.on_worker_lost,
-        )
-    ) as searches:
-        found.search(searches, deadline_s)
+    found = _search(
+        stage_costs_by_size, sizes, SCHEDULES_TRIED[schedule], deadline_s, num_processes=processes, report=report
+    )
     if not found.simulated:
         if time.perf_counter() > deadline_s:
             raise TimeLimitError(f"no plan was found within {time_limit_s} s; raise --time-limit")
@@ -163,6 +152,33 @@ def _stage_costs_by_size(
             )
             if any(costs.meshes(num_devices) for num_devices in submesh_sizes):
                 found.append(costs)
+    return found
+
+
+def _search(
+    stage_costs_by_size: Sequence[StageCosts],
+    submesh_sizes: tuple[int, ...],
+    schedules: tuple[Schedule, ...],
+    deadline_s: float,
+    *,
+    num_processes: int,
+    report: Progress,
+) -> SearchProgress:
+    """What the search of all micro-batch sizes found; tables are made for sizes near the geometric mean first."""
+    found = SearchProgress(report=report, num_sizes=len(stage_costs_by_size))
+    middle = _geometric_mean_size(stage_costs_by_size)
+    with closing(
+        ParallelSearch(
+            sorted(stage_costs_by_size, key=lambda costs: _log_distance(costs, middle)),
+            submesh_sizes,
+            schedules,
+            deadline_s,
+            num_processes=num_processes,
+            on_opened=found.on_opened,
+            on_lost=found.on_worker_lost,
+        )
+    ) as searches:
+        found.search(searches, deadline_s)
     return found
 
 

@@ -7,7 +7,7 @@ from autopar.serving.rank_op import RankOp
 from autopar.serving.replica import Replica
 
 PREFILL_PARTS = ("matmul", "attention", "other", "exchange", "launches")
-"""What the seconds of a prefill are told by."""
+"""The parts into which the seconds of a prefill are divided."""
 
 
 def price_prefill(

@@ -117,7 +117,7 @@ def estimate_serving(
     served = served_model(replica, calls, sequence=sequence, weight_storage=weights, kv_cache_storage=kv_cache)
     tokens = sequence if mode == "prefill" or context is None else context
     is_prefill = mode == "prefill"
-    # A prefill needs workspace in proportion to its batch; a decode step is charged that of the traced batch.
+    # A prefill needs workspace in proportion to its batch; a decode step is charged that of min_batch of them.
     workspace_per_sequence = served.workspace_bytes / replica.min_batch if is_prefill else 0.0
     resident_bytes = served.weights_bytes + served.workspace_bytes + served.fixed_bytes
     resident_bytes -= served.workspace_bytes if is_prefill else 0.0
@@ -164,8 +164,8 @@ def estimate_serving(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _ReplicaPrice:
-    """What one replica takes for a prefill or a decode step; the fields are those of `ServingEstimate`, but that
-    ``tokens_per_s`` is of one replica."""
+    """The price of a prefill or a decode step of one replica; fields as in `ServingEstimate`, but ``tokens_per_s`` is of
+    this replica alone."""
 
     time_s: float
     tokens_per_s: float
