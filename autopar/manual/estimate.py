@@ -22,12 +22,12 @@ def estimate(
 ) -> Estimate:
     """Price one manual layout, such as ``"tp=8,pp=4,mbs=2,zero=1"``.
 
-    ``cluster`` is a name, a table's file or a ``Cluster``; ``global_batch`` None is the layout's ``gbs``, else the model
-    file's; ``dtype`` None is bf16, or fp16 where the device has no bf16; ``memory_gib`` replaces the device's usable
-    memory as the budget of a GPU; ``pins`` are (glob of parameter names, placements).
+    ``cluster`` is a name, the file of a cost table or a ``Cluster``; ``global_batch`` None is the layout's ``gbs``, else
+    the model file's; ``dtype`` None is bf16, or fp16 where the device has no bf16; ``memory_gib`` replaces the device's
+    usable memory as the budget of a GPU; ``pins`` are (glob of parameter names, placements).
 
-    Raises LayoutError with all faults of a layout that cannot run, UsageError for other wrong arguments, ModelError
-    where the model cannot be traced. Memory never makes it fail: look at ``fits``.
+    LayoutError with all faults of a layout that cannot run, UsageError for other wrong arguments, ModelError where the
+    model cannot be traced. Memory never makes it fail: look at ``fits``.
 
     >>> estimate(load_workload("examples/gpt.py", layers=12), gpus=8, layout="tp=8").step_time_s  # doctest: +SKIP
     """

@@ -29,6 +29,7 @@ from autopar.core.errors import AutoparError
 from autopar.core.layout import parse_layout
 from autopar.graph.flops import model_flops
 from autopar.graph.traced_model import TracedModel, trace_model
+from autopar.manual.layer_times import block_times, layer_times
 from autopar.manual.layout_pricer import LayoutPricer
 from autopar.workload.model_file import load_workload
 from tests.benchmarks.left_out import device_of, left_out
@@ -91,19 +92,19 @@ def outcome(run: Run, pricers: Pricers) -> Outcome:
     priced = pricer.price(parse_layout(run.layout))
     time_s = priced.step_time_s
     if run.kind == "layer":
-        time_s = sum(pricer.block_times(priced, "layers.0"))
+        time_s = sum(block_times(priced, "layers.0"))
     nodes = -(-run.gpus // pricer.cluster.devices_per_node)
     low, high = load_uncertainty().step_time_factors(pricer.cluster.device.name, nodes, priced.layout.attn)
-    flops = model_flops(pricer.graph, run.gbs, pricer.profile.ops).total
+    flops = model_flops(pricer.model.graph, run.gbs, pricer.model.profile.ops).total
     return Outcome(
         run=run,
         time_s=time_s,
         low_s=low * time_s,
         high_s=high * time_s,
         memory_bytes=priced.memory_bytes,
-        tensor_bytes=priced.memory_bytes - priced.stage_costs[0].fixed_bytes(),
+        tensor_bytes=priced.memory_bytes - priced.stages[0].stage_costs.fixed_bytes(),
         fits=priced.fits,
-        reference_s=flops / (run.gpus * pricer.cluster.device.peak(pricer.dtype)),
+        reference_s=flops / (run.gpus * pricer.cluster.device.peak(pricer.model.dtype)),
     )
 
 
@@ -192,7 +193,7 @@ def layer_line(name: str, found: list[Outcome], pricers: Pricers) -> str | None:
         source = max(rows, key=lambda one: dict(one.run.settings)["layers"] / (parse_layout(one.run.layout).pp or 1))
         pricer = pricers.of(source.run)
         priced = pricer.price(parse_layout(source.run.layout))
-        times = pricer.layer_times(priced)
+        times = layer_times(priced)
         for _ in range(4):  # the step is linear in the layer's time but where stages change places
             seconds = pricer.price(parse_layout(source.run.layout), times).step_time_s
             bent = pricer.price(parse_layout(source.run.layout), (1.01 * times[0], 1.01 * times[1])).step_time_s

@@ -69,7 +69,7 @@ def test_attention_that_every_rank_computes_alike_is_in_the_report():
     ]
     assert replicated, "three heads, 33 positions and one sample cannot be shared out among 2, 4 or 8 ranks"
     for at in replicated:
-        assert any(note.startswith(f"stage {at}:") and "attention among them" in note for note in found.notes)
+        assert any(note.startswith(f"stage {at}:") and "attention included" in note for note in found.notes)
 
 
 def test_an_axis_is_named_after_what_most_of_the_work_does_on_it():

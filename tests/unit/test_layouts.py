@@ -14,6 +14,7 @@ from autopar.core.errors import LayoutError
 from autopar.core.invariants import check_plan
 from autopar.core.layout import parse_layout
 from autopar.graph.traced_model import trace_model
+from autopar.manual.layer_times import block_times
 from autopar.manual.layout_pricer import LayoutPricer, plan_layout
 from autopar.manual.megatron_restriction import layout_stages
 from autopar.pipeline.schedule import in_flight_by_chunk, rank_actions
@@ -47,7 +48,7 @@ def test_what_runs_is_priced_and_the_judge_agrees(pricer, text) -> None:
     layout = parse_layout(text)
     if "pp=3" in text:
         pricer = LayoutPricer(
-            _model_of(pricer), cluster=pricer.cluster, gpus=12, global_batch=60, memory_gib=None, optimizer="adamw"
+            pricer.model, cluster=pricer.cluster, gpus=12, global_batch=60, memory_gib=None, optimizer="adamw"
         )
     plan = pricer.plan(pricer.price(layout), 0.0)
     check_plan(plan)
@@ -64,22 +65,12 @@ def test_the_vocabulary_is_cut_by_rows_and_positions_are_whole(pricer, text) -> 
     assert placed["positions.weight"].endswith("R")
 
 
-def _model_of(pricer):
-    from autopar.graph.traced_model import TracedModel
-
-    return TracedModel(
-        workload=pricer.workload,
-        dtype=pricer.dtype,
-        graph=pricer.graph,
-    )
-
-
 def test_layers_are_cut_as_even_as_possible(pricer) -> None:
     def layers(text, gpus):
         layout = parse_layout(text).resolve(gpus, 240)
-        found = layout_stages(pricer.blocks, layout, gpus)
+        found = layout_stages(pricer.model.blocks, layout, gpus)
         assert [cut.end_block for cut in found[:-1]] == [cut.first_block for cut in found[1:]]
-        assert (found[0].first_block, found[-1].end_block) == (0, len(pricer.blocks))
+        assert (found[0].first_block, found[-1].end_block) == (0, len(pricer.model.blocks))
         sizes = [cut.end_block - cut.first_block for cut in found]
         return [sizes[0] - 1, *sizes[1:-1], sizes[-1] - 1]
 
@@ -204,7 +195,7 @@ def test_backward_exchanges_hide_behind_the_products_of_their_linear_op() -> Non
             )
             plan = pricer.plan(priced := pricer.price(parse_layout(f"tp={tp},{layout}")), 0.0)
             assert not plan.notes  # the judge, which hides on its own, agrees
-            seconds.append(pricer.block_times(priced, "layers.0"))
+            seconds.append(block_times(priced, "layers.0"))
         assert seconds[0][0] == seconds[1][0]  # nothing of the forward
         return 2 * (seconds[1][1] - seconds[0][1])
 

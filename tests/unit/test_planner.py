@@ -14,7 +14,7 @@ from autopar.core.invariants import check_plan
 from autopar.inter import micro_batch_search as size_search
 from autopar.inter import parallel_search as lanes
 from autopar.inter.stage_cost_tables import StageCostTables
-from autopar.planner import planner
+from autopar.planner import planner, search_progress
 from autopar.planner.planner import micro_batch_sizes, plan, submesh_sizes
 from autopar.workload import load_workload
 
@@ -80,7 +80,7 @@ def test_the_budget_that_the_error_names_does_and_less_does_not(model, settings)
 def test_past_the_time_limit_the_best_plan_so_far_is_kept_and_nothing_is_claimed_of_the_rest(monkeypatch):
     started = time.perf_counter()
     clock = chain([started], repeat(started + 1e6))  # of the planner and its lanes; the search of one size has time
-    for module in (planner, lanes):
+    for module in (planner, search_progress, lanes):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     found = tiny(cluster="p3.16xlarge", time_limit_s=1e3)
     check_plan(found)
@@ -170,7 +170,7 @@ def test_a_capped_search_says_less_but_nothing_wrong(monkeypatch):
     whole = tiny(**search)
     monkeypatch.setattr(size_search, "MAX_SMALL_EVALUATIONS", 2)
     monkeypatch.setattr(size_search, "MAX_UNIFORM_EVALUATIONS", 2)
-    monkeypatch.setattr(planner, "NUM_SIMULATED_GUESSES", 0)
+    monkeypatch.setattr(search_progress, "NUM_SIMULATED_GUESSES", 0)
     capped = tiny(**search)
     check_plan(capped)
     assert capped.search.lower_bound_s <= whole.estimate.step_time_s <= capped.estimate.step_time_s * (1 + 1e-3)
