@@ -211,7 +211,7 @@ class ParallelSearch:
 
 def _pricing_work(stage_costs_by_size: Sequence[StageCosts], submesh_sizes: tuple[int, ...]) -> int:
     """Ops of distinct blocks x meshes, of all books."""
-    meshes = sum(len(book.meshes(size)) for book in stage_costs_by_size for size in submesh_sizes)
+    meshes = sum(len(book.frontiers.meshes(size)) for book in stage_costs_by_size for size in submesh_sizes)
     return (
         meshes * sum(block.end_op - block.first_op for block in stage_costs_by_size[0].pricer.first_of_kind.values())
         if stage_costs_by_size

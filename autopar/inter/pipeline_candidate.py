@@ -12,7 +12,6 @@ import numpy as np
 from autopar.core.plan import memory_of_chunks
 from autopar.inter.stage_choice import FrontierRef, StageChoice, StagePrice
 from autopar.inter.stage_costs import StageCosts
-from autopar.inter.stage_memory import stage_memory
 from autopar.inter.stage_transfers import first_devices
 from autopar.inter.tied_gradients import tied_gradient_s
 from autopar.pipeline.schedule import Schedule, in_flight_by_chunk
@@ -79,7 +78,7 @@ class PipelineCandidate:
         """Times of all stages, transfers and exchanges of tied parameters included."""
         choices, firsts = [run.choice for run in prices], self.first_devices()
         forward, backward = self.stage_costs.transfers.transfer_times_s(self.stages, firsts, choices)
-        tied = tied_gradient_s([self.stage_costs] * len(prices), self.stages, firsts, choices)
+        tied = tied_gradient_s([self.stage_costs.tied_gradients] * len(prices), self.stages, firsts, choices)
         return [
             StageTimes(
                 forward_s=run.forward_s,
@@ -108,7 +107,7 @@ class PipelineCandidate:
         kinds = tuple(int(book.stage_kind_of[first, end]) for first, end, _ in chunks)
         blocks = [end - first for first, end, _ in chunks]
         mean_held = float(np.average(held, weights=blocks))
-        room_bytes = book.tensor_budget_bytes
+        room_bytes = book.pricing.tensor_budget_bytes
         for _ in range(MAX_MEMORY_RETRIES):
             whole = book.fastest_feasible(kinds, chunks[0][2], mean_held, room_bytes)
             if whole is not None and by_ilp:
@@ -119,7 +118,7 @@ class PipelineCandidate:
             if len(chunks) > 1:
                 dealt = zip(_choices_of_chunks(book, kinds, held, whole), held, strict=True)
                 parts = tuple(book.price_choice(choice, count) for choice, count in dealt)
-            over_bytes = self._peak_bytes(chunks, parts, held) - book.tensor_budget_bytes
+            over_bytes = self._peak_bytes(chunks, parts, held) - book.pricing.tensor_budget_bytes
             if over_bytes <= 0:
                 return parts
             room_bytes -= over_bytes
@@ -132,10 +131,7 @@ class PipelineCandidate:
         sum over blocks whatever their order, come near it."""
         found = []
         for (first, end, _), part, count in zip(stages, prices, in_flight, strict=True):
-            key = (part.choice, first, end, count)
-            if key not in self.stage_costs.peaks:
-                self.stage_costs.peaks[key] = stage_memory(self.stage_costs, part.choice, first, end, count)
-            found.append(self.stage_costs.peaks[key])
+            found.append(self.stage_costs.memory.peak(part.choice, first, end, count))
         return memory_of_chunks(found).tensor_bytes
 
 

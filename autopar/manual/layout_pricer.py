@@ -31,9 +31,10 @@ from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
 from autopar.graph.trace import trace
 from autopar.inter.block_pins import BlockPins
 from autopar.inter.block_pricer import BlockPricer, LayoutRestriction
+from autopar.inter.frontier_cache import UNPRICED
+from autopar.inter.micro_batch_setting import MicroBatchSetting
 from autopar.inter.stage_choice import StagePrice
-from autopar.inter.stage_costs import FREE, StageCosts
-from autopar.inter.stage_memory import stage_memory
+from autopar.inter.stage_costs import StageCosts
 from autopar.inter.tied_gradients import tied_gradient_s
 from autopar.intra import block_totals as tt
 from autopar.judge.context import ModelContext
@@ -174,11 +175,11 @@ class LayoutPricer:
             more = [0.0, 0.0]
             for block, column in zip(
                 self.blocks[cut.first_block : cut.end_block],
-                book.variants_of(cut.first_block, cut.end_block),
+                book.frontiers.variants_of(cut.first_block, cut.end_block),
                 strict=True,
             ):
                 if block.kind == layer:
-                    totals = book.frontier(column, run.choice.mesh, FREE).totals[0, run.choice.boundary]
+                    totals = book.frontiers.frontier(column, run.choice.mesh, UNPRICED).totals[0, run.choice.boundary]
                     more[0] += measured_layer_s[0] - float(totals[tt.FORWARD])
                     more[1] += measured_layer_s[1] - float(totals[tt.BACKWARD])
             found.append(replace(run, forward_s=run.forward_s + more[0], backward_s=run.backward_s + more[1]))
@@ -211,14 +212,16 @@ class LayoutPricer:
             if key not in found:
                 book = StageCosts(
                     self._block_pricers[execution],
-                    layout.micro_batch_size,
-                    layout.num_microbatches,
-                    inf,
-                    (layout.recompute,),
-                    self.gpus,
-                    self._restriction(layout, cut),
+                    MicroBatchSetting(
+                        micro_batch=layout.micro_batch_size,
+                        num_microbatches=layout.num_microbatches,
+                        num_devices=self.gpus,
+                        budget_bytes=inf,
+                        recompute_modes=(layout.recompute,),
+                        restriction=self._restriction(layout, cut),
+                    ),
                 )
-                if not book.has_integer_sizes(layout.micro_batch_size // cut.spec.dp):
+                if not book.frontiers.has_integer_sizes(layout.micro_batch_size // cut.spec.dp):
                     raise LayoutError(
                         [f"mbs={layout.mbs} samples per rank cannot be run by the model with dp={key[0]}"]
                     )
@@ -242,7 +245,10 @@ class LayoutPricer:
         """Times of all stages, transfers and exchanges of tied parameters included."""
         placed = [(cut.first_block, cut.end_block, cut.spec.num_gpus) for cut in stages]
         tied = tied_gradient_s(
-            stage_costs, placed, [cut.first_device for cut in stages], [run.choice for run in prices]
+            [book.tied_gradients for book in stage_costs],
+            placed,
+            [cut.first_device for cut in stages],
+            [run.choice for run in prices],
         )
         per_node = self.cluster.devices_per_node
         sends = []
@@ -254,7 +260,7 @@ class LayoutPricer:
                     self.cluster,
                     float(self._stage_boundary_bytes[cut.end_block]) * layout.micro_batch_size,
                     choice.mesh.sizes,
-                    stage_costs[at + 1].boundary_roles(choice.boundary, choice.mesh),
+                    stage_costs[at + 1].frontiers.boundary_roles(choice.boundary, choice.mesh),
                     senders=min(cut.spec.num_gpus, per_node),
                     same_node=self.gpus <= per_node if backwards else following.first_device % per_node != 0,
                 )
@@ -275,11 +281,11 @@ class LayoutPricer:
         for cut, book, run in zip(priced.stages, priced.stage_costs, priced.prices, strict=True):
             for block, column in zip(
                 self.blocks[cut.first_block : cut.end_block],
-                book.variants_of(cut.first_block, cut.end_block),
+                book.frontiers.variants_of(cut.first_block, cut.end_block),
                 strict=True,
             ):
                 if block.name == name:
-                    totals = book.frontier(column, run.choice.mesh, FREE).totals[0, run.choice.boundary]
+                    totals = book.frontiers.frontier(column, run.choice.mesh, UNPRICED).totals[0, run.choice.boundary]
                     return float(totals[tt.FORWARD]), float(totals[tt.BACKWARD])
         raise KeyError(name)
 
@@ -345,7 +351,7 @@ def submesh_memory_bytes(
     found: dict[int, list[MemoryParts]] = {}
     for cut, book, run, count in zip(stages, stage_costs, prices, in_flight, strict=True):
         found.setdefault(cut.first_device, []).append(
-            stage_memory(book, run.choice, cut.first_block, cut.end_block, count)
+            book.memory.peak(run.choice, cut.first_block, cut.end_block, count)
         )
     return {device: memory_of_chunks(parts).total for device, parts in found.items()}
 

@@ -31,7 +31,6 @@ from autopar.inter.block_choice import BlockChoice, block_choices
 from autopar.inter.block_pricer import StageMesh
 from autopar.inter.stage_choice import StagePrice
 from autopar.inter.stage_costs import StageCosts
-from autopar.inter.stage_memory import memory_of_choices
 from autopar.inter.stage_transfers import first_devices
 from autopar.intra.placement_text import PlacementWriter
 from autopar.judge.context import ModelContext
@@ -156,7 +155,7 @@ class _StageWriter:
         first, end, devices = found.stages[index]
         book = found.stage_costs_of[index] if found.stage_costs_of else found.stage_costs
         held, choice, times = found.in_flight[index], found.prices[index].choice, found.stage_times[index]
-        uses = block_choices(book, choice, first, end)
+        uses = block_choices(book.frontiers, choice, first, end)
         self.block_choices.append(uses)
         axes = _named_axes(book, choice.mesh, uses)
         refs = []
@@ -183,7 +182,7 @@ class _StageWriter:
             transfer_forward_s=times.transfer_forward_s,
             transfer_backward_s=times.transfer_backward_s,
             in_flight=held,
-            memory=memory_of_choices(book, uses, first, held),
+            memory=book.memory.peak_of_blocks(uses, first, held),
         )
 
 

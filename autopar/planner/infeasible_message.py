@@ -17,7 +17,7 @@ def infeasible_message(
 ) -> str:
     """The message, from the leanest pipeline of all micro-batch sizes with stages of ``sizes`` devices."""
     found = (
-        smallest_budget(book, tuple(size for size in submesh_sizes if book.meshes(size)))
+        smallest_budget(book, tuple(size for size in submesh_sizes if book.frontiers.meshes(size)))
         for book in stage_costs_by_size
     )
     leanest = min((one for one in found if one is not None), key=lambda one: one.num_bytes, default=None)

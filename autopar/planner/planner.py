@@ -15,11 +15,13 @@ from autopar.core.pin import unsatisfied_pins
 from autopar.core.plan import Plan
 from autopar.core.units import GIB
 from autopar.cost.execution_model import ExecutionModel
+from autopar.graph.op_profiles import profile_graph
 from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
 from autopar.graph.trace import trace
 from autopar.inter.block_pins import BlockPins
 from autopar.inter.block_pricer import BlockPricer
 from autopar.inter.micro_batch_search import SimulatedPipeline
+from autopar.inter.micro_batch_setting import MicroBatchSetting
 from autopar.inter.parallel_search import NUM_WORKERS, OpenMicroBatch, ParallelSearch
 from autopar.inter.pipeline_candidate import PipelineCandidate
 from autopar.inter.stage_costs import MAX_STAGES, StageCosts
@@ -89,6 +91,7 @@ def plan(
     graph = hoist_light_ops(trace(workload, dtype=long).graph)
     blocks = split_into_blocks(graph)
     pinned = BlockPins(graph, blocks, pins)
+    profile = profile_graph(graph)
     say("model", f"{len(graph.ops)} ops, {len(blocks)} blocks", None, None)
     budget = memory_gib * GIB if memory_gib is not None else float(machine.device.memory_bytes)
     sizes = submesh_sizes(gpus, machine.devices_per_node)
@@ -100,13 +103,21 @@ def plan(
             fp32_grads=accumulate,
             accumulates_gradients=accumulate,
         )
-        shared = BlockPricer(graph, blocks, machine, execution, pins=pinned)
+        shared = BlockPricer(graph, blocks, machine, execution, profile, pinned)
         for size in [micro_batch] if micro_batch else micro_batch_sizes(batch):
             if batch % size == 0 and (batch // size > 1) == accumulate:
                 modes = ("none", "selective", "full") if recompute == "auto" else (recompute,)
                 straight: Schedule = "gpipe" if schedule == "gpipe" else "1f1b"
-                book = StageCosts(shared, size, batch // size, budget, modes, gpus, schedule=straight)
-                if any(book.meshes(submesh) for submesh in sizes):
+                setting = MicroBatchSetting(
+                    micro_batch=size,
+                    num_microbatches=batch // size,
+                    num_devices=gpus,
+                    budget_bytes=budget,
+                    recompute_modes=modes,
+                    schedule=straight,
+                )
+                book = StageCosts(shared, setting)
+                if any(book.frontiers.meshes(submesh) for submesh in sizes):
                     books.append(book)
     deadline_s = started + time_limit_s if time_limit_s is not None else math.inf
     outcome = _SearchProgress(report=say, num_sizes=len(books))

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from autopar.core.plan import MemoryParts
 from autopar.inter.block_pricer import StageMesh
 from autopar.inter.even_partition import even_ends, layers
+from autopar.inter.frontier_cache import UNPRICED
 from autopar.inter.pipeline_bounds import max_in_flight
 from autopar.inter.stage_choice import StageChoice
-from autopar.inter.stage_costs import FREE, StageCosts
-from autopar.inter.stage_memory import stage_memory
+from autopar.inter.stage_costs import StageCosts
 from autopar.intra import block_totals as tt
 from autopar.intra.block_totals import memory_bytes
 
@@ -64,10 +64,8 @@ def _fullest_stage(stage_costs: StageCosts, stages: _Stages) -> MemoryBottleneck
         choice = _leanest_choice(stage_costs, int(stage_costs.stage_kind_of[first, end]), size, held)
         if choice is None:
             return None
-        key = (choice, first, end, held)
-        if key not in stage_costs.peaks:
-            stage_costs.peaks[key] = stage_memory(stage_costs, choice, first, end, held)
-        found.append(MemoryBottleneck(stage_costs=stage_costs, stage=(first, end, size), memory=stage_costs.peaks[key]))
+        memory = stage_costs.memory.peak(choice, first, end, held)
+        found.append(MemoryBottleneck(stage_costs=stage_costs, stage=(first, end, size), memory=memory))
     return max(found, key=lambda one: one.num_bytes)
 
 
@@ -126,7 +124,7 @@ def _leanest_pipeline(stage_costs: StageCosts, submesh_sizes: tuple[int, ...]) -
 def _min_bytes_of_kinds(stage_costs: StageCosts, num_devices: int, in_flight: int) -> Floats:
     """(types,) bytes without the fixed share."""
     least = np.full(len(stage_costs.num_blocks), np.inf)
-    for mesh in stage_costs.meshes(num_devices):
+    for mesh in stage_costs.frontiers.meshes(num_devices):
         own, work = _bytes_by_variant(stage_costs, mesh, in_flight)
         for boundary in range(own.shape[2]):
             for most in _workspace_thresholds(own[..., boundary], work[..., boundary]):
@@ -145,7 +143,7 @@ def _leanest_choice(stage_costs: StageCosts, stage_kind: int, num_devices: int, 
     columns = np.flatnonzero(stage_costs.num_blocks[stage_kind])
     numbers = stage_costs.num_blocks[stage_kind, columns]
     best_bytes, best = np.inf, None
-    for mesh in stage_costs.meshes(num_devices):
+    for mesh in stage_costs.frontiers.meshes(num_devices):
         own, work = _bytes_by_variant(stage_costs, mesh, in_flight)
         for boundary in range(own.shape[2]):
             for most in _workspace_thresholds(own[columns, :, boundary], work[columns, :, boundary]):
@@ -154,7 +152,7 @@ def _leanest_choice(stage_costs: StageCosts, stage_kind: int, num_devices: int, 
                 if need < best_bytes:
                     rows = fitting.argmin(axis=1)
                     points = tuple(
-                        (int(column), (((FREE, int(row)), int(number)),))
+                        (int(column), (((UNPRICED, int(row)), int(number)),))
                         for column, row, number in zip(columns, rows, numbers, strict=True)
                     )
                     best_bytes, best = need, StageChoice(mesh=mesh, boundary=boundary, mixes=points)
@@ -163,7 +161,7 @@ def _leanest_choice(stage_costs: StageCosts, stage_kind: int, num_devices: int, 
 
 def _bytes_by_variant(stage_costs: StageCosts, mesh: StageMesh, in_flight: int) -> tuple[Floats, Floats]:
     """(columns, rows, boundaries): bytes of the points of each column without workspace, and their workspace."""
-    totals = np.stack([stage_costs.frontier(column, mesh, FREE).totals for column in range(len(stage_costs.variants))])
+    totals = np.stack([one.totals for one in stage_costs.frontiers.frontiers_by_variant(mesh, UNPRICED)])
     work = totals[..., tt.WORKSPACE]
     usable = np.isfinite(totals).all(axis=-1)
     with np.errstate(invalid="ignore"):

@@ -115,7 +115,7 @@ class Replica:
             dtype=self.pricer.dtype,
             weights_bytes=self._weights_bytes(weight_storage),
             workspace_bytes=workspace,
-            fixed_bytes=self.priced.stage_costs[0].fixed_bytes(),
+            fixed_bytes=self.priced.stage_costs[0].pricing.fixed_bytes,
         )
 
     def prefill(self, batch: int, sequence: int, served: ServedModel) -> tuple[tuple[tuple[str, float], ...], float]:
@@ -268,7 +268,7 @@ def _training_layout(layout: Layout, batch: int) -> Layout:
 
 def _block_choices(priced: PricedLayout) -> list[BlockChoice]:
     cut = priced.stages[0]
-    return block_choices(priced.stage_costs[0], priced.prices[0].choice, cut.first_block, cut.end_block)
+    return block_choices(priced.stage_costs[0].frontiers, priced.prices[0].choice, cut.first_block, cut.end_block)
 
 
 def _op_metrics(choice: BlockChoice, op_index: int) -> NDArray[np.float64]:

@@ -100,7 +100,7 @@ def outcome(run: Run, pricers: Pricers) -> Outcome:
         low_s=low * time_s,
         high_s=high * time_s,
         memory_bytes=priced.memory_bytes,
-        tensor_bytes=priced.memory_bytes - priced.stage_costs[0].fixed_bytes(),
+        tensor_bytes=priced.memory_bytes - priced.stage_costs[0].pricing.fixed_bytes,
         fits=priced.fits,
         reference_s=flops / (run.gpus * pricer.cluster.device.peak(pricer.dtype)),
     )
