@@ -12,8 +12,8 @@ def interpolation_weights(grid: Sequence[int], in_flight: float) -> tuple[tuple[
     """The grid points next to ``in_flight`` and the weight of each; their weighted mean is ``in_flight``, or the last
     grid point where ``in_flight`` is beyond it.
 
-    >>> interpolation_weights((1, 4, 32), 2), interpolation_weights((1, 4, 32), 50)
-    (((1, 0.6666666666666667), (4, 0.33333333333333337)), ((32, 1.0),))
+    >>> interpolation_weights((1, 4, 32), 2.5), interpolation_weights((1, 4, 32), 50)
+    (((1, 0.5), (4, 0.5)), ((32, 1.0),))
     """
     above = next((point for point in grid if point >= in_flight), grid[-1])
     below = max(point for point in grid if point <= in_flight)

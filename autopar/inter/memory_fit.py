@@ -1,7 +1,9 @@
 """Which stages fit a memory budget at all: the least bytes of any choice, from the least-memory objectives.
 
-An optimum of a least-memory objective is at most (bytes * price + seconds), so divided by its price it exceeds the
-bytes of no choice by more than a byte per block, which is taken off."""
+For any choice, price * bytes + seconds is at least the optimum of a least-memory objective, whose price
+(``LEAST_MEMORY_PRICE_S_PER_BYTE``, s per byte) is so high that a block's seconds count for less than a byte. So no choice
+needs less than optimum / price bytes, less a byte per block.
+"""
 
 import numpy as np
 from numpy.typing import NDArray
