@@ -50,7 +50,7 @@ class MicroBatchSearch:
         deadline_s: float,
     ) -> None:
         self.stage_costs, self.schedules, self.deadline_s = stage_costs, schedules, deadline_s
-        self.submesh_sizes = tuple(size for size in submesh_sizes if stage_costs.meshes(size))
+        self.submesh_sizes = tuple(size for size in submesh_sizes if stage_costs.frontiers.meshes(size))
         self.tables = StageCostTables(stage_costs, self.submesh_sizes)
         self.stage_boundary_s = stage_costs.transfers.stage_boundary_bounds_s(self.submesh_sizes)
         self.incumbents: list[SimulatedPipeline] = []

@@ -232,6 +232,6 @@ def _pricing_work(stage_costs_by_size: Sequence[StageCosts], submesh_sizes: tupl
     """Ops of distinct blocks x meshes x micro-batch sizes."""
     if not stage_costs_by_size:
         return 0
-    meshes = sum(len(costs.meshes(size)) for costs in stage_costs_by_size for size in submesh_sizes)
+    meshes = sum(len(costs.frontiers.meshes(size)) for costs in stage_costs_by_size for size in submesh_sizes)
     distinct_blocks = stage_costs_by_size[0].pricer.first_of_kind.values()
     return meshes * sum(block.end_op - block.first_op for block in distinct_blocks)

@@ -12,7 +12,6 @@ import numpy as np
 from autopar.core.plan import memory_of_chunks
 from autopar.inter.stage_choice import FrontierRef, StageChoice, StagePrice
 from autopar.inter.stage_costs import StageCosts
-from autopar.inter.stage_memory import stage_memory
 from autopar.inter.stage_transfers import first_devices
 from autopar.inter.tied_gradients import tied_gradient_s
 from autopar.pipeline.schedule import Schedule, in_flight_by_chunk
@@ -79,7 +78,7 @@ class PipelineCandidate:
         """Times of all stages, with transfers and the gradients of tied parameters."""
         choices, firsts = [price.choice for price in prices], self.first_devices()
         forward, backward = self.stage_costs.transfers.transfer_times_s(self.stages, firsts, choices)
-        tied = tied_gradient_s([self.stage_costs] * len(prices), self.stages, firsts, choices)
+        tied = tied_gradient_s([self.stage_costs.tied_gradients] * len(prices), self.stages, firsts, choices)
         return [
             StageTimes(
                 forward_s=price.forward_s,
@@ -109,7 +108,7 @@ class PipelineCandidate:
         kinds = tuple(int(costs.stage_kind_of[first, end]) for first, end, _ in chunks)
         blocks = [end - first for first, end, _ in chunks]
         mean_in_flight = float(np.average(in_flight, weights=blocks))
-        room_bytes = costs.tensor_budget_bytes
+        room_bytes = costs.pricing.tensor_budget_bytes
         for _ in range(MAX_MEMORY_RETRIES):
             together = costs.fastest_feasible(kinds, chunks[0][2], mean_in_flight, room_bytes)
             if together is not None and by_ilp:
@@ -122,7 +121,7 @@ class PipelineCandidate:
                 prices = tuple(
                     costs.price_choice(choice, count) for choice, count in zip(choices, in_flight, strict=True)
                 )
-            excess_bytes = self._peak_bytes(chunks, prices, in_flight) - costs.tensor_budget_bytes
+            excess_bytes = self._peak_bytes(chunks, prices, in_flight) - costs.pricing.tensor_budget_bytes
             if excess_bytes <= 0:
                 return prices
             room_bytes -= excess_bytes
@@ -135,10 +134,7 @@ class PipelineCandidate:
         by a sum over blocks in any order."""
         memory = []
         for (first, end, _), price, count in zip(stages, prices, in_flight, strict=True):
-            key = (price.choice, first, end, count)
-            if key not in self.stage_costs.peaks:
-                self.stage_costs.peaks[key] = stage_memory(self.stage_costs, price.choice, first, end, count)
-            memory.append(self.stage_costs.peaks[key])
+            memory.append(self.stage_costs.memory.peak(price.choice, first, end, count))
         return memory_of_chunks(memory).tensor_bytes
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from autopar.graph.ir import Block
-from autopar.inter.stage_costs import FREE
+from autopar.inter.frontier_cache import UNPRICED
 from autopar.intra import block_totals as tt
 from autopar.manual.priced_layout import PricedLayout, PricedStage
 
@@ -51,8 +51,8 @@ def _times_of_blocks(stage: PricedStage) -> Iterator[tuple[Block, float, float]]
     """Every block of a stage in order, with its forward and backward seconds per micro-batch."""
     costs, choice = stage.stage_costs, stage.price.choice
     first, end, _ = stage.span
-    for block, variant in zip(costs.pricer.blocks[first:end], costs.variants_of(first, end), strict=True):
-        totals = costs.frontier(variant, choice.mesh, FREE).totals[0, choice.boundary]
+    for block, variant in zip(costs.pricer.blocks[first:end], costs.frontiers.variants_of(first, end), strict=True):
+        totals = costs.frontiers.frontier(variant, choice.mesh, UNPRICED).totals[0, choice.boundary]
         yield block, float(totals[tt.FORWARD]), float(totals[tt.BACKWARD])
 
 

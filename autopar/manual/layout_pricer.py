@@ -21,6 +21,7 @@ from autopar.cost.execution_model import ExecutionModel
 from autopar.graph.traced_model import TracedModel, trace_model
 from autopar.inter.block_pins import BlockPins
 from autopar.inter.block_pricer import BlockPricer, LayoutRestriction
+from autopar.inter.micro_batch_setting import MicroBatchSetting
 from autopar.inter.stage_costs import StageCosts
 from autopar.judge.context import ModelContext
 from autopar.manual.layer_times import with_measured_layers
@@ -168,14 +169,16 @@ class LayoutPricer:
                 continue
             costs = StageCosts(
                 self._block_pricer(execution),
-                layout.micro_batch_size,
-                layout.num_microbatches,
-                inf,
-                (layout.recompute,),
-                self.gpus,
-                self._restriction(layout, stage),
+                MicroBatchSetting(
+                    micro_batch=layout.micro_batch_size,
+                    num_microbatches=layout.num_microbatches,
+                    num_devices=self.gpus,
+                    budget_bytes=inf,
+                    recompute_modes=(layout.recompute,),
+                    restriction=self._restriction(layout, stage),
+                ),
             )
-            if not costs.has_integer_sizes(layout.micro_batch_size // stage.spec.dp):
+            if not costs.frontiers.has_integer_sizes(layout.micro_batch_size // stage.spec.dp):
                 raise LayoutError([f"the model cannot run mbs={layout.mbs} samples per rank with dp={stage.spec.dp}"])
             by_degrees[degrees] = costs
         return tuple(by_degrees[stage.spec.dp, stage.spec.cp, stage.spec.tp] for stage in stages)

@@ -35,7 +35,7 @@ def layout_stage_times(
         for sender, receiver in itertools.pairwise(stages)
     ]
     tied = tied_gradient_s(
-        [stage.stage_costs for stage in stages],
+        [stage.stage_costs.tied_gradients for stage in stages],
         [stage.span for stage in stages],
         [stage.layout_stage.first_device for stage in stages],
         [stage.price.choice for stage in stages],
@@ -61,7 +61,7 @@ def _transfer_s(sender: PricedStage, receiver: PricedStage, num_bytes: float, *,
         cluster,
         num_bytes,
         choice.mesh.sizes,
-        receiver.stage_costs.boundary_roles(choice.boundary, choice.mesh),
+        receiver.stage_costs.frontiers.boundary_roles(choice.boundary, choice.mesh),
         senders=min(sender.layout_stage.spec.num_gpus, per_node),
         same_node=gpus <= per_node if wraps_around else following % per_node != 0,
     )

@@ -7,7 +7,6 @@ from autopar.core.plan import MemoryParts, memory_of_chunks
 from autopar.inter.block_choice import BlockChoice, block_choices
 from autopar.inter.stage_choice import StagePrice
 from autopar.inter.stage_costs import StageCosts
-from autopar.inter.stage_memory import stage_memory
 from autopar.manual.megatron_restriction import LayoutStage
 from autopar.pipeline.simulate import StageTimes
 
@@ -30,7 +29,7 @@ class PricedStage:
     def block_choices(self) -> list[BlockChoice]:
         """The choice of every block of the stage, in order."""
         first, end, _ = self.span
-        return block_choices(self.stage_costs, self.price.choice, first, end)
+        return block_choices(self.stage_costs.frontiers, self.price.choice, first, end)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -52,6 +51,6 @@ def submesh_memory_bytes(stages: tuple[PricedStage, ...]) -> dict[int, int]:
     for stage in stages:
         first, end, _ = stage.span
         memory.setdefault(stage.layout_stage.first_device, []).append(
-            stage_memory(stage.stage_costs, stage.price.choice, first, end, stage.in_flight)
+            stage.stage_costs.memory.peak(stage.price.choice, first, end, stage.in_flight)
         )
     return {device: memory_of_chunks(parts).total for device, parts in memory.items()}

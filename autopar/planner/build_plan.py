@@ -31,7 +31,6 @@ from autopar.inter.block_choice import BlockChoice, block_choices
 from autopar.inter.block_pricer import StageMesh
 from autopar.inter.stage_choice import StagePrice
 from autopar.inter.stage_costs import StageCosts
-from autopar.inter.stage_memory import memory_of_choices
 from autopar.inter.stage_transfers import first_devices
 from autopar.intra.placement_text import PlacementWriter
 from autopar.judge.context import ModelContext
@@ -160,7 +159,7 @@ class _StageWriter:
         first, end, devices = chosen.stages[index]
         costs = chosen.stage_costs_of[index] if chosen.stage_costs_of else chosen.stage_costs
         in_flight, choice, times = chosen.in_flight[index], chosen.prices[index].choice, chosen.stage_times[index]
-        of_blocks = block_choices(costs, choice, first, end)
+        of_blocks = block_choices(costs.frontiers, choice, first, end)
         self.block_choices.append(of_blocks)
         axes = _named_axes(costs, choice.mesh, of_blocks)
         refs = []
@@ -187,7 +186,7 @@ class _StageWriter:
             transfer_forward_s=times.transfer_forward_s,
             transfer_backward_s=times.transfer_backward_s,
             in_flight=in_flight,
-            memory=memory_of_choices(costs, of_blocks, first, in_flight),
+            memory=costs.memory.peak_of_blocks(of_blocks, first, in_flight),
         )
 
 

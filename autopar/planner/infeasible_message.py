@@ -17,7 +17,7 @@ def infeasible_message(
 ) -> str:
     """The message for the smallest budget of all micro-batch sizes, with stages of ``submesh_sizes`` devices."""
     bottlenecks = (
-        smallest_budget(costs, tuple(size for size in submesh_sizes if costs.meshes(size)))
+        smallest_budget(costs, tuple(size for size in submesh_sizes if costs.frontiers.meshes(size)))
         for costs in stage_costs_by_size
     )
     leanest = min(

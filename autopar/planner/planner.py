@@ -18,6 +18,7 @@ from autopar.graph.traced_model import trace_model
 from autopar.inter.block_pins import BlockPins
 from autopar.inter.block_pricer import BlockPricer
 from autopar.inter.micro_batch_search import SimulatedPipeline
+from autopar.inter.micro_batch_setting import MicroBatchSetting
 from autopar.inter.parallel_search import ParallelSearch
 from autopar.inter.pipeline_candidate import PipelineCandidate
 from autopar.inter.stage_costs import MAX_STAGES, StageCosts
@@ -146,10 +147,16 @@ def _stage_costs_by_size(
     found = []
     for size in micro_batches:
         if global_batch % size == 0 and (global_batch // size > 1) == pricer.execution.accumulates_gradients:
-            costs = StageCosts(
-                pricer, size, global_batch // size, budget_bytes, recompute_modes, gpus, schedule=flat_schedule
+            setting = MicroBatchSetting(
+                micro_batch=size,
+                num_microbatches=global_batch // size,
+                num_devices=gpus,
+                budget_bytes=budget_bytes,
+                recompute_modes=recompute_modes,
+                schedule=flat_schedule,
             )
-            if any(costs.meshes(num_devices) for num_devices in submesh_sizes):
+            costs = StageCosts(pricer, setting)
+            if any(costs.frontiers.meshes(num_devices) for num_devices in submesh_sizes):
                 found.append(costs)
     return found
 

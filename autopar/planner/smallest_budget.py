@@ -7,7 +7,7 @@ the last one backwards,
                                          need(s - 1, j, d - n_k))
 
 so need(S, 0, D) is about the memory of the fullest device of the leanest pipeline. Those bytes add up peaks of different
-moments; the exact peak (`stage_memory`) of that pipeline, and of every even one, decides.
+moments; the exact peak (`StageMemory`) of that pipeline, and of every even one, decides.
 """
 
 import itertools
@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from autopar.core.plan import MemoryParts
 from autopar.inter.block_pricer import StageMesh
 from autopar.inter.even_partition import even_ends, layers
+from autopar.inter.frontier_cache import UNPRICED
 from autopar.inter.pipeline_bounds import max_in_flight
 from autopar.inter.stage_choice import StageChoice
-from autopar.inter.stage_costs import FREE, StageCosts
-from autopar.inter.stage_memory import stage_memory
+from autopar.inter.stage_costs import StageCosts
 from autopar.intra import block_totals as tt
 from autopar.intra.block_totals import memory_bytes
 
@@ -64,10 +64,7 @@ def _fullest_stage(stage_costs: StageCosts, stages: _Stages) -> MemoryBottleneck
         choice = _leanest_choice(stage_costs, int(stage_costs.stage_kind_of[first, end]), size, in_flight)
         if choice is None:
             return None
-        key = (choice, first, end, in_flight)
-        if key not in stage_costs.peaks:
-            stage_costs.peaks[key] = stage_memory(stage_costs, choice, first, end, in_flight)
-        memory = stage_costs.peaks[key]
+        memory = stage_costs.memory.peak(choice, first, end, in_flight)
         filled.append(MemoryBottleneck(stage_costs=stage_costs, stage=(first, end, size), memory=memory))
     return max(filled, key=lambda bottleneck: bottleneck.num_bytes)
 
@@ -126,7 +123,7 @@ def _min_bytes_of_kinds(stage_costs: StageCosts, num_devices: int, in_flight: in
     """(kinds,) least bytes of every kind of stage on ``num_devices`` devices, without the fixed share; inf where it cannot
     run."""
     least = np.full(len(stage_costs.num_blocks), np.inf)
-    for mesh in stage_costs.meshes(num_devices):
+    for mesh in stage_costs.frontiers.meshes(num_devices):
         own, work = _bytes_by_variant(stage_costs, mesh, in_flight)
         for boundary in range(own.shape[2]):
             for most in _workspace_thresholds(own[..., boundary], work[..., boundary]):
@@ -145,7 +142,7 @@ def _leanest_choice(stage_costs: StageCosts, stage_kind: int, num_devices: int, 
     variants = np.flatnonzero(stage_costs.num_blocks[stage_kind])
     num_blocks = stage_costs.num_blocks[stage_kind, variants]
     best_bytes, best = np.inf, None
-    for mesh in stage_costs.meshes(num_devices):
+    for mesh in stage_costs.frontiers.meshes(num_devices):
         own, work = _bytes_by_variant(stage_costs, mesh, in_flight)
         for boundary in range(own.shape[2]):
             for most in _workspace_thresholds(own[variants, :, boundary], work[variants, :, boundary]):
@@ -154,7 +151,7 @@ def _leanest_choice(stage_costs: StageCosts, stage_kind: int, num_devices: int, 
                 if need < best_bytes:
                     rows = fitting.argmin(axis=1)
                     mixes = tuple(
-                        (int(variant), (((FREE, int(row)), int(count)),))
+                        (int(variant), (((UNPRICED, int(row)), int(count)),))
                         for variant, row, count in zip(variants, rows, num_blocks, strict=True)
                     )
                     best_bytes, best = need, StageChoice(mesh=mesh, boundary=boundary, mixes=mixes)
@@ -164,7 +161,7 @@ def _leanest_choice(stage_costs: StageCosts, stage_kind: int, num_devices: int, 
 def _bytes_by_variant(stage_costs: StageCosts, mesh: StageMesh, in_flight: int) -> tuple[Floats, Floats]:
     """(bytes without workspace, workspace bytes) of the frontier points of every variant of a block, each (variants, rows,
     boundaries); inf where a point cannot run."""
-    totals = np.stack([stage_costs.frontier(index, mesh, FREE).totals for index in range(len(stage_costs.variants))])
+    totals = np.stack([frontier.totals for frontier in stage_costs.frontiers.frontiers_by_variant(mesh, UNPRICED)])
     work = totals[..., tt.WORKSPACE]
     usable = np.isfinite(totals).all(axis=-1)
     with np.errstate(invalid="ignore"):

@@ -61,7 +61,7 @@ def served_model(
         dtype=replica.pricer.model.dtype,
         weights_bytes=_weights_bytes(replica, weight_storage),
         workspace_bytes=workspace,
-        fixed_bytes=replica.stage.stage_costs.fixed_bytes(),
+        fixed_bytes=replica.stage.stage_costs.pricing.fixed_bytes,
     )
 
 

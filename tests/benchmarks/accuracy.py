@@ -102,7 +102,7 @@ def outcome(run: Run, pricers: Pricers) -> Outcome:
         low_s=low * time_s,
         high_s=high * time_s,
         memory_bytes=priced.memory_bytes,
-        tensor_bytes=priced.memory_bytes - priced.stages[0].stage_costs.fixed_bytes(),
+        tensor_bytes=priced.memory_bytes - priced.stages[0].stage_costs.pricing.fixed_bytes,
         fits=priced.fits,
         reference_s=flops / (run.gpus * pricer.cluster.device.peak(pricer.model.dtype)),
     )

@@ -9,10 +9,12 @@ import pytest
 from autopar.cluster.cost_tables import load_cluster
 from autopar.core.invariants import check_plan
 from autopar.cost.execution_model import ExecutionModel
+from autopar.graph.op_profiles import profile_graph
 from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
 from autopar.graph.trace import trace
 from autopar.inter.block_pricer import BlockPricer
 from autopar.inter.interleaved_search import InterleavedSearch, min_max_partition
+from autopar.inter.micro_batch_setting import MicroBatchSetting
 from autopar.inter.stage_cost_tables import StageCostTables
 from autopar.inter.stage_costs import StageCosts
 from autopar.pipeline.simulate import StageTimes, simulate
@@ -68,7 +70,7 @@ def test_no_cut_has_a_shorter_longest_stage(seed):
 def blocks(request):
     graph = hoist_light_ops(trace(load_workload(str(EXAMPLES / "gpt.py"), **SMALL), dtype="float16").graph)
     execution = ExecutionModel(dtype="float16", optimizer="adamw", fp32_grads=True, accumulates_gradients=True)
-    return BlockPricer(graph, split_into_blocks(graph), load_cluster(request.param), execution)
+    return BlockPricer(graph, split_into_blocks(graph), load_cluster(request.param), execution, profile_graph(graph))
 
 
 @pytest.mark.parametrize("budget_mib", [1060, 1120, 1300, 16000])
@@ -77,7 +79,14 @@ def blocks(request):
 def test_bounds_are_not_above_any_pipeline_and_the_search_finds_the_best(
     blocks, budget_mib, num_microbatches, gpus, sizes
 ):
-    book = StageCosts(blocks, gpus, num_microbatches, budget_mib * 2**20, ("none", "selective", "full"), gpus)
+    setting = MicroBatchSetting(
+        micro_batch=gpus,
+        num_microbatches=num_microbatches,
+        num_devices=gpus,
+        budget_bytes=budget_mib * 2**20,
+        recompute_modes=("none", "selective", "full"),
+    )
+    book = StageCosts(blocks, setting)
     tables = StageCostTables(book, sizes)
     search = InterleavedSearch(tables, book.transfers.stage_boundary_bounds_s(sizes))
     steps = []
@@ -117,7 +126,10 @@ def test_bounds_are_not_above_any_pipeline_and_the_search_finds_the_best(
 
 def test_what_runs_on_other_nodes_is_known_to_be_farther(blocks):
     """Four runs of four devices on nodes of eight: cuts 1 | 2 and 3 | 0 lie between nodes."""
-    book = StageCosts(blocks, 16, 16, float("inf"), ("none",), 16)
+    setting = MicroBatchSetting(
+        micro_batch=16, num_microbatches=16, num_devices=16, budget_bytes=float("inf"), recompute_modes=("none",)
+    )
+    book = StageCosts(blocks, setting)
     search = InterleavedSearch(StageCostTables(book, (4,)), book.transfers.stage_boundary_bounds_s((4,)))
     inside, between, inside_again, around = (search._boundary_s(3, 4, chunk) for chunk in range(4))
     assert inside == inside_again < between == around

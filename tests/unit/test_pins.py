@@ -75,8 +75,8 @@ def test_the_data_axis_says_what_is_cut_at_rest(model: TracedModel) -> None:
 @pytest.mark.parametrize(
     ("glob", "placements", "message"),
     [
-        ("layer.*.qkv.weight", "RS(0)", r"no parameter has such a name; near it are .*layers\.\*"),
-        ("layers.2.mlp.fc1.weight", "RS(0)", "leaves out layers.0.mlp.fc1.weight"),
+        ("layer.*.qkv.weight", "RS(0)", r"no parameter matches; the closest names are .*layers\.\*"),
+        ("layers.2.mlp.fc1.weight", "RS(0)", "but not layers.0.mlp.fc1.weight in an equal block"),
         ("layers.*.mlp.fc1.weight", "RP", "a parameter is no partial sum"),
         ("layers.*.mlp.fc1.weight", "", "for each mesh axis"),
     ],
@@ -87,7 +87,7 @@ def test_pins_that_say_nothing_sound(model: TracedModel, glob: str, placements: 
 
 
 def test_pins_that_contradict_each_other_or_the_mesh(model: TracedModel) -> None:
-    with pytest.raises(UsageError, match="both name"):
+    with pytest.raises(UsageError, match="both match"):
         BlockPins(model.graph, model.blocks, [("*fc1.weight", "RR"), ("layers.*.mlp.fc1.weight", "RS(0)")])
     with pytest.raises(LayoutError, match=r"1 placements, the mesh has 2 axes \(dp, tp\)"):
         priced(model, "tp=2", ("*fc1.weight", "S(0)"))

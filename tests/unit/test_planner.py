@@ -125,9 +125,9 @@ def test_a_pin_may_be_a_strided_shard_of_the_data_axis():
 @pytest.mark.parametrize(
     ("pin", "says"),
     [
-        (("nothing.*", "R"), "no parameter has such a name"),
+        (("nothing.*", "R"), "no parameter matches"),
         (("*", "S(0)S(0)S(0)"), "one or two axes"),
-        (("layers.0.*", "R"), "equal blocks are planned alike"),
+        (("layers.0.*", "R"), "equal blocks share one plan"),
     ],
 )
 def test_a_pin_that_cannot_be_kept_says_why(pin, says):
