@@ -41,8 +41,13 @@ class StageRunner:
 
     @property
     def num_in_flight(self) -> int:
-        """Micro-batches whose tensors are kept."""
+        """Micro-batches between their forward and their backward."""
         return len(self._saved)
+
+    def saved_tensors(self, microbatch: int) -> tuple[Tensor, ...]:
+        """What the lowered forward of a micro-batch saved for its backward, besides its arguments."""
+        assert self.lowered is not None
+        return tuple(self._saved[microbatch][len(self.lowered.saved_arguments) :])
 
     def forward(self, microbatch: int, data: Mapping[int, Tensor], received: Mapping[int, Tensor]) -> ForwardResult:
         """Run the forward pass; ``data`` are the graph's inputs of the micro-batch, by value."""
