@@ -183,7 +183,7 @@ def _gather_bucket(pairs: Sequence[tuple[Tensor, Tensor]], degree: int, group: s
         for weight, column in zip(weights, result.view(degree, -1).split(widths, dim=1), strict=True):
             weight.copy_(column.reshape(-1, *weight.shape[1:])[: weight.shape[0]])
 
-    # gloo's all_gather into memory of its own, on lists of tensors, corrupts the heap: it is given its output
+    # without ``out`` it runs on lists of tensors, and gloo then corrupts the heap (see ``lower.schedule_nodes``)
     gathered = flat.new_empty(degree * flat.shape[0])
     result = torch.ops._c10d_functional.all_gather_into_tensor_out(flat, degree, group, out=gathered)
     return StartedCollective(result=result, consume=consume, keep_alive=(flat,))

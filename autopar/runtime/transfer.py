@@ -81,7 +81,7 @@ def _common_positions(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gather_positions(local: Tensor, positions: DimIndices) -> Tensor:
-    """The elements at these positions of each dim, contiguous; not copied where they are all and already so."""
+    """The elements at these positions of each dim, as a contiguous tensor, which may share memory with ``local``."""
     for dim, index in enumerate(positions):
         if len(index) != local.shape[dim]:
             start, length = int(index[0]), len(index)
