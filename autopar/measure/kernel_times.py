@@ -70,7 +70,8 @@ def matmul_s(watch: Stopwatch, m: int, n: int, k: int, dtype: torch.dtype) -> fl
 
 
 def attention_s(watch: Stopwatch, seq: int, heads: int, head_dim: int, dtype: torch.dtype) -> tuple[float, float]:
-    """Forward and backward seconds of causal attention with a fused kernel of the device, on (1, heads, seq, head_dim)."""
+    """Forward and backward seconds of causal attention with a fused kernel of the device; tensors are (1, heads, seq,
+    head_dim)."""
     with sdpa_kernel(FUSED_BACKENDS):
         return _forward_backward(
             watch,
@@ -93,8 +94,8 @@ def materialised_attention_s(
 
 
 def stream_bytes_per_s(watch: Stopwatch, num_bytes: int) -> tuple[float, float]:
-    """Memory traffic in bytes per second over tensors of ``num_bytes``: (the fastest of copying, filling and adding, that of
-    adding two)."""
+    """Memory traffic in bytes per second over tensors of ``num_bytes``: (the fastest of copying, filling and adding,
+    that of adding two)."""
     first, second = (torch.ones(num_bytes // 4, device=watch.device) for _ in range(2))
     out = torch.empty_like(first)
     copied = 2 * num_bytes / watch.median_s(lambda: out.copy_(first))

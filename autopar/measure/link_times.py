@@ -1,8 +1,8 @@
 """Seconds of collectives over the ranks of the process group, and of messages between two: a cluster's curves.
 
-Under ``torchrun`` every rank calls these in the same order; ranks outside the measured group wait. A time is the slowest
-rank's median. Bytes are those of ``CollectiveCurve``: the tensor of all_reduce, the output of all_gather, the input of
-reduce_scatter, a rank's input of all_to_all.
+Under ``torchrun`` every rank calls these in the same order; ranks outside the measured group wait. A time is the
+slowest rank's median. Bytes are those of ``CollectiveCurve``: the tensor of all_reduce, the output of all_gather, the
+input of reduce_scatter, a rank's input of all_to_all.
 """
 
 import itertools
@@ -23,9 +23,9 @@ LinkProgress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredLinks:
-    """Curves of collectives inside a node; of a message between two ranks, bytes per second and the seconds of a small
-    one. ``inter_node`` is (bytes per second of a node, seconds per hop) of an all_reduce over several nodes, None on one
-    node."""
+    """Curves of collectives inside a node; bytes per second of a message between two ranks, and seconds of a small one.
+    ``inter_node`` is (bytes per second of a node, seconds per hop) of an all_reduce over several nodes, None on
+    one node."""
 
     curves: tuple[CollectiveCurve, ...]
     link_bytes_per_s: float
@@ -36,8 +36,8 @@ class MeasuredLinks:
 def measure_links(
     watch: Stopwatch, sizes_bytes: tuple[int, ...], ranks_per_node: int, progress: LinkProgress
 ) -> MeasuredLinks:
-    """Measure collectives over 2, 4, ... and all ranks of the first node, a message between two ranks, and an all_reduce
-    between nodes where there are several. ``sizes_bytes`` increase. Collective over the world."""
+    """Measure collectives over 2, 4, ... and all ranks of the first node, a message between two ranks, and an
+    all_reduce between nodes where there are several. ``sizes_bytes`` increase. Collective over the world."""
     world = dist.get_world_size()
     counts = sorted(
         {*(2**at for at in range(1, ranks_per_node.bit_length()) if 2**at <= ranks_per_node), ranks_per_node}
@@ -99,8 +99,8 @@ def _collective_s(watch: Stopwatch, kind: str, num_bytes: int, num_ranks: int, g
 
 
 def _equal_count_s(watch: Stopwatch, work: Callable[[], object], group: ProcessGroup | None) -> float:
-    """The median of the same number of calls on every rank of the group, which a stopwatch that stops by the clock would
-    not make."""
+    """Median seconds of a call, after the same number of calls on every rank of the group: a stopwatch that stops by
+    the clock would stop ranks at different calls."""
     fixed = Stopwatch(device=watch.device, repeats=watch.repeats, min_total_s=0.0)
     dist.barrier(group=group)
     return fixed.median_s(work)

@@ -2,8 +2,8 @@
 
 In one process it measures the device; under ``torchrun`` also collectives over its ranks (gloo on CPUs, NCCL on GPUs).
 What it does not measure is copied, with its source, from a *base*: the shipped cluster most like the machine. A device
-of a shipped cluster has the peaks of its data sheet; another's peak is the fastest rate measured, so that utilisation is
-relative to it.
+of a shipped cluster has the peaks of its data sheet; another's peak is the fastest rate measured, so that utilisation
+is relative to it.
 
     efficiency (m, n, k)   2 m n k / (t * peak)                                           (``_measure_device``)
     efficiency (s, h)      FLOPs of the causal half / (t * peak)                          (``_attention_fields``)
@@ -94,8 +94,8 @@ def profile_machine(
 ) -> Cluster | None:
     """Measure this machine; returns the table on the first rank, None on others. Collective under torchrun.
 
-    ``device`` is "cpu" or "cuda", by default the GPU where there is one; ``quick`` takes small grids; ``base`` names the
-    cluster from which to copy what is not measured, by default the shipped one most like this machine; ``sizes``
+    ``device`` is "cpu" or "cuda", by default the GPU where there is one; ``quick`` takes small grids; ``base`` names
+    the cluster from which to copy what is not measured, by default the shipped one most like this machine; ``sizes``
     replaces ``MEASUREMENT_SIZES``. UsageError where there is no such device."""
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if chosen == "cuda" and not torch.cuda.is_available():
@@ -123,8 +123,8 @@ def profile_machine(
 
 @contextmanager
 def _process_group(device: str) -> Iterator[int]:
-    """The process group of ``torchrun`` while it is entered. Yields ranks per node; without torchrun, the GPUs that this
-    machine has, 0 for a CPU."""
+    """The process group of ``torchrun`` while it is entered. Yields ranks per node; without torchrun, the GPUs that
+    this machine has, 0 for a CPU."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield torch.cuda.device_count() if device == "cuda" else 0
         return

@@ -28,7 +28,8 @@ def check_world(plan: Plan, timeout_s: float = RENDEZVOUS_TIMEOUT_S) -> None:
     world = dist.get_world_size()
     if world != plan.gpus:
         raise UsageError(
-            f"the plan is for {plan.gpus} ranks, the world has {world}: start {plan.gpus} ranks, or make a plan for {world}"
+            f"the plan is for {plan.gpus} ranks, the world has {world}: start {plan.gpus} ranks, or make a plan for "
+            f"{world}"
         )
     _await_ranks(timeout_s)
     digest = hashlib.sha256(msgspec.json.encode(plan)).hexdigest()[:12]

@@ -107,8 +107,10 @@ def _buffer_shards(state: TrainingState) -> Iterator[tuple[str, CheckpointShard]
 
 
 def save(state: TrainingState, folder: str | os.PathLike[str], step: int, *, keep: int = 2) -> Path:
-    """Write a checkpoint as ``step-STEP`` and point ``latest`` at it; returns its path. Collective. Others but the last
-    ``keep`` are removed. While the first checkpoint of a step is written, ``latest`` names the one before, complete."""
+    """Write a checkpoint as ``step-STEP`` and point ``latest`` at it; returns its path. Collective.
+
+    Only the ``keep`` checkpoints of the highest steps remain, this one always. Until it is complete ``latest`` names
+    the one before; where the step was saved before, that checkpoint is removed just before this one takes its name."""
     root = Path(folder)
     temporary, final = root / f".step-{step}.tmp", root / f"step-{step}"
     if dist.get_rank() == 0:
@@ -224,7 +226,8 @@ def _raise_if_any_failed(outcomes: Sequence[_CheckOutcome]) -> None:
     if all_failed and all(outcome.is_missing for outcome in failed.values()):
         raise PlanFileError(outcomes[0].reason)
     if failed:
-        rank = min(failed, key=lambda rank: failed[rank].is_missing)  # rather a rank that found damage than nothing
+        # a rank that found damage, before one that found no checkpoint
+        rank = min(failed, key=lambda rank: failed[rank].is_missing)
         is_common = all_failed and len(set(failed.values())) == 1
         raise CheckpointError(failed[rank].reason if is_common else f"rank {rank}: {failed[rank].reason}")
     ranks_by_digest = {outcome.digest: rank for rank, outcome in enumerate(outcomes)}

@@ -1,10 +1,13 @@
 """Checks the files of a checkpoint before any of it is loaded.
 
-Tensors: torch saves each as a zip archive with the CRC-32 of its records, but does not compare these when it loads. Here
-they are compared, whoever wrote the checkpoint, and the tensor must have the dtype and shape that the metadata states.
-Small files: ``SHA256SUMS`` has their hashes, in the format of ``sha256sum --check SHA256SUMS``. A checkpoint of another
-writer has no such file, and an archive that was saved under ``torch.serialization.set_crc32_options(False)`` has no
-CRCs; these are not checked.
+Tensors: torch saves each as a zip archive with the CRC-32 of its records, but does not compare these when it loads.
+Here they are compared, whoever wrote the checkpoint, and the tensor must have the dtype and shape that the metadata
+states.
+
+Small files: ``SHA256SUMS`` has their hashes, in the format of ``sha256sum --check SHA256SUMS``.
+
+A checkpoint of another writer has no such file, and an archive that was saved under
+``torch.serialization.set_crc32_options(False)`` has no CRCs; these are not checked.
 """
 
 import hashlib
@@ -96,8 +99,8 @@ def check_tensors(reader: CheckedReader, names: Iterable[str], *, rank: int, num
             raise CheckpointError(f"{file} is damaged, in {name} at byte {place.offset}: {error}") from None
         if stored.shape != shape or stored.dtype != dtype:
             raise CheckpointError(
-                f"{file} has {stored.dtype} of shape {tuple(stored.shape)} at byte {place.offset}, where {METADATA} has "
-                f"{dtype} of shape {tuple(shape)}, of {name}"
+                f"{file} has {stored.dtype} of shape {tuple(stored.shape)} at byte {place.offset}, where {METADATA} "
+                f"has {dtype} of shape {tuple(shape)}, of {name}"
             )
 
 

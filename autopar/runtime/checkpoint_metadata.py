@@ -160,8 +160,8 @@ def _place(index: Any, info: Any) -> tuple[MetadataIndex, _StorageInfo]:
 
 
 def _check_boxes(stored: dict[str, TensorStorageMetadata], places: dict[MetadataIndex, _StorageInfo]) -> None:
-    """Check that each tensor's boxes are inside it, cover it, and are stored; else ValueError. torch reads a tensor that
-    lacks a box without an error and leaves its elements as they were."""
+    """Check that each tensor's boxes are inside it, cover it, and are stored; else ValueError. torch reads a tensor
+    that lacks a box without an error and leaves its elements as they were."""
     for name, tensor in stored.items():
         boxes = [box for box in tensor.chunks if math.prod(box.sizes)]  # each rank without rows has an empty one
         for box in boxes:

@@ -57,12 +57,14 @@ class DeferredInitialisation:
                 _initialise_model(model, workload)
         except (RuntimeError, NotImplementedError) as error:
             raise UsageError(
-                f"the weights of a meta model are initialised tensor by tensor, which failed: {describe_user_error(error)}\n"
+                "the weights of a meta model are initialised tensor by tensor, which failed: "
+                f"{describe_user_error(error)}\n"
                 f"  {_HOW_TO_INITIALISE}"
             ) from error
 
     def materialise(self, name: str) -> Tensor:
-        """The full initial tensor on the CPU, computed at each call; UsageError where no single write sets all of it."""
+        """The full initial tensor on the CPU, computed at each call; UsageError where no single write sets all of
+        it."""
         written = self._by_name[name]
         full = (tuple(written.tensor.shape), tuple(written.tensor.stride()), written.tensor.storage_offset())
         if not any(part == full for _, part, _, _ in written.writes):
@@ -77,8 +79,8 @@ class DeferredInitialisation:
 
 
 def _initialise_model(model: nn.Module, workload: Workload) -> None:
-    """Run the model file's ``init_weights``, else Hugging Face's ``initialize_weights``, else ``reset_parameters`` of every
-    module."""
+    """Run the model file's ``init_weights``, else Hugging Face's ``initialize_weights``, else ``reset_parameters`` of
+    every module."""
     if workload.init_weights is not None:
         workload.init_weights(model)
         return

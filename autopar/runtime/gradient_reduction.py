@@ -24,8 +24,8 @@ GRADIENT_BUCKET_BYTES = 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StartedCollective:
-    """A collective that was started: ``consume`` is called with its result; the tensors of ``keep_alive``, which it reads,
-    must live until then."""
+    """A collective that was started: ``consume`` is called with its result; the tensors of ``keep_alive``, which it
+    reads, must live until then."""
 
     result: Tensor
     consume: Callable[[Tensor], None]
@@ -142,8 +142,8 @@ class GradientReduction:
 def begin_weight_gathers(
     pairs: Sequence[tuple[Tensor, Tensor]], mesh: RankMesh, axes: tuple[int, ...]
 ) -> list[StartedCollective]:
-    """Start to gather weights over ``axes`` from their masters, whose dim 0 is sharded over them; ``pairs`` are (weight,
-    master). The inverse of the gradients' reduce-scatter."""
+    """Start to gather weights over ``axes`` from their masters, whose dim 0 is sharded over them; ``pairs`` are
+    (weight, master). The inverse of the gradients' reduce-scatter."""
     nontrivial_axes = _axes_above_one(axes, mesh)
     if not nontrivial_axes:
         for weight, master in pairs:
@@ -204,7 +204,7 @@ def _pad_rows(tensor: Tensor, degree: int) -> Tensor:
 
 
 def _concatenate(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
-    """The tensors side by side along a dim; a single one is not copied."""
+    """The tensors concatenated along a dim; a single one is not copied."""
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
 
 

@@ -12,8 +12,8 @@ from torch import nn
 
 
 class LossScale:
-    """The factor, the same on every rank. ``good_steps`` counts those since the last overflow; ``overflowed`` says whether
-    the last step is to be skipped."""
+    """The factor, the same on every rank. ``good_steps`` counts those since the last overflow; ``overflowed`` says
+    whether the last step is to be skipped."""
 
     def __init__(self, factor: float = 2.0**16, interval: int = 2000) -> None:
         self.factor, self.interval = factor, interval

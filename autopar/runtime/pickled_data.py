@@ -31,8 +31,8 @@ class Global:
 
 @dataclass(slots=True, eq=False)
 class Instance:
-    """The object that calling ``name`` with ``arguments`` would create. It equals only itself, so that it can be a key of a
-    dict."""
+    """The object that calling ``name`` with ``arguments`` would create. It equals only itself, so that it can be a key
+    of a dict."""
 
     name: str
     arguments: tuple[Any, ...]
@@ -170,4 +170,5 @@ _STEPS: dict[str, _Step] = {
     **dict.fromkeys(("BINPUT", "LONG_BINPUT"), _Machine.remember),
     **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda machine, key: machine.push(machine.memo[key])),
 }
-"""What each instruction does, by its name. INST creates an object in protocol 0; here only its class is read, whose name is checked."""
+"""What each instruction does, by its name. INST creates an object in protocol 0; here only its class is read, whose
+name is checked."""

@@ -57,8 +57,8 @@ class PipelineStep:
         self._channels = [self._connect(transfer, meshes, number) for number, transfer in enumerate(transfers)]
 
     def run(self, micro_batches: Sequence[Mapping[int, Tensor]], *, loss_scale: float) -> Tensor:
-        """Forward and backward of all micro-batches, gradients times ``loss_scale`` reduced into the masters' ``.grad``;
-        returns the mean loss, on every rank. A micro-batch is the graph's inputs, by value."""
+        """Forward and backward of all micro-batches, gradients times ``loss_scale`` reduced into the masters'
+        ``.grad``; returns the mean loss, on every rank. A micro-batch is the graph's inputs, by value."""
         mailbox = Mailbox()
         losses: list[Tensor] = []
         remaining = dict.fromkeys(self.stages, self.num_microbatches)

@@ -25,7 +25,8 @@ class ForwardResult:
 
 
 class StageRunner:
-    """One stage on one rank. ``forward`` and ``backward`` are called in the schedule's order; ``dtypes`` are by value."""
+    """One stage on one rank. ``forward`` and ``backward`` are called in the schedule's order; ``dtypes`` are by
+    value."""
 
     def __init__(
         self,
@@ -52,8 +53,8 @@ class StageRunner:
         return tuple(self._saved[microbatch][len(self.lowered.saved_arguments) :])
 
     def forward(self, microbatch: int, inputs: Mapping[int, Tensor], received: Mapping[int, Tensor]) -> ForwardResult:
-        """Run the forward pass of a micro-batch; ``inputs`` are the graph's inputs, ``received`` the activations of other
-        stages, both by value."""
+        """Run the forward pass of a micro-batch; ``inputs`` are the graph's inputs, ``received`` the activations of
+        other stages, both by value."""
         arguments = [self._argument(value, inputs, received) for value in self.function.arguments]
         if self.lowered is None:
             leaves = self.function.make_leaves(arguments)
@@ -74,8 +75,8 @@ class StageRunner:
         return ForwardResult(sent=sent_by_value, loss=loss.detach() if loss is not None else None)
 
     def backward(self, microbatch: int, tangents: Sequence[Tensor], *, last: bool) -> dict[int, Tensor]:
-        """Run the backward pass of a micro-batch; ``tangents`` are the gradients of what was sent, where it has one, and
-        of the loss. Parameters' gradients are added to their sums, whose reduction starts in the step's ``last``
+        """Run the backward pass of a micro-batch; ``tangents`` are the gradients of what was sent, where it has one,
+        and of the loss. Parameters' gradients are added to their sums, whose reduction starts in the step's ``last``
         backward. Returns the gradients of received activations, by value."""
         saved = self._saved.pop(microbatch)
         differentiated, count = self.function.differentiated, self.function.num_parameters

@@ -1,4 +1,4 @@
-"""What a rank stores of the parameters between steps, and what happens to it at the end of a step.
+"""What a rank stores of the parameters between steps, and the end of a step.
 
 Per parameter: the *weight* its ops use, in the plan's dtype (sharded by ZeRO-3); the *gradient sum* over micro-batches
 (sharded by ZeRO-2 and -3); and the *master*, an fp32 ``nn.Parameter`` (sharded by ZeRO-1 to -3) that the user's
@@ -32,8 +32,8 @@ OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class StoredParameter:
-    """One parameter of one stage on one rank; ``names`` are the model's names of it, several where it is tied inside the
-    stage. ``counts_in_norm``: this rank is the first of the replicas, whose elements enter the gradient norm."""
+    """One parameter of one stage on one rank; ``names`` are the model's names of it, several where it is tied inside
+    the stage. ``counts_in_norm``: this rank is the first of the replicas, whose elements enter the gradient norm."""
 
     sharding: ParameterSharding
     names: tuple[str, ...]

@@ -1,4 +1,7 @@
-"""Tied parameters: a parameter that several stages store has one gradient, the sum over these stages."""
+"""Tied parameters that several stages store: the gradient of every copy is the sum over these stages.
+
+Stages send their gradients to each other, in the sharding of their masters, after their own reduction.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -38,8 +38,8 @@ _CONNECTION_LOST = (
 class Trainer:
     """One rank's part of a plan. Every rank calls ``step``, ``save`` and ``load`` alike: they are collective.
 
-    ``input_names`` are the keys of a batch, in the order of the graph's inputs; ``clip_norm`` is the largest norm of the
-    gradient (None: no clipping); ``seed`` is that of dropout."""
+    ``input_names`` are the keys of a batch, in the order of the graph's inputs; ``clip_norm`` is the largest norm of
+    the gradient (None: no clipping); ``seed`` is that of dropout."""
 
     def __init__(
         self,

@@ -1,9 +1,9 @@
 """Sends a tensor between ranks that store it differently: a sender and a receiver exchange the elements that the one
 stores and the other needs.
 
-What a rank stores is, per dim, a list of global indices; its elements are the product of these. Ranks with equal indices
-are replicas; a receiver gets elements from one of them: the one at the receiver's position, modulo their number. So
-unequal meshes, strided shards and ZeRO's shards are all one case.
+What a rank stores is, per dim, a list of global indices; its elements are the product of these. Ranks with equal
+indices are replicas; a receiver gets elements from one of them: the one at the receiver's position, modulo their
+number. So unequal meshes, strided shards and ZeRO's shards are all one case.
 """
 
 from collections.abc import Sequence
@@ -106,8 +106,9 @@ def scatter_positions(local: Tensor, positions: DimIndices, values: Tensor) -> N
 class DirectionGroups:
     """The process groups for messages to higher (``up``) and to lower ranks; None is the world's own.
 
-    NCCL has no tags and runs the messages of two ranks in the order in which each posts them. That order differs between
-    the two for messages of different kinds (activations, gradients) or directions, so each has its own group."""
+    NCCL has no tags and runs the messages of two ranks in the order in which each posts them. That order differs
+    between the two for messages of different kinds (activations, gradients) or directions, so each has its own
+    group."""
 
     up: dist.ProcessGroup | None = None
     down: dist.ProcessGroup | None = None

@@ -22,7 +22,8 @@ def shrink_plan(plan: Plan, max_ranks: int) -> tuple[Plan, tuple[str, ...]]:
     submeshes = stages_by_submesh(plan)
     if len(submeshes) > max_ranks:
         raise UsageError(
-            f"the plan's pipeline needs {len(submeshes)} ranks, one per submesh, --ranks gives {max_ranks}; raise --ranks"
+            f"the plan's pipeline needs {len(submeshes)} ranks, one per submesh, --ranks gives {max_ranks}; raise "
+            "--ranks"
         )
     stages = _shrink_stages(plan, max_ranks)
     micro_batch_size = _shrunk_micro_batch(plan, stages)

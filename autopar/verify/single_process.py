@@ -1,5 +1,5 @@
-"""The user's own model in one process: the reference that a plan's numbers are compared with. It shares nothing with the
-runtime but the definition of random numbers.
+"""The user's own model in one process: the reference that a plan's numbers are compared with. It shares nothing with
+the runtime but the definition of random numbers.
 
 In fp64 a missing addend is not lost in rounding: ``Float64Mode`` replaces every floating dtype that the model's code
 names. ``IndexedRandomMode`` gives the model's random calls the numbers that the graph's random ops draw.
@@ -87,8 +87,8 @@ _RANDOM_CALLS = frozenset(
 
 
 def build_real_model(workload: Workload, seed: int) -> nn.Module:
-    """The model on the CPU, in fp64 and training mode, initialised by the model file's ``init_weights``, else by its own
-    constructors."""
+    """The model on the CPU, in fp64 and training mode, initialised by the model file's ``init_weights``, else by its
+    own constructors."""
     torch.manual_seed(seed)
     model = workload.build(device="cpu")
     if workload.init_weights is not None:
