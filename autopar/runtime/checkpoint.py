@@ -48,12 +48,12 @@ OptimizerStates = Mapping[Tensor, Mapping[str, Any]]
 """The optimizer's state: by master, then key."""
 
 
-def state_dict(state: TrainingState, states: OptimizerStates | None = None) -> dict[str, Any]:
+def state_dict(state: TrainingState, optimizer_states: OptimizerStates | None = None) -> dict[str, Any]:
     """``model`` (by the model's names) and ``optimizer`` (by name, then key) as ``CheckpointShard``s that share the
-    state's memory, for ``torch.distributed.checkpoint`` to save and to load into. ``states``: the optimizer's tensors
-    by master, where they are not those of its own state."""
-    if states is None:
-        states = state.optimizer.state if state.optimizer is not None else {}
+    state's memory, for ``torch.distributed.checkpoint`` to save and to load into. ``optimizer_states``: the optimizer's
+    tensors by master, where they are not those of its own state."""
+    if optimizer_states is None:
+        optimizer_states = state.optimizer.state if state.optimizer is not None else {}
     model: dict[str, CheckpointShard] = {}
     optimizer: dict[str, dict[str, CheckpointShard]] = {}
     for parameter, indices, is_writer in _stored_parameters(state):
@@ -61,7 +61,7 @@ def state_dict(state: TrainingState, states: OptimizerStates | None = None) -> d
         if name in model:
             continue
         model[name] = CheckpointShard(parameter.master, parameter.sharding.shape, indices, is_writer)
-        entries = states.get(parameter.master, {})
+        entries = optimizer_states.get(parameter.master, {})
         optimizer[name] = {
             key: _optimizer_shard(entry, parameter, indices, is_writer)
             for key, entry in entries.items()
@@ -136,13 +136,13 @@ def save(state: TrainingState, folder: str | os.PathLike[str], step: int, *, kee
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _CheckedCheckpoint:
-    """A checkpoint that passed the checks. ``states`` are tensors to load the optimizer's state into, by master and
-    key; ``settings`` and ``scale`` are None where the checkpoint has none; ``digest`` is the same on ranks that see the
-    same checkpoint."""
+    """A checkpoint that passed the checks. ``optimizer_states`` are tensors to load the optimizer's state into, by
+    master and key; ``settings`` and ``scale`` are None where the checkpoint has none; ``digest`` is the same on ranks
+    that see the same checkpoint."""
 
     path: Path
     reader: CheckedReader
-    states: dict[Tensor, dict[str, Tensor]]
+    optimizer_states: dict[Tensor, dict[str, Tensor]]
     settings: list[dict[str, Any]] | None
     scale: LossScale | None
     digest: str
@@ -170,7 +170,7 @@ def load(state: TrainingState, folder: str | os.PathLike[str]) -> int:
     keeps its settings."""
     checked = _check_on_all_ranks(lambda: _check_newest(state, Path(folder)))
     try:
-        read_tensors(state_dict(state, checked.states), storage_reader=checked.reader)
+        read_tensors(state_dict(state, checked.optimizer_states), storage_reader=checked.reader)
     except CheckpointException as error:
         rank, (failure, _) = next(iter(error.failures.items()))
         raise CheckpointError(
@@ -179,7 +179,7 @@ def load(state: TrainingState, folder: str | os.PathLike[str]) -> int:
             "next step"
         ) from None
     if state.optimizer is not None:
-        for master, tensors in checked.states.items():
+        for master, tensors in checked.optimizer_states.items():
             entries = state.optimizer.state[master]
             for key in [key for key, entry in entries.items() if isinstance(entry, Tensor)]:
                 del entries[key]
@@ -243,15 +243,15 @@ def _check_newest(state: TrainingState, root: Path) -> _CheckedCheckpoint:
     try:
         index = read_metadata(path)
         check_sums(path)
-        states = _optimizer_tensors(state, index)
-        _check_shapes(state_dict(state, states), index)
+        optimizer_states = _optimizer_tensors(state, index)
+        _check_shapes(state_dict(state, optimizer_states), index)
         reader = CheckedReader(path, index)
         names = [name for name in index.tensors if name.startswith(("model.", "optimizer."))]
         check_tensors(reader, names, rank=dist.get_rank(), num_ranks=dist.get_world_size())
         return _CheckedCheckpoint(
             path=path,
             reader=reader,
-            states=states,
+            optimizer_states=optimizer_states,
             settings=_read_settings(path),
             scale=_read_scale(path) if state.loss_scale is not None else None,
             digest=f"{path.name} ({hashlib.sha256((path / METADATA).read_bytes()).hexdigest()[:12]})",
@@ -284,17 +284,17 @@ def _optimizer_tensors(state: TrainingState, index: TensorIndex) -> dict[Tensor,
     for name, tensor in index.tensors.items():
         prefix, _, key = name.rpartition(".")
         stored.setdefault(prefix, {})[key] = tensor
-    states: dict[Tensor, dict[str, Tensor]] = {}
+    optimizer_states: dict[Tensor, dict[str, Tensor]] = {}
     for parameter in state.trained_parameters():
         master, current = parameter.master, state.optimizer.state.get(parameter.master, {})
-        states[master] = {}
+        optimizer_states[master] = {}
         for key, tensor in stored.get(f"optimizer.{parameter.names[0]}", {}).items():
             is_sharded = bool(tensor.size) and tensor.size == parameter.sharding.shape
             shape, device = (master.shape, master.device) if is_sharded else (tensor.size, torch.device("cpu"))
             own, dtype = current.get(key), tensor.properties.dtype
             fits = isinstance(own, Tensor) and own.shape == shape and own.dtype == dtype
-            states[master][key] = own if fits else torch.zeros(shape, dtype=dtype, device=device)
-    return states
+            optimizer_states[master][key] = own if fits else torch.zeros(shape, dtype=dtype, device=device)
+    return optimizer_states
 
 
 def _check_shapes(shards: Mapping[str, Any], index: TensorIndex) -> None:

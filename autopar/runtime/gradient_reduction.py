@@ -103,11 +103,13 @@ class GradientReduction:
     def _launch(
         self, scatters: bool, axes: tuple[int, ...], gradients: Sequence[tuple[ParameterSharding, Tensor]]
     ) -> None:
+        """Start the reduction of these gradients in one message."""
         self._started.append((self._reduce_scatter if scatters else self._all_reduce)(axes, gradients))
 
     def _all_reduce(
         self, axes: tuple[int, ...], gradients: Sequence[tuple[ParameterSharding, Tensor]]
     ) -> StartedCollective:
+        """Start to all-reduce these gradients in one message."""
         shapes = [(stored.value, total.shape) for stored, total in gradients]
         flat = _concatenate([total.reshape(-1) for _, total in gradients])
         group = self.mesh.group_names[_axes_above_one(axes, self.mesh)]
@@ -122,7 +124,8 @@ class GradientReduction:
     def _reduce_scatter(
         self, axes: tuple[int, ...], gradients: Sequence[tuple[ParameterSharding, Tensor]]
     ) -> StartedCollective:
-        """Dim 0 of every gradient is sharded over the group, padded to equal chunks in the message."""
+        """Start to reduce-scatter these gradients in one message: dim 0 of each is sharded over the group, padded to
+        equal chunks."""
         degree, position = self.mesh.degree(axes), self.mesh.rank_in_group(axes)
         rows = [_pad_rows(total, degree).view(degree, -1) for _, total in gradients]
         parameters = [(stored, total.shape) for stored, total in gradients]

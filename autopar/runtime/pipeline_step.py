@@ -99,11 +99,15 @@ class PipelineStep:
     def _own_actions(self, plan: Plan) -> tuple[Action, ...]:
         """This rank's actions, in the order of torch's schedules."""
         submeshes = stages_by_submesh(plan)
-        firsts = [(stages[0].first_device, stages[0].num_devices) for stages in submeshes]
-        own = next(at for at, (first, count) in enumerate(firsts) if first <= self.rank < first + count)
+        own = next(
+            number
+            for number, (stage, *_) in enumerate(submeshes)
+            if stage.first_device <= self.rank < stage.first_device + stage.num_devices
+        )
         return rank_actions(plan.schedule, len(submeshes), plan.microbatches, plan.num_chunks)[own]
 
     def _connect(self, transfer: BoundaryTransfer, meshes: Sequence[RankMesh], number: int) -> _BoundaryChannels:
+        """The channels of boundary tensor ``number``, which tells its messages from others'."""
         sender, receiver = meshes[transfer.sender], meshes[transfer.receiver]
         activation = self._channel(
             transfer,
@@ -167,6 +171,7 @@ class PipelineStep:
     def _receive(
         self, transfer: BoundaryTransfer, channel: TransferChannel, mailbox: Mailbox, *, is_gradient: bool = False
     ) -> Tensor:
+        """Receive, and count, a boundary tensor or its gradient."""
         tensor = channel.receive(getattr(torch, transfer.dtype), self.device, mailbox)
         self.count_received(transfer.receiver if is_gradient else transfer.sender, tensor)
         return tensor

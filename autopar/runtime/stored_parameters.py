@@ -100,6 +100,7 @@ class StageParameters:
     def _store(
         self, sharding: ParameterSharding, names: tuple[str, ...], full: Tensor, dtype: torch.dtype
     ) -> StoredParameter:
+        """This rank's weight and master of a parameter, from its full initial value; ``dtype`` is the weight's."""
         weight = self._local(full, sharding, dtype, zero_sharded=sharding.zero_stage == 3)
         master_dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
         if not sharding.trained or master_dtype == dtype:

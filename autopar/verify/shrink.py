@@ -105,22 +105,22 @@ def _rescale_placements(program: BlockProgram, old: int, new: int) -> BlockProgr
             return placement
         return Shard(placement.dim, placement.split_factor * new // old)
 
-    def text(placements: str) -> str:
+    def rescaled_text(placements: str) -> str:
         return format_placements(map(rescaled, parse_placements(placements)))
 
     def values(planned: tuple[ValuePlan, ...]) -> tuple[ValuePlan, ...]:
         return tuple(
-            ValuePlan(name=value.name, placement=text(value.placement), gradient=text(value.gradient))
+            ValuePlan(name=value.name, placement=rescaled_text(value.placement), gradient=rescaled_text(value.gradient))
             for value in planned
         )
 
     ops = tuple(
         OpPlan(
             name=op.name,
-            inputs=tuple(map(text, op.inputs)),
-            outputs=tuple(map(text, op.outputs)),
-            input_gradients=tuple(map(text, op.input_gradients)),
-            output_gradients=tuple(map(text, op.output_gradients)),
+            inputs=tuple(map(rescaled_text, op.inputs)),
+            outputs=tuple(map(rescaled_text, op.outputs)),
+            input_gradients=tuple(map(rescaled_text, op.input_gradients)),
+            output_gradients=tuple(map(rescaled_text, op.output_gradients)),
         )
         for op in program.ops
     )
