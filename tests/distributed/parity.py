@@ -147,7 +147,7 @@ def check_gradients(
     with trainer.counting_collectives(fp64_as_fp32=double) as tally:
         loss = trainer.forward_backward(batch)
         for index, stage in trainer.stages.items():
-            mesh = trainer.meshes[index]
+            mesh = stage.parameters.mesh
             for parameter in stage.parameters.trained():
                 if parameter.counts_in_norm:
                     whole = wanted[parameter.names[0]]
@@ -196,7 +196,7 @@ def check_training(
         errors[name] = (error, float(wanted.double().square().sum()))
 
     for index, stage in trainer.stages.items():
-        mesh = trainer.meshes[index]
+        mesh = stage.parameters.mesh
         for parameter in stage.parameters.trained():
             whole = named[parameter.names[0]].detach()
             here = stored_indices(parameter.sharding, mesh, mesh.coordinate, zero_sharded=True)

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 
 from autopar.core.plan import Plan
 from autopar.runtime.apply import build_trainer
-from autopar.runtime.checkpoint import CheckpointShard, load, save
+from autopar.runtime.checkpoint_shards import CheckpointShard
 from tests.distributed import parity
 from tests.distributed.pool import Pool
 from tests.distributed.random_models import random_workload
@@ -25,13 +25,13 @@ def train_and_save(plan_json: bytes, folder: str) -> None:
     trainer, batch = _trainer(plan_json)
     trainer.step(batch)
     trainer.step(batch)
-    save(trainer, folder, 2)
+    trainer.save(folder, 2)
 
 
 def load_and_save(plan_json: bytes, source: str, target: str) -> int:
     trainer, _ = _trainer(plan_json)
-    step = load(trainer, source)
-    save(trainer, target, step)
+    step = trainer.load(source)
+    trainer.save(target, step)
     return step
 
 

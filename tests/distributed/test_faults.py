@@ -39,14 +39,14 @@ def check(plans: list[bytes]) -> str:
 def test_world_of_another_size(pool: Pool) -> None:
     plan = layout_plan(random_workload(SEED), "dp=4,mbs=1")
     for message in pool.run(2, check, [msgspec.json.encode(plan)]):
-        assert message == "the plan is for 4 ranks, the world has 2; start 4, or plan again"
+        assert message == "the plan is for 4 ranks, the world has 2: start 4 ranks, or make a plan for 2"
 
 
 def test_differing_plans(pool: Pool) -> None:
     plan = layout_plan(random_workload(SEED), "dp=2,mbs=1")
     other = msgspec.structs.replace(plan, schedule="gpipe")
     for message in pool.run(2, check, [msgspec.json.encode(plan), msgspec.json.encode(other)]):
-        assert message.startswith("the ranks hold different plans: rank 0 has ")
+        assert message.startswith("the ranks have different plans: rank 0 has ")
         assert "rank 1 has " in message
 
 
@@ -68,7 +68,7 @@ def test_a_rank_that_does_not_come(pool: Pool) -> None:
     messages = pool.run(4, come, msgspec.json.encode(plan))
     assert "Ranks 1 failed" in messages[0]
     for rank in (0, 2, 3):
-        assert messages[rank].startswith(f"True rank {rank} waited 2 s for the others")
+        assert messages[rank].startswith(f"True rank {rank} waited 2 s for the other ranks")
 
 
 def run_until_alone(plan_json: bytes) -> str:
@@ -104,7 +104,7 @@ def test_killed_rank() -> None:
         pool.close()
     assert time.monotonic() - started < 60
     for rank, message in messages.items():
-        assert message.startswith(f"rank {rank} lost another rank in step 3")
+        assert message.startswith(f"rank {rank} lost the connection to another rank in step 3")
 
 
 SAVER = """

@@ -61,7 +61,7 @@ def count_collectives(plan_json: bytes, name: str) -> tuple[dict[str, int], dict
     workload = one.workload()
     trainer = build_trainer(plan, parity.real_model(workload, 0), workload=workload)
     stage = trainer.stages[0]
-    data = trainer._micro_batches(parity.random_batch(workload, plan.global_batch, 0, one.classes))
+    data = trainer.micro_batches(parity.random_batch(workload, plan.global_batch, 0, one.classes))
     with Counting() as counting:
         for microbatch, inputs in enumerate(data):
             made = stage.forward(microbatch, inputs, {})
@@ -113,9 +113,9 @@ def saved_bytes(plan_json: bytes, name: str) -> int:
     trainer = build_trainer(plan, parity.real_model(workload, 0), workload=workload)
     stage = trainer.stages[0]
     assert stage.lowered is not None
-    data = trainer._micro_batches(parity.random_batch(workload, plan.global_batch, 0, one.classes))
+    data = trainer.micro_batches(parity.random_batch(workload, plan.global_batch, 0, one.classes))
     stage.forward(0, data[0], {})
-    saved = stage._saved[0][len(stage.lowered.saved_arguments) :]
+    saved = stage.saved_tensors(0)
     return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in saved}.values())
 
 

@@ -46,7 +46,7 @@ def test_this_machine_can_be_planned_for(tmp_path: Path) -> None:
     assert ours >= {"matmul", "flash_attention", "memory_bytes_per_s", "launch_s", "peak_flops_per_s"}
     assert f"torch {torch.__version__}" in sources["matmul"].source
     assert cluster.provenance["collectives"].status == "modelled"
-    assert cluster.provenance["collectives"].source.startswith("of cpu-gloo: ")
+    assert cluster.provenance["collectives"].source.startswith("copied from cpu-gloo: ")
     assert socket.gethostname() not in (tmp_path / "table.json").read_text()
     workload = load_workload(str(EXAMPLES / "gpt.py"), layers=2, hidden=64, heads=2, vocab=512, seq=64)
     found = plan(workload, cluster=str(tmp_path / "table.json"), gpus=2, global_batch=4)
@@ -133,4 +133,4 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert run(["profile", "-o", str(tmp_path / "no" / "t.json")]) == 2
     if not torch.cuda.is_available():
         assert run(["profile", "-o", path, "--device", "cuda", "-q"]) == 2
-        assert "torch sees no GPU" in capsys.readouterr().err
+        assert "torch finds no GPU" in capsys.readouterr().err
