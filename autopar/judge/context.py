@@ -1,6 +1,6 @@
 """What the judge prices: a model under one program (`Ground`), and one block of a stage in it (`Case`)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from autopar.cluster.software import Software, load_software
@@ -10,6 +10,11 @@ from autopar.cost.fusion import FusionSavings, fusion_savings, with_fused_loss
 from autopar.graph.ir import Block, Graph, GraphProfile, Op
 from autopar.judge.judge_mesh import JudgeMesh
 from autopar.judge.selective_recompute import SelectivePolicy, torchtitan_policy
+
+
+def shape_at(graph: Graph, shape: Sequence[int], micro_batch: int) -> tuple[int, ...]:
+    """A traced shape at ``micro_batch`` samples."""
+    return tuple(graph.batch.scale(size, micro_batch) for size in shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -95,7 +100,7 @@ class BlockContext:
         tensor = self.model.graph.values[value]
         if tensor.kind in ("parameter", "buffer"):
             return tensor.shape
-        return tuple(self.model.graph.batch.scale(size, self.micro_batch) for size in tensor.shape)
+        return shape_at(self.model.graph, tensor.shape, self.micro_batch)
 
     def local_bytes(self, value: int, placements: Placements) -> int:
         """A tensor on the rank that stores most of it."""

@@ -37,9 +37,10 @@ from autopar.graph.op_profiles import profile_graph
 from autopar.judge.block_price import BlockPrice, IssuedCollective, price_block
 from autopar.judge.collective_list import list_collectives
 from autopar.judge.context import BlockContext, ModelContext
-from autopar.judge.judge_mesh import JudgeMesh, PricedCollective
+from autopar.judge.judge_mesh import JudgeMesh
 from autopar.judge.parameter_price import find_conflicting_axes
 from autopar.judge.peak_memory import BlockMemory, PeakMoment, find_peak
+from autopar.judge.redistribution_path import PricedCollective
 from autopar.judge.step_items import step_items
 from autopar.judge.tied_parameter_price import JudgedBlock, tied_gradient_transfers, tied_redistributions
 from autopar.judge.transfer_price import StageTransfer, stage_transfers

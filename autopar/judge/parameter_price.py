@@ -22,7 +22,8 @@ from autopar.core.plan import BlockProgram, CollectiveKind, ParameterPlan
 from autopar.cost.parameter_storage import BUCKET_BYTES
 from autopar.graph.ir import Block, Graph
 from autopar.judge.context import BlockContext
-from autopar.judge.judge_mesh import JudgeMesh, PricedCollective, local_shape
+from autopar.judge.judge_mesh import JudgeMesh, local_shape
+from autopar.judge.redistribution_path import PricedCollective
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from autopar.graph.ir import Block, Graph
 from autopar.graph.random_ops import dropout_probability
 from autopar.judge.block_redistributions import BlockRedistributions
 from autopar.judge.context import BlockContext
-from autopar.judge.judge_mesh import RedistributionPath
+from autopar.judge.redistribution_path import RedistributionPath
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,8 @@ from math import prod
 from autopar.core.placement import PARTIAL, REPLICATE, Placements, parse_placements
 from autopar.core.plan import BlockProgram, ParameterPlan, Plan
 from autopar.graph.ir import Block, Graph, Value
-from autopar.judge.judge_mesh import JudgeMesh, PricedCollective, local_shape
+from autopar.judge.judge_mesh import JudgeMesh, local_shape
+from autopar.judge.redistribution_path import PricedCollective
 
 MASTER_BYTES = 4
 """An element of the optimizer's copy: fp32."""

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from autopar.core.placement import REPLICATE, Placement, Placements, Shard, parse_placements
 from autopar.core.plan import Plan, ValuePlan
 from autopar.graph.ir import Block, Graph
+from autopar.judge.context import shape_at
 from autopar.judge.judge_mesh import JudgeMesh
-from autopar.judge.op_price import shape_at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,8 +11,7 @@ from math import prod
 from autopar.core.placement import parse_placements
 from autopar.core.plan import OpPlan
 from autopar.graph.ir import Graph, Op
-from autopar.judge.context import BlockContext
-from autopar.judge.op_price import shape_at
+from autopar.judge.context import BlockContext, shape_at
 
 
 def num_attention_scores(graph: Graph, op: Op, micro_batch: int) -> int:
