@@ -10,6 +10,7 @@ import msgspec
 
 from autopar.cluster.cluster import Cluster
 from autopar.core.plan import Plan
+from autopar.cost.compute_time import ShardedOp
 from autopar.cost.provenance_tags import PROVENANCE_TAGS, ProvenanceTag, collective_tag, op_tags
 from autopar.graph.ir import GraphProfile
 from autopar.inter.block_choice import BlockChoice
@@ -64,22 +65,21 @@ def _tagged_op_seconds(
     for at, node in enumerate(tables.space.ops):
         strategy = choice.strategy(at)
         row = tables.node_metrics[2 + at][strategy]
-        tags = op_tags(
-            pricer.graph,
-            node.op,
-            node.rule,
-            profile.ops[node.op.id],
-            tables.local_batch * tables.data_ranks,
-            om.label_degrees(
+        sharded = ShardedOp(
+            graph=pricer.graph,
+            op=node.op,
+            rule=node.rule,
+            profile=profile.ops[node.op.id],
+            local_batch=tables.local_batch * tables.data_ranks,
+            degrees=om.label_degrees(
                 node,
                 (tables.strategies[at][strategy],),
                 choice.mesh.inner_sizes,
                 tables.space.data_axis.op_options[at],
                 tables.data_ranks,
             ),
-            cluster.device,
-            pricer.execution,
         )
+        tags = op_tags(sharded, cluster.device, pricer.execution)
         inside = tables.internal_collective_s[at][strategy]  # exchanges, which the plan's collectives hold
         forward_s = float(row[om.FORWARD] + row[om.SELECTIVE_FORWARD] - inside[0])
         redone_s = again * max(float(row[om.FULL_RECOMPUTE] - inside[0]), 0.0) + core_again * float(
