@@ -3,7 +3,7 @@ collectives, and where the plan's own figures differ.
 
 context                                      the model under one Execution, the blocks of a stage, one block on its mesh
 redistribution_path, judge_mesh              the cheapest redistribution of one tensor; local shapes and collectives
-placed_op, op_price                          an op under its placements, and its kernels on one rank
+placed_op, op_price, block_kernels           an op under its placements, its kernels on one rank, and those of a block
 block_redistributions                        all redistributions inside a block
 saved_bytes, workspace_bytes, peak_memory    what is saved for the backward, what lives while an op runs, the peak
 recomputed_ops, selective_recompute          what the backward recomputes

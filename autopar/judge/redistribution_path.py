@@ -104,8 +104,8 @@ def find_path(
 
 
 def _possible_changes(source: Placements, target: Placements, prefers_all_to_all: bool) -> networkx.DiGraph:
-    """All placements reachable from ``source`` on the way to ``target``; an edge carries the ``axes`` that it changes.
-    No edge leads back to ``source``: no cheapest path takes it."""
+    """Placements reachable from ``source``, and the changes between them; an edge has the ``axes`` that it changes. No edge
+    leads back to ``source``: no cheapest path takes it."""
     changeable = _changeable_axes(source, target)
     met = (*(source[axis] for axis in changeable), *(target[axis] for axis in changeable), REPLICATE)
     choices = tuple(dict.fromkeys(met))
@@ -146,21 +146,23 @@ def _merge_all_reduces(collectives: tuple[PricedCollective, ...]) -> tuple[Price
 
 
 def _changeable_axes(source: Placements, target: Placements) -> tuple[int, ...]:
-    """Axes that change, and those further in that shard a dim which a changing axis shards before or after."""
-    moving = {axis for axis, (a, b) in enumerate(zip(source, target, strict=True)) if a != b}
-    dims = {side[axis].shard_dim for axis in moving for side in (source, target)} - {None}
+    """Axes whose placement differs at the end, and those further in that shard a dim which such an axis shards before or
+    after: they may have to be replicated in between."""
+    changed = {axis for axis, (before, after) in enumerate(zip(source, target, strict=True)) if before != after}
+    dims = {side[axis].shard_dim for axis in changed for side in (source, target)} - {None}
     inside = {
         axis
         for axis in range(len(source))
-        if any(axis > other for other in moving) and {source[axis].shard_dim, target[axis].shard_dim} & dims
+        if any(axis > other for other in changed) and {source[axis].shard_dim, target[axis].shard_dim} & dims
     }
-    return tuple(sorted(moving | inside))
+    return tuple(sorted(changed | inside))
 
 
 def _next_changes(
     placements: Placements, changeable: tuple[int, ...], choices: Placements, target: Placements
 ) -> list[tuple[tuple[int, ...], Placement]]:
-    """(axes, what they change to), of ``choices``."""
+    """Changes that one collective, slice or filling with zeros makes: (axes, the placement of ``choices`` that they change
+    to)."""
     found: list[tuple[tuple[int, ...], Placement]] = [
         ((axis,), PARTIAL) for axis in changeable if placements[axis] == REPLICATE and target[axis] == PARTIAL
     ]
@@ -173,15 +175,16 @@ def _next_changes(
 
 
 def _can_all_to_all(placements: Placements, target: Placements, axes: tuple[int, ...]) -> bool:
-    """Whether axes that shard a dim are to shard another, and can at once."""
+    """Whether a single all_to_all can make all of ``axes`` shard the dim that they shard in ``target``, another than now."""
     dims = [(placements[axis].shard_dim, target[axis].shard_dim) for axis in axes]
     after = tuple(target[axis] if axis in axes else old for axis, old in enumerate(placements))
     return all(None not in pair and pair[0] != pair[1] for pair in dims) and _is_innermost(after, axes)
 
 
-def _is_innermost(state: Placements, axes: tuple[int, ...]) -> bool:
-    """Whether no axis further in than the first of ``axes``, other than they, shards the dim that they shard."""
-    dim = state[axes[0]].shard_dim
+def _is_innermost(placements: Placements, axes: tuple[int, ...]) -> bool:
+    """Whether no axis further in than the first of ``axes``, other than they, shards the dim that they shard; true where
+    they shard none."""
+    dim = placements[axes[0]].shard_dim
     return dim is None or not any(
-        axis > axes[0] and axis not in axes and placement.shard_dim == dim for axis, placement in enumerate(state)
+        axis > axes[0] and axis not in axes and placement.shard_dim == dim for axis, placement in enumerate(placements)
     )
