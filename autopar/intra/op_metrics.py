@@ -17,7 +17,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.cost.compute_time import gradient_products_s, op_seconds
+from autopar.cost.compute_time import ShardedOp, gradient_products_s, op_seconds
 from autopar.cost.execution_model import ExecutionModel
 from autopar.cost.fusion import NO_SAVINGS, FusionSavings
 from autopar.cost.redistribution_time import MeshLinks
@@ -131,22 +131,19 @@ class OpPricer:
         op, profile = node.op, self.profile.ops[node.op.id]
         metrics = np.zeros((len(strategies), NUM_OP_METRICS))
         degrees = label_degrees(node, strategies, self.inner_sizes, data_option, self.local_bytes.data_ranks)
-        forward, backward = op_seconds(
-            self.graph,
-            op,
-            node.rule,
-            profile,
-            self.local_bytes.micro_batch,
-            degrees,
-            self.device,
-            self.execution,
-            self.fusion_savings.get(op.id, NO_SAVINGS),
+        sharded = ShardedOp(
+            graph=self.graph,
+            op=op,
+            rule=node.rule,
+            profile=profile,
+            local_batch=self.local_bytes.micro_batch,
+            degrees=degrees,
         )
+        savings = self.fusion_savings.get(op.id, NO_SAVINGS)
+        forward, backward = op_seconds(sharded, self.device, self.execution, savings)
         products = None
         if self.inner_sizes:
-            products = gradient_products_s(
-                self.graph, op, node.rule, profile, self.local_bytes.micro_batch, degrees, self.device, len(strategies)
-            )
+            products = gradient_products_s(sharded, self.device, len(strategies))
         is_core = op.id in self._attention_ops
         redone = op.id in self._selective_recompute_ops
         metrics[:, SELECTIVE_FORWARD if redone else FORWARD] += forward

@@ -10,6 +10,7 @@ import msgspec
 
 from autopar.cluster.cluster import Cluster
 from autopar.core.plan import Plan
+from autopar.cost.compute_time import ShardedOp
 from autopar.cost.provenance_tags import PROVENANCE_TAGS, ProvenanceTag, collective_tag, op_tags
 from autopar.graph.ir import GraphProfile
 from autopar.inter.block_choice import BlockChoice
@@ -66,22 +67,21 @@ def _tagged_op_seconds(
     for index, node in enumerate(tables.space.ops):
         strategy = choice.strategy(index)
         row = tables.node_metrics[2 + index][strategy]
-        tags = op_tags(
-            pricer.graph,
-            node.op,
-            node.rule,
-            profile.ops[node.op.id],
-            tables.local_batch * tables.data_ranks,
-            om.label_degrees(
+        sharded = ShardedOp(
+            graph=pricer.graph,
+            op=node.op,
+            rule=node.rule,
+            profile=profile.ops[node.op.id],
+            local_batch=tables.local_batch * tables.data_ranks,
+            degrees=om.label_degrees(
                 node,
                 (tables.strategies[index][strategy],),
                 choice.mesh.inner_sizes,
                 tables.space.data_axis.op_options[index],
                 tables.data_ranks,
             ),
-            cluster.device,
-            pricer.execution,
         )
+        tags = op_tags(sharded, cluster.device, pricer.execution)
         collective_s = tables.internal_collective_s[index][strategy]  # counted with the plan's collectives
         forward_s = float(row[om.FORWARD] + row[om.SELECTIVE_FORWARD] - collective_s[0])
         recompute_s = is_full * max(float(row[om.FULL_RECOMPUTE] - collective_s[0]), 0.0)

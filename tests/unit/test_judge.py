@@ -1,16 +1,19 @@
 """The judge: hand-worked prices, agreement with the planner, and plans that were tampered with."""
 
+import itertools
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 
 from autopar.cluster.cost_tables import load_cluster
 from autopar.core.dtypes import LONG_NAMES
 from autopar.core.errors import CheckError
-from autopar.core.placement import parse_placements
+from autopar.core.placement import PARTIAL, REPLICATE, Shard, parse_placements
 from autopar.core.plan import BlockProgram, Execution, OpPlan, Plan, ValuePlan
+from autopar.cost.redistribution_time import MeshLinks, redistribute_s
 from autopar.graph.ir import Block, Graph, InputRef, Op, TracedBatch, Value
 from autopar.graph.op_profiles import profile_graph
 from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
@@ -97,6 +100,20 @@ def test_routes_worked_by_hand(source, target, steps):
         assert route.placements[-1] == parse_placements(target)
     else:
         assert [(step.kind, step.axes, step.num_bytes / 2**20) for step in route.collectives] == steps
+
+
+def test_a_path_takes_as_long_as_in_the_table_of_all_placements_that_source_and_target_have():
+    cluster, shape, sizes = load_cluster("dgx-a100"), (4096, 1024), (2, 4)
+    mesh, links = JudgeMesh(cluster, sizes, 0), MeshLinks(cluster, 8, sizes, (0, 1))
+    pairs = itertools.product(itertools.product((REPLICATE, PARTIAL, Shard(0), Shard(1)), repeat=2), repeat=2)
+    for source, target in pairs:
+        placements = list(itertools.product(dict.fromkeys((*source, *target, REPLICATE)), repeat=2))
+        local_bytes = np.array([[mesh.local_bytes(shape, 2, placed) for placed in placements]], float)
+        table_s = redistribute_s(links, placements, local_bytes)[0]
+        expected_s = table_s[placements.index(source), placements.index(target)]
+        if np.isfinite(expected_s):  # the table does not make partial sums
+            path = mesh.redistribution_path(shape, 2, source, target)
+            assert path.time_s == pytest.approx(expected_s, rel=1e-9), (source, target)
 
 
 def test_a_whole_tensor_becomes_a_partial_sum_for_nothing_and_a_cut_one_by_a_gather():

@@ -105,7 +105,7 @@ def test_in_flight_is_counted():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("interleaved", 4, 6, 2), "6 is no multiple of 4"),
+        (("interleaved", 4, 6, 2), "6 is not a multiple of 4"),
         (("1f1b", 4, 6, 2), "1 model chunk"),
         (("1f1b", 4, 0, 1), "at least 1"),
         (("zigzag", 4, 4, 1), "unknown schedule"),
