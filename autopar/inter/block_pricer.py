@@ -14,13 +14,16 @@ from autopar.cost.redistribution_time import MeshLinks
 from autopar.graph.ir import Block, Graph, GraphProfile
 from autopar.inter.block_pins import BlockPins
 from autopar.inter.stage_kinds import StageKinds, count_stage_kinds
+from autopar.intra.block_mesh import BlockMesh
 from autopar.intra.block_space import BlockSpace, build_block_space
-from autopar.intra.block_tables import BlockTableBuilder, BlockTables
-from autopar.intra.frontier import BlockFrontier, StorageMetricsCache, solve_frontier
-from autopar.intra.op_metrics import ChargedMemories
+from autopar.intra.block_tables import BlockTables
+from autopar.intra.frontier import BlockFrontier, solve_frontier
+from autopar.intra.priced_model import ChargedMemories, PricedModel
 from autopar.intra.priced_objectives import PricedObjective
 from autopar.intra.recompute import SelectiveSaved
+from autopar.intra.storage_choice import StorageMetricsCache, StorageRules
 from autopar.intra.strategies import OptionFilter
+from autopar.intra.table_builder import BlockTableBuilder
 
 
 class StageMesh(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,7 +99,13 @@ class BlockPricer:
             if execution.selective_policy == "products"
             else None
         )
-        self.charged_memories = charge_memories(graph, self.profile, self.attention_ops, self.selective_saved)
+        self.priced_model = PricedModel(
+            profile=self.profile,
+            execution=execution,
+            fusion_savings=self.fusion_savings,
+            charged_memories=charge_memories(graph, self.profile, self.attention_ops, self.selective_saved),
+            selective_saved=self.selective_saved,
+        )
         users: dict[int, list[int]] = {}
         for block in blocks:
             for value in block.parameters:
@@ -170,18 +179,10 @@ class BlockPricer:
             if table_key not in self._tables:
                 self._tables[table_key] = BlockTableBuilder(
                     self.block_space(kind),
-                    self.profile,
-                    self.charged_memories,
-                    self.attention_ops,
-                    local,
-                    links,
-                    self.execution,
-                    whole,
-                    allowed,
-                    self.fusion_savings,
-                    data,
-                    restriction is not None,  # a manual layout is Megatron's program
-                    self.selective_saved,
+                    self.priced_model,
+                    BlockMesh(inner_links=links, mesh_links=whole, data_ranks=data, local_batch=local),
+                    option_filter=allowed,
+                    as_megatron=restriction is not None,  # a manual layout is Megatron's program
                 ).build()
             if mesh not in self._storage_metrics:
                 self._storage_metrics[mesh] = StorageMetricsCache(whole, self.execution)
@@ -199,10 +200,12 @@ class BlockPricer:
                 self._storage_metrics[mesh],
                 solved,
                 num_microbatches,
-                mesh.data_size > 1,
-                stored_elsewhere,
-                restriction.zero_stage if restriction else None,
-                self.pins.storage_filter(mesh.has_data_axis) if self.pins else None,
+                StorageRules(
+                    has_data_axis=mesh.data_size > 1,
+                    stored_elsewhere=stored_elsewhere,
+                    zero_stage=restriction.zero_stage if restriction else None,
+                    storage_filter=self.pins.storage_filter(mesh.has_data_axis) if self.pins else None,
+                ),
             )
             self._frontiers[key] = found if repeats is None else found.select(repeats)
         return self._frontiers[key]
@@ -240,7 +243,7 @@ def charge_memories(
     """Selective recomputation frees what attention made, or what is none of what is ``selected``."""
     made = {value: op.id for op in graph.ops for value in op.outputs}
     seen: set[int] = set()
-    found: ChargedMemories = {}
+    found: dict[int, tuple[tuple[tuple[int, ...], bool], ...]] = {}
     for op in graph.ops:
         kept = profile.ops[op.id]
         values = (*op.inputs, *op.outputs)

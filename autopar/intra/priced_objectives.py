@@ -30,6 +30,7 @@ it.
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -91,23 +92,40 @@ def least_memory_objectives(modes: Sequence[str], saved_weights: Sequence[int]) 
     )
 
 
+class MetricWeights(NamedTuple):
+    """Of each objective: ``beta``, what a second of the backward counts against one of the forward; ``compute``, what a
+    second of compute counts; and the weights of the metrics of ops (objectives, NUM_OP_METRICS) and of parameter
+    storages (objectives, NUM_PARAMETER_METRICS)."""
+
+    beta: Floats
+    compute: Floats
+    op: Floats
+    storage: Floats
+
+
 @lru_cache(maxsize=16)
 def metric_weights(
     objectives: tuple[PricedObjective, ...], num_microbatches: int, overlap_contention: float, new_gradient_share: float
-) -> tuple[Floats, Floats, Floats, Floats]:
-    """Per row: beta, what a second of compute counts, and the weights of the ops' and the parameters' metrics."""
+) -> MetricWeights:
+    """The weights of objectives over steps of ``num_microbatches``. ``new_gradient_share``: the share of the price of
+    new gradients in the mean of the module docstring, 0 where a backward creates none."""
     beta = np.array(
-        [1.0 - (1.0 - overlap_contention) / num_microbatches if row.family == "reduced" else 1.0 for row in objectives]
+        [
+            1.0 - (1.0 - overlap_contention) / num_microbatches if objective.family == "reduced" else 1.0
+            for objective in objectives
+        ]
     )
     pairs = list(zip(objectives, beta.tolist(), strict=True))
-    return (
-        beta,
-        np.array([_compute_and_gather_weights(row, overlap_contention)[0] for row in objectives]),
-        np.array([_op_weights(row, late, overlap_contention, new_gradient_share) for row, late in pairs]),
-        np.array(
+    return MetricWeights(
+        beta=beta,
+        compute=np.array([_compute_and_gather_weights(objective, overlap_contention)[0] for objective in objectives]),
+        op=np.array(
+            [_op_weights(objective, each, overlap_contention, new_gradient_share) for objective, each in pairs]
+        ),
+        storage=np.array(
             [
-                _storage_weights(row, num_microbatches, late, overlap_contention, new_gradient_share)
-                for row, late in pairs
+                _storage_weights(objective, num_microbatches, each, overlap_contention, new_gradient_share)
+                for objective, each in pairs
             ]
         ),
     )
