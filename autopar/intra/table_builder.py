@@ -129,7 +129,7 @@ class BlockTableBuilder:
                 for node, chosen in zip(space.ops, strategies, strict=True)
             ),
             repeated_parameter_uses=repeated_parameter_uses(space),
-            launch_s=self._launch_s(),
+            launch_s=_launch_seconds(space, model, mesh, full=self._full, selective=self._selective),
             overlap_contention=mesh.inner_links.cluster.overlap_contention if model.execution.overlap else 1.0,
             blocking_launches=model.execution.blocking_launches,
             eliminator=make_eliminator(
@@ -213,18 +213,21 @@ class BlockTableBuilder:
                 metrics[boundary, [INPUT_SAVED, SELECTIVE_ONLY_SAVED]] += saved, saved * is_selective_only
         return metrics
 
-    def _launch_s(self) -> LaunchSeconds:
-        execution = self.model.execution
-        calls = np.zeros(len(LaunchSeconds._fields))
-        for node in self.space.ops:
-            op = node.op
-            forward, backward = host_calls(op, self.model.profile.ops[op.id], execution, op.is_attention)
-            calls += forward, forward * (op.id in self._selective.ops), backward, forward * (op.id in self._full.ops)
-        fixed_calls = execution.software.fixed_calls
-        calls += fixed_calls, 0.0 if self.model.selective_saved is None else fixed_calls, fixed_calls, fixed_calls
-        return LaunchSeconds(*(float(count * self.mesh.device.launch_s) for count in calls))
-
     def _repeated_edges(self, recomputation: Recomputation, num_other_edges: int) -> tuple[bool, ...]:
         """By edge, whether a recomputation redistributes its tensor once more; other edges have no tensor."""
         repeated = (recomputation.repeats_redistribution(edge) for edge in self.space.tensor_edges)
         return (*repeated, *[False] * num_other_edges)
+
+
+def _launch_seconds(
+    space: BlockSpace, model: PricedModel, mesh: BlockMesh, *, full: Recomputation, selective: Recomputation
+) -> LaunchSeconds:
+    """What the host takes to launch the ops of a block, and to start each phase (``fixed_calls``)."""
+    calls = np.zeros(len(LaunchSeconds._fields))
+    for node in space.ops:
+        op = node.op
+        forward, backward = host_calls(op, model.profile.ops[op.id], model.execution, op.is_attention)
+        calls += forward, forward * (op.id in selective.ops), backward, forward * (op.id in full.ops)
+    fixed_calls = model.execution.software.fixed_calls
+    calls += fixed_calls, 0.0 if model.selective_saved is None else fixed_calls, fixed_calls, fixed_calls
+    return LaunchSeconds(*(float(count * mesh.device.launch_s) for count in calls))
