@@ -207,7 +207,7 @@ class _IlpBuilder:
         """Of each row, the least usage of every node and edge."""
 
     def build(self) -> _IlpModel | None:
-        """The model; None where a row cannot hold."""
+        """The model; None where no choices satisfy some row."""
         self._add_nodes()
         self._add_node_usages()
         edge_variables = [
@@ -296,7 +296,8 @@ class _IlpBuilder:
             self.program.addConstraint(pulp.LpConstraint(expression, pulp.LpConstraintEQ, f"{name}_{number}", 0.0))
 
     def _add_rows(self) -> bool:
-        """``row_r``; what alone uses more than is left is fixed to zero. False when a row cannot hold at all."""
+        """``row_r``; a variable that alone exceeds the rest of the limit is fixed to zero. False when the least usages
+        exceed a limit."""
         for number, (row, used_by, least) in enumerate(
             zip(self.rows, self.row_coefficients, self.least_usages, strict=True)
         ):

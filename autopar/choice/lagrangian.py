@@ -301,7 +301,7 @@ def _maximise_along_line(search: _PriceSearch, direction: Floats) -> None:
         cost, excess = search.record(minimisers[0])
         under = [(cost, float(direction @ excess))]
         if under[0][1] > 0:
-            return  # these rows cannot hold together: the bound grows without end, and the ILP says so
+            return  # no choices satisfy these rows together: L is unbounded, and the ILP proves it
     low, high = min(over), min(under)
     for _ in range(MAX_LINE_STEPS):
         at = (high[0] - low[0]) / (low[1] - high[1])

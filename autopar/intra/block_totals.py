@@ -4,7 +4,7 @@ FORWARD, BACKWARD    seconds per micro-batch: compute and redistribution, or the
                      gathers, which overlap with the compute of the block
 STEP_OVERLAPPABLE    seconds per step that may overlap with the last backward (gradient reductions)
 STEP_EXPOSED         seconds per step that do not (the optimizer)
-STATE                bytes whatever is in flight: parameters, gradients, optimizer state
+STATE                bytes that do not depend on what is in flight: parameters, gradients, optimizer state
 SAVED                bytes per micro-batch in flight
 WORKSPACE            temporary bytes: the most that one op needs while it runs, with gathered parameters
 NEW_GRADIENTS        bytes of gradients that a backward creates

@@ -220,8 +220,8 @@ class SavedMemoryCounter:
 
 
 def edges_by_input(space: BlockSpace) -> dict[tuple[int, int], tuple[int, ...]]:
-    """(op index, input position) -> the tensor edges (indices) that bring it: one from its producer, or one to a shared
-    node and one from there."""
+    """(op index, input position) -> the tensor edges (indices) from its producer: one, or one to a shared node and one
+    from there."""
     to_shared = {edge.target: at for at, edge in enumerate(space.tensor_edges)}
     return {
         (edge.target - FIRST_OP_NODE, edge.input_index): (
