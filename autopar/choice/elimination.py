@@ -41,7 +41,7 @@ Scope = tuple[int, ...]
 MAX_TABLE_CELLS = 200_000_000
 """Cells of the largest table, for one price."""
 SLAB_CELLS = 1 << 17
-"""Tables are added in slabs of about this many cells (1 MB), which stay in the cache."""
+"""Tables are added in slabs of about this many cells, which stay in the cache."""
 
 
 class WidthError(Exception):
