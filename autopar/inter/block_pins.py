@@ -15,7 +15,7 @@ from autopar.core.placement import REPLICATE, Shard
 from autopar.cost.parameter_storage import ParameterStorage
 from autopar.graph.ir import Block, Graph
 from autopar.intra.block_space import OpNode
-from autopar.intra.frontier import StorageFilter
+from autopar.intra.storage_choice import StorageFilter
 from autopar.intra.strategies import OptionFilter
 from autopar.rules.axis_options import AxisOption
 

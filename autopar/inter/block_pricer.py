@@ -15,13 +15,16 @@ from autopar.cost.redistribution_time import MeshLinks
 from autopar.graph.ir import Block, Graph, GraphProfile
 from autopar.inter.block_pins import BlockPins
 from autopar.inter.stage_kinds import StageKinds, count_stage_kinds
+from autopar.intra.block_mesh import BlockMesh
 from autopar.intra.block_space import BlockSpace, build_block_space
-from autopar.intra.block_tables import BlockTableBuilder, BlockTables
-from autopar.intra.frontier import BlockFrontier, StorageMetricsCache, solve_frontier
-from autopar.intra.op_metrics import ChargedMemories
+from autopar.intra.block_tables import BlockTables
+from autopar.intra.frontier import BlockFrontier, solve_frontier
+from autopar.intra.priced_model import ChargedMemories, PricedModel
 from autopar.intra.priced_objectives import PricedObjective
 from autopar.intra.recompute import SelectiveSaved
+from autopar.intra.storage_choice import StorageMetricsCache, StorageRules
 from autopar.intra.strategies import OptionFilter
+from autopar.intra.table_builder import BlockTableBuilder
 
 Objectives = tuple[PricedObjective, ...]
 
@@ -99,7 +102,13 @@ class BlockPricer:
             if execution.selective_policy == "products"
             else None
         )
-        self.charged_memories = charge_memories(graph, self.profile, self.attention_ops, self.selective_saved)
+        self.priced_model = PricedModel(
+            profile=self.profile,
+            execution=execution,
+            fusion_savings=self.fusion_savings,
+            charged_memories=charge_memories(graph, self.profile, self.attention_ops, self.selective_saved),
+            selective_saved=self.selective_saved,
+        )
         users = _parameter_users(blocks)
         self.first_user = {value: of_value[0] for value, of_value in users.items()}
         self.tied_users = {
@@ -179,11 +188,13 @@ class BlockPricer:
                 tables,
                 self._storage_metrics[mesh],
                 solved,
-                num_microbatches=num_microbatches,
-                has_data_axis=mesh.data_size > 1,
-                stored_elsewhere=stored_elsewhere,
-                zero_stage=restriction.zero_stage if restriction else None,
-                storage_filter=self.pins.storage_filter(mesh.has_data_axis) if self.pins else None,
+                num_microbatches,
+                StorageRules(
+                    has_data_axis=mesh.data_size > 1,
+                    stored_elsewhere=stored_elsewhere,
+                    zero_stage=restriction.zero_stage if restriction else None,
+                    storage_filter=self.pins.storage_filter(mesh.has_data_axis) if self.pins else None,
+                ),
             )
             self._frontiers[key] = frontier if repeats is None else frontier.select(repeats)
         return self._frontiers[key]
@@ -212,18 +223,12 @@ class BlockPricer:
         if key not in self._tables:
             self._tables[key] = BlockTableBuilder(
                 space,
-                self.profile,
-                charged_memories=self.charged_memories,
-                attention_ops=self.attention_ops,
-                local_batch=local_batch,
-                inner_links=inner_links,
-                execution=self.execution,
-                mesh_links=mesh_links,
+                self.priced_model,
+                BlockMesh(
+                    inner_links=inner_links, mesh_links=mesh_links, data_ranks=data_ranks, local_batch=local_batch
+                ),
                 option_filter=option_filter,
-                fusion_savings=self.fusion_savings,
-                data_ranks=data_ranks,
                 as_megatron=restriction is not None,  # a manual layout is Megatron's program
-                selective_saved=self.selective_saved,
             ).build()
         return self._tables[key]
 
@@ -264,7 +269,7 @@ def charge_memories(
     with all else."""
     made_by = {value: op.id for op in graph.ops for value in op.outputs}
     seen: set[int] = set()
-    charged: ChargedMemories = {}
+    charged: dict[int, tuple[tuple[tuple[int, ...], bool], ...]] = {}
     for op in graph.ops:
         profiled = profile.ops[op.id]
         values = (*op.inputs, *op.outputs)
