@@ -7,18 +7,19 @@ import click
 
 from autopar.cli.claimed_stdout import ResultCommand, print_result
 from autopar.cli.command_options import (
-    AtLeastOne,
-    Positive,
+    CheckedNumber,
     combine_options,
+    count_option,
     output_file_options,
     print_options,
     search_options,
     unique_assignments,
     workload_options,
 )
-from autopar.cli.inputs import choose_global_batch, layout_flags, plan_of_layout
+from autopar.cli.inputs import layout_flags, plan_of_layout
 from autopar.cli.output_file import OutputFile
 from autopar.core.errors import UsageError
+from autopar.core.request import choose_global_batch, positive_number
 
 EXAMPLES = """\b
 Examples:
@@ -41,7 +42,10 @@ serving_options = combine_options(
         help="Training, or inference on tensor-parallel replicas (layout keys tp, dp, gbs, fusion).",
     ),
     click.option(
-        "--context", type=AtLeastOne(), metavar="N", help="Decode: tokens in the cache; else the model's own."
+        "--context",
+        type=count_option("--context"),
+        metavar="N",
+        help="Decode: tokens in the cache; else the model's own.",
     ),
     click.option(
         "--weights", type=STORAGE_TYPE, default="same", show_default=True, help="Inference: how weights are stored."
@@ -57,7 +61,12 @@ serving_options = combine_options(
 )
 @workload_options
 @click.option("--layout", required=True, metavar="TEXT", help="The layout, such as tp=8,pp=4,zero=1.")
-@click.option("--tokens", type=Positive(), metavar="N", help="Tokens of the whole training: adds GPU hours and days.")
+@click.option(
+    "--tokens",
+    type=CheckedNumber(float, rule=positive_number("--tokens")),
+    metavar="N",
+    help="Tokens of the whole training: adds GPU hours and days.",
+)
 @serving_options
 @search_options
 @output_file_options("plan")
@@ -127,7 +136,7 @@ def _estimate_training(
     with progress_on_stderr(quiet) as progress:
         progress("model", f"loading {model}", None, None)
         workload = load_workload(model, **model_settings)
-        batch = choose_global_batch(global_batch, fixed.gbs, workload, model)
+        batch = choose_global_batch(global_batch, fixed.gbs, workload.global_batch, model_file=model)
         progress("estimate", str(fixed) or "data parallel", None, None)
         priced = plan_of_layout(
             workload,

@@ -4,21 +4,13 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autopar.core.errors import LayoutError, PlanFileError, UsageError
+from autopar.core.errors import LayoutError, PlanFileError
 
 if TYPE_CHECKING:
     from autopar.cluster.cluster import Cluster
     from autopar.core.layout import Layout
     from autopar.core.plan import Plan
     from autopar.workload.workload import Workload
-
-
-def choose_global_batch(given: int | None, layout_batch: int | None, workload: "Workload", model: str) -> int:
-    """``--global-batch``, else the layout's gbs, else the model file's GLOBAL_BATCH."""
-    for batch in (given, layout_batch, workload.global_batch):
-        if batch is not None:
-            return batch
-    raise UsageError(f"no global batch: give --global-batch, or set GLOBAL_BATCH = 1024 (say) in {model}")
 
 
 def layout_flags(**flags: str) -> dict[str, str]:

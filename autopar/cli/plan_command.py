@@ -14,8 +14,9 @@ from autopar.cli.command_options import (
     unique_assignments,
     workload_options,
 )
-from autopar.cli.inputs import choose_global_batch, layout_flags, plan_of_layout
+from autopar.cli.inputs import layout_flags, plan_of_layout
 from autopar.cli.output_file import OutputFile
+from autopar.core.request import choose_global_batch
 
 EXAMPLES = """\b
 Examples:
@@ -75,7 +76,8 @@ def plan_command(
     with progress_on_stderr(quiet) as progress:
         progress("model", f"loading {model}", None, None)
         workload = load_workload(model, **model_settings)
-        batch = choose_global_batch(global_batch, fixed.gbs if fixed is not None else None, workload, model)
+        layout_batch = None if fixed is None else fixed.gbs
+        batch = choose_global_batch(global_batch, layout_batch, workload.global_batch, model_file=model)
 
         options: dict[str, Any] = {
             "cluster": target,

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from autopar.cli.claimed_stdout import ResultCommand, invocation, print_result
-from autopar.cli.command_options import AtLeastOne
+from autopar.cli.command_options import count_option
 from autopar.core.errors import UsageError
 
 EXAMPLES = """\b
@@ -27,7 +27,9 @@ Examples:
 @click.argument("plan_file", metavar="PLAN", type=click.Path())
 @click.argument("script", metavar="-- train.py [ARGS]...", nargs=-1, type=click.UNPROCESSED)
 @click.option("--launcher", type=click.Choice(["torchrun", "slurm", "torchx"]), default="torchrun", show_default=True)
-@click.option("--ranks-per-node", type=AtLeastOne(), metavar="N", help="Else the cluster's devices per node.")
+@click.option(
+    "--ranks-per-node", type=count_option("--ranks-per-node"), metavar="N", help="Else the cluster's devices per node."
+)
 @click.option("--rendezvous", metavar="HOST:PORT", help="Where nodes meet; for one node not needed.")
 @click.option(
     "--max-restarts", type=click.IntRange(min=0), default=0, show_default=True, help="Restarts after a failure."

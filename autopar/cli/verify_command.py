@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from autopar.cli.claimed_stdout import ResultCommand, print_result
-from autopar.cli.command_options import Assignment, AtLeastOne, print_options, unique_assignments
+from autopar.cli.command_options import Assignment, count_option, print_options, unique_assignments
 from autopar.core.dtypes import LONG_NAMES
 from autopar.core.errors import CheckError
 
@@ -24,7 +24,9 @@ Examples:
 @click.command("verify", cls=ResultCommand, short_help="Check a plan's numbers against one process.", epilog=EXAMPLES)
 @click.argument("plan_file", metavar="PLAN", type=click.Path())
 @click.option("--model", type=click.Path(), metavar="MODEL.py", help="The model file; else the one the plan names.")
-@click.option("--ranks", type=AtLeastOne(), default=8, show_default=True, metavar="N", help="CPU processes to use.")
+@click.option(
+    "--ranks", type=count_option("--ranks"), default=8, show_default=True, metavar="N", help="CPU processes to use."
+)
 @click.option(
     "--set", "settings", multiple=True, type=Assignment(), metavar="K=V", help="Another size of the same structure."
 )

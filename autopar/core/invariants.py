@@ -7,7 +7,7 @@ how a plan was found: it only asks whether the parts of one plan agree with each
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -20,7 +20,6 @@ from autopar.core.plan import (
     Plan,
     StagePlan,
     device_memory,
-    recompute_summary,
     stages_by_submesh,
 )
 
@@ -165,6 +164,19 @@ def _has_partial(text: str) -> bool:
         return PARTIAL in parse_placements(text)
     except ValueError:  # which _placements_per_axis lists
         return False
+
+
+def recompute_summary(programs: tuple[BlockProgram, ...]) -> Literal["none", "selective", "full", "mixed"]:
+    """The one word for how blocks recompute. Blocks without attention (embedding, head) gain nothing by it, so "none"
+    next to one other mode is not "mixed".
+
+    >>> recompute_summary(())
+    'none'
+    """
+    chosen = {program.recompute for program in programs} - {"none"}
+    if not chosen:
+        return "none"
+    return chosen.pop() if len(chosen) == 1 else "mixed"
 
 
 def _recompute_summary(plan: Plan) -> Iterator[str]:

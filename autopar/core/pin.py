@@ -8,6 +8,7 @@ print them. Over an axis that does not shard a parameter as it is used, its plac
 sharded by heads).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -21,7 +22,7 @@ class Pin:
     """``glob`` over names of parameters, and a placement per mesh axis.
 
     >>> pin = parse_pin("layers.*.wq.weight", "RS(0)")
-    >>> str(pin), pin.names("layers.11.wq.weight"), pin.names("head.weight")
+    >>> str(pin), pin.matches("layers.11.wq.weight"), pin.matches("head.weight")
     ('layers.*.wq.weight=RS(0)', True, False)
     """
 
@@ -29,6 +30,7 @@ class Pin:
     placements: Placements
 
     def matches(self, name: str) -> bool:
+        """Whether the glob matches the name of a parameter."""
         return fnmatchcase(name, self.glob)
 
     def __str__(self) -> str:
@@ -36,22 +38,27 @@ class Pin:
 
 
 def parse_pin(glob: str, placements: str) -> Pin:
-    """UsageError for a placement that is none, or of a partial sum, which no parameter is."""
+    """The pin of a glob and the text of its placements; UsageError where the text is not one S(dim) or R per mesh axis."""
     try:
         parsed = parse_placements(placements)
     except ValueError as error:
         raise UsageError(f"--pin {glob}: {error}") from None
     if not parsed or PARTIAL in parsed:
         raise UsageError(
-            f"--pin {glob}={placements}: write S(dim) or R for each mesh axis; a parameter is no partial sum"
+            f"--pin {glob}={placements}: write S(dim) or R for each mesh axis; no parameter is a partial sum"
         )
     return Pin(glob=glob, placements=parsed)
+
+
+def parse_pins(pins: Sequence[tuple[str, str]]) -> tuple[Pin, ...]:
+    """The pins of (glob, placements) pairs; UsageError for the first whose placements ``parse_pin`` refuses."""
+    return tuple(parse_pin(glob, placements) for glob, placements in pins)
 
 
 def satisfies(placement: Placement, pinned: Placement) -> bool:
     """Whether a placement is what a pin says.
 
-    >>> meets(Shard(0, split_factor=3), Shard(0)), meets(Shard(0), Shard(0, split_factor=3))
+    >>> satisfies(Shard(0, split_factor=3), Shard(0)), satisfies(Shard(0), Shard(0, split_factor=3))
     (True, False)
     """
     any_shard = isinstance(pinned, Shard) and pinned.split_factor == 1

@@ -11,8 +11,9 @@ from autopar.cluster.cluster import Cluster
 from autopar.cluster.cost_tables import load_cluster
 from autopar.core.dtypes import long_dtype
 from autopar.core.errors import InfeasibleError, TimeLimitError, UsageError
-from autopar.core.pin import unsatisfied_pins
+from autopar.core.pin import parse_pins, unsatisfied_pins
 from autopar.core.plan import Plan
+from autopar.core.request import check_micro_batch, check_request, choose_global_batch
 from autopar.core.units import GIB
 from autopar.cost.execution_model import ExecutionModel
 from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
@@ -63,27 +64,59 @@ def plan(
     dtype: str | None = None,
     memory_gib: float | None = None,
     optimizer: str = "adamw",
-    pins: tuple[tuple[str, str], ...] = (),
+    pins: Sequence[tuple[str, str]] = (),
     recompute: str = "auto",
     schedule: str = "auto",
     time_limit_s: float | None = None,
     progress: Progress | None = None,
     processes: int = 2,
 ) -> Plan:
-    """The fastest plan that fits. Raises InfeasibleError (no plan fits), UsageError, ModelError, TimeLimitError.
+    """The fastest plan that fits in memory, with its price, judged by code that shares nothing with the search.
 
-    ``micro_batch`` counts samples over all ranks of a stage; times are seconds, ``memory_gib`` GiB per device.
-    ``pins`` (glob over parameters, placements over a mesh's axes) are kept to and the rest is searched. A long search
-    uses two ``processes``, where it may run on two cores; the plan is the same with one.
+    ``cluster`` is a name, a table's file or a ``Cluster``; ``global_batch`` counts samples per step, None is the
+    workload's own; ``micro_batch`` counts samples over all ranks of a stage, None searches its size; ``dtype`` None is
+    bf16, or fp16 where the device has no bf16; ``memory_gib`` replaces the device's usable memory as the budget of a
+    GPU. ``pins`` are (glob of parameter names, placements) that the plan satisfies. ``recompute`` and ``schedule`` other
+    than "auto" restrict the search; after ``time_limit_s`` seconds it ends with the best plan found by then, whose
+    ``search`` has its gap. ``progress`` is called with (stage, detail, seconds of the best step, gap). A long search
+    uses two ``processes`` where it may run on two cores; the plan is the same with one.
+
+    Raises UsageError for wrong arguments, before anything is traced; ModelError where the model cannot be traced;
+    InfeasibleError, which names the smallest budget that would do, where no plan fits; TimeLimitError where the limit
+    came before any plan.
+
+    >>> from torch import empty, nn
+    >>> class Model(nn.Linear):
+    ...     def forward(self, x):
+    ...         return super().forward(x).square().mean()
+    >>> workload = Workload(
+    ...     build_model=lambda: Model(512, 512), example_inputs=lambda batch_size: {"x": empty(batch_size, 512)}
+    ... )
+    >>> plan(workload, cluster="dgx-a100", gpus=2, global_batch=64).estimate.fits
+    True
     """
+    check_request(
+        workload=workload,
+        cluster=cluster,
+        gpus=gpus,
+        global_batch=global_batch,
+        micro_batch=micro_batch,
+        dtype=dtype,
+        memory_gib=memory_gib,
+        optimizer=optimizer,
+        pins=pins,
+        recompute=recompute,
+        schedule=schedule,
+        time_limit_s=time_limit_s,
+        progress=progress,
+        processes=processes,
+    )
+    parse_pins(pins)
+    batch = choose_global_batch(global_batch, workload.global_batch, model_file=workload.path)
+    check_micro_batch(micro_batch, batch)
     started = time.perf_counter()
     say = progress or (lambda stage, detail, best_s, gap: None)
-    if schedule not in SCHEDULES_TRIED:
-        raise UsageError(f"unknown schedule {schedule!r}; it is one of {', '.join(SCHEDULES_TRIED)}")
     machine = load_cluster(cluster)
-    batch = global_batch or workload.global_batch
-    if batch is None:
-        raise UsageError("no global batch: give --global-batch or set GLOBAL_BATCH in the model file")
     long = long_dtype(dtype or machine.device.default_dtype)
     machine.device.peak(long)
     graph = hoist_light_ops(trace(workload, dtype=long).graph)

@@ -4,9 +4,10 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from autopar.core.comparison import Comparison
+from autopar.core.mesh_axis import axes_text
 from autopar.core.plan import Plan, TimeParts
 from autopar.core.units import gib_text, percent_text, ranges_text, seconds_text
-from autopar.report.plan_text import render, stage_axes_text
+from autopar.report.plan_text import render
 
 
 def comparison_text(comparison: Comparison, *, width: int = 120) -> str:
@@ -44,20 +45,20 @@ def _figures_by_name(plan: Plan) -> dict[str, str]:
         "bubble": percent_text(estimate.bubble_fraction),
         "memory": gib_text(estimate.peak_memory_bytes) + ("" if estimate.fits else " (does not fit)"),
         "stages": str(len(plan.stages)),
-        "axes": axes_text(plan),
+        "axes": plan_axes_text(plan),
         "micro-batches": f"{plan.microbatches} of {plan.micro_batch_size}",
         "schedule": plan.schedule + (f", {plan.num_chunks} chunks" if plan.num_chunks > 1 else ""),
         "recompute": plan.recompute,
     }
 
 
-def axes_text(plan: Plan) -> str:
+def plan_axes_text(plan: Plan) -> str:
     """The axes of all stages, those alike told once.
 
     Two stages of ``dp 2`` before one of ``dp 4`` read ``dp 2 (stage 0-1), dp 4 (stage 2)``."""
     groups: dict[str, list[int]] = {}
     for position, stage in enumerate(plan.stages):
-        groups.setdefault(stage_axes_text(stage), []).append(position)
+        groups.setdefault(axes_text(stage.axes), []).append(position)
     if len(groups) == 1:
         return next(iter(groups))
     return ", ".join(f"{text} (stage {ranges_text(positions)})" for text, positions in groups.items())

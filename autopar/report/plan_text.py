@@ -5,6 +5,7 @@ from io import StringIO
 from rich.console import Console, RenderableType
 from rich.table import Table
 
+from autopar.core.mesh_axis import axes_text
 from autopar.core.plan import Plan, StagePlan
 from autopar.core.units import bar_text, count_text, flops_text, gib_text, percent_text, ranges_text, seconds_text
 from autopar.report.breakdown import memory_table, time_table
@@ -51,11 +52,6 @@ def render(*parts: RenderableType, width: int) -> str:
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
 
 
-def stage_axes_text(stage: StagePlan) -> str:
-    """``dp 4 x tp 2``, axes of one rank left out."""
-    return " x ".join(f"{axis.name} {axis.size}" for axis in stage.axes if axis.size > 1) or "-"
-
-
 def batch_text(plan: Plan) -> str:
     return f"{plan.microbatches} micro-batches of {plan.micro_batch_size} samples"
 
@@ -98,7 +94,7 @@ def _stage_table(plan: Plan, width: int) -> Table:
             str(position),
             _blocks_text(stage),
             ranges_text(list(range(stage.first_device, stage.first_device + stage.num_devices))),
-            stage_axes_text(stage),
+            axes_text(stage.axes),
             seconds_text(stage.forward_s),
             seconds_text(stage.backward_s),
             *([seconds_text(stage.step_s)] if roomy else []),

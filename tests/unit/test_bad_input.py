@@ -284,7 +284,7 @@ def test_output_folder_that_may_not_be_written(cli: Run, monkeypatch: pytest.Mon
 def test_bad_pin(cli: Run, pin: str) -> None:
     code, told = cli("plan", write(GOOD), "--gpus", "2", "--pin", pin)
     assert code == 2
-    assert "'--pin'" in told
+    assert "--pin" in told
 
 
 @pytest.mark.parametrize("memory", ["0", "-1", "nan", "inf"])

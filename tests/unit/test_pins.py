@@ -76,7 +76,7 @@ def test_the_data_axis_says_what_is_cut_at_rest(model: TracedModel) -> None:
     [
         ("layer.*.qkv.weight", "RS(0)", r"no parameter has such a name; near it are .*layers\.\*"),
         ("layers.2.mlp.fc1.weight", "RS(0)", "leaves out layers.0.mlp.fc1.weight"),
-        ("layers.*.mlp.fc1.weight", "RP", "a parameter is no partial sum"),
+        ("layers.*.mlp.fc1.weight", "RP", "no parameter is a partial sum"),
         ("layers.*.mlp.fc1.weight", "", "for each mesh axis"),
     ],
 )
