@@ -6,7 +6,6 @@ Large Transformer Models", 2022 (recomputation's cost); Meta's "The Llama 3 Herd
 """
 
 from math import prod
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,16 +22,15 @@ from autopar.graph.trace import trace
 from autopar.manual.layout_pricer import LayoutPricer, TracedModel, trace_model
 from autopar.pipeline.simulate import StageTimes, simulate
 from autopar.report.training_time import TrainingTime
-from autopar.workload import load_workload
+from tests.conftest import example_workload
 
 torch.set_num_threads(1)
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TERA = 1e12
 
 
 @pytest.fixture(scope="module")
 def llama() -> TracedModel:
-    return trace_model(load_workload(str(EXAMPLES / "llama.py"), size="7B"), dtype="bf16")
+    return trace_model(example_workload("llama", size="7B"), dtype="bf16")
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -40,9 +38,7 @@ def test_parameters_and_flops_of_a_gpt(tied: bool) -> None:
     """12 L D^2 + D V (+ D V untied); forward 2 and forward + backward 6 FLOPs a parameter and token; attention 12 L N D a
     token in both. The norms, biases and N positions that the formulas leave out are below 1 % here."""
     L, D, V, N, batch = 24, 2048, 51200, 1024, 4
-    workload = load_workload(
-        str(EXAMPLES / "gpt.py"), layers=L, hidden=D, heads=16, vocab=V, seq=N, tied_embeddings=tied
-    )
+    workload = example_workload("gpt", layers=L, hidden=D, heads=16, vocab=V, seq=N, tied_embeddings=tied)
     graph = trace(workload, dtype="bfloat16").graph
     assert num_parameters(graph) == pytest.approx(12 * L * D**2 + D * V * (1 if tied else 2), rel=0.01)
     multiplied = 12 * L * D**2 + D * V  # the look-up multiplies nothing
@@ -116,7 +112,7 @@ def test_what_recomputation_costs_and_saves_gpt_3() -> None:
     """Full recomputation 30 to 40 % of a layer's time, that of attention alone 2.7 % (175B, tp 8, sequence parallel,
     attention materialised; Korthikanti et al., 2022, figure 8 and table 4). It saves 70 %, 5 a s / h of 34 + 5 a s / h bytes
     per token and width (section 4.1, of one rank; without dropout's two masks 32 + 80). Four layers are like 96."""
-    model = trace_model(load_workload(str(EXAMPLES / "gpt.py"), size="175B", layers=4), dtype="bf16")
+    model = trace_model(example_workload("gpt", size="175B", layers=4), dtype="bf16")
 
     def middle_stage(gpus: int, layout: str) -> StagePlan:
         pricer = LayoutPricer(
@@ -147,7 +143,7 @@ def test_what_recomputation_costs_and_saves_gpt_3() -> None:
 def test_activations_of_a_layer_are_korthikanti_s(layout: str, per_token: float) -> None:
     """Bytes a token and unit of width (2022, table 2), attention fused: 34 / t with tensor and sequence parallelism, 10 + 24
     / t without the latter, 2 of the input alone; less two one-byte masks of dropout, which this model has not."""
-    model = trace_model(load_workload(str(EXAMPLES / "gpt.py"), size="175B", layers=4), dtype="bf16")
+    model = trace_model(example_workload("gpt", size="175B", layers=4), dtype="bf16")
     gpus = 32 if "tp=8" in layout else 4
     pricer = LayoutPricer(
         model, cluster=load_cluster("dgx-a100"), gpus=gpus, global_batch=4, memory_gib=None, optimizer="adamw"

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from autopar.cli.main import run
+from tests.conftest import EXAMPLES
 
 torch.set_num_threads(1)
 GOOD = """
@@ -37,7 +38,7 @@ def example_inputs(batch_size, hidden=64):
     return {"x": torch.empty(batch_size, hidden)}
 """
 BRANCH = GOOD.replace("            x = layer(x)\n", "            if x.sum() > 0:\n                x = layer(x)\n")
-GPT = Path(__file__).resolve().parents[2] / "examples" / "gpt.py"
+GPT = EXAMPLES / "gpt.py"
 TINY_GPT = ("--set", "layers=2", "--set", "hidden=64", "--set", "heads=4", "--set", "vocab=128", "--set", "seq=32")
 
 Run = Callable[..., tuple[int, str]]

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,15 +13,15 @@ from autopar.graph.boundary_values import boundary_values
 from autopar.graph.ir import Block, Graph, Op
 from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
 from autopar.graph.trace import trace
-from autopar.workload import Workload, load_workload
+from autopar.workload import Workload
+from tests.conftest import example_workload
 
 torch.set_num_threads(1)
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TINY = {"hidden": 32, "heads": 4, "vocab": 64, "seq": 16}
 
 
 def example(name: str, **settings: object) -> Graph:
-    return trace(load_workload(str(EXAMPLES / f"{name}.py"), **settings), dtype="bfloat16").graph
+    return trace(example_workload(name, **settings), dtype="bfloat16").graph
 
 
 def of_module(build: type[nn.Module], *shape: int) -> Graph:

@@ -1,7 +1,5 @@
 """What an estimate is made of: it adds up to the step, and agrees with arithmetic done by hand from the cluster's tables."""
 
-from pathlib import Path
-
 import pytest
 
 from autopar.cluster import load_cluster
@@ -10,16 +8,15 @@ from autopar.core.layout import parse_layout
 from autopar.core.plan import Plan, TimeItem
 from autopar.manual.layout_pricer import LayoutPricer, trace_model
 from autopar.report.json_document import plan_document
-from autopar.workload import load_workload
+from tests.conftest import example_workload
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 LAYERS, HIDDEN, SEQ, BATCH = 8, 2048, 1024, 64
 
 
 @pytest.fixture(scope="module")
 def pricer() -> LayoutPricer:
     settings = {"layers": LAYERS, "hidden": HIDDEN, "heads": 16, "vocab": 51200, "seq": SEQ}
-    model = trace_model(load_workload(str(EXAMPLES / "gpt.py"), **settings), dtype="bf16")
+    model = trace_model(example_workload("gpt", **settings), dtype="bf16")
     return LayoutPricer(
         model, cluster=load_cluster("dgx-a100"), gpus=16, global_batch=BATCH, memory_gib=None, optimizer="adamw"
     )

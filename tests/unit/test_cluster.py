@@ -15,8 +15,8 @@ import pytest
 from autopar.cluster import Cluster, RankGroup, cluster_names, load_cluster, save_cluster
 from autopar.cluster.cost_tables import device_names, load_device
 from autopar.core.errors import PlanFileError, UsageError
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 MEASURED = ROOT / "../shared/measurements"
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 needs_measurements = pytest.mark.skipif(not MEASURED.is_dir(), reason="no folder of measurements beside the checkout")

@@ -14,8 +14,9 @@ from autopar.cluster.cluster import CollectiveCurve
 from autopar.cluster.cost_tables import load_device
 from autopar.cluster.software import Software, load_software
 from autopar.cluster.uncertainty import Uncertainty, load_uncertainty
+from tests.conftest import ROOT
 
-TABLES = sorted((Path(__file__).resolve().parents[2] / "cost_tables").glob("*.json"))
+TABLES = sorted((ROOT / "cost_tables").glob("*.json"))
 STATUSES = {"measured", "published", "recalled", "modelled", "assumed"}
 FRACTIONS = (
     "efficiency",

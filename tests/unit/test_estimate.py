@@ -1,7 +1,5 @@
 """Manual layouts: priced by the model of the search, and never better than it."""
 
-from pathlib import Path
-
 import pytest
 
 from autopar.core.errors import LayoutError
@@ -9,8 +7,8 @@ from autopar.core.invariants import check_plan
 from autopar.manual.layout_pricer import plan_layout
 from autopar.planner.planner import plan
 from autopar.workload import load_workload
+from tests.conftest import example_workload
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 LAYOUTS = [
     "",
     "zero=1",
@@ -26,7 +24,7 @@ LAYOUTS = [
 
 def small():
     settings = {"layers": 4, "hidden": 1024, "heads": 8, "vocab": 4096, "seq": 512}
-    return load_workload(str(EXAMPLES / "gpt.py"), **settings)
+    return example_workload("gpt", **settings)
 
 
 def test_the_plan_is_no_slower_than_any_layout_that_fits():

@@ -4,11 +4,11 @@ import ast
 import re
 from collections import Counter
 from functools import cache
-from pathlib import Path
 
 import networkx
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.conftest import ROOT
+
 PACKAGE = ROOT / "autopar"
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -5,11 +5,11 @@ Everything is read from the syntax trees of ``autopar/``; nothing is imported.
 
 import ast
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.conftest import ROOT
+
 MAX_POSITIONAL_PARAMETERS = 6
 MAX_CLASS_LINES = 200
 MAX_FILE_LINES = 400
@@ -132,3 +132,21 @@ def test_the_walls_see_what_they_are_for() -> None:
     assert [name for name, owner in owners.items() if is_autograd_function(owner)] == ["forward"]
     undocumented = [name for name, node in public_definitions(tree.body) if not ast.get_docstring(node)]
     assert undocumented == ["Scale.forward", "Nouns", "Nouns.method", "Nouns.size", "many"]
+
+
+def test_no_test_module_imports_another() -> None:
+    modules = {path: ast.parse(path.read_text()) for path in sorted((ROOT / "tests").rglob("*.py"))}
+    found = []
+    for path, tree in modules.items():
+        for node in ast.walk(tree):
+            names = []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            found += [
+                f"{path.relative_to(ROOT)}:{node.lineno}: {name}"
+                for name in names
+                if name.startswith("tests.") and name.split(".")[-1].startswith("test_")
+            ]
+    assert not found, "\n".join(found)

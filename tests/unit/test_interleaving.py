@@ -1,7 +1,6 @@
 """Interleaved pipelines: the bounds against simulated steps, the search against all of its pipelines, memory shared."""
 
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,9 +16,8 @@ from autopar.inter.stage_cost_tables import StageCostTables
 from autopar.inter.stage_costs import StageCosts
 from autopar.pipeline.simulate import StageTimes, simulate
 from autopar.planner.planner import plan
-from autopar.workload import load_workload
+from tests.conftest import example_workload
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SMALL = {"layers": 8, "hidden": 512, "heads": 8, "vocab": 2048, "seq": 256}
 
 
@@ -66,7 +64,7 @@ def test_no_cut_has_a_shorter_longest_stage(seed):
 
 @pytest.fixture(scope="module", params=["p3.16xlarge", "dgx-h100"])
 def blocks(request):
-    graph = hoist_light_ops(trace(load_workload(str(EXAMPLES / "gpt.py"), **SMALL), dtype="float16").graph)
+    graph = hoist_light_ops(trace(example_workload("gpt", **SMALL), dtype="float16").graph)
     execution = ExecutionModel(dtype="float16", optimizer="adamw", fp32_grads=True, accumulates_gradients=True)
     return BlockPricer(graph, split_into_blocks(graph), load_cluster(request.param), execution)
 
@@ -127,7 +125,7 @@ def test_what_runs_on_other_nodes_is_known_to_be_farther(blocks):
 @pytest.mark.parametrize("memory_gib", [None, 1.12, 1.09])
 def test_an_interleaved_plan_holds_every_invariant_and_the_judge_agrees(memory_gib):
     found = plan(
-        load_workload(str(EXAMPLES / "gpt.py"), **SMALL),
+        example_workload("gpt", **SMALL),
         cluster="p3.16xlarge",
         gpus=4,
         global_batch=16,

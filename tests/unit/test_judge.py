@@ -1,7 +1,5 @@
 """The judge: hand-worked prices, agreement with the planner, and plans that were tampered with."""
 
-from pathlib import Path
-
 import msgspec
 import pytest
 import torch
@@ -22,10 +20,9 @@ from autopar.judge.judge_mesh import JudgeMesh, local_shape
 from autopar.judge.op_price import price_op
 from autopar.manual.layout_pricer import plan_layout
 from autopar.planner.planner import plan
-from autopar.workload import load_workload
+from tests.conftest import example_workload
 
 torch.set_num_threads(1)
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 MODELS = {
     "gpt": {"layers": 4, "hidden": 256, "heads": 4, "vocab": 512, "seq": 128},
     "llama": {"layers": 3, "hidden": 256, "heads": 8, "kv_heads": 2, "ffn": 512, "vocab": 1024, "seq": 256},
@@ -48,7 +45,7 @@ def graphs():
 
     def of(name, dtype):
         if (name, dtype) not in known:
-            workload = load_workload(str(EXAMPLES / f"{name.split()[-1]}.py"), **MODELS[name])
+            workload = example_workload(name.split()[-1], **MODELS[name])
             graph = hoist_light_ops(trace(workload, dtype=dtype).graph)
             known[name, dtype] = (workload, graph, split_into_blocks(graph))
         return known[name, dtype]
@@ -295,7 +292,7 @@ def test_stages_that_hold_a_tied_table_pay_for_its_gradient(graphs):
     cluster = load_cluster("p3.16xlarge")
     own = {}
     for tied in (True, False):
-        made = load_workload(str(EXAMPLES / "gpt.py"), **MODELS["gpt"], tied_embeddings=tied)
+        made = example_workload("gpt", **MODELS["gpt"], tied_embeddings=tied)
         for zero in (0, 1):
             layout = f"tp=2,pp=2,mbs=1,zero={zero}"
             priced = plan_layout(made, cluster=cluster, gpus=16, global_batch=32, layout=layout)

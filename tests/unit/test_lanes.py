@@ -2,7 +2,6 @@
 
 import os
 import signal
-from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
@@ -12,9 +11,8 @@ from autopar.core.plan import Plan
 from autopar.inter import parallel_search as lanes
 from autopar.inter.worker_process import WorkerProcess
 from autopar.planner.planner import plan
-from autopar.workload import load_workload
+from tests.conftest import example_workload
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SMALL = {"layers": 3, "hidden": 256, "heads": 8, "vocab": 1024, "seq": 128}
 
 
@@ -83,7 +81,7 @@ def test_what_a_lost_process_did_is_done_again(beside, codes):
 
 
 def found(**options: object) -> Plan:
-    workload = load_workload(str(EXAMPLES / "gpt.py"), **SMALL)
+    workload = example_workload("gpt", **SMALL)
     return plan(workload, cluster="p3.16xlarge", gpus=8, global_batch=16, **options)
 
 

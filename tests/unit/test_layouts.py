@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -16,15 +15,13 @@ from autopar.core.layout import parse_layout
 from autopar.manual.layout_pricer import LayoutPricer, plan_layout, trace_model
 from autopar.manual.megatron_restriction import layout_stages
 from autopar.pipeline.schedule import in_flight_by_chunk, rank_actions
-from autopar.workload import load_workload
-
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+from tests.conftest import example_workload
 
 
 @pytest.fixture(scope="module")
 def pricer():
     settings = {"layers": 8, "hidden": 1024, "heads": 16, "vocab": 50257, "seq": 1024}
-    model = trace_model(load_workload(str(EXAMPLES / "gpt.py"), **settings), dtype="bf16")
+    model = trace_model(example_workload("gpt", **settings), dtype="bf16")
     cluster = load_cluster("dgx-h100")
     return LayoutPricer(model, cluster=cluster, gpus=16, global_batch=64, memory_gib=None, optimizer="adamw")
 
@@ -164,7 +161,7 @@ def test_every_shipped_table_names_its_sources() -> None:
 def test_blocking_launches_add_to_what_the_device_computes() -> None:
     """The host's calls cost in full, also where the device is the slower of the two."""
     settings = {"layers": 4, "hidden": 4096, "heads": 32, "ffn": 16384, "vocab": 1024, "seq": 2048}
-    workload = load_workload(str(EXAMPLES / "gpt.py"), **settings)
+    workload = example_workload("gpt", **settings)
     times = {}
     for launch in ("async", "blocking"):
         layout = f"mbs=2,gbs=2,launch={launch}"
@@ -181,7 +178,7 @@ def test_backward_exchanges_hide_behind_the_products_of_their_linear_op() -> Non
     their input, cut by sequence: the gather made again runs beside (m, k, n), the scatter beside (n, k, m)."""
     hidden, seq, tp = 6144, 2048, 8
     settings = {"layers": 1, "hidden": hidden, "heads": 48, "ffn": 4 * hidden, "vocab": 1024, "seq": seq}
-    model = trace_model(load_workload(str(EXAMPLES / "gpt.py"), **settings), dtype="bf16")
+    model = trace_model(example_workload("gpt", **settings), dtype="bf16")
     cluster = load_cluster("dgx-a100")
     group = cluster.axis_group(8, (tp,), (0,))
     num_bytes = 2.0 * seq * hidden

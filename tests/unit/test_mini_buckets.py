@@ -1,7 +1,5 @@
 """Where elimination is too wide: bounds below and choices above the optimum, which elimination knows here."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -13,9 +11,9 @@ from autopar.choice.mini_buckets import MiniBuckets, make_eliminator
 from autopar.core.invariants import check_plan
 from autopar.manual.layout_pricer import plan_layout
 from autopar.planner.planner import plan
-from autopar.workload import Workload, load_workload
+from autopar.workload import Workload
+from tests.conftest import example_workload
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NUM_PRICES = 3
 
 
@@ -89,7 +87,7 @@ def test_only_what_is_too_wide_is_relaxed(monkeypatch):
 
 
 def test_a_plan_of_relaxed_blocks_is_sound(monkeypatch):
-    workload = load_workload(str(EXAMPLES / "gpt.py"), layers=2, hidden=256, heads=4, vocab=512, seq=128)
+    workload = example_workload("gpt", layers=2, hidden=256, heads=4, vocab=512, seq=128)
     search = {"cluster": "p3.16xlarge", "gpus": 8, "global_batch": 32}
     exact = plan(workload, **search)
     monkeypatch.setattr(mini_buckets, "MAX_EXACT_CELLS", 100)
@@ -147,8 +145,6 @@ def test_a_densely_connected_model_is_planned(monkeypatch):
 
 
 def test_a_layout_of_experts_and_tensors_is_priced():
-    workload = load_workload(
-        str(EXAMPLES / "moe.py"), layers=2, hidden=256, heads=4, vocab=512, seq=128, experts=8, group_size=128
-    )
+    workload = example_workload("moe", layers=2, hidden=256, heads=4, vocab=512, seq=128, experts=8, group_size=128)
     found = plan_layout(workload, cluster="p3.16xlarge", gpus=8, global_batch=32, layout="tp=2,ep=2,mbs=4")
     assert found.estimate.step_time_s > 0

@@ -1,7 +1,5 @@
 """Pins: what they name, what they fix of a layout, and what is refused."""
 
-from pathlib import Path
-
 import pytest
 
 from autopar.cluster import load_cluster
@@ -12,15 +10,13 @@ from autopar.core.placement import REPLICATE, Shard
 from autopar.core.plan import Plan
 from autopar.inter.block_pins import BlockPins
 from autopar.manual.layout_pricer import LayoutPricer, TracedModel, trace_model
-from autopar.workload import load_workload
-
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+from tests.conftest import example_workload
 
 
 @pytest.fixture(scope="module")
 def model() -> TracedModel:
     settings = {"layers": 4, "hidden": 512, "heads": 8, "vocab": 2048, "seq": 128}
-    return trace_model(load_workload(str(EXAMPLES / "gpt.py"), **settings), dtype="bf16")
+    return trace_model(example_workload("gpt", **settings), dtype="bf16")
 
 
 def priced(model: TracedModel, layout: str, *pins: tuple[str, str]) -> Plan:

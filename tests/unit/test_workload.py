@@ -9,8 +9,7 @@ from torch import nn
 
 from autopar.core.errors import ModelError, UsageError
 from autopar.workload import Workload, load_workload, parse_setting
-
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+from tests.conftest import EXAMPLES
 
 GOOD = """
 import torch
