@@ -1,4 +1,4 @@
-"""Logical meshes: the named axes of a stage. How a tensor is placed on them is in ``placement``."""
+"""Logical meshes: the named axes of a stage. ``placement`` says how a tensor is placed on them."""
 
 import msgspec
 

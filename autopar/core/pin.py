@@ -1,9 +1,9 @@
-"""Pins: what a user fixes of a plan, ``--pin GLOB=PLACEMENTS``, and whether a plan keeps to them.
+"""Pins: placements of parameters that the user fixes, ``--pin GLOB=PLACEMENTS``, and whether a plan satisfies them.
 
     layers.*.wq.weight=RS(0)     on a mesh of two axes: replicated over the first, sharded on dim 0 over the second
 
 A glob (``*`` also spans dots) names parameters; there is a placement per axis of the mesh, outermost first, as plans
-print them. Over an axis that does not shard a parameter as it is used, its placement says whether it is sharded at rest:
+print them. Over an axis that does not shard a parameter where ops use it, the placement says whether it is stored sharded:
 ``S(0)`` over the data axis is ZeRO-3. ``S(d)`` stands for any shard of dim d, also a strided one (a fused projection
 sharded by heads).
 """
@@ -56,7 +56,7 @@ def parse_pins(pins: Sequence[tuple[str, str]]) -> tuple[Pin, ...]:
 
 
 def satisfies(placement: Placement, pinned: Placement) -> bool:
-    """Whether a placement is what a pin says.
+    """Whether a placement is the ``pinned`` one; ``Shard(d)`` pins any shard of dim d.
 
     >>> satisfies(Shard(0, split_factor=3), Shard(0)), satisfies(Shard(0), Shard(0, split_factor=3))
     (True, False)
@@ -66,28 +66,29 @@ def satisfies(placement: Placement, pinned: Placement) -> bool:
 
 
 def unsatisfied_pins(plan: Plan, pins: tuple[Pin, ...]) -> list[str]:
-    """What of the pins a plan does not keep to, a line each; empty for a plan that keeps to all. Of a tied parameter
-    one use in a stage stores it, and that counts."""
-    found: dict[str, None] = {}
+    """A line for each parameter whose placement a pin contradicts; empty for a plan that satisfies all pins. A tied
+    parameter is stored for one of its users in a stage, and only the placement there counts."""
+    faults: dict[str, None] = {}
     for stage in plan.stages:
         axes = [axis.name for axis in stage.axes]
         stored: dict[str, list[ParameterPlan]] = {}
         for ref in stage.blocks:
             for parameter in plan.program(ref.program).parameters:
                 stored.setdefault(parameter.name, []).append(parameter)
-        for name, uses in stored.items():
+        for name, users in stored.items():
             for pin in pins:
                 if not pin.matches(name):
                     continue
                 if len(pin.placements) != len(axes):
                     line = f"{pin}: {len(pin.placements)} placements, the mesh has {len(axes)} axes ({', '.join(axes)})"
-                    found[line] = None
-                elif not any(_is_satisfied(parameter, pin) for parameter in uses):
-                    found[f"{pin}: {name} is placed as {uses[0].parameter} on ({', '.join(axes)})"] = None
-    return list(found)
+                    faults[line] = None
+                elif not any(_is_satisfied(parameter, pin) for parameter in users):
+                    faults[f"{pin}: {name} is placed as {users[0].parameter} on ({', '.join(axes)})"] = None
+    return list(faults)
 
 
 def _is_satisfied(parameter: ParameterPlan, pin: Pin) -> bool:
+    """Whether the parameter is stored as the pin says, on every axis."""
     return all(
         satisfies(placement, pinned)
         for placement, pinned in zip(parse_placements(parameter.parameter), pin.placements, strict=True)
