@@ -112,7 +112,7 @@ def parse_scalar(text: str) -> bool | int | float | str:
 
 
 def unique_assignments(option: str, assignments: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
-    """Assignments as a dict; a key given twice is a usage error, not a silent choice."""
+    """The assignments of a repeatable option as a dict; UsageError for a key that is given twice."""
     values: dict[str, Any] = {}
     for key, value in assignments:
         if values.setdefault(key, value) is not value:
@@ -121,7 +121,7 @@ def unique_assignments(option: str, assignments: tuple[tuple[str, Any], ...]) ->
 
 
 def combine_options(*options: Callable[[Function], Function]) -> Callable[[Function], Function]:
-    """One decorator of several, shown by ``--help`` in the order given."""
+    """One decorator that adds several options, which ``--help`` shows in this order."""
 
     def decorate(function: Function) -> Function:
         for option in reversed(options):
@@ -210,7 +210,7 @@ search_options = combine_options(
 
 
 def output_file_options(result: str, *, required: bool = False) -> Callable[[Function], Function]:
-    """``-o`` and ``--force``, for a file that holds a ``result`` ("plan")."""
+    """``-o`` and ``--force`` of a command whose ``result`` ("plan") is a file."""
     return combine_options(
         click.option(
             "-o",

@@ -90,11 +90,11 @@ def plan_command(
             "pins": pins,
         }
         if fixed is not None:
-            found = plan_of_layout(workload, fixed, **options)
+            result = plan_of_layout(workload, fixed, **options)
         else:
             from autopar.planner.planner import plan
 
-            found = plan(
+            result = plan(
                 workload,
                 **options,
                 recompute=recompute,
@@ -105,9 +105,9 @@ def plan_command(
 
     from autopar.cli.output import print_plan, with_command_line
 
-    found = with_command_line(found, cluster, cluster_set)
-    path = file.write(encode_plan(found))
+    result = with_command_line(result, cluster, cluster_set)
+    path = file.write(encode_plan(result))
     with file.text_stream():
-        print_plan(found, path, as_json=as_json, verbose=verbose)
+        print_plan(result, path, as_json=as_json, verbose=verbose)
     if path is not None and not as_json and not quiet:
         print(f"wrote {path}", file=sys.stderr)
