@@ -71,14 +71,14 @@ def test_gathers_of_zero_3_are_two_of_every_weight_per_micro_batch(pricer: Layou
 
 
 def test_recomputation_runs_forward_kernels_twice(pricer: LayoutPricer) -> None:
-    once, again, core = (
+    once, recomputed, core = (
         item(priced(pricer, f"recompute={mode}"), "attention").total_s for mode in ("none", "full", "selective")
     )
-    assert again == core > once
-    matmul_once, matmul_again = (
+    assert recomputed == core > once
+    matmul_once, recomputed_matmul = (
         item(priced(pricer, f"recompute={mode}"), "matmul").total_s for mode in ("none", "full")
     )
-    assert 1.25 < matmul_again / matmul_once < 1.4  # 4 / 3: forward is a third of forward and backward
+    assert 1.25 < recomputed_matmul / matmul_once < 1.4  # 4 / 3: forward is a third of forward and backward
 
 
 def test_a_pipeline_waits_as_long_as_its_bubble(pricer: LayoutPricer) -> None:

@@ -1,4 +1,4 @@
-"""Imports go down the floors of the architecture's map only, in no circle, whatever way they are written."""
+"""Imports go down the floors of the architecture's map only, in no circle, however they are written."""
 
 import ast
 import re

@@ -1,5 +1,5 @@
-"""Optima of price rows against the points of all rows: none is above any point's time and memory at its prices, and of a
-transformer's layer they are near."""
+"""Lagrangian optima against the frontier points of all memory prices: none is above the priced time and memory of any
+point, and for a transformer's layer they are near the lowest."""
 
 import numpy as np
 import pytest

@@ -43,7 +43,7 @@ def test_backwards_in_time_the_schedule_is_itself(seed):
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_no_cut_has_a_shorter_longest_stage(seed):
+def test_no_partition_has_a_shorter_longest_stage(seed):
     rng = random.Random(seed)
     count, stages = rng.randint(3, 8), rng.randint(1, 3)
     time = [[rng.random() + j - i if j > i else float("inf") for j in range(count + 1)] for i in range(count + 1)]
@@ -51,15 +51,15 @@ def test_no_cut_has_a_shorter_longest_stage(seed):
     def longest(ends):
         return max(time[first][end] for first, end in zip((0, *ends), ends, strict=False))
 
-    def cuts(first, left):
+    def boundaries(first, left):
         if left == 1:
             yield (count,)
         else:
             for end in range(first + 1, count):
-                yield from ((end, *rest) for rest in cuts(end, left - 1))
+                yield from ((end, *rest) for rest in boundaries(end, left - 1))
 
     ends = min_max_partition(np.array(time), stages)
-    assert longest(ends) == min(longest(other) for other in cuts(0, stages))
+    assert longest(ends) == min(longest(other) for other in boundaries(0, stages))
 
 
 @pytest.fixture(scope="module", params=["p3.16xlarge", "dgx-h100"])
@@ -114,11 +114,11 @@ def test_bounds_are_not_above_any_pipeline_and_the_search_finds_the_best(
 
 
 def test_what_runs_on_other_nodes_is_known_to_be_farther(blocks):
-    """Four runs of four devices on nodes of eight: cuts 1 | 2 and 3 | 0 lie between nodes."""
+    """Four submeshes of four devices on nodes of eight: boundaries 1 | 2 and 3 | 0 are between nodes."""
     book = StageCosts(blocks, 16, 16, float("inf"), ("none",), 16)
     search = InterleavedSearch(StageCostTables(book, (4,)), book.transfers.stage_boundary_bounds_s((4,)))
-    inside, between, inside_again, around = (search._boundary_s(3, 4, chunk) for chunk in range(4))
-    assert inside == inside_again < between == around
+    inside, between, inside_reversed, around = (search._boundary_s(3, 4, chunk) for chunk in range(4))
+    assert inside == inside_reversed < between == around
     assert search._boundary_s(3, 4, 5) == between
 
 

@@ -1,4 +1,4 @@
-"""Two lanes, in one process and in two: the same plan; what happens when the second process fails or is lost."""
+"""Two workers, in one process and in two: the same plan; what happens when the second process fails or is lost."""
 
 import os
 import signal
@@ -45,7 +45,7 @@ def codes() -> list[int]:
 
 
 @pytest.fixture
-def beside(codes):
+def worker(codes):
     runner = WorkerProcess(Counter(), codes.append)
     yield runner
     runner.close()
@@ -56,28 +56,28 @@ def call(runner: WorkerProcess, method: str, *arguments: object) -> object:
     return runner.result()
 
 
-def test_calls_reach_one_object(beside):
-    assert [call(beside, "add", number) for number in (3, 4)] == [3, 7]
+def test_calls_reach_one_object(worker):
+    assert [call(worker, "add", number) for number in (3, 4)] == [3, 7]
 
 
-def test_an_error_is_raised_as_it_is(beside, codes):
-    assert call(beside, "add", 5) == 5
+def test_an_error_is_raised_as_it_is(worker, codes):
+    assert call(worker, "add", 5) == 5
     with pytest.raises(ValueError, match="no such thing"):
-        call(beside, "speak_and_fail")
+        call(worker, "speak_and_fail")
     assert codes == [1]
-    assert call(beside, "add", 1) == 6
+    assert call(worker, "add", 1) == 6
 
 
-def test_what_is_printed_is_no_result(beside, codes):
-    assert call(beside, "speak", 3) == 3
+def test_what_is_printed_is_no_result(worker, codes):
+    assert call(worker, "speak", 3) == 3
     assert codes == []
 
 
-def test_what_a_lost_process_did_is_done_again(beside, codes):
-    assert call(beside, "add", 5) == 5
-    assert call(beside, "add_once_then_die", 2, os.getpid()) == 7
+def test_the_work_of_a_lost_process_is_repeated(worker, codes):
+    assert call(worker, "add", 5) == 5
+    assert call(worker, "add_once_then_die", 2, os.getpid()) == 7
     assert codes == [-signal.SIGKILL]
-    assert call(beside, "add", 1) == 8
+    assert call(worker, "add", 1) == 8
 
 
 def found(**options: object) -> Plan:

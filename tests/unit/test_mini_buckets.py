@@ -18,13 +18,13 @@ NUM_PRICES = 3
 
 
 @pytest.fixture(autouse=True)
-def _nothing_kept_from_other_limits():
+def _no_cache_of_other_limits():
     yield
     make_eliminator.cache_clear()
 
 
 def made_up(seed):
-    """Choices, edges, costs; some edges forbid pairs, some terms do not depend on the price."""
+    """Choices, edges, costs; some edges forbid pairs, some costs do not depend on the price."""
     rng = np.random.default_rng(seed)
     choices = tuple(int(count) for count in rng.integers(1, 6, rng.integers(4, 14)))
     edges = tuple((a, b) for a in range(len(choices)) for b in range(len(choices)) if a != b and rng.random() < 0.25)
@@ -40,7 +40,7 @@ def made_up(seed):
 
 
 def costs_of(choices, edges, node_costs, edge_costs):
-    """(P, kept nodes' choices ...) of solutions (nodes, P, ...)."""
+    """(P, remaining nodes' choices ...) of solutions (nodes, P, ...)."""
     price = np.indices(choices.shape[1:])[0]
 
     def at(table, *index):

@@ -1,4 +1,4 @@
-"""The whole way from a model file to a plan, on small and real models."""
+"""From a model file to a plan, on small and real models."""
 
 import re
 import time
@@ -75,9 +75,9 @@ def test_the_budget_that_the_error_names_does_and_less_does_not(model, settings)
         plan(workload, memory_gib=needed - 0.02, **search)
 
 
-def test_past_the_time_limit_the_best_plan_so_far_is_kept_and_nothing_is_claimed_of_the_rest(monkeypatch):
+def test_past_the_time_limit_the_incumbent_is_the_plan_and_nothing_is_claimed_of_the_rest(monkeypatch):
     started = time.perf_counter()
-    clock = chain([started], repeat(started + 1e6))  # of the planner and its lanes; the search of one size has time
+    clock = chain([started], repeat(started + 1e6))  # of the planner and its workers; the search of one size has time
     for module in (planner, lanes):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     found = tiny(cluster="p3.16xlarge", time_limit_s=1e3)
@@ -96,7 +96,7 @@ def test_no_restriction_of_the_search_is_faster():
     ("glob", "placements", "axes"),
     [("*.qkv.weight", "RS(0)", 2), ("*.qkv.weight", "RR", 2), ("layers.*", "S(0)R", 2), ("*", "S(0)", 1)],
 )
-def test_pins_are_kept_and_the_rest_is_searched(glob, placements, axes):
+def test_pins_are_satisfied_and_the_rest_is_searched(glob, placements, axes):
     found = tiny(cluster="p3.16xlarge", pins=((glob, placements),))
     check_plan(found)
     assert found.estimate.step_time_s >= tiny(cluster="p3.16xlarge").estimate.step_time_s * (1 - 1e-3)
@@ -128,12 +128,12 @@ def test_a_pin_may_be_a_strided_shard_of_the_data_axis():
         (("layers.0.*", "R"), "equal blocks are planned alike"),
     ],
 )
-def test_a_pin_that_cannot_be_kept_says_why(pin, says):
+def test_a_pin_that_cannot_be_satisfied_says_why(pin, says):
     with pytest.raises(AutoparError, match=says):
         tiny(pins=(pin,))
 
 
-def test_device_counts_of_stages_and_micro_batches():
+def test_stages_and_micro_batches_have_these_sizes():
     assert submesh_sizes(10, 8) == (1, 2, 4, 8, 10)
     assert submesh_sizes(64, 8) == (1, 2, 4, 8, 16, 32, 64)
     assert micro_batch_sizes(12) == [1, 2, 3, 4, 6, 12]

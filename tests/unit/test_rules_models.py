@@ -1,4 +1,4 @@
-"""Every option of every op of real models, at tiny sizes, against the whole op in fp64 (see ``rule_oracle``)."""
+"""Every option of every op of real models, at tiny sizes, against the unsharded op in fp64 (see ``rule_oracle``)."""
 
 from collections.abc import Callable
 from typing import Any

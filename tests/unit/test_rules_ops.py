@@ -1,4 +1,4 @@
-"""Every option of ops that the models lack, or have in one form only, against the whole op (see ``rule_oracle``)."""
+"""Every option of ops that the models lack, or have in one form only, against the unsharded op (see ``rule_oracle``)."""
 
 from collections.abc import Callable
 

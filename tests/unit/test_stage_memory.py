@@ -1,4 +1,4 @@
-"""Memory at the fullest moment of a backward: what is searched keeps to it, and chunks of a device share what passes."""
+"""Memory at the fullest moment of a backward: the search respects it, and chunks of a device share the workspace."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Bounds of stages against ways to run them: no random mix of frontier points that fits is below its bound."""
+"""Bounds of stages against their variants: no random mix of frontier points that fits is below its bound."""
 
 import numpy as np
 import pytest
@@ -72,9 +72,9 @@ def test_no_way_to_run_a_stage_is_below_its_bound(blocks, budget_mib, num_microb
 
 
 def test_what_cannot_fit_is_known_before_any_price(blocks):
-    held = (4, 3, 2, 1)[::-1]
+    in_flight = (4, 3, 2, 1)[::-1]
     lean = [
-        StageCostTables(StageCosts(blocks, 8, 16, mib * 2**20, MODES, 8), SIZES).can_any_pipeline_fit(held)
+        StageCostTables(StageCosts(blocks, 8, 16, mib * 2**20, MODES, 8), SIZES).can_any_pipeline_fit(in_flight)
         for mib in (200, 900, 4000)
     ]
     assert not lean[0]
@@ -94,7 +94,7 @@ def test_a_guess_is_above_the_bound_of_work_and_none_where_nothing_fits(blocks):
 
 
 def test_a_block_with_an_auxiliary_loss_runs_between_any_boundaries():
-    """The scalar loss of a GShard layer is whole on every rank; where a boundary wants terms of a sum, that is free."""
+    """The scalar loss of a GShard layer is replicated; where a boundary wants it partial, that is free."""
     sizes = {"hidden": 256, "heads": 4, "vocab": 512, "seq": 128, "experts": 4, "group_size": 128}
     workload = example_workload("moe", layers=4, **sizes)
     graph = hoist_light_ops(trace(workload, dtype="float16").graph)
