@@ -16,7 +16,7 @@ from autopar.cli.command_options import (
 )
 from autopar.cli.inputs import layout_flags, plan_of_layout
 from autopar.cli.output_file import OutputFile
-from autopar.core.request import choose_global_batch
+from autopar.core.request import RecomputeChoice, ScheduleChoice, choose_global_batch
 
 EXAMPLES = """\b
 Examples:
@@ -46,8 +46,8 @@ def plan_command(
     optimizer: str,
     layout: str | None,
     pins: tuple[tuple[str, str], ...],
-    recompute: str,
-    schedule: str,
+    recompute: RecomputeChoice,
+    schedule: ScheduleChoice,
     time_limit: float | None,
     output: str | None,
     force: bool,

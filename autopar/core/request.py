@@ -9,15 +9,18 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from autopar.core.dtypes import LONG_NAMES, SHORT_NAMES
 from autopar.core.errors import UsageError
 
 DTYPES = tuple(LONG_NAMES)
-OPTIMIZERS = ("adamw", "sgd")
-RECOMPUTE_MODES = ("auto", "none", "selective", "full")
-SCHEDULES = ("auto", "1f1b", "gpipe", "interleaved")
+Optimizer = Literal["adamw", "sgd"]
+RecomputeChoice = Literal["auto", "none", "selective", "full"]
+ScheduleChoice = Literal["auto", "1f1b", "gpipe", "interleaved"]
+OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
+RECOMPUTE_MODES: tuple[RecomputeChoice, ...] = get_args(RecomputeChoice)
+SCHEDULES: tuple[ScheduleChoice, ...] = get_args(ScheduleChoice)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 from autopar.cluster.cluster import Cluster
+from autopar.core.dtypes import Dtype, ShortDtype
 from autopar.core.layout import parse_layout
 from autopar.core.pin import parse_pins
 from autopar.core.plan import Estimate
-from autopar.core.request import check_request, choose_global_batch
+from autopar.core.request import Optimizer, check_request, choose_global_batch
 from autopar.manual.layout_pricer import plan_layout
 from autopar.workload.workload import Workload
 
@@ -18,9 +19,9 @@ def estimate(
     gpus: int,
     layout: str,
     global_batch: int | None = None,
-    dtype: str | None = None,
+    dtype: Dtype | ShortDtype | None = None,
     memory_gib: float | None = None,
-    optimizer: str = "adamw",
+    optimizer: Optimizer = "adamw",
     pins: Sequence[tuple[str, str]] = (),
 ) -> Estimate:
     """The price of one manual layout, such as ``"tp=8,pp=4,mbs=2,zero=1"`` (``core.layout`` has the keys).

@@ -9,11 +9,18 @@ from dataclasses import dataclass, field
 
 from autopar.cluster.cluster import Cluster
 from autopar.cluster.cost_tables import load_cluster
-from autopar.core.dtypes import long_dtype
+from autopar.core.dtypes import Dtype, ShortDtype, long_dtype
 from autopar.core.errors import InfeasibleError, TimeLimitError, UsageError
 from autopar.core.pin import parse_pins, unsatisfied_pins
 from autopar.core.plan import Plan
-from autopar.core.request import check_micro_batch, check_request, choose_global_batch
+from autopar.core.request import (
+    Optimizer,
+    RecomputeChoice,
+    ScheduleChoice,
+    check_micro_batch,
+    check_request,
+    choose_global_batch,
+)
 from autopar.core.units import GIB
 from autopar.cost.execution_model import ExecutionModel
 from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
@@ -61,12 +68,12 @@ def plan(
     gpus: int,
     global_batch: int | None = None,
     micro_batch: int | None = None,
-    dtype: str | None = None,
+    dtype: Dtype | ShortDtype | None = None,
     memory_gib: float | None = None,
-    optimizer: str = "adamw",
+    optimizer: Optimizer = "adamw",
     pins: Sequence[tuple[str, str]] = (),
-    recompute: str = "auto",
-    schedule: str = "auto",
+    recompute: RecomputeChoice = "auto",
+    schedule: ScheduleChoice = "auto",
     time_limit_s: float | None = None,
     progress: Progress | None = None,
     processes: int = 2,
@@ -129,7 +136,7 @@ def plan(
     for accumulate in (True, False):
         execution = ExecutionModel(
             dtype=long,
-            optimizer=optimizer,  # type: ignore[arg-type]
+            optimizer=optimizer,
             fp32_grads=accumulate,
             accumulates_gradients=accumulate,
         )
