@@ -67,12 +67,13 @@ def _is_positive_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
-def _is_workload(value: object) -> bool:
-    return all(hasattr(value, name) for name in ("build_model", "example_inputs", "global_batch"))
+def _has_members(*names: str) -> Callable[[object], bool]:
+    """Whether a value is an object with these members: the types themselves would have to be imported."""
+    return lambda value: not isinstance(value, type) and all(hasattr(value, name) for name in names)
 
 
 def _is_cluster(value: object) -> bool:
-    return isinstance(value, str | os.PathLike) or hasattr(value, "devices_per_node")
+    return isinstance(value, str | os.PathLike) or _has_members("devices_per_node")(value)
 
 
 def _are_pins(value: object) -> bool:
@@ -104,7 +105,8 @@ def one_of(choices: tuple[str, ...], flag: str, *, has_default: bool = False) ->
 
 ARGUMENT_RULES: dict[str, ArgumentRule] = {
     "workload": ArgumentRule(
-        expects="a Workload, such as autopar.load_workload returns for a model file", allows=_is_workload
+        expects="a Workload, such as autopar.load_workload returns for a model file",
+        allows=_has_members("build_model", "example_inputs", "global_batch"),
     ),
     "cluster": ArgumentRule(expects="a Cluster, or a name or file of one", allows=_is_cluster, flag="--cluster"),
     "gpus": whole_number("--gpus"),
@@ -129,6 +131,11 @@ ARGUMENT_RULES: dict[str, ArgumentRule] = {
     "time_limit_s": positive_number("--time-limit", has_default=True),
     "progress": ArgumentRule(expects="a function of (stage, detail, best_s, gap)", allows=callable, has_default=True),
     "processes": whole_number(""),
+    "plan": ArgumentRule(
+        expects="a Plan, such as autopar.load_plan returns for a file",
+        allows=_has_members("stages", "programs", "estimate"),
+    ),
+    "model": ArgumentRule(expects="a torch.nn.Module", allows=_has_members("named_parameters")),
     "make_optimizer": ArgumentRule(
         expects="a function from a list of parameters to a torch optimizer", allows=callable, has_default=True
     ),

@@ -55,7 +55,7 @@ def apply(
     >>> loss = trainer.step({"tokens": tokens, "labels": labels})  # doctest: +SKIP
     """
     ARGUMENT_RULES["make_optimizer"].check("optimizer", optimizer)
-    check_request(clip_norm=clip_norm, seed=seed)
+    check_request(plan=plan, model=model, clip_norm=clip_norm, seed=seed)
     if workload is not None:
         check_request(workload=workload)
     try:

@@ -180,3 +180,11 @@ def test_wrong_arguments_of_apply_are_refused_before_ranks_meet(
         with pytest.raises(autopar.UsageError) as error:
             apply(Untraceable(), **{keyword: value})
         assert message in str(error.value)
+
+
+def test_apply_takes_a_plan_and_a_module(plan: autopar.Plan) -> None:
+    no_plan: Any = "gpt.plan.json"
+    with pytest.raises(autopar.UsageError, match=r"plan must be a Plan, such as autopar.load_plan returns for a file"):
+        autopar.apply(no_plan, Untraceable())
+    with pytest.raises(autopar.UsageError, match=r"model must be a torch\.nn\.Module, not an object of type type"):
+        autopar.apply(plan, Untraceable)  # type: ignore[arg-type]
