@@ -43,7 +43,7 @@ def apply(
     ``model`` has the initial weights, the same on every rank; each rank stores only its shards of them. A model on the
     meta device is initialised tensor by tensor, by its file's ``init_weights``, as Hugging Face does or by its modules'
     ``reset_parameters``. ``optimizer`` makes a torch optimizer that works element by element (AdamW, SGD) from a list of
-    fp32 parameters; without one the trainer computes gradients only. ``workload`` is needed for a model built in Python,
+    fp32 parameters; without one ``Trainer.step`` is refused. ``workload`` is needed for a model built in Python,
     otherwise the plan names the model file. ``clip_norm`` is the largest norm of all gradients, None does not clip;
     ``seed`` is that of dropout and of deferred initial weights; ``device`` is this rank's own, by default its current
     GPU, or the CPU where there is none.
