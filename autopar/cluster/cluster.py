@@ -31,6 +31,7 @@ from autopar.cluster.number_source import (
     require_positive,
     require_sources,
 )
+from autopar.core.notebook_text import short_repr
 
 MeasuredCollective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 MEASURED_COLLECTIVES: tuple[str, ...] = get_args(MeasuredCollective)
@@ -118,6 +119,15 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def __hash__(self) -> int:
         return hash(self.fingerprint)
+
+    def __repr__(self) -> str:
+        return short_repr(
+            "Cluster",
+            name=self.name,
+            device=self.device.name,
+            devices_per_node=self.devices_per_node,
+            inter_node_gbits_per_s=self.inter_node_gbits_per_s,
+        )
 
     @cached_property
     def fingerprint(self) -> str:

@@ -8,6 +8,7 @@ from importlib import metadata
 
 from autopar.cluster.cluster import Cluster
 from autopar.core.dtypes import SHORT_NAMES
+from autopar.core.invariants import recompute_summary
 from autopar.core.mesh_axis import Axis
 from autopar.core.plan import (
     FORMAT_VERSION,
@@ -21,7 +22,6 @@ from autopar.core.plan import (
     Schedule,
     SearchOutcome,
     StagePlan,
-    recompute_summary,
 )
 from autopar.cost.execution_model import ExecutionModel
 from autopar.graph.attention import masked_calls

@@ -8,10 +8,18 @@ from contextlib import closing, contextmanager
 
 from autopar.cluster.cluster import Cluster
 from autopar.cluster.cost_tables import load_cluster
-from autopar.core.dtypes import long_dtype
+from autopar.core.dtypes import Dtype, ShortDtype, long_dtype
 from autopar.core.errors import InfeasibleError, TimeLimitError, UsageError
-from autopar.core.pin import unsatisfied_pins
+from autopar.core.pin import parse_pins, unsatisfied_pins
 from autopar.core.plan import Plan
+from autopar.core.request import (
+    Optimizer,
+    RecomputeChoice,
+    ScheduleChoice,
+    check_micro_batch,
+    check_request,
+    choose_global_batch,
+)
 from autopar.core.units import GIB
 from autopar.cost.execution_model import ExecutionModel
 from autopar.graph.traced_model import trace_model
@@ -60,33 +68,62 @@ def plan(
     gpus: int,
     global_batch: int | None = None,
     micro_batch: int | None = None,
-    dtype: str | None = None,
+    dtype: Dtype | ShortDtype | None = None,
     memory_gib: float | None = None,
-    optimizer: str = "adamw",
-    pins: tuple[tuple[str, str], ...] = (),
-    recompute: str = "auto",
-    schedule: str = "auto",
+    optimizer: Optimizer = "adamw",
+    pins: Sequence[tuple[str, str]] = (),
+    recompute: RecomputeChoice = "auto",
+    schedule: ScheduleChoice = "auto",
     time_limit_s: float | None = None,
     progress: Progress | None = None,
     processes: int = 2,
 ) -> Plan:
-    """The fastest plan found that fits the memory of a GPU.
+    """The fastest plan that fits in memory, with its price, judged by code that shares nothing with the search.
 
-    ``gpus`` and ``micro_batch`` (samples over all ranks of a stage) are counts, ``memory_gib`` is GiB per device,
-    ``time_limit_s`` seconds. ``pins`` (glob over parameter names, placements over a mesh's axes) are satisfied and the
-    rest is searched. A long search uses two ``processes`` where it may run on two cores; the plan is the same with one.
+    ``cluster`` is a name, a table's file or a ``Cluster``; ``global_batch`` counts samples per step, None is the
+    workload's own; ``micro_batch`` counts samples over all ranks of a stage, None searches its size; ``dtype`` None is
+    bf16, or fp16 where the device has no bf16; ``memory_gib`` replaces the device's usable memory as the budget of a
+    GPU. ``pins`` are (glob of parameter names, placements) that the plan satisfies. ``recompute`` and ``schedule`` other
+    than "auto" restrict the search; after ``time_limit_s`` seconds it ends with the best plan found by then, whose
+    ``search`` has its gap. ``progress`` is called with (stage, detail, seconds of the best step, gap). A long search
+    uses two ``processes`` where it may run on two cores; the plan is the same with one.
 
-    InfeasibleError where no plan fits, TimeLimitError where none was found in time, UsageError for wrong arguments,
-    ModelError where the model cannot be traced.
+    Raises UsageError for wrong arguments, before anything is traced; ModelError where the model cannot be traced;
+    InfeasibleError, which names the smallest budget that would do, where no plan fits; TimeLimitError where the limit
+    came before any plan.
+
+    >>> from torch import empty, nn
+    >>> class Model(nn.Linear):
+    ...     def forward(self, x):
+    ...         return super().forward(x).square().mean()
+    >>> workload = Workload(
+    ...     build_model=lambda: Model(512, 512), example_inputs=lambda batch_size: {"x": empty(batch_size, 512)}
+    ... )
+    >>> plan(workload, cluster="dgx-a100", gpus=2, global_batch=64).estimate.fits
+    True
     """
+    check_request(
+        workload=workload,
+        cluster=cluster,
+        gpus=gpus,
+        global_batch=global_batch,
+        micro_batch=micro_batch,
+        dtype=dtype,
+        memory_gib=memory_gib,
+        optimizer=optimizer,
+        pins=pins,
+        recompute=recompute,
+        schedule=schedule,
+        time_limit_s=time_limit_s,
+        progress=progress,
+        processes=processes,
+    )
+    parse_pins(pins)
+    batch = choose_global_batch(global_batch, workload.global_batch, model_file=workload.path)
+    check_micro_batch(micro_batch, batch)
     started = time.perf_counter()
     report = progress or (lambda stage, detail, best_s, gap: None)
-    if schedule not in SCHEDULES_TRIED:
-        raise UsageError(f"unknown schedule {schedule!r}; it is one of {', '.join(SCHEDULES_TRIED)}")
     machine = load_cluster(cluster)
-    batch = global_batch or workload.global_batch
-    if batch is None:
-        raise UsageError("no global batch: give --global-batch or set GLOBAL_BATCH in the model file")
     weights_dtype = long_dtype(dtype or machine.device.default_dtype)
     machine.device.peak(weights_dtype)  # raises where the device has no such dtype
     model = trace_model(workload, dtype=weights_dtype)
@@ -99,7 +136,7 @@ def plan(
     for accumulates in (True, False):
         execution = ExecutionModel(
             dtype=weights_dtype,
-            optimizer=optimizer,  # type: ignore[arg-type]
+            optimizer=optimizer,
             fp32_grads=accumulates,
             accumulates_gradients=accumulates,
         )

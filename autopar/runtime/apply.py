@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from autopar.core.dtypes import LONG_NAMES
 from autopar.core.errors import PlanFileError, UsageError
 from autopar.core.plan import Plan
+from autopar.core.request import ARGUMENT_RULES, check_request
 from autopar.graph.change_dtype import with_dtype
 from autopar.graph.ir import Graph
 from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
@@ -43,17 +44,31 @@ def apply(
     seed: int = 0,
     device: torch.device | str | None = None,
 ) -> Trainer:
-    """This rank's trainer of ``plan``. Collective over the world, which must have as many ranks as the plan has GPUs.
+    """This rank's trainer of ``plan``. Collective: all ranks of the world call it, and there are as many as the plan has
+    GPUs.
 
     ``model`` has the initial weights, the same on every rank; each rank stores only its shards of them. A model on the
-    meta device is initialised tensor by tensor, as its model file, Hugging Face or its modules do it. ``optimizer``
-    makes a torch optimizer that works element by element (AdamW, SGD) from a list of fp32 parameters. ``workload`` is
-    needed only for a model built in Python. ``clip_norm`` is the largest norm of the gradient, None for no clipping;
-    ``seed`` is that of dropout and of initial weights; ``device`` is this rank's, by default its current GPU or the
-    CPU.
+    meta device is initialised tensor by tensor, by its file's ``init_weights``, as Hugging Face does or by its modules'
+    ``reset_parameters``. ``optimizer`` makes a torch optimizer that works element by element (AdamW, SGD) from a list of
+    fp32 parameters; without one ``Trainer.step`` is refused. ``workload`` is needed for a model built in Python,
+    otherwise the plan names the model file. ``clip_norm`` is the largest norm of all gradients, None does not clip;
+    ``seed`` is that of dropout and of deferred initial weights; ``device`` is this rank's own, by default its current
+    GPU, or the CPU where there is none.
 
-    Raises UsageError (a world of another size, ranks with different plans), PlanFileError (the plan is for another
-    model), AutoparError (a rank does not arrive)."""
+    Raises UsageError (wrong arguments, another world size, or ranks with different plans), PlanFileError (the plan is
+    for another model), AutoparError (a rank does not come).
+
+    >>> trainer = apply(plan, model, optimizer=lambda parameters: torch.optim.AdamW(parameters))  # doctest: +SKIP
+    >>> loss = trainer.step({"tokens": tokens, "labels": labels})  # doctest: +SKIP
+    """
+    ARGUMENT_RULES["make_optimizer"].check("optimizer", optimizer)
+    check_request(plan=plan, model=model, clip_norm=clip_norm, seed=seed)
+    if workload is not None:
+        check_request(workload=workload)
+    try:
+        torch.device(device or "cpu")
+    except (RuntimeError, TypeError) as error:
+        raise UsageError(f"device must be one of torch's, such as 'cuda:0': {str(error).splitlines()[0]}") from None
     return build_trainer(
         plan, model, optimizer=optimizer, workload=workload, clip_norm=clip_norm, seed=seed, device=device
     )

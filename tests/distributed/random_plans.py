@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
+from autopar.core.invariants import recompute_summary
 from autopar.core.mesh_axis import Axis
 from autopar.core.placement import PARTIAL, REPLICATE, Placement, Shard, format_placements
-from autopar.core.plan import BlockProgram, BlockRef, OpPlan, ParameterPlan, Plan, recompute_summary
+from autopar.core.plan import BlockProgram, BlockRef, OpPlan, ParameterPlan, Plan
 from autopar.graph.ir import Block, Graph
 from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
 from autopar.graph.trace import trace

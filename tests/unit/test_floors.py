@@ -1,14 +1,14 @@
-"""Imports go down the floors of the architecture's map only, in no circle, whatever way they are written."""
+"""Imports go down the floors of the architecture's map only, in no circle, however they are written."""
 
 import ast
 import re
 from collections import Counter
 from functools import cache
-from pathlib import Path
 
 import networkx
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.conftest import ROOT
+
 PACKAGE = ROOT / "autopar"
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -1,7 +1,5 @@
-"""Optima of price rows against the points of all rows: none is above any point's time and memory at its prices, and of a
-transformer's layer they are near."""
-
-from pathlib import Path
+"""Lagrangian optima against the frontier points of all memory prices: none is above the priced time and memory of any
+point, and for a transformer's layer they are near the lowest."""
 
 import numpy as np
 import pytest
@@ -15,9 +13,8 @@ from autopar.inter.block_pricer import BlockPricer, StageMesh
 from autopar.inter.mesh_totals import with_launch_time
 from autopar.intra import block_totals as tt
 from autopar.intra.priced_objectives import memory_priced_objectives
-from autopar.workload import load_workload
+from tests.conftest import example_workload
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 MODELS = {
     "gpt": {"layers": 3, "hidden": 1024, "heads": 8, "vocab": 2048, "seq": 512},
     "llama": {"layers": 2, "hidden": 4096, "heads": 32, "kv_heads": 8, "ffn": 14336, "vocab": 2048, "seq": 2048},
@@ -29,7 +26,7 @@ MICRO_BATCH, NUM_MICROBATCHES = 8, 16
 
 
 def blocks_of(name: str) -> BlockPricer:
-    workload = load_workload(str(EXAMPLES / f"{name}.py"), **MODELS[name])
+    workload = example_workload(name, **MODELS[name])
     graph = hoist_light_ops(trace(workload, dtype="float16").graph)
     execution = ExecutionModel(dtype="float16", optimizer="adamw", fp32_grads=True, accumulates_gradients=True)
     return BlockPricer(graph, split_into_blocks(graph), load_cluster("p3.16xlarge"), execution, profile_graph(graph))

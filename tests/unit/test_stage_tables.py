@@ -1,6 +1,4 @@
-"""Bounds of stages against ways to run them: no random mix of frontier points that fits is below its bound."""
-
-from pathlib import Path
+"""Bounds of stages against their variants: no random mix of frontier points that fits is below its bound."""
 
 import numpy as np
 import pytest
@@ -17,16 +15,15 @@ from autopar.inter.stage_choice import sum_totals
 from autopar.inter.stage_cost_tables import StageCostTables
 from autopar.inter.stage_costs import StageCosts
 from autopar.intra import block_totals as tt
-from autopar.workload import load_workload
+from tests.conftest import example_workload
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SIZES = (1, 2, 4, 8)
 MODES = ("none", "selective", "full")
 
 
 @pytest.fixture(scope="module", params=["p3.16xlarge", "dgx-h100"])
 def blocks(request):
-    workload = load_workload(str(EXAMPLES / "gpt.py"), layers=5, hidden=512, heads=8, vocab=2048, seq=256)
+    workload = example_workload("gpt", layers=5, hidden=512, heads=8, vocab=2048, seq=256)
     graph = hoist_light_ops(trace(workload, dtype="float16").graph)
     execution = ExecutionModel(dtype="float16", optimizer="adamw", fp32_grads=True, accumulates_gradients=True)
     return BlockPricer(graph, split_into_blocks(graph), load_cluster(request.param), execution, profile_graph(graph))
@@ -110,9 +107,9 @@ def test_a_guess_is_above_the_bound_of_work_and_none_where_nothing_fits(blocks):
 
 
 def test_a_block_with_an_auxiliary_loss_runs_between_any_boundaries():
-    """The scalar loss of a GShard layer is whole on every rank; where a boundary wants terms of a sum, that is free."""
+    """The scalar loss of a GShard layer is replicated; where a boundary wants it partial, that is free."""
     sizes = {"hidden": 256, "heads": 4, "vocab": 512, "seq": 128, "experts": 4, "group_size": 128}
-    workload = load_workload(str(EXAMPLES / "moe.py"), layers=4, **sizes)
+    workload = example_workload("moe", layers=4, **sizes)
     graph = hoist_light_ops(trace(workload, dtype="float16").graph)
     execution = ExecutionModel(dtype="float16", optimizer="adamw", fp32_grads=True, accumulates_gradients=True)
     blocks = BlockPricer(graph, split_into_blocks(graph), load_cluster("p3.16xlarge"), execution, profile_graph(graph))

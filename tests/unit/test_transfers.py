@@ -1,7 +1,6 @@
 """Bounds on transfers against the transfers of random pipelines."""
 
 import random
-from pathlib import Path
 
 import pytest
 
@@ -17,15 +16,14 @@ from autopar.inter.stage_choice import StageChoice
 from autopar.inter.stage_costs import StageCosts
 from autopar.inter.stage_transfers import first_devices
 from autopar.planner.planner import submesh_sizes
-from autopar.workload import load_workload
+from tests.conftest import example_workload
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SMALL = {"layers": 10, "hidden": 128, "heads": 8, "vocab": 512, "seq": 64}
 
 
 @pytest.fixture(scope="module")
 def blocks():
-    graph = hoist_light_ops(trace(load_workload(EXAMPLES / "gpt.py", **SMALL), dtype="float16").graph)
+    graph = hoist_light_ops(trace(example_workload("gpt", **SMALL), dtype="float16").graph)
     return BlockPricer(
         graph,
         split_into_blocks(graph),
