@@ -19,7 +19,14 @@ from autopar.runtime.lower.redistribute_tensor import all_reduce
 
 
 def sync_batch_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, count: int, mesh: RankMesh, axes: Sequence[int]
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    count: int,
+    mesh: RankMesh,
+    axes: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, m, v) of (n, c, ...) local samples of ``count`` numbers a channel on all ranks of ``axes``."""
     y, mean, var = _SyncBatchNorm.apply(x, weight, bias, eps, count, mesh, tuple(axes))

@@ -23,6 +23,7 @@ def token_losses(
     logits: Tensor,
     local_targets: Tensor,
     is_local: Tensor,
+    *,
     smoothing: float,
     num_classes: int,
     mesh: RankMesh,

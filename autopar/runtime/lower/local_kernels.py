@@ -220,7 +220,15 @@ def _cross_entropy(local: LocalOp, tensors: Sequence[Tensor], context: KernelCon
     smoothing = local.op.argument(5, "label_smoothing", 0.0)
     if logits.dim() == 2 and not (weights and smoothing) and not target.is_floating_point():
         rows, mine = local.to_local_index(target.clamp(min=0), 0, 1)
-        losses = token_losses(logits, rows, mine, smoothing, local.input_shapes[0][1], local.mesh, vocabulary)
+        losses = token_losses(
+            logits,
+            rows,
+            mine,
+            smoothing=smoothing,
+            num_classes=local.input_shapes[0][1],
+            mesh=local.mesh,
+            vocab_axes=vocabulary,
+        )
         losses = torch.where(target == ignored, 0.0, losses)
         for weight in weights:
             losses = losses * weight[target.clamp(min=0)]
@@ -275,7 +283,7 @@ def _batch_norm(local: LocalOp, tensors: Sequence[Tensor], context: KernelContex
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
     count = prod(size for dim, size in enumerate(local.input_shapes[0]) if dim != 1)
     weight, bias = (tensors[places[name]] if name in places else None for name in ("weight", "bias"))
-    result, mean, var = sync_batch_norm(tensors[0], weight, bias, eps, count, local.mesh, axes)
+    result, mean, var = sync_batch_norm(tensors[0], weight, bias, eps=eps, count=count, mesh=local.mesh, axes=axes)
     latest = {"mean": mean, "var": var * (count / max(count - 1, 1))}
     return ResultAndBuffers(
         result=result,

@@ -254,7 +254,7 @@ class _AxisCandidates:
                 for shard, value in zip(inputs, self.inputs, strict=True)
             ),
             outputs=outputs,
-            output_gradients=gradient_placements(outputs),
+            output_gradients=replicate_partial_axes(outputs),
             labels=frozenset(factors),
         )
 
@@ -268,10 +268,11 @@ def _shard(dims: Sequence[int], factors: dict[int, int]) -> Shard | None:
 
 
 def replicate_unit_axes(placements: Placements, sizes: Sequence[int]) -> Placements:
-    """``placements`` with those of axes of one rank, where all mean the same, as ``REPLICATE``."""
+    """``placements`` with Replicate on axes of one rank, where all placements mean the same."""
     return tuple(REPLICATE if size == 1 else each for each, size in zip(placements, sizes, strict=True))
 
 
-def gradient_placements(placements: Placements) -> Placements:
-    """Where the gradient of a tensor is whose readers want nothing else: partial sums have replicated gradients."""
+def replicate_partial_axes(placements: Placements) -> Placements:
+    """``placements`` with Replicate for Partial: of a sum after its reduction, and of the gradient of a value whose
+    readers need no other."""
     return tuple(REPLICATE if placement == PARTIAL else placement for placement in placements)
