@@ -16,7 +16,7 @@ from autopar.runtime.lower.build_stage_program import StageProgramBuilder
 from autopar.runtime.lower.op_sharding import replicate_unit_axes
 from autopar.runtime.lower.planned_blocks import PlannedBlocks
 from autopar.runtime.lower.stage_program import BoundaryTransfer, StageProgram
-from autopar.runtime.lower.value_slots import ValuePlacements
+from autopar.runtime.lower.value_placements import ValuePlacements
 
 
 def build_programs(

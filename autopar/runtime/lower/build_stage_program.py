@@ -7,23 +7,18 @@ block's end to the boundary placement; its gradient takes the same path back. A 
 parameter) is computed where it is read, whichever block it belongs to.
 """
 
-from autopar.core.local_shape import is_legal
-from autopar.core.placement import REPLICATE, Placements, parse_placements
+from autopar.core.placement import REPLICATE, Placements
 from autopar.core.plan import Recompute, ValuePlan
 from autopar.graph.ir import Op
 from autopar.graph.random_ops import is_random
 from autopar.runtime.lower.local_op import scale_to_micro_batch
-from autopar.runtime.lower.op_sharding import (
-    OpSharding,
-    OpShardingMatcher,
-    replicate_partial_axes,
-    replicate_unit_axes,
-)
+from autopar.runtime.lower.op_sharding import OpSharding, OpShardingMatcher, replicate_unit_axes
 from autopar.runtime.lower.planned_blocks import PlannedBlock, PlannedBlocks, PlannedOp
 from autopar.runtime.lower.redistribute_tensor import EdgeRedistribution
 from autopar.runtime.lower.stage_inputs import StageInputs
 from autopar.runtime.lower.stage_program import NO_BLOCK, ProgramOp, ProgramRedistribution, StageProgram
-from autopar.runtime.lower.value_slots import ValuePlacements, ValueSlots
+from autopar.runtime.lower.value_placements import ValuePlacements, edge_between, legal_placements
+from autopar.runtime.lower.value_slots import ValueSlots
 
 
 class StageProgramBuilder:
@@ -111,15 +106,7 @@ class StageProgramBuilder:
                 redistribute(value, planned)
 
     def _planned_placements(self, value: int, planned: ValuePlan) -> ValuePlacements:
-        """The plan's placements of a value and its gradient, replicated on axes where its shape does not allow the
-        shard, innermost first."""
-        placements, shape = parse_placements(planned.placement), self.matcher.global_shape(value)
-        gradient = parse_placements(planned.gradient) if planned.gradient else replicate_partial_axes(placements)
-        for axis in reversed(range(len(self.sizes))):
-            if is_legal(shape, placements, self.sizes):
-                break
-            placements, gradient = ((*each[:axis], REPLICATE, *each[axis + 1 :]) for each in (placements, gradient))
-        return ValuePlacements(value=placements, gradient=gradient)
+        return legal_placements(planned, self.matcher.global_shape(value), self.sizes)
 
     def _redistribute(
         self, value: int, placements: ValuePlacements, block: PlannedBlock, *, regather: bool = False
@@ -218,12 +205,5 @@ class StageProgramBuilder:
         return self._edge(value, placements, self.planned.transfer_placements(value, placements))
 
     def _edge(self, value: int, source: ValuePlacements, target: ValuePlacements) -> EdgeRedistribution:
-        """A value redistributed from ``source`` to ``target``, and its gradient from ``target`` to ``source``."""
-        has_gradient = self.graph.values[value].requires_grad
-        return EdgeRedistribution(
-            shape=self.matcher.global_shape(value),
-            source=replicate_unit_axes(source.value, self.sizes),
-            target=replicate_unit_axes(target.value, self.sizes),
-            gradient_source=replicate_unit_axes(target.gradient, self.sizes) if has_gradient else (),
-            gradient_target=replicate_unit_axes(source.gradient, self.sizes) if has_gradient else (),
-        )
+        requires_grad = self.graph.values[value].requires_grad
+        return edge_between(source, target, self.matcher.global_shape(value), self.sizes, requires_grad=requires_grad)

@@ -28,7 +28,7 @@ def annotate_in_place() -> AbstractContextManager[Any]:
     """Nodes traced inside may write their result where their first input lies, if nobody reads that later."""
     if not traceback.has_preserved_node_meta():
         return nullcontext()
-    return traceback.annotate({"overwrites": True})
+    return traceback.annotate({"in_place": True})
 
 
 def in_place_nodes(order: Sequence[fx.Node], inputs: Sequence[fx.Node], results: Sequence[Any]) -> set[fx.Node]:
@@ -39,7 +39,7 @@ def in_place_nodes(order: Sequence[fx.Node], inputs: Sequence[fx.Node], results:
     return {
         node
         for node in order
-        if node.meta.get("custom", {}).get("overwrites")
+        if node.meta.get("custom", {}).get("in_place")
         and node.target in IN_PLACE_FORM
         and _may_overwrite_input(node, place, given, staying)
     }

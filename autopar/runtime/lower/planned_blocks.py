@@ -16,7 +16,7 @@ from autopar.graph.ir import Block, Graph, Op
 from autopar.rules.registry import sharding_rule
 from autopar.runtime.lower.op_sharding import replicate_partial_axes
 from autopar.runtime.lower.stage_program import ParameterSharding
-from autopar.runtime.lower.value_slots import ValuePlacements
+from autopar.runtime.lower.value_placements import ValuePlacements
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

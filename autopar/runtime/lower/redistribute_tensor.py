@@ -42,7 +42,7 @@ def redistribute(local: Tensor, shape: Shape, source: Placements, target: Placem
 
 def annotate_redistribution() -> AbstractContextManager[Any]:
     """Nodes traced inside bring a tensor to a collective or from it; what they are may differ from rank to rank."""
-    return traceback.annotate({"moves": True}) if traceback.has_preserved_node_meta() else nullcontext()
+    return traceback.annotate({"redistribution": True}) if traceback.has_preserved_node_meta() else nullcontext()
 
 
 class _Redistributor:

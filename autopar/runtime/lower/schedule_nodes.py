@@ -138,7 +138,7 @@ class _NodeScheduler:
         for node in self.graph.nodes:
             if node in self.needed and starts_collective(node):
                 before: Iterable[fx.Node] = node.all_input_nodes
-                if node in self.graph_pass.recomputable and node.meta.get("custom", {}).get("beside"):
+                if node in self.graph_pass.recomputable and node.meta.get("custom", {}).get("regather"):
                     before = self._other_inputs_of_reader(node)
                 elif self._runs_when_read(node):
                     continue
@@ -372,7 +372,7 @@ def block_and_recompute(node: fx.Node) -> tuple[int, bool]:
 
 
 def _is_redistribution(node: fx.Node) -> bool:
-    return bool(node.meta.get("custom", {}).get("moves")) and not starts_collective(node)
+    return bool(node.meta.get("custom", {}).get("redistribution")) and not starts_collective(node)
 
 
 def is_view(node: fx.Node) -> bool:

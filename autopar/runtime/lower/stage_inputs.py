@@ -9,7 +9,8 @@ from autopar.core.plan import BlockProgram
 from autopar.graph.ir import Block, Op
 from autopar.runtime.lower.planned_blocks import PlannedBlocks
 from autopar.runtime.lower.stage_program import ParameterSharding
-from autopar.runtime.lower.value_slots import ValuePlacements, ValueSlots
+from autopar.runtime.lower.value_placements import ValuePlacements
+from autopar.runtime.lower.value_slots import ValueSlots
 
 
 class StageInputs:

@@ -5,17 +5,8 @@ slot; copies that ops and redistributions make are numbered on from the number o
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
-from autopar.core.placement import Placements
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ValuePlacements:
-    """How a value is placed on a stage's mesh, and how its gradient must be."""
-
-    value: Placements
-    gradient: Placements
+from autopar.runtime.lower.value_placements import ValuePlacements
 
 
 class ValueSlots:
