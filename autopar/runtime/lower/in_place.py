@@ -13,6 +13,8 @@ import torch
 from torch import fx
 from torch.fx import traceback
 
+from autopar.runtime.lower.fx_nodes import is_view
+
 _ATEN = torch.ops.aten
 IN_PLACE_FORM: Mapping[Any, Any] = {
     _ATEN.add.Tensor: _ATEN.add_.Tensor,
@@ -74,10 +76,4 @@ def _may_overwrite_input(
 
 def shares_input_memory(node: fx.Node) -> bool:
     """Whether a node's result is in the memory of its input."""
-    if node.op == "call_function" and node.target is _ATEN._unsafe_view.default:
-        return True
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None or not schema.returns:
-        return False
-    alias = schema.returns[0].alias_info
-    return alias is not None and not alias.is_write
+    return is_view(node) or (node.op == "call_function" and node.target is _ATEN._unsafe_view.default)

@@ -9,7 +9,7 @@ time is recomputed. Both graphs have functional collectives with the names of pr
 """
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,16 +21,15 @@ from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import _BoxedCodeGen  # private; tried on torch 2.13.0
 
-from autopar.runtime.lower.schedule_nodes import (
+from autopar.runtime.lower.fx_nodes import (
     SEND_PREPARATION,
     ZERO3_GATHER,
-    GraphPass,
-    TakeGradient,
+    ancestors_until,
     block_and_recompute,
     is_view,
-    schedule_pass,
     starts_collective,
 )
+from autopar.runtime.lower.schedule_nodes import GraphPass, TakeGradient, schedule_pass
 from autopar.runtime.lower.stage_function import StageFunction, StageOutputs
 
 
@@ -123,7 +122,7 @@ def partition_joint_graph(
     graph = module.graph
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     results = list(next(reversed(graph.nodes)).args[0])
-    forward = _ancestors(node for node in results[:num_outputs] if isinstance(node, fx.Node))
+    forward = ancestors_until((node for node in results[:num_outputs] if isinstance(node, fx.Node)), ())
     arguments = {node: at for at, node in enumerate(placeholders[:num_arguments])}
     saved: dict[fx.Node, None] = {}
     backward: set[fx.Node] = set()
@@ -171,18 +170,6 @@ def _boxed_module(module: fx.GraphModule, graph_pass: GraphPass) -> fx.GraphModu
     graph = schedule_pass(module.graph, graph_pass)
     graph.set_codegen(_BoxedCodeGen())
     return fx.GraphModule(module, graph)
-
-
-def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """These nodes and all that they are computed from."""
-    found: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
 
 
 def _is_recomputed(node: fx.Node, forward: set[fx.Node]) -> bool:

@@ -21,17 +21,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from autopar.runtime.lower.fx_nodes import (
+    WAIT,
+    ZERO3_GATHER,
+    ancestors_until,
+    block_and_recompute,
+    is_view,
+    starts_collective,
+)
 from autopar.runtime.lower.in_place import IN_PLACE_FORM, in_place_nodes
-
-ZERO3_GATHER = -2
-"""The block of nodes that gather ZeRO-3 parameters."""
-SEND_PREPARATION = -3
-"""The block of nodes that redistribute activations to the placements in which they are sent."""
+from autopar.runtime.lower.prefetch_gathers import prefetch_zero3_gathers
 
 TakeGradient = Callable[[int, Tensor, bool, bool], None]
 """Called with (position of the gradient, an addend of it, whether its memory may be taken over, whether it is the last)."""
 
-_WAIT = torch.ops._c10d_functional.wait_tensor.default
 _ALL_GATHER = torch.ops._c10d_functional.all_gather_into_tensor.default
 _ALL_GATHER_OUT = torch.ops._c10d_functional.all_gather_into_tensor_out.default
 
@@ -65,7 +68,8 @@ def schedule_pass(graph: fx.Graph, graph_pass: GraphPass) -> fx.Graph:
     for old, new in copies.items():
         new.meta = dict(old.meta)
     take = new_graph.placeholder("take") if graph_pass.gradients else None
-    order = _prefetch_zero3_gathers(_NodeScheduler(graph, graph_pass).run(), graph_pass)
+    order = _NodeScheduler(graph, graph_pass).run()
+    order = prefetch_zero3_gathers(order, graph_pass.inputs, is_backward=graph_pass.is_backward)
     last = {item.gradient: item for item in order if isinstance(item, GradientHandOver)}
     addends = [item.addend for item in order if isinstance(item, GradientHandOver)]
     in_place = in_place_nodes(
@@ -113,7 +117,7 @@ class _NodeScheduler:
             for position, node in graph_pass.gradients.items()
             for addend in _addends(node, graph_pass.inputs)
         ]
-        self.needed = _ancestors_until(
+        self.needed = ancestors_until(
             [
                 *(node for node in graph_pass.results if isinstance(node, fx.Node)),
                 *(addend for _, addend in self.addends),
@@ -170,7 +174,7 @@ class _NodeScheduler:
         while stack:
             for user in stack.pop().users:
                 if user in self.needed and user not in inside:
-                    if user not in self.graph_pass.recomputable and user.target is not _WAIT and not is_view(user):
+                    if user not in self.graph_pass.recomputable and user.target is not WAIT and not is_view(user):
                         return [node for node in user.all_input_nodes if node not in inside]
                     inside.add(user)
                     stack.append(user)
@@ -206,7 +210,7 @@ class _NodeScheduler:
         for node in nodes:
             if node in self.scheduled:
                 continue
-            if node.target is _WAIT:
+            if node.target is WAIT:
                 collectives += node.all_input_nodes
                 found.update(node.all_input_nodes)
             elif is_view(node) or _is_redistribution(node):
@@ -223,7 +227,7 @@ class _NodeScheduler:
 
     def _runs_when_read(self, node: fx.Node) -> bool:
         return (
-            node.target is _WAIT
+            node.target is WAIT
             or is_view(node)
             or block_and_recompute(node)[0] == ZERO3_GATHER
             or node in self.graph_pass.recomputable
@@ -283,91 +287,6 @@ class _EarlyItem:
     awaits_collective: bool
 
 
-def _prefetch_zero3_gathers(
-    order: list[fx.Node | GradientHandOver], graph_pass: GraphPass
-) -> list[fx.Node | GradientHandOver]:
-    """``order`` with the gathers of each block's parameters started where the block before it first waits for its own; those
-    of the first block together with its own first wait."""
-    positions = {item: at for at, item in enumerate(order) if isinstance(item, fx.Node)}
-    starts_of_block, first_wait = _zero3_gathers(order, positions, graph_pass)
-    moved: set[fx.Node] = set()
-    inserted: dict[int, list[fx.Node]] = {}
-    blocks = sorted(starts_of_block, key=lambda block: first_wait[block])
-    for before, block in zip([*blocks[:1], *blocks], blocks, strict=False):
-        target = first_wait[before]
-        for start in starts_of_block[block]:
-            preparation = _ancestors_until(
-                [start], [*graph_pass.inputs, *moved], lambda node: block_and_recompute(node)[0] == ZERO3_GATHER
-            )
-            preparation = {node for node in preparation if positions[node] >= target}  # others may read earlier ones
-            outside = _outside_inputs(preparation) - moved
-            if any(positions[node] >= target for node in outside if node in positions):
-                continue
-            inserted.setdefault(target, []).extend(sorted(preparation, key=positions.__getitem__))
-            moved |= preparation
-    new_order: list[fx.Node | GradientHandOver] = []
-    for at, item in enumerate(order):
-        new_order += inserted.get(at, [])
-        if not (isinstance(item, fx.Node) and item in moved):
-            new_order.append(item)
-    return new_order
-
-
-def _zero3_gathers(
-    order: list[fx.Node | GradientHandOver], positions: Mapping[fx.Node, int], graph_pass: GraphPass
-) -> tuple[dict[int, list[fx.Node]], dict[int, int]]:
-    """Block -> the nodes that start the gathers of its ZeRO-3 parameters, and block -> the position of its first wait for
-    them. A parameter that several blocks read counts for the one that runs first."""
-    starts_of_block: dict[int, list[fx.Node]] = {}
-    first_wait: dict[int, int] = {}
-    for node in order:
-        if not isinstance(node, fx.Node) or not starts_collective(node):
-            continue
-        if block_and_recompute(node)[0] == ZERO3_GATHER:
-            readers = _reading_blocks(node)
-            block = (max(readers) if graph_pass.is_backward else min(readers)) if readers else ZERO3_GATHER
-            starts_of_block.setdefault(block, []).append(node)
-            waits = [positions[user] for user in node.users if user in positions]
-            first_wait[block] = min([*waits, first_wait.get(block, len(order))])
-    return starts_of_block, first_wait
-
-
-def _outside_inputs(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The inputs of a set of nodes that are not in it."""
-    inside = set(nodes)
-    return {source for node in inside for source in node.all_input_nodes} - inside
-
-
-def _reading_blocks(start: fx.Node) -> set[int]:
-    """The blocks whose ops read the result of the gather started by ``start``."""
-    blocks, stack, seen = set(), [start], set()
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        block = block_and_recompute(node)[0]
-        if block == ZERO3_GATHER or node.target is _WAIT:
-            stack.extend(node.users)
-        elif block >= 0:
-            blocks.add(block)
-    return blocks
-
-
-def _ancestors_until(
-    nodes: Iterable[fx.Node], ends: Iterable[fx.Node], follow: Callable[[fx.Node], bool] = lambda node: True
-) -> set[fx.Node]:
-    """These nodes and all that they are computed from, without ``ends`` and what only ``ends`` are computed from; only nodes
-    that ``follow`` accepts."""
-    stop, found, stack = set(ends), set(), list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found and node not in stop and follow(node):
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
-
-
 def _addends(gradient: fx.Node, inputs: Sequence[fx.Node]) -> list[fx.Node]:
     """The addends of a gradient that is a sum which nothing else reads; else the gradient itself."""
     if (
@@ -387,25 +306,5 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(node.meta["val"].shape)
 
 
-def starts_collective(node: fx.Node) -> bool:
-    """Whether a node starts a collective of torch's functional ones; waiting for it is another node."""
-    return node.op == "call_function" and "_c10d_functional" in str(node.target) and node.target is not _WAIT
-
-
-def block_and_recompute(node: fx.Node) -> tuple[int, bool]:
-    """The block that a node was traced in (-1: none), and whether the backward recomputes it."""
-    custom = node.meta.get("custom", {})
-    return custom.get("block", -1), custom.get("recompute", False)
-
-
 def _is_redistribution(node: fx.Node) -> bool:
     return bool(node.meta.get("custom", {}).get("redistribution")) and not starts_collective(node)
-
-
-def is_view(node: fx.Node) -> bool:
-    """Whether a node's result is a view of its input, by the schema of its op."""
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None or not schema.returns:
-        return False
-    alias = schema.returns[0].alias_info
-    return alias is not None and not alias.is_write

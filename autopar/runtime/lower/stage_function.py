@@ -18,6 +18,7 @@ from autopar.core.placement import REPLICATE, Placements
 from autopar.core.plan import Recompute
 from autopar.graph.from_fx import output_tensors
 from autopar.graph.ir import Graph
+from autopar.runtime.lower.fx_nodes import SEND_PREPARATION, ZERO3_GATHER
 from autopar.runtime.lower.local_kernels import run_op
 from autopar.runtime.lower.local_op import KernelContext, LocalOp, ResultAndBuffers
 from autopar.runtime.lower.rank_mesh import RankMesh
@@ -29,7 +30,6 @@ from autopar.runtime.lower.redistribute_tensor import (
     redistribute_with_gradient,
     reduce_scatter_shards,
 )
-from autopar.runtime.lower.schedule_nodes import SEND_PREPARATION, ZERO3_GATHER
 from autopar.runtime.lower.stage_program import ParameterSharding, ProgramOp, ProgramRedistribution, StageProgram
 
 RANDOM_KEY = -1
