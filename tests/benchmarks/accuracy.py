@@ -218,7 +218,7 @@ def memory_lines(found: list[Outcome]) -> list[str]:
     by: dict[str, list[float]] = defaultdict(list)
     for one in found:
         if one.run.memory_bytes:
-            # what nvidia-smi shows holds context and communication buffers, what allocators count does not
+            # what nvidia-smi shows includes context and communication buffers, what allocators count does not
             said = one.memory_bytes if "nvidia-smi" in one.run.memory_kind else one.tensor_bytes
             by[one.run.set].append(said / one.run.memory_bytes - 1)
     for name, values in by.items():
@@ -238,7 +238,7 @@ def memory_lines(found: list[Outcome]) -> list[str]:
 
 def left_out_lines(timed: list[Outcome], pricers: Pricers) -> list[str]:
     """Per set the error as shipped, with the run's model left out of every fit, and with the whole set left out; how many runs
-    lie in intervals made of the other groups' left-out errors; and every fitted constant."""
+    are in intervals made of the other groups' left-out errors; and every fitted constant."""
     runs = [one.run for one in timed]
 
     def price(chosen: Sequence[Run], adjust: Callable[[Cluster], Cluster]) -> np.ndarray:
@@ -262,7 +262,7 @@ def left_out_lines(timed: list[Outcome], pricers: Pricers) -> list[str]:
 
 
 def interval_lines(runs: list[Run], errors: np.ndarray) -> list[str]:
-    """Intervals of measured / predicted with the model left out: what ``cost_tables/uncertainty.json`` holds."""
+    """Intervals of measured / predicted with the model left out: what ``cost_tables/uncertainty.json`` has."""
     classes: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for run, error in zip(runs, errors, strict=True):
         device = device_of(run)
@@ -277,15 +277,15 @@ def interval_lines(runs: list[Run], errors: np.ndarray) -> list[str]:
 
 
 def shortest(ratios: Sequence[float]) -> tuple[float, float]:
-    """The shortest interval that holds 90 % of the runs and one to come: ceil(0.9 (n + 1)) of n.
+    """The shortest interval that covers 90 % of the runs and one to come: ceil(0.9 (n + 1)) of n.
 
     >>> shortest([0.9, 1.0, 1.01, 1.02, 1.03, 1.04, 1.05, 1.06, 1.07, 1.3])
     (0.9, 1.3)
     """
-    held = min(math.ceil(0.9 * (len(ratios) + 1)), len(ratios))
+    num_covered = min(math.ceil(0.9 * (len(ratios) + 1)), len(ratios))
     ordered = sorted(ratios)
     return min(
-        ((ordered[at], ordered[at + held - 1]) for at in range(len(ordered) - held + 1)),
+        ((ordered[at], ordered[at + num_covered - 1]) for at in range(len(ordered) - num_covered + 1)),
         key=lambda ends: ends[1] - ends[0],
     )
 

@@ -36,12 +36,12 @@ def load_and_save(plan_json: bytes, source: str, target: str) -> int:
 
 
 def read_whole(folder: str) -> dict[str, torch.Tensor]:
-    """A checkpoint as whole tensors, in one process and by torch's own means."""
+    """A checkpoint as full tensors, read in one process by torch's own functions."""
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
     path = Path(folder) / (Path(folder) / "latest").read_text()
-    dcp_to_torch_save(path, path / "whole.pt")
-    found = torch.load(path / "whole.pt", weights_only=False)
+    dcp_to_torch_save(path, path / "full.pt")
+    found = torch.load(path / "full.pt", weights_only=False)
     flat = {f"model.{name}": tensor for name, tensor in found["model"].items()}
     for name, state in found["optimizer"].items():
         flat.update({f"optimizer.{name}.{key}": tensor for key, tensor in state.items()})

@@ -122,7 +122,7 @@ for step in range(1, 1000):
 
 @pytest.mark.slow
 def test_kill_during_save(tmp_path: Path) -> None:
-    """SIGKILL at a random moment of a loop of saves: the newest whole checkpoint can be read, and is the last or later."""
+    """SIGKILL at a random moment of a loop of saves: the newest complete checkpoint can be read, and is the last or later."""
     plan_file = tmp_path / "plan.json"
     plan_file.write_bytes(msgspec.json.encode(layout_plan(random_workload(SEED), "dp=1,mbs=4")))
     draw = random.Random(0)

@@ -1,7 +1,7 @@
 """Every plan trains with the same numbers as one process, and what is priced is what runs: losses, every gradient and the
 collectives of a step, on real gloo ranks.
 
-The whole matrix is ``slow``; the fast tier holds a sample of it in which each model and each kind of pipeline is there.
+The whole matrix is ``slow``; the fast tier has a sample of it with each model and each kind of pipeline.
 """
 
 import dataclasses
@@ -47,8 +47,8 @@ PIPELINES = ("1x2+2x2", "three", "four", "four-dp2", "interleaved", "interleaved
 
 
 def make_plan(workload: Workload, shape: str, zero: int, recompute: str, batch: int, sequence: bool = False) -> Plan:
-    """The plan of one point of the matrix; micro-batches of a quarter of the batch, ``sequence``: tensor-parallel ranks
-    share the sequence between their regions."""
+    """The plan of one point of the matrix, in micro-batches of a quarter of the batch; ``sequence``: sequence parallelism
+    between tensor-parallel regions."""
     micro = batch // 4
     sp = int(sequence)
     tail = f"zero={zero},recompute={recompute}"
@@ -112,7 +112,7 @@ def at_shape(name: str, shape: str) -> Model:
 
 def check(pool: Pool, name: str, shape: str, zero: int, recompute: str, mode: str = "lowered") -> None:
     one = at_shape(name, shape)
-    by_sequence = name not in ("moe", "wide-resnet")  # experts' groups and images are not cut by it
+    by_sequence = name not in ("moe", "wide-resnet")  # experts' groups and images are not sharded by it
     plan = make_plan(workload_of(one.workload), shape, zero, recompute, one.batch, by_sequence)
     found = pool.run(plan.gpus, parity.check_gradients, one.workload, msgspec.json.encode(plan), mode, one.classes)
     loss, parameter, error = parity.worst(found)
