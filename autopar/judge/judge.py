@@ -28,7 +28,7 @@ from autopar.judge.collective_list import list_collectives
 from autopar.judge.context import ModelContext, judged_blocks
 from autopar.judge.judge_mesh import JudgeMesh
 from autopar.judge.peak_memory import PeakMoment
-from autopar.judge.stage_price import JudgedStagePricer, PricedStage, is_manual
+from autopar.judge.stage_price import JudgedStage, JudgedStagePricer, is_manual
 from autopar.judge.step_items import step_items
 from autopar.judge.tied_parameter_price import tied_gradient_transfers
 from autopar.judge.transfer_price import StageTransfer, stage_transfers
@@ -154,7 +154,7 @@ def in_flight_microbatches(plan: Plan) -> tuple[int, ...]:
 
 def _judge_stage(
     plan: Plan,
-    priced_stage: PricedStage,
+    priced_stage: JudgedStage,
     cluster: Cluster,
     in_flight: int,
     transfers: tuple[StageTransfer, StageTransfer],

@@ -19,7 +19,7 @@ def is_manual(plan: Plan) -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PricedStage:
+class JudgedStage:
     """The blocks of a stage in order, and the peak of its backward."""
 
     block_prices: list[BlockPrice]
@@ -33,7 +33,7 @@ class JudgedStagePricer:
         self._plan, self._context = plan, context
         self._price_cache: dict[tuple[object, ...], BlockPrice] = {}
 
-    def price_stage(self, stage: StagePlan, blocks: Sequence[JudgedBlock], mesh: JudgeMesh) -> PricedStage:
+    def price_stage(self, stage: StagePlan, blocks: Sequence[JudgedBlock], mesh: JudgeMesh) -> JudgedStage:
         """All ``blocks`` of one stage; CheckError where their programs contradict themselves."""
         graph = self._context.graph
         conflicting_axes = find_conflicting_axes(graph, blocks)
@@ -71,7 +71,7 @@ class JudgedStagePricer:
             read = [price.read_in_backward for price in prices]
             tied = tied_redistributions(graph, blocks, read, conflicting_axes, mesh)
             prices = [_with_parameter_collectives(price, steps) for price, steps in zip(prices, tied, strict=True)]
-        return PricedStage(block_prices=prices, peak=peak)
+        return JudgedStage(block_prices=prices, peak=peak)
 
     def _price_block(
         self,

@@ -123,7 +123,7 @@ def jacobian(runs: Sequence[Run], base_s: Floats, price: Price) -> Floats:
 
 
 def side_by_side(tasks: Sequence[Callable[[], Floats]], workers: int = 2) -> list[Floats]:
-    """Results of tasks, shared among forked processes, which have at hand all that this one has traced."""
+    """Results of tasks, shared among forked processes, which inherit all that this one has traced."""
     context = multiprocessing.get_context("fork")
     pipes = [context.Pipe(duplex=False) for _ in range(workers)]
 

@@ -20,10 +20,10 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from autopar.core.errors import AutoparError
 from autopar.runtime.trainer import Trainer
+from tests.distributed.checkpoint_runs import SEED, trainer_and_batch
 from tests.distributed.plans import layout_plan
 from tests.distributed.pool import Pool
 from tests.distributed.random_models import random_workload
-from tests.distributed.test_checkpoint import SEED, _trainer
 from tests.hostile import Call
 
 Damage = Callable[[Path], object]
@@ -200,7 +200,7 @@ def attempt(trainer: Trainer, folder: Path) -> tuple[str, bool]:
 
 def load_damaged(plan_json: bytes, folder: str) -> dict[str, tuple[str, bool]]:
     """What comes of loading each damaged checkpoint, and at last of the undamaged one."""
-    trainer, batch = _trainer(plan_json)
+    trainer, batch = trainer_and_batch(plan_json)
     whole = Path(folder) / "whole"
     trainer.step(batch)
     trainer.save(whole, 1)
@@ -264,7 +264,7 @@ def test_torch_itself_runs_what_is_refused(damage: Damage, pool: Pool, tmp_path:
 
 
 def load_by_torch(plan_json: bytes, folder: str, damage: Damage) -> None:
-    trainer, _ = _trainer(plan_json)
+    trainer, _ = trainer_and_batch(plan_json)
     trainer.save(folder, 2)
     path = Path(folder) / "step-2"
     damage(path)

@@ -18,10 +18,10 @@ from autopar.core.plan import Plan
 from autopar.runtime.agreement import check_world
 from autopar.runtime.apply import build_trainer
 from tests.distributed import parity
+from tests.distributed.checkpoint_runs import read_whole
 from tests.distributed.plans import layout_plan
 from tests.distributed.pool import Pool
 from tests.distributed.random_models import random_workload
-from tests.distributed.test_checkpoint import read_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED = 6
@@ -110,9 +110,9 @@ def test_killed_rank() -> None:
 SAVER = """
 import sys, msgspec, torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
-from tests.distributed.test_checkpoint import _trainer
+from tests.distributed.checkpoint_runs import trainer_and_batch
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-trainer, batch = _trainer(open(sys.argv[2], "rb").read())
+trainer, batch = trainer_and_batch(open(sys.argv[2], "rb").read())
 for step in range(1, 1000):
     trainer.step(batch)
     trainer.save(sys.argv[3], step)

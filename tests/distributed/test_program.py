@@ -15,8 +15,8 @@ from autopar.runtime.lower.build_programs import build_programs
 from autopar.runtime.lower.lowered_collectives import count_lowered_collectives
 from autopar.runtime.lower.op_sharding import replicate_unit_axes
 from tests.distributed import parity
+from tests.distributed.parity_models import MODELS, make_plan
 from tests.distributed.pool import Pool
-from tests.distributed.test_parity import MODELS, make_plan
 
 
 @pytest.mark.parametrize("name", list(MODELS))

@@ -10,11 +10,11 @@ from autopar.core.plan import Plan
 from autopar.runtime.count_collectives import collective_differences, counts_of_stages
 from tests.distributed import parity
 from tests.distributed.once import workload_of
+from tests.distributed.parity_models import MODELS
 from tests.distributed.pool import Pool
 from tests.distributed.random_models import random_workload
 from tests.distributed.random_plans import random_plan
 from tests.distributed.random_searches import searched_plan
-from tests.distributed.test_parity import MODELS
 
 TOLERANCE = 1e-9  # in fp64, where a wrong addend shows and rounding does not
 

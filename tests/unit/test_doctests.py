@@ -15,7 +15,6 @@ MODULES = [
 ]
 
 
-@pytest.mark.xfail(strict=False, reason="examples are being brought to today's names, folder by folder")
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_print_what_they_say(name: str) -> None:
     module = importlib.import_module(name)

@@ -6,8 +6,6 @@ Everything is read from the syntax trees of ``autopar/``; nothing is imported.
 import ast
 from collections.abc import Iterator
 
-import pytest
-
 from tests.conftest import ROOT
 
 MAX_POSITIONAL_PARAMETERS = 6
@@ -65,7 +63,6 @@ def num_positional_parameters(function: Function, owner: ast.ClassDef | None) ->
     return len(arguments) - bool(bound and arguments)
 
 
-@pytest.mark.xfail(strict=False, reason="the last docstrings are being written, folder by folder")
 def test_everything_public_has_a_docstring() -> None:
     missing = []
     for path, tree in trees():
@@ -78,7 +75,6 @@ def test_everything_public_has_a_docstring() -> None:
     assert not missing, "\n".join(missing)
 
 
-@pytest.mark.xfail(strict=False, reason="long argument lists are being made keyword-only, folder by folder")
 def test_no_function_takes_more_than_six_positional_parameters() -> None:
     found = []
     for path, tree in trees():
@@ -91,7 +87,6 @@ def test_no_function_takes_more_than_six_positional_parameters() -> None:
     assert not found, "\n".join(found)
 
 
-@pytest.mark.xfail(strict=False, reason="large classes are being split, folder by folder")
 def test_no_class_is_longer_than_200_lines() -> None:
     found = []
     for path, tree in trees():
@@ -103,7 +98,6 @@ def test_no_class_is_longer_than_200_lines() -> None:
     assert not found, "\n".join(found)
 
 
-@pytest.mark.xfail(strict=False, reason="large files are being split, folder by folder")
 def test_no_file_is_longer_than_400_lines() -> None:
     counts = {path: len((ROOT / path).read_text().splitlines()) for path, _ in trees()}
     found = [f"{path} has {lines} lines" for path, lines in counts.items() if lines > MAX_FILE_LINES]
@@ -134,7 +128,6 @@ def test_the_walls_see_what_they_are_for() -> None:
     assert undocumented == ["Scale.forward", "Nouns", "Nouns.method", "Nouns.size", "many"]
 
 
-@pytest.mark.xfail(strict=False, reason="tests/distributed still shares models through two test modules")
 def test_no_test_module_imports_another() -> None:
     modules = {path: ast.parse(path.read_text()) for path in sorted((ROOT / "tests").rglob("*.py"))}
     found = []

@@ -88,8 +88,10 @@ def test_no_way_to_run_a_stage_is_below_its_bound(blocks, budget_mib, num_microb
 
 
 def test_what_cannot_fit_is_known_before_any_price(blocks):
-    held = (4, 3, 2, 1)[::-1]
-    lean = [StageCostTables(stage_costs(blocks, 8, mib), SIZES).can_any_pipeline_fit(held) for mib in (200, 900, 4000)]
+    in_flight = (4, 3, 2, 1)[::-1]
+    lean = [
+        StageCostTables(stage_costs(blocks, 8, mib), SIZES).can_any_pipeline_fit(in_flight) for mib in (200, 900, 4000)
+    ]
     assert not lean[0]
     assert lean[-1]
     assert lean == sorted(lean)
