@@ -36,10 +36,10 @@ def unequal_plan(workload: Workload, layouts: Sequence[str], *, batch: int = 8, 
     """A pipeline whose stage k runs as layout k, which must have one stage and the same micro-batch size each."""
     plans = [layout_plan(workload, layout, batch=batch, dtype=dtype) for layout in layouts]
     assert len({plan.micro_batch_size for plan in plans}) == 1, "the stages' micro-batches differ"
-    blocks = plans[0].stages[0].blocks
+    num_blocks = len(plans[0].stages[0].blocks)
     programs, stages, device = [], [], 0
     for at, plan in enumerate(plans):
-        first, end = at * len(blocks) // len(plans), (at + 1) * len(blocks) // len(plans)
+        first, end = at * num_blocks // len(plans), (at + 1) * num_blocks // len(plans)
         blocks = [
             msgspec.structs.replace(block, program=f"s{at}.{block.program}")
             for block in plan.stages[0].blocks[first:end]

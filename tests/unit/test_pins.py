@@ -73,7 +73,7 @@ def test_the_data_axis_says_what_is_stored_sharded(model: TracedModel) -> None:
     [
         ("layer.*.qkv.weight", "RS(0)", r"no parameter matches; the closest names are .*layers\.\*"),
         ("layers.2.mlp.fc1.weight", "RS(0)", "but not layers.0.mlp.fc1.weight in an equal block"),
-        ("layers.*.mlp.fc1.weight", "RP", "a parameter is no partial sum"),
+        ("layers.*.mlp.fc1.weight", "RP", "no parameter is a partial sum"),
         ("layers.*.mlp.fc1.weight", "", "for each mesh axis"),
     ],
 )

@@ -174,7 +174,7 @@ def test_what_a_layer_saves_and_recomputes_is_what_torch_does(model_file: Path) 
     assert three_bytes - two_bytes == by_hand
     assert saved[1] - saved[0] == by_hand
 
-    graph = prices.graph
+    graph = prices.model.graph
     blocks, profile = split_into_blocks(graph), profile_graph(graph)
     selective_saved = SelectiveSaved.by_operation(
         graph, profile, blocks, ExecutionModel(dtype="float32", selective_policy="products")
@@ -196,7 +196,7 @@ def test_the_judge_finds_the_same(model_file: Path, text: str) -> None:
     prices = pricer(model_file, 2)
     plan = prices.plan(prices.price(parse_layout(text)), 0.0)
     assert plan.execution.selective == "products"
-    assert not list(differences(plan, judge(plan, prices.graph, prices.blocks, prices.cluster, prices.profile)))
+    assert not list(differences(plan, judge(plan, prices.model.graph, prices.model.blocks, prices.cluster, prices.model.profile)))
 
 
 def test_only_layouts_of_fsdp_select_by_operation(model_file: Path) -> None:

@@ -212,7 +212,7 @@ def test_the_command_line_prints_the_estimate(capsys: pytest.CaptureFixture[str]
     assert "prefill time" in capsys.readouterr().out
     for extra, message in (
         (["decode", "--tokens", "1e9"], "--tokens belong to training"),
-        (["prefill", "--context", "10"], "--context is of decode"),
+        (["prefill", "--context", "10"], "--context is for --mode decode"),
         (["train", "--kv-cache", "int8", "--global-batch", "4"], "--kv-cache belong to inference"),
     ):
         assert run([*words, *extra]) == 2
