@@ -2,7 +2,7 @@
 
 Counted: matmuls, convolutions, attention over the full s^2 square, forward and backward, 2 FLOPs per multiply-add. Not
 counted: recomputation, the scores that flash attention recomputes (its backward is twice its forward here), gathers,
-element-wise work. For a GPT of L layers, width h, sequence s and vocabulary V (Narayanan et al. SC'21, appendix,
+element-wise work, products with a vector. A convolution counts the taps of its kernel that fall on padding. For a GPT of L layers, width h, sequence s and vocabulary V (Narayanan et al. SC'21, appendix,
 without recomputation) a step of B samples is
 
     72 B s L h^2 (1 + s / 6h + V / 12Lh)
