@@ -154,9 +154,9 @@ def split(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardi
     return labels.build([dims], parts, compute="free", **PASSES_PARTIAL)
 
 
-def slice_select_or_pad(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
-    """slice, narrow, pad: dims that change their size cannot be sharded, the others are parallel. select: the dim that
-    goes cannot be sharded."""
+def slice_or_select(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
+    """slice, narrow: dims that change their size cannot be sharded, the others are parallel. select: the dim that goes
+    cannot be sharded."""
     shape, target = inputs[0].shape, outputs[0].shape
     labels = ShardingRuleBuilder()
     if len(shape) == len(target):
@@ -168,6 +168,22 @@ def slice_select_or_pad(op: Op, inputs: Sequence[Value], outputs: Sequence[Value
         dims = labels.labels_of(shape, replicated={selected})
         out = (*dims[:selected], *dims[selected + 1 :])
     return labels.build([dims], [out], compute="free", **PASSES_PARTIAL)
+
+
+def pad(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
+    """pad(x, (before last, after last, before second to last, ...), mode, value): dims that are padded cannot be sharded,
+    even where what is added at one end equals what is removed at the other. Partial sums pass unless the padding is a
+    constant other than 0, which every rank would add."""
+    rank = len(inputs[0].shape)
+    amounts = op.argument(1, "pad", ())
+    padded = {rank - 1 - position // 2 for position, amount in enumerate(amounts) if amount}
+    is_constant = op.packet == "constant_pad_nd" or op.argument(2, "mode", "constant") == "constant"
+    value = op.argument(2 if op.packet == "constant_pad_nd" else 3, "value", None)
+    labels = ShardingRuleBuilder()
+    dims = labels.labels_of(inputs[0].shape, replicated=padded)
+    out = labels.labels_like(outputs[0].shape, dims, replicated=padded)
+    passes_partial = not (is_constant and value)
+    return labels.build([dims], [out], compute="free", passes_partial_gradient=True, passes_partial=passes_partial)
 
 
 def slice_scatter(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
