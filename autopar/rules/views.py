@@ -66,11 +66,14 @@ def _movedim_order(rank: int, sources: int | tuple[int, ...], targets: int | tup
 
 
 def copy_or_cast(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
-    """clone, contiguous, alias, detach, to: the output has the dims of the input."""
+    """clone, contiguous, alias, detach, to: the output has the dims of the input. Partial sums pass where nothing is
+    rounded to an integer or a truth value."""
     labels = ShardingRuleBuilder()
     dims = labels.labels_of(inputs[0].shape)
     sides = [broadcast_labels(value.shape, inputs[0].shape, dims) for value in inputs]
-    linear = len(inputs) == 1 and inputs[0].dtype.startswith(("float", "bfloat"))
+    linear = len(inputs) == 1 and all(
+        value.dtype.startswith(("float", "bfloat", "complex")) for value in (*inputs, *outputs)
+    )
     passing = PASSES_PARTIAL if linear else {}
     return labels.build(sides, [dims], pointwise=op.target.startswith("aten.to"), **passing)
 

@@ -182,6 +182,13 @@ CASES: dict[str, tuple[Forward, tuple[int, ...], tuple[int, ...], int]] = {
     "written": (
         lambda x, t, w, b: x.slice_scatter(x[:, :2] * b, 1, 0, 2) + x.select_scatter(x[:, 1] * b, 1, 0), (4, 8), (1,), 8,
     ),
+    "scaled": (lambda x, t, w, b: -(x * 2.0) * b + torch.true_divide(x, 3.0), (4, 8), (1,), 8),
+    "division_down": (lambda x, t, w, b: torch.div(x, 3.0, rounding_mode="floor") * b + x, (4, 8), (1,), 8),
+    "division_to_zero": (lambda x, t, w, b: torch.div(x, 0.3, rounding_mode="trunc") * b + x, (4, 8), (1,), 8),
+    "divided_by_floor": (lambda x, t, w, b: (x.detach() // 0.3) * b + x, (4, 8), (1,), 8),
+    "remainders": (lambda x, t, w, b: (x % 0.3) * b + x.fmod(0.3), (4, 8), (1,), 8),
+    "to_integer": (lambda x, t, w, b: x.to(torch.int32) * b + x, (4, 8), (1,), 8),
+    "to_truth": (lambda x, t, w, b: x.to(torch.bool).to(x.dtype) * b + x, (4, 8), (1,), 8),
     "logical": (lambda x, t, w, b: x * ((x > 0) & (x < 1) | x.isnan()).to(x.dtype) * b, (4, 8), (1,), 8),
 }  # fmt: skip
 
