@@ -55,6 +55,8 @@ CASES: dict[str, tuple[Forward, tuple[int, ...], tuple[int, ...], int]] = {
     "mse": (lambda x, t, w, b: F.mse_loss(x * b, (x * b).detach() + 1), (4, 8), (1,), 8),
     "mean": (lambda x, t, w, b: (x * b).mean((1, 2)), (4, 8), (1,), 8),
     "mean_all": (lambda x, t, w, b: (x * b).mean(), (4, 8), (1,), 8),
+    "mean_of_no_dim": (lambda x, t, w, b: x.mean(dim=()) * b, (4, 8), (1,), 8),
+    "sum_of_no_dim": (lambda x, t, w, b: x.sum(dim=()) * b + x.sum(dim=(), keepdim=True), (4, 8), (1,), 8),
     "mean_keep": (lambda x, t, w, b: x * x.mean(-1, keepdim=True), (4, 8), (1,), 8),
     "amax": (lambda x, t, w, b: x.amax(1) * b, (4, 8), (1,), 8),
     "bias": (lambda x, t, w, b: F.linear(x, w, b), (4, 8), (12, 8), 12),
