@@ -100,6 +100,5 @@ def grid_sample(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> Op
 def channel_shuffle(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
     """Permutes the channels; samples and space are independent."""
     labels = ShardingRuleBuilder()
-    batch, channels, *space = labels.labels_of(inputs[0].shape)
-    labels.kinds[channels] = "replicated"
-    return labels.build([(batch, channels, *space)], [(batch, channels, *space)])
+    dims = labels.labels_of(inputs[0].shape, replicated={1})
+    return labels.build([dims], [dims])

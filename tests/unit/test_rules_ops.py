@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autopar.graph.trace import TracedGraph, trace
+from autopar.rules.registry import sharding_rule
 from autopar.workload import Workload
 from tests.unit.test_rules_models import wrong_options
 
@@ -229,3 +230,11 @@ def test_every_option_of_the_op(name: str) -> None:
     assert tried > 5
     assert not faults, "\n".join(faults[:6])
     assert not unknown
+
+
+def test_a_shuffle_of_one_channel_shards_all_of_space() -> None:
+    graph = traced(lambda x, t, w, b: F.channel_shuffle(x[:, :1], 1) * b, (4, 6, 6), (1,), 6).graph
+    (op,) = [op for op in graph.ops if op.packet == "channel_shuffle"]
+    rule = sharding_rule(op, graph.values)
+    batch, _, *space = rule.output_labels[0]
+    assert [rule.label_kinds[label] for label in (batch, *space)] == ["parallel"] * 3
