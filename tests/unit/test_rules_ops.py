@@ -109,6 +109,7 @@ CASES: dict[str, tuple[Forward, tuple[int, ...], tuple[int, ...], int]] = {
     "squeeze": (lambda x, t, w, b: x.mean(1, keepdim=True).squeeze(1) * b, (4, 8), (1,), 8),
     "rows": (lambda x, t, w, b: x * w[t], (8,), (8, 8), 1),
     "padded_embedding": (lambda x, t, w, b: x * F.embedding(t, w, padding_idx=1), (8,), (8, 8), 1),
+    "embedding_by_frequency": (lambda x, t, w, b: x * F.embedding(t, w, scale_grad_by_freq=True), (8,), (8, 8), 1),
     "one_hot": (lambda x, t, w, b: x * F.one_hot(t, 8), (8,), (1,), 1),
     "gather": (lambda x, t, w, b: x.gather(1, t.unsqueeze(1)), (8,), (1,), 1),
     "scatter": (lambda x, t, w, b: torch.zeros_like(x).scatter(2, x.argmax(-1, True), 1.0) * b + x, (4, 8), (1,), 8),
