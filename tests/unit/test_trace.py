@@ -370,6 +370,8 @@ class Faulty(nn.Module):
             x = torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))
         if self.kind == "parameter":
             self.linear.weight.data.mul_(0.9)
+        if self.kind == "norm":
+            x = torch.nn.functional.embedding((x > 0).long(), self.linear.weight, max_norm=1.0)
         if self.kind == "random":
             x = x + torch.normal(0.0, x.abs() + 1)
         if self.kind == "alpha":
@@ -389,6 +391,7 @@ class Faulty(nn.Module):
         ("loop", ["operations at batch 808", "loop over the samples", "test_trace.py"]),
         ("cond", ["higher-order operation cond", "test_trace.py"]),
         ("parameter", ["modifies a parameter", "aten.mul_", "test_trace.py"]),
+        ("norm", ["modifies a parameter", "test_trace.py", "without max_norm"]),
         ("slots", ["proportion", "test_trace.py"]),
         ("random", ["aten.normal", "test_trace.py", "draws random numbers", "torch.nn.functional.dropout"]),
         ("alpha", ["aten.alpha_dropout", "test_trace.py", "draws random numbers"]),
