@@ -160,31 +160,44 @@ def grouped_mm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpS
 
 
 def attention(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
-    """q[..., h, q, d], k[..., g, s, d], v[..., g, s, d], mask: g key/value heads each serve h / g query heads.
+    """q[..., h, q, d], k[..., g, s, d], v[..., g, s, d], mask: g key/value heads each serve h / g query heads. Other leading
+    dims, heads included, may be missing or broadcast.
 
     Queries may be sharded by position: keys and values are then replicated, which prices the gather of context
     parallelism. Local form of sharded queries under a causal mask: the mask starts at the position of the rank's first
     query.
     """
-    query, key = inputs[0].shape, inputs[1].shape
+    query, key, result = inputs[0].shape, inputs[1].shape, outputs[0].shape
     labels = ShardingRuleBuilder()
-    lead = labels.labels_of(query[:-3])
-    heads, q = labels.new_label(), labels.new_label()
+    lead = labels.labels_of(result[:-3])
+    heads = (labels.new_label(),) if len(result) > 2 else ()
+    q = labels.new_label()
     s, d, dv = (labels.new_label("replicated") for _ in range(3))
     kv_heads = heads
     groups: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
     sizes: tuple[tuple[int, int], ...] = ()
-    if key[-3] != query[-3]:
-        kv_heads, repeat = labels.new_label(), labels.new_label()
-        groups = (((heads,), (kv_heads, repeat)),)
+    has_groups = bool(heads) and len(query) == len(key) and key[-3] < query[-3]
+    if has_groups:
+        kv_heads, repeat = (labels.new_label(),), labels.new_label()
+        groups = ((heads, (*kv_heads, repeat)),)
         sizes = ((repeat, query[-3] // key[-3]),)
-    sides = [(*lead, heads, q, d), (*lead, kv_heads, s, d), (*lead, kv_heads, s, dv)]
-    scores = (*query[:-1], key[-2])
-    sides += [broadcast_labels(mask.shape, scores, (*lead, heads, q, s)) for mask in inputs[3:]]
-    roles = (*((label, "b") for label in lead if label != NO_LABEL), (heads, "h"), (q, "q"), (s, "k"), (d, "d"))
+
+    def leading(shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Labels of all dims of a tensor but its last two."""
+        if shape[:-2] == result[:-2]:
+            return (*lead, *heads)
+        if has_groups and shape[-3:-2] == key[-3:-2]:
+            return (*broadcast_labels(shape[:-3], result[:-3], lead), *kv_heads)
+        return broadcast_labels(shape[:-2], result[:-2], (*lead, *heads))
+
+    sides = [(*leading(query), q, d), (*leading(key), s, d), (*leading(inputs[2].shape), s, dv)]
+    scores = (*result[:-1], key[-2])
+    sides += [broadcast_labels(mask.shape, scores, (*lead, *heads, q, s)) for mask in inputs[3:]]
+    batch_roles = (*((label, "b") for label in lead if label != NO_LABEL), *((label, "h") for label in heads))
+    roles = (*batch_roles, (q, "q"), (s, "k"), (d, "d"))
     return labels.build(
         sides,
-        [(*lead, heads, q, dv)],
+        [(*lead, *heads, q, dv)],
         compute="attention",
         roles=roles,
         view_groups=groups,

@@ -92,6 +92,27 @@ CASES: dict[str, tuple[Forward, tuple[int, ...], tuple[int, ...], int]] = {
         ).transpose(1, 2).reshape(-1, 8, 16),
         (8, 12), (48, 12), 1,
     ),
+    "attention_without_batch": (lambda x, t, w, b: F.scaled_dot_product_attention(w, w, w).sum() * x, (8,), (6, 8), 1),
+    "attention_without_batch_masked": (
+        lambda x, t, w, b: F.scaled_dot_product_attention(w, w * 2, w, attn_mask=w @ w.T).sum() * x, (8,), (6, 8), 1,
+    ),
+    "attention_without_heads": (lambda x, t, w, b: F.scaled_dot_product_attention(x, x, x * b), (6, 8), (1,), 8),
+    "attention_of_more_dims": (
+        lambda x, t, w, b: F.scaled_dot_product_attention(x[:, None], x[:, None] * b, x[:, None], is_causal=True),
+        (4, 6, 8), (1,), 8,
+    ),
+    "attention_to_shared_keys": (
+        lambda x, t, w, b: F.scaled_dot_product_attention(
+            x.unflatten(-1, (4, 4)).transpose(1, 2), w[None, None], w[None, None] * b
+        ),
+        (8, 16), (6, 4), 4,
+    ),
+    "attention_of_shared_queries": (
+        lambda x, t, w, b: F.scaled_dot_product_attention(
+            w[None, None], *(x.unflatten(-1, (4, 4)).transpose(1, 2) * scale for scale in (2, b))
+        ),
+        (8, 16), (6, 4), 4,
+    ),
     "slice": (lambda x, t, w, b: x[:, 1:5] * b, (8, 8), (1,), 8),
     "slice_to_one": (lambda x, t, w, b: x[:, :1] + x, (8, 8), (1,), 8),
     "select": (lambda x, t, w, b: x[:, 0] * b, (8, 8), (1,), 8),

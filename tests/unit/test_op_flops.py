@@ -131,3 +131,11 @@ def test_a_bilinear_layer_sums_over_both_inputs_and_each_of_three_gradients_like
     inputs = (InputRef(0), InputRef(1), InputRef(2), None)
     shapes = ((2, 3), (2, 4), (5, 3, 4))
     assert flops("aten.bilinear.default", shapes, inputs, (True,) * 3) == (expected, 3 * expected)
+
+
+def test_attention_to_keys_that_all_samples_share_runs_for_every_sample() -> None:
+    expected = 2 * 2 * sum(1 for _ in indices(2, 3, 4, 5, 6))
+    inputs = (InputRef(0), InputRef(1), InputRef(2))
+    for query, key in (((2, 3, 4, 6), (1, 1, 5, 6)), ((1, 1, 4, 6), (2, 3, 5, 6))):
+        target = "aten.scaled_dot_product_attention.default"
+        assert flops(target, (query, key, key), inputs, (True,) * 3)[0] == expected
