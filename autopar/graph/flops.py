@@ -45,8 +45,8 @@ def model_flops(graph: Graph, batch_size: int, profiles: Sequence[OpProfile]) ->
         kind = arithmetic_kind(op)
         op_forward = flops_at_batch(profile.forward_flops, graph.batch, batch_size)
         op_backward = flops_at_batch(profile.backward_flops, graph.batch, batch_size)
-        if kind == "attention":
-            op_backward = op_backward * 4 // 5  # of five matmuls, one recomputes the scores
+        if kind == "attention" and op_backward:
+            op_backward = 2 * op_forward  # the kernel's fifth matmul recomputes the scores
         forward += op_forward
         backward += op_backward
         parts[kind] += op_forward + op_backward

@@ -140,15 +140,15 @@ def attention_flops(
     """FLOPs of a flash attention kernel over the full (sq, skv) square; ``query`` is (b, h, sq, d), ``key`` (b, hk,
     skv, d), ``value`` (b, hk, skv, dv).
 
-    The forward is two matmuls, 2 b h sq skv (d + dv); the backward five, 2.5 times as much, as it recomputes the scores
-    (Dao et al. 2022, section 3.1). A causal mask is not discounted.
+    The forward is two matmuls, 2 b h sq skv (d + dv); the backward five, 2 b h sq skv (3 d + 2 dv), as it recomputes the
+    scores (Dao et al. 2022, section 3.1). A causal mask is not discounted.
 
     >>> attention_flops((1, 2, 8, 4), (1, 2, 8, 4), (1, 2, 8, 4))
     2048
     """
     batch_heads, (length, width) = prod(query[:-2]), query[-2:]
-    forward = 2 * batch_heads * length * key[-2] * (width + value[-1])
-    return forward * 5 // 2 if backward else forward
+    scores, sums = (3, 2) if backward else (1, 1)
+    return 2 * batch_heads * length * key[-2] * (scores * width + sums * value[-1])
 
 
 def grouped_matmul_flops(left: tuple[int, ...], right: tuple[int, ...]) -> int:

@@ -133,6 +133,18 @@ def test_a_bilinear_layer_sums_over_both_inputs_and_each_of_three_gradients_like
     assert flops("aten.bilinear.default", shapes, inputs, (True,) * 3) == (expected, 3 * expected)
 
 
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 2, 3)])
+def test_attention_has_the_multiply_adds_of_scores_and_weighted_sums_whatever_dims_lead(lead: Shape) -> None:
+    queries, keys, width, value_width = 4, 5, 6, 2
+    scores = sum(1 for _ in indices(*lead, queries, keys, width))
+    sums = sum(1 for _ in indices(*lead, queries, keys, value_width))
+    shapes = ((*lead, queries, width), (*lead, keys, width), (*lead, keys, value_width))
+    inputs = (InputRef(0), InputRef(1), InputRef(2))
+    forward, backward = flops("aten.scaled_dot_product_attention.default", shapes, inputs, (True,) * 3)
+    assert forward == 2 * (scores + sums)
+    assert backward == 2 * (3 * scores + 2 * sums)
+
+
 def test_attention_to_keys_that_all_samples_share_runs_for_every_sample() -> None:
     expected = 2 * 2 * sum(1 for _ in indices(2, 3, 4, 5, 6))
     inputs = (InputRef(0), InputRef(1), InputRef(2))
