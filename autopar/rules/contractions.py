@@ -207,36 +207,39 @@ def attention(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpSh
 
 
 def convolution(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
-    """x[b, c_in, ...], w[c_out, c_in / groups, ...], bias[c_out] -> [b, c_out, ...]; space is not sharded (halos).
+    """x[b, c_in, ...], w[c_out, c_in / groups, ...], bias[c_out] -> [b, c_out, ...], or without b; space is not sharded
+    (halos).
 
-    Local form: along c_in the bias is added on the first rank only; along the channels of a depthwise convolution a rank
-    has as many groups as channels."""
+    Local form: along c_in the bias is added on the first rank only; along the channels of a depthwise convolution of
+    samples a rank has as many groups as channels."""
     num_groups = op.argument(6, "groups", 1)
+    num_spatial = len(inputs[1].shape) - 2
     local_form: tuple[int, ...]
     labels = ShardingRuleBuilder()
-    batch = labels.new_label()
-    space = labels.labels_of(inputs[0].shape[2:], "replicated")
-    out_space = labels.labels_of(outputs[0].shape[2:], "replicated")
+    batch = (labels.new_label(),) if len(inputs[0].shape) > num_spatial + 1 else ()
+    channels = inputs[0].shape[-num_spatial - 1]
+    space = labels.labels_of(inputs[0].shape[-num_spatial:], "replicated")
+    out_space = labels.labels_of(outputs[0].shape[-num_spatial:], "replicated")
     kernel = labels.labels_of(inputs[1].shape[2:], "replicated")
     c_out = labels.new_label()
     if num_groups == 1:
         c_in = labels.new_label("sum")
-        sides = [(batch, c_in, *space), (c_out, c_in, *kernel), (c_out,)]
+        sides = [(*batch, c_in, *space), (c_out, c_in, *kernel), (c_out,)]
         local_form = (c_in,) if len(inputs) > 2 else ()
-    elif num_groups == inputs[0].shape[1] == outputs[0].shape[1]:
+    elif batch and num_groups == channels == outputs[0].shape[1]:
         c_in = NO_LABEL
-        sides = [(batch, c_out, *space), (c_out, NO_LABEL, *kernel), (c_out,)]
+        sides = [(*batch, c_out, *space), (c_out, NO_LABEL, *kernel), (c_out,)]
         local_form = (c_out,)
     else:
         c_in = labels.new_label("replicated")
         labels.kinds[c_out] = "replicated"
-        sides = [(batch, c_in, *space), (c_out, labels.new_label("replicated"), *kernel), (c_out,)]
+        sides = [(*batch, c_in, *space), (c_out, labels.new_label("replicated"), *kernel), (c_out,)]
         local_form = ()
     ks = tuple((label, "k") for label in (c_in, *kernel) if label != NO_LABEL)
-    ms = tuple((label, "m") for label in (batch, *out_space) if label != NO_LABEL)
+    ms = tuple((label, "m") for label in (*batch, *out_space) if label != NO_LABEL)
     return labels.build(
         sides[: len(inputs)],
-        [(batch, c_out, *out_space)],
+        [(*batch, c_out, *out_space)],
         compute="matmul",
         roles=(*ms, (c_out, "n"), *ks),
         local_form_labels=local_form,

@@ -137,8 +137,8 @@ def one_hot(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShar
 
 
 def flip_roll_or_tril(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
-    """flip, roll, tril, triu, repeat_interleave by a number: the dims acted on cannot be sharded, the others are
-    parallel."""
+    """flip, roll, tril, triu, repeat_interleave by a number or by a vector, which is replicated: the dims acted on cannot be
+    sharded, the others are parallel."""
     name = op.packet
     rank = len(inputs[0].shape)
     if name in ("tril", "triu"):
@@ -151,4 +151,5 @@ def flip_roll_or_tril(op: Op, inputs: Sequence[Value], outputs: Sequence[Value])
     labels = ShardingRuleBuilder()
     dims = labels.labels_of(inputs[0].shape, replicated=acted)
     out = labels.labels_like(outputs[0].shape, dims, replicated=acted)
-    return labels.build([dims], [out], passes_partial_gradient=True, passes_partial=True)
+    counts = [labels.labels_of(value.shape, "replicated") for value in inputs[1:]]
+    return labels.build([dims, *counts], [out], passes_partial_gradient=True, passes_partial=not counts)

@@ -140,6 +140,9 @@ CASES: dict[str, tuple[Forward, tuple[int, ...], tuple[int, ...], int]] = {
     "masked": (lambda x, t, w, b: torch.where(x > 0, x, b) + x.masked_fill(x < 0, 0.0), (4, 8), (1,), 8),
     "flip": (lambda x, t, w, b: x.flip(1) * b, (4, 8), (1,), 8),
     "repeat": (lambda x, t, w, b: x.repeat_interleave(2, dim=1) * b, (4, 8), (1,), 8),
+    "repeat_by_counts": (
+        lambda x, t, w, b: x.repeat_interleave(torch.tensor([1, 2, 1, 1]), dim=1, output_size=5) * b, (4, 8), (1,), 8,
+    ),
     "triangle": (lambda x, t, w, b: x.tril() * b, (8, 8), (1,), 8),
     "logsumexp": (lambda x, t, w, b: x.logsumexp(-1) * b, (4, 8), (1,), 4),
     "logsumexp_two": (lambda x, t, w, b: x - x.logsumexp((1, 2), keepdim=True), (4, 8), (1,), 1),
@@ -173,6 +176,10 @@ CASES: dict[str, tuple[Forward, tuple[int, ...], tuple[int, ...], int]] = {
     "transposed": (lambda x, t, w, b: F.conv_transpose2d(x, w, b, stride=2), (4, 6, 6), (4, 8, 3, 3), 8),
     "transposed_groups": (lambda x, t, w, b: F.conv_transpose2d(x, w, b, groups=2), (4, 6, 6), (4, 4, 3, 3), 8),
     "conv_space": (lambda x, t, w, b: F.conv3d(x, w, b), (4, 4, 4, 4), (8, 4, 3, 3, 3), 8),
+    "conv_of_no_sample": (lambda x, t, w, b: F.conv1d(w, w.view(8, 4, 1), b).sum() * x, (8,), (4, 8), 8),
+    "depthwise_of_no_sample": (lambda x, t, w, b: F.conv1d(w, w[:, None, :3], groups=4).sum() * x, (8,), (4, 8), 1),
+    "transposed_of_no_sample": (lambda x, t, w, b: F.conv_transpose1d(w, w.view(4, 8, 1), b).sum() * x, (8,), (4, 8), 8),
+    "pools_of_no_sample": (lambda x, t, w, b: F.max_pool1d(w, 2).sum() * F.adaptive_avg_pool1d(w, 2).sum() * x, (8,), (4, 8), 1),
     "instance_norm": (lambda x, t, w, b: F.instance_norm(x, weight=b, bias=b), (8, 6), (1,), 8),
     "grid_sample": (
         lambda x, t, w, b: F.grid_sample(x, x[:, :2, :3, :3].permute(0, 2, 3, 1).tanh(), align_corners=False) * b,
