@@ -409,6 +409,22 @@ def test_untraceable_models_give_one_short_error(kind: str, words: list[str]) ->
     assert "Traceback" not in text
 
 
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        (lambda batch: [torch.empty(4) for _ in range(batch)], ["8 tensors at batch 8 and 16 at batch 16", "stack"]),
+        (lambda batch: {str(at): torch.empty(4) for at in range(batch)}, ["8 tensors at batch 8 and 16 at batch 16"]),
+        (lambda batch: torch.empty((batch,) + (4,) * (batch // 8)), ["(8, 4)", "(16, 4, 4)", "number of dims"]),
+    ],
+)
+def test_inputs_whose_number_or_rank_follows_the_batch_give_one_short_error(inputs: Any, words: list[str]) -> None:
+    workload = Workload(build_model=lambda: Faulty(""), example_inputs=lambda batch_size: {"x": inputs(batch_size)})
+    with pytest.raises(ModelError) as caught:
+        trace(workload, dtype="float32")
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert len(str(caught.value).splitlines()) <= 2
+
+
 def test_models_that_want_another_divisibility_are_traced() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
