@@ -366,6 +366,12 @@ class Faulty(nn.Module):
         if self.kind == "loop":
             for _ in range(x.shape[0]):
                 x = x + 1
+        if self.kind == "unbind":
+            x = torch.stack(list(x.unbind(0)))
+        if self.kind == "sizes":
+            x = torch.cat(x.split([1] * x.shape[0]))
+        if self.kind == "repeated":
+            x = torch.cat([x] * x.shape[0])
         if self.kind == "cond":
             x = torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))
         if self.kind == "parameter":
@@ -389,6 +395,9 @@ class Faulty(nn.Module):
         ("raise", ["the user's own complaint", "test_trace.py"]),
         ("vector", ["no loss", "loss_fn"]),
         ("loop", ["operations at batch 808", "loop over the samples", "test_trace.py"]),
+        ("unbind", ["returns 808 tensors at batch 808 and 824 at batch 824", "test_trace.py", "list"]),
+        ("sizes", ["808", "824", "test_trace.py", "list"]),
+        ("repeated", ["reads 808 tensors at batch 808 and 824 at batch 824", "test_trace.py", "list"]),
         ("cond", ["higher-order operation cond", "test_trace.py"]),
         ("parameter", ["modifies a parameter", "aten.mul_", "test_trace.py"]),
         ("norm", ["modifies a parameter", "test_trace.py", "without max_norm"]),
