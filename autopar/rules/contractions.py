@@ -8,14 +8,18 @@ from autopar.rules.rule_builder import ShardingRuleBuilder, broadcast_labels, re
 
 
 def linear(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
-    """x[..., k], w[n, k], bias[n] -> [..., n]. Local form along k: the bias is added on the first rank only."""
+    """x[..., k], w[n, k], bias[n] -> [..., n]; a vector w[k] has no n, and the bias may broadcast. Local form along k: the
+    bias is added on the first rank only."""
     labels = ShardingRuleBuilder()
     rows = labels.labels_of(inputs[0].shape[:-1])
-    n, k = labels.new_label(), labels.new_label("sum")
-    roles = (*tuple((row, "m") for row in rows if row != NO_LABEL), (n, "n"), (k, "k"))
-    sides = [(*rows, k), (n, k), (n,)][: len(inputs)]
-    bias_once = (k,) if len(inputs) > 2 else ()
-    return labels.build(sides, [(*rows, n)], compute="matmul", roles=roles, local_form_labels=bias_once)
+    n = (labels.new_label(),) if len(inputs[1].shape) > 1 else ()
+    k = labels.new_label("sum")
+    roles = (*((row, "m") for row in rows if row != NO_LABEL), *((label, "n") for label in n), (k, "k"))
+    result = (*rows, *n)
+    biases = [broadcast_labels(value.shape, outputs[0].shape, result) for value in inputs[2:]]
+    bias_once = (k,) if biases else ()
+    sides = [(*rows, k), (*n, k), *biases]
+    return labels.build(sides, [result], compute="matmul", roles=roles, local_form_labels=bias_once)
 
 
 def addmm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:

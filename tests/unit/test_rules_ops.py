@@ -61,6 +61,8 @@ CASES: dict[str, tuple[Forward, tuple[int, ...], tuple[int, ...], int]] = {
     "mean_keep": (lambda x, t, w, b: x * x.mean(-1, keepdim=True), (4, 8), (1,), 8),
     "amax": (lambda x, t, w, b: x.amax(1) * b, (4, 8), (1,), 8),
     "bias": (lambda x, t, w, b: F.linear(x, w, b), (4, 8), (12, 8), 12),
+    "vector_weight": (lambda x, t, w, b: F.linear(x, b) * F.linear(x, b, w[0, 0]), (4, 8), (8, 8), 8),
+    "broadcast_bias": (lambda x, t, w, b: F.linear(x, w, b) + F.linear(x, w, w[0, 0]), (4, 8), (12, 8), 1),
     "matmul": (lambda x, t, w, b: x @ w, (4, 8), (8, 12), 1),
     "matmul_batched": (lambda x, t, w, b: (x @ x.transpose(-1, -2)).softmax(-1) @ x, (2, 4, 8), (1,), 1),
     "einsum": (lambda x, t, w, b: torch.einsum("bsk,ksn->bn", x, w), (4, 8), (8, 4, 12), 1),
