@@ -5,8 +5,8 @@
     autopar.estimate(workload, cluster="dgx-h100", gpus=8, layout="tp=8", global_batch=512).step_time_s
     trainer = plan.apply(model, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-4))
 
-Every name is loaded on first use, so that ``import autopar`` costs nothing: torch comes with the first model, a solver
-with the first plan.
+Every name is loaded on first use, so that ``import autopar`` costs nothing: torch is imported with the first model, a
+solver with the first plan. Errors are subclasses of ``AutoparError``, each with the exit code of the command line.
 """
 
 from importlib import import_module
@@ -94,4 +94,5 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
+    """The public names, for tab completion."""
     return sorted(__all__)

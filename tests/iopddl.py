@@ -1,7 +1,7 @@
 """Reads the public ASPLOS'25 IOPDDL sharding problems as problems of our own solvers.
 
 A node is live in a half-open interval of time and its choice uses memory only then; at every time the live usages sum
-to at most one limit. A time whose live set lies inside another's cannot be the one that breaks, so only maximal live
+to at most one limit. A time whose live set is a subset of another's cannot be the one that breaks, so only maximal live
 sets become rows. Costs of 1e18 are forbidden choices.
 """
 
@@ -18,7 +18,7 @@ FOLDER = Path(__file__).resolve().parents[1] / ".." / "shared" / "iopddl"
 
 
 def path_of(letter: str) -> Path:
-    """Where instance "A", "B", ... lies, beside the checkout; it may be absent."""
+    """The file of instance "A", "B", ...; it may be absent."""
     return FOLDER / f"asplos-2025-iopddl-{letter}.json.gz"
 
 

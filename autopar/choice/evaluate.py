@@ -1,7 +1,7 @@
-"""The judge of the pairwise choice problem: re-scores any solution and shares no code with the solvers.
+"""Re-scores any solution of the pairwise choice problem, and shares no code with the solvers.
 
-    cost  = sum_v cost_v[x_v] + sum_(u,v) cost_uv[x_u, x_v]
-    use_r = sum_v usage_rv[x_v] + sum_(u,v) usage_ruv[x_u, x_v]      violated when use_r > limit_r
+    cost    = sum_v cost_v[x_v] + sum_(u,v) cost_uv[x_u, x_v]                                             (evaluate)
+    usage_r = sum_v usage_rv[x_v] + sum_(u,v) usage_ruv[x_u, x_v]      violated where usage_r > limit_r   (evaluate)
 
 Sums are exact (``math.fsum``), so a verdict does not depend on the order of nodes and edges.
 """
@@ -12,13 +12,15 @@ from dataclasses import dataclass
 
 from autopar.choice.problem import Problem
 
-LIMIT_TOLERANCE = 1e-12  # relative; only what rounding of the usages themselves can cause (0.1 bytes of 80 GB)
+LIMIT_TOLERANCE = 1e-12
+"""Share of a limit by which usage may exceed it: only what rounding the usages themselves can cause (0.1 bytes of
+80 GB)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What the choices really cost. ``usages`` has one entry per row of the problem, in the rows' own unit, and
-    ``violated`` names the rows whose usage exceeds the limit."""
+    """What the choices cost. ``usages`` has one entry per row of the problem, in the row's unit; ``violated_rows``
+    names the rows whose usage exceeds the limit."""
 
     cost: float
     usages: tuple[float, ...]
@@ -26,7 +28,7 @@ class Verdict:
 
     @property
     def is_feasible(self) -> bool:
-        """No forbidden choice or pair was taken, and every row holds."""
+        """Whether no forbidden choice or pair is taken and no limit exceeded."""
         return math.isfinite(self.cost) and not self.violated_rows
 
 
@@ -41,9 +43,9 @@ def evaluate(problem: Problem, choices: Sequence[int]) -> Verdict:
         raise ValueError(f"{len(choices)} choices for {len(problem.costs)} nodes")
     for node, choice in enumerate(choices):
         if not 0 <= choice < len(problem.costs[node]):
-            raise ValueError(f"choice {choice} of node {node}, which has {len(problem.costs[node])}")
-    terms = [float(costs[choice]) for costs, choice in zip(problem.costs, choices, strict=True)]
-    terms += [float(edge.costs[choices[edge.first], choices[edge.second]]) for edge in problem.edges]
+            raise ValueError(f"choice {choice} of node {node}, which has {len(problem.costs[node])} choices")
+    costs = [float(values[choice]) for values, choice in zip(problem.costs, choices, strict=True)]
+    costs += [float(edge.costs[choices[edge.first], choices[edge.second]]) for edge in problem.edges]
     usages: list[float] = []
     violated: list[str] = []
     for row in problem.rows:
@@ -54,4 +56,4 @@ def evaluate(problem: Problem, choices: Sequence[int]) -> Verdict:
         usages.append(math.fsum(used))
         if usages[-1] > row.limit + LIMIT_TOLERANCE * abs(row.limit):
             violated.append(row.name)
-    return Verdict(cost=math.fsum(terms), usages=tuple(usages), violated_rows=tuple(violated))
+    return Verdict(cost=math.fsum(costs), usages=tuple(usages), violated_rows=tuple(violated))

@@ -12,8 +12,8 @@ def solve_highs(program: pulp.LpProblem, start: dict[str, float] | None = None, 
     """Solve ``program`` in place; ``options`` are those of ``pulp.HiGHS``.
 
     ``start`` is a feasible value for every variable, by name. HiGHS 1.16.0 prints a banner to descriptor 1 whatever its
-    options say, so the descriptor is muted for the length of the solve. Read ``status`` and ``sol_status`` before any
-    value: PuLP calls the best solution at a time limit "Optimal" in the first of the two.
+    options, so the descriptor is muted during the solve. Read ``sol_status`` and not only ``status`` before any value:
+    at a time limit PuLP calls the best solution "Optimal" in ``status``.
 
     >>> program = pulp.LpProblem("example", pulp.LpMinimize)
     >>> x = program.add_variable("x", 0, 5, pulp.LpInteger)
@@ -28,15 +28,16 @@ def solve_highs(program: pulp.LpProblem, start: dict[str, float] | None = None, 
 
 
 class _Highs(pulp.HiGHS):  # type: ignore[misc]
-    """PuLP's HiGHS with a start solution and an answer to Ctrl-C within a second (plain ``run`` ignores it)."""
+    """PuLP's HiGHS with a start solution, which Ctrl-C ends within a second (HiGHS's ``run`` ignores it)."""
 
     def __init__(self, start: dict[str, float] | None, **options: Any) -> None:
         super().__init__(**options)
         self.start = start
 
     def callSolver(self, lp: pulp.LpProblem) -> None:  # noqa: N802 - the name is PuLP's
+        """Run HiGHS in its own thread and poll it, so that Python handles Ctrl-C."""
         highs = lp.solverModel
-        assert highs.getNumRow() == len(lp.constraints()), "HiGHS refused a row, which PuLP does not notice"
+        assert highs.getNumRow() == len(lp.constraints()), "HiGHS rejected a row and PuLP did not report it"
         if self.start is not None:
             solution = highspy.HighsSolution()
             solution.col_value = [self.start[variable.name] for variable in lp.variables()]
@@ -52,12 +53,12 @@ class _Highs(pulp.HiGHS):  # type: ignore[misc]
             raise
 
     def findSolutionValues(self, lp: pulp.LpProblem) -> tuple[int, int]:  # noqa: N802 - the name is PuLP's
-        """PuLP indexes the solution without asking whether there is one; HiGHS leaves it empty on some early exits."""
+        """PuLP reads the solution without checking that there is one; HiGHS leaves it empty on some early exits."""
         if lp.solverModel.getSolution().value_valid:
             return super().findSolutionValues(lp)
         if lp.solverModel.getModelStatus() in (
             highspy.HighsModelStatus.kInfeasible,
-            highspy.HighsModelStatus.kUnboundedOrInfeasible,  # every variable is bounded by its marginal, so infeasible
+            highspy.HighsModelStatus.kUnboundedOrInfeasible,  # all variables are bounded, so it is infeasible
         ):
             return pulp.LpStatusInfeasible, pulp.LpSolutionInfeasible
         return pulp.LpStatusNotSolved, pulp.LpSolutionNoSolutionFound

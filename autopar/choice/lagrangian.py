@@ -1,14 +1,15 @@
-"""Prices on memory: Lagrangian bounds by elimination, feasible choices by repair, and the solve that combines it all.
+"""Prices on usage: Lagrangian bounds by elimination, feasible choices by repair, and the solve that combines all.
 
-    L(price) = min_x cost(x) + sum_r price_r * (usage_r(x) - limit_r)  <=  optimum, for every price >= 0    (Relaxation)
-    optimum of the dual = max_price L(price)                                                       (_line_dual, _ascend)
-    a choice k of v with  min_marginal_v(k; price) - sum_r price_r * limit_r > cost of a feasible point
-    is in no better point and can be dropped                                                       (filtered)
+    L(price) = min_x cost(x) + sum_r price_r * (usage_r(x) - limit_r)  <=  optimum, for every price >= 0
+                                                                                            (LagrangianRelaxation.solve)
+    dual optimum = max_(price >= 0) L(price)                             (_maximise_along_line, _ascend_by_subgradients)
+    a choice k of v with  min_marginal_v(k; price) - sum_r price_r * limit_r > incumbent's cost
+    is in no better solution and is dropped                                                             (filter_choices)
 
-One price direction is searched exactly by intersecting the lines of known points (Handler and Zang, "A dual algorithm
-for the constrained shortest path problem", Networks 10, 1980); several rows start from that and climb by subgradient
-steps of many lengths in one batch (Held, Wolfe, Crowder 1974). What gap is left, the ILP closes on the filtered problem
-(``solve``).
+Along one direction of prices L is maximised exactly, by intersecting the lines of known solutions (Handler and Zang, "A
+dual algorithm for the constrained shortest path problem", Networks 10, 1980). Several rows start from that and climb by
+subgradient steps of many lengths in one batch (Held, Wolfe, Crowder 1974). The ILP closes the remaining gap on the
+filtered problem (``solve_exactly``).
 """
 
 import math
@@ -27,12 +28,15 @@ from autopar.choice.problem import Edge, Floats, Problem, Row, Solution, SolveSt
 
 MAX_LINE_STEPS = 40
 MAX_ASCENT_STEPS = 40
-STEP_LENGTHS = 2.0 ** np.arange(-5, 3)  # of the Polyak step, all tried in one batch
-MAX_ELIMINATED_CELLS = 20_000_000  # above this the many eliminations that prices take cost more than an ILP
+STEP_LENGTHS = 2.0 ** np.arange(-5, 3)
+"""In Polyak steps; all are tried in one batch."""
+MAX_ELIMINATED_CELLS = 20_000_000
+"""Of the largest table; above it the many eliminations of a price search take longer than an ILP."""
 
 
 class LagrangianRelaxation:
-    """A problem with its rows moved into the costs; prices are (P, rows), in units of cost per unit of usage."""
+    """A problem whose rows are priced into the costs; prices are (P, rows), in cost per unit of usage. ``WidthError``
+    when elimination needs a table above ``max_cells``."""
 
     def __init__(self, problem: Problem, *, max_cells: int = MAX_ELIMINATED_CELLS) -> None:
         self.problem = problem
@@ -40,8 +44,8 @@ class LagrangianRelaxation:
         self._eliminator, self._edge_positions = Eliminator.of_problem(problem, max_cells=max_cells)
 
     def solve(self, prices: Floats, *, with_costs: bool = True) -> tuple[Floats, list[tuple[int, ...]]]:
-        """``L(price)`` (P,) and its minimiser for each price; ``inf`` and an empty tuple where nothing is allowed.
-        Without ``priced_costs`` finite costs count as zero: the least priced usage alone."""
+        """``L(price)`` (P,) and its minimiser for each price; inf and an empty tuple where nothing is feasible. Without
+        ``with_costs`` finite costs count as zero: the least priced excess alone."""
         nodes, edges = self._priced_costs(prices, with_costs=with_costs)
         table = self._eliminator.solve(nodes, edges)
         values = np.broadcast_to(table.values, (len(prices),))
@@ -52,13 +56,15 @@ class LagrangianRelaxation:
         return values - prices @ self.limits, choices
 
     def min_marginal_bounds(self, prices: Floats) -> list[Floats]:
-        """For every node and choice (choices,): the largest bound, over the prices, on any solution that takes it."""
+        """For every node (choices,): the largest lower bound, over the prices, on any solution that takes the choice."""
         nodes, edges = self._priced_costs(prices, with_costs=True)
         marginals = self._eliminator.min_marginals(nodes, edges)
         constant = (prices @ self.limits)[:, None]
         return [np.max(marginal - constant, axis=0) for marginal in marginals]
 
     def _priced_costs(self, prices: Floats, *, with_costs: bool) -> tuple[list[Floats], list[Floats]]:
+        """Costs plus priced usages of all nodes and of the eliminator's edges, (1 or P, choices ...)."""
+
         def base(costs: Floats) -> Floats:
             return (costs if with_costs else np.where(np.isfinite(costs), 0.0, np.inf))[None]
 
@@ -78,28 +84,28 @@ class LagrangianRelaxation:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DualOutcome:
-    """Outcome of the price search: the best feasible choices with the best bound, and good prices (P, rows) for
-    filtering, the best first."""
+    """Outcome of the price search: the best feasible choices with the best bound, and the prices (P, rows) of the best
+    bounds for filtering, the best first."""
 
     solution: Solution
     prices: Floats
 
 
 def solve_lagrangian(problem: Problem, relaxation: LagrangianRelaxation | None = None) -> Solution:
-    """Best feasible choices found by prices and repair, with the Lagrangian bound; "optimal" only when they meet.
+    """The best feasible choices found by prices and repair, with the Lagrangian bound; "optimal" only when they meet.
 
-    "failed" says that no feasible choices were found, which proves nothing; "infeasible" is proved. ``WidthError``
-    when the problem is too wide for elimination.
+    "failed": no feasible choices were found, which proves nothing; "infeasible" is proved. ``WidthError`` when the
+    problem is too wide for elimination. A ``relaxation`` is that of ``problem``, whose limits are then all finite.
     """
     return search_prices(problem if relaxation else without_unlimited_rows(problem), relaxation).solution
 
 
 def solve_exactly(problem: Problem, time_limit_s: float | None = None) -> Solution:
-    """Exact: elimination when no row binds, else prices, then the ILP on what the prices could not rule out.
+    """Exact: elimination when no row binds, else prices, then the ILP on the choices that prices did not rule out. A
+    problem too wide for elimination goes to the ILP at once.
 
-    A time limit is handed to the ILP; the price search before it takes milliseconds to a second. The outcome is
-    "optimal" (relative gap below ``GAP_TOLERANCE``), "feasible" with its gap, "infeasible", or "failed" (time is up
-    and nothing was found).
+    The time limit bounds both; the price search takes milliseconds to a second. The outcome is "optimal" (relative gap
+    below ``GAP_TOLERANCE``), "feasible" with its gap, "infeasible", or "failed" (time is up and nothing was found).
     """
     start = time.perf_counter()
     problem = without_unlimited_rows(problem)
@@ -117,10 +123,10 @@ def solve_exactly(problem: Problem, time_limit_s: float | None = None) -> Soluti
         choices, bound = finished.choices, max(finished.lower_bound, found.lower_bound)
         status = finished.status
     else:
-        reduced, kept = filter_choices(problem, relaxation, dual.prices, found.cost)
-        inside = [int(np.searchsorted(of, choice)) for of, choice in zip(kept, found.choices, strict=True)]
-        finished = solve_ilp(reduced, time_limit_s=left_s, warm_start=inside)
-        choices = tuple(int(of[choice]) for of, choice in zip(kept, finished.choices, strict=True))
+        reduced, remaining = filter_choices(problem, relaxation, dual.prices, found.cost)
+        start_choices = [int(np.searchsorted(of, choice)) for of, choice in zip(remaining, found.choices, strict=True)]
+        finished = solve_ilp(reduced, time_limit_s=left_s, warm_start=start_choices)
+        choices = tuple(int(of[choice]) for of, choice in zip(remaining, finished.choices, strict=True))
         bound, status = max(finished.lower_bound, found.lower_bound), finished.status
     cost = evaluate(problem, choices).cost if status in ("optimal", "feasible") else math.inf
     if status == "feasible" and cost - bound <= GAP_TOLERANCE * abs(cost):
@@ -139,15 +145,15 @@ def without_unlimited_rows(problem: Problem) -> Problem:
 def filter_choices(
     problem: Problem, relaxation: LagrangianRelaxation, prices: Floats, incumbent_cost: float
 ) -> tuple[Problem, list[np.ndarray]]:
-    """The problem without choices that cost more than the incumbent by every min-marginal bound at ``prices``, and the
-    original numbers of each node's kept choices, ascending. No solution at or below the incumbent's cost is lost."""
+    """The problem without the choices whose bound at some of the ``prices`` exceeds the incumbent's cost, and by node its
+    remaining choices, ascending. No solution that costs at most as much as the incumbent is lost."""
     ceiling = incumbent_cost + GAP_TOLERANCE * abs(incumbent_cost)
-    kept = [np.flatnonzero(bounds <= ceiling) for bounds in relaxation.min_marginal_bounds(prices)]
-    return restrict_choices(problem, kept), kept
+    remaining = [np.flatnonzero(bounds <= ceiling) for bounds in relaxation.min_marginal_bounds(prices)]
+    return restrict_choices(problem, remaining), remaining
 
 
 def restrict_choices(problem: Problem, remaining: Sequence[np.ndarray]) -> Problem:
-    """The problem in which node v has only the choices ``kept[v]``, renumbered in that order."""
+    """The problem in which node v has only the choices ``remaining[v]``, renumbered in that order."""
     edges = tuple(
         Edge(
             first=edge.first,
@@ -176,7 +182,8 @@ def restrict_choices(problem: Problem, remaining: Sequence[np.ndarray]) -> Probl
 
 
 class _PriceSearch:
-    """What is known so far: best feasible point, best bound with its prices, and every distinct minimiser seen."""
+    """The state of a search over prices: the incumbent (best feasible choices), the best lower bound, the (L, prices)
+    tried, and every distinct minimiser with its cost and its (rows,) usage minus limit."""
 
     def __init__(self, problem: Problem, relaxation: LagrangianRelaxation, deadline: float | None) -> None:
         self.problem = problem
@@ -186,10 +193,10 @@ class _PriceSearch:
         self.incumbent: tuple[int, ...] = ()
         self.lower_bound = -math.inf
         self.tried_prices: list[tuple[float, Floats]] = []
-        self.minimisers: dict[tuple[int, ...], tuple[float, Floats]] = {}  # choices -> (cost, usage minus limit)
+        self.minimisers: dict[tuple[int, ...], tuple[float, Floats]] = {}
 
     def evaluate_prices(self, prices: Floats) -> tuple[Floats, list[tuple[float, Floats]]]:
-        """Evaluate L at (P, rows) prices: values and the (cost, usage minus limit) of each minimiser."""
+        """L at (P, rows) prices, and the (cost, usage minus limit) of each minimiser."""
         values, minimisers = self.relaxation.solve(prices)
         points = [self.record(each) for each, value in zip(minimisers, values, strict=True) if math.isfinite(value)]
         for value, price in zip(values, prices, strict=True):
@@ -198,6 +205,7 @@ class _PriceSearch:
         return values, points
 
     def record(self, choices: tuple[int, ...]) -> tuple[float, Floats]:
+        """The (cost, usage minus limit) of choices, which become the incumbent where they are feasible and cheaper."""
         if choices not in self.minimisers:
             verdict = evaluate(self.problem, choices)
             self.minimisers[choices] = (verdict.cost, np.array(verdict.usages) - self.relaxation.limits)
@@ -207,17 +215,18 @@ class _PriceSearch:
 
     @property
     def is_finished(self) -> bool:
-        """Proved, or out of time."""
+        """Whether the incumbent is proved optimal or the deadline has passed."""
         return self.is_proved or (self.deadline is not None and time.perf_counter() > self.deadline)
 
     @property
     def is_proved(self) -> bool:
-        """The best feasible point meets the bound."""
+        """Whether the incumbent's cost meets the lower bound."""
         return math.isfinite(self.incumbent_cost) and self.incumbent_cost - self.lower_bound <= GAP_TOLERANCE * abs(
             self.incumbent_cost
         )
 
     def best_prices(self, count: int) -> Floats:
+        """The ``count`` tried prices with the largest L, the largest first."""
         best = sorted(self.tried_prices, key=lambda item: -item[0])[:count]
         return np.array([price for _, price in best]).reshape(len(best), len(self.relaxation.limits))
 
@@ -225,10 +234,12 @@ class _PriceSearch:
 def search_prices(
     problem: Problem, relaxation: LagrangianRelaxation | None = None, deadline: float | None = None
 ) -> DualOutcome:
-    """Maximise the Lagrangian bound and look for feasible points; ``deadline`` is a ``perf_counter`` time. Rows need a
-    finite limit (``limited``)."""
+    """Maximise the Lagrangian bound and look for feasible choices until it is met or ``deadline``, a ``perf_counter``
+    time, has passed. Limits must be finite (``without_unlimited_rows``)."""
     start = time.perf_counter()
-    assert all(math.isfinite(row.limit) for row in problem.rows), "rows without a limit are dropped first"
+    assert all(math.isfinite(row.limit) for row in problem.rows), (
+        "drop rows without a limit first (without_unlimited_rows)"
+    )
     relaxation = relaxation or LagrangianRelaxation(problem)
     search = _PriceSearch(problem, relaxation, deadline)
     num_rows = len(problem.rows)
@@ -246,6 +257,7 @@ def search_prices(
 
 
 def _dual_outcome(search: _PriceSearch, start: float, status: SolveStatus | None) -> DualOutcome:
+    """What a search that began at ``start`` has found; its status follows from that unless it is given."""
     if status is None:
         status = "failed" if math.isinf(search.incumbent_cost) else "optimal" if search.is_proved else "feasible"
     bound = math.inf if status == "infeasible" else min(search.lower_bound, search.incumbent_cost)
@@ -260,7 +272,7 @@ def _dual_outcome(search: _PriceSearch, start: float, status: SolveStatus | None
 
 
 def _is_each_row_satisfiable(problem: Problem, relaxation: LagrangianRelaxation, search: _PriceSearch) -> bool:
-    """Whether each row alone can hold; the least-usage points are recorded as candidates."""
+    """Whether some choices satisfy each row by itself; those that use least are recorded as candidates."""
     if search.is_finished or not problem.rows:
         return True
     least, minimisers = relaxation.solve(np.diag(np.ones(len(problem.rows))), with_costs=False)
@@ -271,10 +283,11 @@ def _is_each_row_satisfiable(problem: Problem, relaxation: LagrangianRelaxation,
 
 
 def _maximise_along_line(search: _PriceSearch, direction: Floats) -> None:
-    """Maximise L along ``price = t * direction``, t >= 0: exact in as many steps as the frontier has points.
+    """Maximise L along ``price = t * direction``, t >= 0: exact in at most as many steps as the frontier has points.
 
-    Points (cost, excess) are lines cost + t * excess of t; start from one with excess > 0 and one without, evaluate L
-    where the two meet, and replace the one on the same side, until no new line lies below the meeting point.
+    Choices with (cost, excess) are a line cost + t * excess, and L is the lowest line. From one line with excess > 0
+    and one without, evaluate L where the two meet, and replace the one on the new line's side, until L meets them
+    there.
     """
     if not direction.any():
         return
@@ -288,7 +301,7 @@ def _maximise_along_line(search: _PriceSearch, direction: Floats) -> None:
         cost, excess = search.record(minimisers[0])
         under = [(cost, float(direction @ excess))]
         if under[0][1] > 0:
-            return  # these rows cannot hold together: the bound grows without end, and the ILP says so
+            return  # no choices satisfy these rows together: L is unbounded, and the ILP proves it
     low, high = min(over), min(under)
     for _ in range(MAX_LINE_STEPS):
         at = (high[0] - low[0]) / (low[1] - high[1])
@@ -303,8 +316,9 @@ def _maximise_along_line(search: _PriceSearch, direction: Floats) -> None:
 
 
 def _ascend_by_subgradients(search: _PriceSearch) -> None:
-    """Subgradient ascent on several prices: from the best price so far, steps of every length in one batch."""
-    scale = 1.0 / np.maximum(np.abs(search.relaxation.limits), 1e-300)  # one unit of price a row, whatever its limit
+    """Subgradient ascent on the prices of several rows: from the best so far, steps of all ``STEP_LENGTHS`` in one
+    batch."""
+    scale = 1.0 / np.maximum(np.abs(search.relaxation.limits), 1e-300)  # steps are equal in prices per limit
     price = search.best_prices(1)[0]
     values, points = search.evaluate_prices(price[None])
     best, gradient = float(values[0]), points[0][1]
@@ -329,7 +343,7 @@ def _ascend_by_subgradients(search: _PriceSearch) -> None:
 
 
 def _repair_minimisers(search: _PriceSearch) -> None:
-    """Greedy repair and improvement of the cheapest points seen by the best price."""
+    """Repair and improve the minimisers that cost least at the best prices."""
     price = search.best_prices(1)[0]
     order = sorted(
         search.minimisers,

@@ -1,8 +1,13 @@
 """Greedy repair and local improvement of choices, one node at a time: a cheap feasible point, never a proof.
 
-With all other nodes held, node v moving to choice k changes the cost by delta_cost[v, k] and the rows by
-delta_usage[r, v, k]. While a row is broken, take the move with the least cost per unit of relief (_repair_move); then,
-while one exists, the move that saves most and breaks nothing (_saving_move).
+With all other nodes fixed, moving node v to choice k changes
+
+    the cost by         d_vk = cost of v's entry k - cost of its present entry                        (_move_effects)
+    usage of row r by   u_rvk, likewise                                                               (_move_effects)
+
+where an entry adds up what the choice, and its edges to the others' present choices, cost and use. While a limit is
+exceeded, take the move with the least d_vk per relief of the total excess (find_repair_move); then, while there is one,
+the move that saves most and exceeds no limit (find_saving_move).
 """
 
 import math
@@ -17,21 +22,22 @@ MAX_MOVES = 400
 
 
 def repair_and_improve(problem: Problem, choices: Sequence[int]) -> tuple[int, ...] | None:
-    """Feasible choices near ``choices``, or ``None`` when single moves do not lead to any."""
+    """Feasible choices near ``choices``, or None when single moves lead to none within ``MAX_MOVES``."""
     state = _LocalSearch(problem, choices)
     for _ in range(MAX_MOVES):
         move = state.find_repair_move() if (state.excess() > 0).any() else state.find_saving_move()
         if move is None:
             break
         state.apply_move(*move)
-    found = tuple(state.choices)
-    return found if evaluate(problem, found).is_feasible else None
+    repaired = tuple(state.choices)
+    return repaired if evaluate(problem, repaired).is_feasible else None
 
 
 class _LocalSearch:
-    """Costs and usages of every node's every choice, given the others' present choices, kept up to date by moves.
+    """Costs and usages of every choice of every node, given the others' present choices, updated by each move.
 
-    Flat arrays over all (node, choice): ``cost`` (total,), ``usage`` (rows, total); ``at[v]`` is node v's first entry.
+    An entry is a (node, choice): ``entry_costs`` is (entries,), ``entry_usages`` (rows, entries), and
+    ``first_entry[v]`` the first entry of node v. ``row_usages`` (rows,) are those of the present choices.
     """
 
     def __init__(self, problem: Problem, choices: Sequence[int]) -> None:
@@ -77,6 +83,7 @@ class _LocalSearch:
             self.entry_usages[number, where] += line(pairs)
 
     def _refresh_node(self, node: int) -> None:
+        """Compute a node's entries anew."""
         where = self._slice(node)
         self.entry_costs[where] = self.problem.costs[node]
         for number, row in enumerate(self.problem.rows):
@@ -85,11 +92,12 @@ class _LocalSearch:
             self._add_edge(position, node)
 
     def excess(self) -> Floats:
-        """By how much each row is over its limit, as a share of the limit (rows,)."""
+        """(rows,) by how much each row exceeds its limit, as a share of the limit."""
         return np.maximum((self.row_usages - self.limits) * self.inverse_limits, 0.0)
 
-    def _deltas(self) -> tuple[Floats, Floats]:
-        """Change of the cost (total,) and of every row (rows, total) by each move; ``inf`` cost where forbidden."""
+    def _move_effects(self) -> tuple[Floats, Floats]:
+        """Change of the cost (entries,) and of every row's usage (rows, entries) by each move; inf cost where
+        forbidden."""
         now = self.first_entry[:-1] + np.array(self.choices)
         with np.errstate(invalid="ignore"):
             delta = self.entry_costs - self.entry_costs[now][self.node_of_entry]
@@ -98,7 +106,8 @@ class _LocalSearch:
         ]
 
     def find_repair_move(self) -> tuple[int, int] | None:
-        delta, change = self._deltas()
+        """The (node, choice) that lowers the total excess at the least cost per relief, None where no move does."""
+        delta, change = self._move_effects()
         after = np.maximum(
             (self.row_usages[:, None] + change - self.limits[:, None]) * self.inverse_limits[:, None], 0.0
         ).sum(axis=0)
@@ -112,7 +121,8 @@ class _LocalSearch:
         return self._move_of_entry(int(ties[(delta[ties] - relief[ties]).argmin()]))
 
     def find_saving_move(self) -> tuple[int, int] | None:
-        delta, change = self._deltas()
+        """The (node, choice) that saves most and exceeds no limit, None where no move saves."""
+        delta, change = self._move_effects()
         holds = (self.row_usages[:, None] + change <= self.limits[:, None]).all(axis=0)
         delta = np.where(holds, delta, np.inf)
         best = int(delta.argmin())
@@ -127,6 +137,7 @@ class _LocalSearch:
         return node, entry - int(self.first_entry[node])
 
     def apply_move(self, node: int, choice: int) -> None:
+        """Let a node take a choice, and update the entries of its neighbours."""
         entry, now = self.first_entry[node] + choice, self.first_entry[node] + self.choices[node]
         self.row_usages += self.entry_usages[:, entry] - self.entry_usages[:, now]
         self.choices[node] = choice

@@ -1,8 +1,12 @@
-"""Exact reductions before the ILP is written down, and the sizes its scaling needs.
+"""Presolve: exact reductions before the integer program is built, and the magnitudes that its scaling needs.
 
-A choice leaves when no partner allows it over some edge, when it breaks a row though all else uses its least, or when
-it alone exceeds a cutoff; each is repeated until nothing changes (``alive_choices``). Rows of an edge table with equal
-content are one group (``equal_lines``).
+alive     node v may take choice P unless                                                            (alive_choices)
+          over some edge every alive choice of the other end forbids it,
+          it exceeds the limit of some row although all other nodes and edges use their least,  (_drop_row_violators)
+          or cost_v[P] - min cost_v exceeds the cutoff less the sum of all least costs;
+          repeated until nothing changes
+groups    choices with equal costs and usages over an edge                                      (group_equal_slices)
+merging   one edge per pair of nodes                                                          (merge_parallel_edges)
 """
 
 import math
@@ -14,7 +18,8 @@ from autopar.choice.evaluate import LIMIT_TOLERANCE
 from autopar.choice.problem import Edge, Floats, Problem, Row
 
 Bools = NDArray[np.bool_]
-GAP_TOLERANCE = 1e-9  # relative gap at which a solution counts as proved
+GAP_TOLERANCE = 1e-9
+"""Relative gap at which a solution counts as proved optimal."""
 
 
 def merge_parallel_edges(problem: Problem) -> tuple[tuple[Edge, ...], tuple[Row, ...]]:
@@ -32,8 +37,8 @@ def merge_parallel_edges(problem: Problem) -> tuple[tuple[Edge, ...], tuple[Row,
     for row, table in zip(problem.rows, usages, strict=True):
         for position, usage in row.edge_usage.items():
             add(table, problem.edges[position], usage)
-    wanted = [pair for pair, values in costs.items() if values.any() or any(pair in table for table in usages)]
-    position_of = {pair: position for position, pair in enumerate(wanted)}
+    merged = [pair for pair, values in costs.items() if values.any() or any(pair in table for table in usages)]
+    position_of = {pair: position for position, pair in enumerate(merged)}
     rows = tuple(
         Row(
             name=row.name,
@@ -43,10 +48,11 @@ def merge_parallel_edges(problem: Problem) -> tuple[tuple[Edge, ...], tuple[Row,
         )
         for row, table in zip(problem.rows, usages, strict=True)
     )
-    return tuple(Edge(first=pair[0], second=pair[1], costs=costs[pair]) for pair in wanted), rows
+    return tuple(Edge(first=pair[0], second=pair[1], costs=costs[pair]) for pair in merged), rows
 
 
 def tighten_row(row: Row, tightening: float) -> Row:
+    """The row with its limit lowered by the share ``tightening`` of it."""
     limit = row.limit - tightening * abs(row.limit)
     return Row(name=row.name, usage=row.usage, limit=limit, edge_usage=row.edge_usage)
 
@@ -54,7 +60,8 @@ def tighten_row(row: Row, tightening: float) -> Row:
 def alive_choices(
     costs: tuple[Floats, ...], edges: tuple[Edge, ...], rows: tuple[Row, ...], cutoff: float | None
 ) -> list[Bools] | None:
-    """The choices that no single node, edge, row or the cutoff forbids; ``None`` when a node has none left."""
+    """By node (choices,) whether no node, edge, row or the cutoff alone forbids a choice; None when a node has none
+    left. A ``cutoff`` is a cost known to be reachable."""
     alive = [np.isfinite(values) for values in costs]
     count = -1
     while count != (count := sum(int(mask.sum()) for mask in alive)):
@@ -76,7 +83,7 @@ def alive_choices(
 
 
 def _drop_row_violators(row: Row, edges: tuple[Edge, ...], alive: list[Bools]) -> None:
-    """Drop the choices that break the row even when all else uses its least."""
+    """Drop the choices that exceed the row's limit even when all other nodes and edges use their least."""
     least = {node: float(usage[alive[node]].min()) for node, usage in row.usage.items()}
     pairs = [
         usage[np.ix_(alive[edges[at].first], alive[edges[at].second])].min() for at, usage in row.edge_usage.items()
@@ -87,17 +94,18 @@ def _drop_row_violators(row: Row, edges: tuple[Edge, ...], alive: list[Bools]) -
 
 
 def _alive_block(edge: Edge, alive: list[Bools]) -> Floats:
+    """The costs of an edge's alive pairs."""
     return edge.costs[np.ix_(alive[edge.first], alive[edge.second])]
 
 
 def sum_of_least_costs(costs: tuple[Floats, ...], edges: tuple[Edge, ...], alive: list[Bools]) -> float:
-    """The sum of every term's least cost: the origin of scaled costs, and a bound by itself."""
+    """The sum of the least alive cost of every node and edge: a lower bound, from which scaled costs are counted."""
     nodes = [float(values[mask].min()) for values, mask in zip(costs, alive, strict=True)]
     return math.fsum(nodes + [float(_alive_block(edge, alive).min()) for edge in edges])
 
 
 def largest_cost_range(costs: tuple[Floats, ...], edges: tuple[Edge, ...], alive: list[Bools]) -> float:
-    """The largest finite cost of any term, counted from that term's least."""
+    """The largest difference between the finite alive costs of one node or edge."""
     blocks = [values[mask] for values, mask in zip(costs, alive, strict=True)]
     blocks += [_alive_block(edge, alive) for edge in edges]
     return max((float(block[np.isfinite(block)].max() - block.min()) for block in blocks), default=0.0)
@@ -112,7 +120,7 @@ def group_equal_slices(slices: Floats) -> list[list[int]]:
 
 
 def greedy_cost(costs: tuple[Floats, ...], edges: tuple[Edge, ...], alive: list[Bools]) -> float:
-    """A cost of the right size, of choices taken node by node; only scales the objective, so rows are ignored."""
+    """The cost of choices taken greedily node by node, for the magnitude of a solution's cost; rows are ignored."""
     near: list[list[tuple[int, Floats]]] = [[] for _ in costs]
     for edge in edges:
         near[edge.second].append((edge.first, edge.costs))
@@ -120,12 +128,13 @@ def greedy_cost(costs: tuple[Floats, ...], edges: tuple[Edge, ...], alive: list[
     taken: dict[int, int] = {}
     total = 0.0
     for node, values in enumerate(costs):
-        given = np.where(alive[node], values, np.inf)
+        alone = np.where(alive[node], values, np.inf)
+        with_taken = alone
         for other, table in near[node]:
             if other in taken:
-                given = given + table[taken[other]]
-        if not np.isfinite(given.min()):
-            given = np.where(alive[node], values, np.inf)
-        taken[node] = int(given.argmin())
-        total += float(given.min())
+                with_taken = with_taken + table[taken[other]]
+        if not np.isfinite(with_taken.min()):
+            with_taken = alone
+        taken[node] = int(with_taken.argmin())
+        total += float(with_taken.min())
     return total

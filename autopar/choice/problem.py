@@ -1,10 +1,11 @@
-"""The pairwise choice problem with memory rows: what elimination, the ILP and the judge all speak about.
+"""The pairwise choice problem with usage limits, which all solvers take and ``evaluate`` scores.
 
     minimise   sum_v cost_v[x_v] + sum_(u,v) cost_uv[x_u, x_v]
     subject to sum_v usage_rv[x_v] + sum_(u,v) usage_ruv[x_u, x_v] <= limit_r     for every row r
 
-``numpy.inf`` in a cost forbids the choice or the pair. Parallel edges add up. Costs are seconds and usages bytes in
-autopar; the public IOPDDL instances use the same class with their own units.
+x_v is the choice of node v, u and v are the ends of an edge. ``numpy.inf`` in a cost forbids the choice or the pair.
+Parallel edges add up. All costs are in one unit, and what a row uses in another: seconds and bytes in autopar, units of
+their own in the public IOPDDL instances.
 """
 
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Edge:
-    """A pair term between nodes ``first`` and ``second``; ``costs`` is (choices of first, choices of second)."""
+    """The cost of a pair: ``costs`` is (choices of node ``first``, choices of node ``second``)."""
 
     first: int
     second: int
@@ -27,8 +28,9 @@ class Edge:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Row:
-    """A memory row: ``usage`` maps a node to its bytes per choice; ``edge_usage`` an edge's position in
-    ``Problem.edges`` to its bytes per pair; their sum may not exceed ``limit``."""
+    """A limit on usage, named for messages: ``usage`` maps a node to (choices,) what each choice uses, ``edge_usage`` an
+    edge, by its position in ``Problem.edges``, to (choices of first, choices of second); their sum may not exceed
+    ``limit``."""
 
     name: str
     usage: dict[int, Floats]
@@ -38,7 +40,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Problem:
-    """``costs[v]`` are node v's costs, one per choice; ``names[v]`` says what v is, for people and constraint names."""
+    """``costs[v]`` is (choices of v,); ``names[v]`` says what node v is, for people, and may be left out."""
 
     costs: tuple[Floats, ...]
     edges: tuple[Edge, ...]
@@ -47,12 +49,13 @@ class Problem:
 
 
 SolveStatus = Literal["optimal", "feasible", "infeasible", "failed"]
+"""Proved optimal; feasible, with a bound; proved infeasible; or nothing found and nothing proved."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solution:
-    """A typed outcome. ``choices`` is one choice per node and ``cost`` their cost (both empty/inf unless optimal or
-    feasible); ``bound`` is a proved lower bound; ``seconds`` is wall time."""
+    """A typed outcome. ``choices`` has one choice per node, which cost ``cost``: () and inf unless the status is
+    "optimal" or "feasible". ``lower_bound`` is proved; ``seconds`` is wall time."""
 
     status: SolveStatus
     choices: tuple[int, ...]
@@ -62,5 +65,5 @@ class Solution:
 
     @property
     def gap(self) -> float:
-        """Relative distance of the cost from the bound, 0 when proved."""
+        """(cost - lower bound) / cost, 0 when proved optimal."""
         return 0.0 if self.status == "optimal" else (self.cost - self.lower_bound) / max(abs(self.cost), 1e-300)

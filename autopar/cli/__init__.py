@@ -1,4 +1,5 @@
 """The command line. In: arguments. Out: results on stdout, progress and errors on stderr, a documented exit code.
 
-Modules here import only click at the top; what a command needs (rich, msgspec, torch, a solver) loads when it runs.
+Modules here import only click and light modules at the top; what a command needs (rich, msgspec, torch, a solver) is
+imported when it runs, so that ``--help`` and usage errors are immediate.
 """

@@ -1,7 +1,7 @@
-"""stdout carries results and nothing else, whatever solvers, models and child processes write to descriptor 1.
+"""Only results reach stdout, whatever solvers, models and child processes write to descriptor 1.
 
-Results leave through a stream of their own (``ClaimedStdout.results``). Descriptor 1 itself points to stderr meanwhile,
-and so does Python's ``sys.stdout`` while a command runs: only what click prints (``--help``, ``--version``) comes before.
+Results are written to a stream of their own (``ClaimedStdout.results``). Descriptor 1 itself points to stderr meanwhile,
+and so does Python's ``sys.stdout`` while a command runs, that is after click has printed ``--help`` or ``--version``.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ from autopar.core.stdout_descriptor import (
 
 
 class NoReaderError(Exception):
-    """Whoever read our stdout wants no more of it (``autopar show P | head``), which is no error of ours."""
+    """The reader of our stdout has closed it (``autopar show P | head``), which is not an error."""
 
 
 class ResultStream(io.TextIOWrapper):
-    """A stream to the user's stdout. Where it cannot be written, what is left is dropped, so that Python does not try
-    again at exit: NoReaderError where the reader went away, PlanFileError where the disk is full."""
+    """A stream to the user's stdout. Where it cannot be written, the rest is dropped, so that Python does not retry at
+    exit, and NoReaderError (the reader went away) or PlanFileError (the disk is full) is raised."""
 
     is_lost = False
 
@@ -46,6 +46,7 @@ class ResultStream(io.TextIOWrapper):
 
     @contextlib.contextmanager
     def _dropped_on_failure(self) -> Iterator[None]:
+        """Point the stream to the null device and raise one of our errors where writing inside the ``with`` fails."""
         try:
             yield
         except OSError as error:
@@ -59,7 +60,7 @@ class ResultStream(io.TextIOWrapper):
 
 
 class ClaimedStdout:
-    """Points descriptor 1 to stderr when made. ``results`` is the stream that reaches the user's stdout.
+    """Points descriptor 1 to stderr from its construction on. ``results`` is the stream that reaches the user's stdout.
 
     Where ``sys.stdout`` is not descriptor 1 (a test, a notebook), results go where ``sys.stdout`` went; where stdout is
     closed, they go nowhere."""
@@ -71,6 +72,7 @@ class ClaimedStdout:
         sys.stdout = self.results
 
     def _stream(self) -> TextIO:
+        """The stream for results."""
         stdout = self._python_stdout
         if stdout is None or self._saved is None:
             return open(os.devnull, "w")
@@ -86,7 +88,7 @@ class ClaimedStdout:
 
     @contextlib.contextmanager
     def diverted(self) -> Iterator[None]:
-        """What is printed inside the ``with`` goes to stderr: stdout has something else."""
+        """Results that are printed inside the ``with`` go to stderr, because stdout carries another document."""
         results, self.results = self.results, sys.stderr
         try:
             yield
@@ -94,13 +96,13 @@ class ClaimedStdout:
             self.results = results
 
     def restore(self) -> None:
-        """Give stdout back to a process, or to a program in its place, that goes on."""
+        """Give stdout back, to this process or to the program that replaces it."""
         self.results.flush()
         restore_stdout_descriptor(self._saved)
         sys.stdout = self._python_stdout
 
     def close(self) -> None:
-        """No more results: what a model's exit handlers and threads still print goes to stderr."""
+        """End the results: what a model's exit handlers and threads still print goes to stderr."""
         self.results.flush()
         flush_output()
         sys.stdout = sys.stderr
@@ -108,14 +110,14 @@ class ClaimedStdout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Invocation:
-    """One call of the program: its ``arguments`` as given, and where its results go."""
+    """One call of the program: its ``arguments`` as the user wrote them, and the stdout of its results."""
 
     arguments: tuple[str, ...]
     stdout: ClaimedStdout
 
 
 class ResultCommand(click.Command):
-    """A command during which ``sys.stdout`` is stderr; its results leave through ``print_result``."""
+    """A command during which ``sys.stdout`` is stderr; it prints its results by ``print_result``."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
@@ -125,13 +127,13 @@ class ResultCommand(click.Command):
 
 def invocation() -> Invocation:
     """The call of the program that the current command belongs to."""
-    found = click.get_current_context().find_root().obj
-    assert isinstance(found, Invocation)
-    return found
+    call = click.get_current_context().find_root().obj
+    assert isinstance(call, Invocation)
+    return call
 
 
 def print_result(text: str, end: str = "\n") -> None:
-    """Write text to the user's stdout; PlanFileError where that cannot be written."""
+    """Write text to the user's stdout; NoReaderError or PlanFileError where that cannot be written."""
     print(text, end=end, file=invocation().stdout.results, flush=True)
 
 

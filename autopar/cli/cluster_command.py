@@ -61,7 +61,7 @@ def show_cluster_command(*, name: str, cluster_set: tuple[tuple[str, Any], ...],
 
 
 def table_lines(table: Any, indent: str) -> Iterator[str]:
-    """Lines of nested keys; long lists of numbers are cut to their ends.
+    """The keys of a nested table, a line each; of a long list of numbers, the first and last.
 
     >>> list(table_lines({"link": {"latency_s": 1e-06}, "sizes": [1, 2]}, ""))
     ['link:', '  latency_s: 1e-06', 'sizes: 1, 2']

@@ -1,5 +1,6 @@
 """Option types and the options that several commands share."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -7,38 +8,53 @@ from typing import Any, TypeVar
 import click
 
 from autopar.core.errors import UsageError
+from autopar.core.request import (
+    ARGUMENT_RULES,
+    DTYPES,
+    OPTIMIZERS,
+    RECOMPUTE_MODES,
+    SCHEDULES,
+    ArgumentRule,
+    whole_number,
+)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-class AtLeastOne(click.ParamType):  # type: ignore[type-arg]
-    """A whole number of at least 1."""
+class CheckedNumber(click.ParamType):  # type: ignore[type-arg]
+    """A number under the rule of a ``keyword`` of the Python API, or under the ``rule`` of an option that only the command
+    line has, and with the same message."""
 
-    name = "integer"
+    def __init__(self, kind: type[int] | type[float], *, keyword: str = "", rule: ArgumentRule | None = None) -> None:
+        self.name = "integer" if kind is int else "number"
+        self.kind, self.keyword = kind, keyword
+        self.rule = rule or ARGUMENT_RULES[keyword]
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            number = int(value)
-        except ValueError:
-            number = 0
-        if number < 1:
-            self.fail(f"{value} is no whole number of at least 1", param, ctx)
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
+        """The number that a word is; UsageError where the rule does not allow it."""
+        with contextlib.suppress(ValueError):  # a word that is no number breaks the rule
+            value = self.kind(value)
+        self.rule.check(self.keyword or self.rule.flag, value)
+        number: int | float = value
         return number
 
 
-class Positive(click.ParamType):  # type: ignore[type-arg]
-    """A finite number above 0."""
+class CheckedChoice(click.Choice):  # type: ignore[type-arg]
+    """One of several words, under the rule of a ``keyword`` of the Python API and with the same message."""
 
-    name = "number"
+    def __init__(self, choices: tuple[str, ...], *, keyword: str) -> None:
+        super().__init__(choices)
+        self.keyword = keyword
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not (math.isfinite(number) and number > 0):
-            self.fail(f"{value} is no number above 0", param, ctx)
-        return number
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The word itself; UsageError where it is none of the choices."""
+        ARGUMENT_RULES[self.keyword].check(self.keyword, value)
+        return str(value)
+
+
+def count_option(flag: str) -> CheckedNumber:
+    """The type of an option that only the command line has, a whole number of at least 1."""
+    return CheckedNumber(int, rule=whole_number(flag))
 
 
 class Assignment(click.ParamType):  # type: ignore[type-arg]
@@ -51,6 +67,7 @@ class Assignment(click.ParamType):  # type: ignore[type-arg]
     name = "key=value"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
+        """The key and the value of a word."""
         if isinstance(value, tuple):
             return value
         key, equals, text = str(value).partition("=")
@@ -65,22 +82,21 @@ class PinParameter(click.ParamType):  # type: ignore[type-arg]
     name = "glob=placements"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        """The glob and the placements of a word; UsageError for a placement that is none or that no parameter has."""
         if isinstance(value, tuple):
             return value
-        from autopar.core.placement import parse_placements
+        from autopar.core.pin import parse_pin
 
         glob, equals, placements = str(value).rpartition("=")
         if not equals or not glob or not placements:
             self.fail(f"{value!r} is not GLOB=PLACEMENTS, such as 'layers.*.wq.weight=S(0)R'", param, ctx)
-        try:
-            parse_placements(placements)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
+        parse_pin(glob, placements)
         return glob, placements
 
 
 def parse_scalar(text: str) -> bool | int | float | str:
-    """
+    """A word as the bool or the finite number that it reads as, else as it is.
+
     >>> parse_scalar("1e3"), parse_scalar("12"), parse_scalar("False"), parse_scalar("39B")
     (1000.0, 12, False, '39B')
     """
@@ -96,7 +112,7 @@ def parse_scalar(text: str) -> bool | int | float | str:
 
 
 def unique_assignments(option: str, assignments: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
-    """Assignments as a dict; a key given twice is a usage error, not a silent choice."""
+    """The assignments of a repeatable option as a dict; UsageError for a key that is given twice."""
     values: dict[str, Any] = {}
     for key, value in assignments:
         if values.setdefault(key, value) is not value:
@@ -105,7 +121,7 @@ def unique_assignments(option: str, assignments: tuple[tuple[str, Any], ...]) ->
 
 
 def combine_options(*options: Callable[[Function], Function]) -> Callable[[Function], Function]:
-    """One decorator of several, shown by ``--help`` in the order given."""
+    """One decorator that adds several options, which ``--help`` shows in this order."""
 
     def decorate(function: Function) -> Function:
         for option in reversed(options):
@@ -130,16 +146,35 @@ cluster_options = combine_options(
 
 workload_options = combine_options(
     click.argument("model", type=click.Path()),
-    click.option("--gpus", required=True, type=AtLeastOne(), metavar="N", help="GPUs to use."),
+    click.option("--gpus", required=True, type=CheckedNumber(int, keyword="gpus"), metavar="N", help="GPUs to use."),
     cluster_options,
     click.option("--set", "settings", multiple=True, type=Assignment(), metavar="K=V", help="A setting of the model."),
-    click.option("--global-batch", type=AtLeastOne(), metavar="B", help="Samples per step; else the file's own."),
-    click.option("--micro-batch", type=AtLeastOne(), metavar="b", help="Samples of a micro-batch, over all its ranks."),
     click.option(
-        "--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Default bf16, fp16 where the device has none."
+        "--global-batch",
+        type=CheckedNumber(int, keyword="global_batch"),
+        metavar="B",
+        help="Samples per step; else the file's own.",
     ),
-    click.option("--memory", type=Positive(), metavar="GIB", help="Budget per GPU; else the device's usable memory."),
-    click.option("--optimizer", type=click.Choice(["adamw", "sgd"]), default="adamw", show_default=True),
+    click.option(
+        "--micro-batch",
+        type=CheckedNumber(int, keyword="micro_batch"),
+        metavar="b",
+        help="Samples of a micro-batch, over all its ranks.",
+    ),
+    click.option(
+        "--dtype",
+        type=CheckedChoice(DTYPES, keyword="dtype"),
+        help="Default bf16, fp16 where the device has none.",
+    ),
+    click.option(
+        "--memory",
+        type=CheckedNumber(float, keyword="memory_gib"),
+        metavar="GIB",
+        help="Budget per GPU; else the device's usable memory.",
+    ),
+    click.option(
+        "--optimizer", type=CheckedChoice(OPTIMIZERS, keyword="optimizer"), default="adamw", show_default=True
+    ),
 )
 
 search_options = combine_options(
@@ -149,28 +184,33 @@ search_options = combine_options(
         multiple=True,
         type=PinParameter(),
         metavar="GLOB=PLACEMENTS",
-        help="Fix how parameters lie, leave the rest open.",
+        help="Fix the placements of parameters and search the rest.",
     ),
     click.option(
         "--recompute",
-        type=click.Choice(["auto", "none", "selective", "full"]),
+        type=CheckedChoice(RECOMPUTE_MODES, keyword="recompute"),
         default="auto",
         show_default=True,
-        help="What the backward computes again.",
+        help="What the backward recomputes.",
     ),
     click.option(
         "--schedule",
-        type=click.Choice(["auto", "1f1b", "gpipe", "interleaved"]),
+        type=CheckedChoice(SCHEDULES, keyword="schedule"),
         default="auto",
         show_default=True,
         help="The order of the pipeline's micro-batches.",
     ),
-    click.option("--time-limit", type=Positive(), metavar="S", help="Seconds to search; the best plan so far is kept."),
+    click.option(
+        "--time-limit",
+        type=CheckedNumber(float, keyword="time_limit_s"),
+        metavar="S",
+        help="Seconds to search; the result is the best plan found by then.",
+    ),
 )
 
 
 def output_file_options(result: str, *, required: bool = False) -> Callable[[Function], Function]:
-    """``-o`` and ``--force``, for a file that holds a ``result`` ("plan")."""
+    """``-o`` and ``--force`` of a command whose ``result`` ("plan") is a file."""
     return combine_options(
         click.option(
             "-o",

@@ -1,4 +1,4 @@
-"""`autopar compare`: a plan beside the best manual layout of a grid, or beside one of them."""
+"""`autopar compare`: a plan side by side with the best manual layout of a grid, or with a single one."""
 
 from pathlib import Path
 
@@ -14,7 +14,9 @@ Examples:
   autopar compare gpt.plan.json --against megatron:tp=8,pp=2,zero=1"""
 
 
-@click.command("compare", cls=ResultCommand, short_help="A plan beside the best Megatron layout.", epilog=EXAMPLES)
+@click.command(
+    "compare", cls=ResultCommand, short_help="Compare a plan with the best Megatron layout.", epilog=EXAMPLES
+)
 @click.argument("plan_file", metavar="PLAN", type=click.Path())
 @click.option("--against", required=True, metavar="megatron[:LAYOUT]", help="megatron, or megatron:tp=8,pp=2 for one.")
 @click.option("--model", type=click.Path(), metavar="MODEL.py", help="The model file, instead of the plan's own.")

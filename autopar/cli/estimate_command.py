@@ -7,18 +7,19 @@ import click
 
 from autopar.cli.claimed_stdout import ResultCommand, print_result
 from autopar.cli.command_options import (
-    AtLeastOne,
-    Positive,
+    CheckedNumber,
     combine_options,
+    count_option,
     output_file_options,
     print_options,
     search_options,
     unique_assignments,
     workload_options,
 )
-from autopar.cli.inputs import choose_global_batch, layout_flags, plan_of_layout
+from autopar.cli.inputs import layout_flags, plan_of_layout
 from autopar.cli.output_file import OutputFile
 from autopar.core.errors import UsageError
+from autopar.core.request import choose_global_batch, positive_number
 
 EXAMPLES = """\b
 Examples:
@@ -41,13 +42,16 @@ serving_options = combine_options(
         help="Training, or inference on tensor-parallel replicas (layout keys tp, dp, gbs, fusion).",
     ),
     click.option(
-        "--context", type=AtLeastOne(), metavar="N", help="Decode: tokens in the cache; else the model's own."
+        "--context",
+        type=count_option("--context"),
+        metavar="N",
+        help="Decode: tokens in the cache; else the model's own.",
     ),
     click.option(
         "--weights", type=STORAGE_TYPE, default="same", show_default=True, help="Inference: how weights are stored."
     ),
     click.option(
-        "--kv-cache", type=STORAGE_TYPE, default="same", show_default=True, help="Inference: how the cache is."
+        "--kv-cache", type=STORAGE_TYPE, default="same", show_default=True, help="Inference: how the cache is stored."
     ),
 )
 
@@ -57,7 +61,12 @@ serving_options = combine_options(
 )
 @workload_options
 @click.option("--layout", required=True, metavar="TEXT", help="The layout, such as tp=8,pp=4,zero=1.")
-@click.option("--tokens", type=Positive(), metavar="N", help="Tokens of the whole training: adds GPU hours and days.")
+@click.option(
+    "--tokens",
+    type=CheckedNumber(float, rule=positive_number("--tokens")),
+    metavar="N",
+    help="Tokens of the whole training: adds GPU hours and days.",
+)
 @serving_options
 @search_options
 @output_file_options("plan")
@@ -73,17 +82,17 @@ def estimate_command(context_: click.Context, /, **arguments: Any) -> None:
 
 
 def _refuse_options(context: click.Context, names: tuple[str, ...], mode: str) -> None:
-    """UsageError for options that say nothing in this mode."""
+    """UsageError for options that have no meaning in this mode."""
     from click.core import ParameterSource
 
-    given = [
+    options = [
         "/".join(parameter.opts)
         for parameter in context.command.params
         if parameter.name in names and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
     ]
-    if given:
+    if options:
         other = "inference: add --mode decode" if mode == "train" else "training: leave out --mode"
-        raise UsageError(f"{', '.join(given)} belong to {other}")
+        raise UsageError(f"{', '.join(options)} belong to {other}")
 
 
 def _estimate_training(
@@ -110,6 +119,7 @@ def _estimate_training(
     verbose: bool,
     **_: Any,
 ) -> None:
+    """``estimate --mode train``: price, write and print the plan of the layout."""
     from autopar.core.plan_file import PLAN_FILE, encode_plan
 
     file = None if output is None else OutputFile.checked(output, PLAN_FILE, force=force, as_json=as_json)
@@ -127,7 +137,7 @@ def _estimate_training(
     with progress_on_stderr(quiet) as progress:
         progress("model", f"loading {model}", None, None)
         workload = load_workload(model, **model_settings)
-        batch = choose_global_batch(global_batch, fixed.gbs, workload, model)
+        batch = choose_global_batch(global_batch, fixed.gbs, workload.global_batch, model_file=model)
         progress("estimate", str(fixed) or "data parallel", None, None)
         priced = plan_of_layout(
             workload,
@@ -174,12 +184,13 @@ def _estimate_serving(
     quiet: bool,
     **_: Any,
 ) -> None:
+    """``estimate --mode prefill|decode``: price and print the inference of the layout."""
     from autopar.cluster.cost_tables import load_cluster
 
     target = load_cluster(cluster, **unique_assignments("--cluster-set", cluster_set))
     model_settings = unique_assignments("--set", settings)
     if mode == "prefill" and context is not None:
-        raise UsageError("--context is of decode; a prefill runs the model's own sequence: --set seq=2048, say")
+        raise UsageError("--context is for --mode decode; a prefill runs the model's own sequence: --set seq=2048, say")
 
     from autopar.cli.progress import progress_on_stderr
     from autopar.workload.model_file import load_workload
@@ -211,5 +222,5 @@ def _estimate_serving(
     if as_json:
         print_document(serving_document(priced, model=model, settings=model_settings))
         return
-    told = " ".join([model, *(f"{key}={value}" for key, value in model_settings.items())])
-    print_result(serving_text(priced, model=told, width=text_width()), end="")
+    model_text = " ".join([model, *(f"{key}={value}" for key, value in model_settings.items())])
+    print_result(serving_text(priced, model=model_text, width=text_width()), end="")

@@ -1,10 +1,10 @@
-"""From arguments to what the library takes: the cluster, the workload, the batch; and a plan's own model again."""
+"""From arguments to what the library takes: the plan of a layout, and the workload and cluster that a plan was made for."""
 
 import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autopar.core.errors import LayoutError, PlanFileError, UsageError
+from autopar.core.errors import LayoutError, PlanFileError
 
 if TYPE_CHECKING:
     from autopar.cluster.cluster import Cluster
@@ -13,22 +13,14 @@ if TYPE_CHECKING:
     from autopar.workload.workload import Workload
 
 
-def choose_global_batch(given: int | None, layout_batch: int | None, workload: "Workload", model: str) -> int:
-    """``--global-batch``, else the layout's gbs, else the model file's GLOBAL_BATCH."""
-    for batch in (given, layout_batch, workload.global_batch):
-        if batch is not None:
-            return batch
-    raise UsageError(f"no global batch: give --global-batch, or set GLOBAL_BATCH = 1024 (say) in {model}")
-
-
 def layout_flags(**flags: str) -> dict[str, str]:
     """Flags that are also keys of a layout, those left at "auto" dropped."""
     return {key: value for key, value in flags.items() if value != "auto"}
 
 
 def plan_of_layout(workload: "Workload", layout: "Layout", *, micro_batch: int | None, **options: Any) -> "Plan":
-    """The plan of one layout; ``options`` are those of ``autopar.manual.layout_pricer.plan_layout``. LayoutError where
-    ``micro_batch`` (``--micro-batch``) is not the layout's."""
+    """The plan of one layout; ``options`` are the keywords of ``autopar.manual.layout_pricer.plan_layout``. LayoutError
+    where ``micro_batch`` (``--micro-batch``) differs from the layout's."""
     from autopar.manual.layout_pricer import plan_layout
 
     priced = plan_layout(workload, layout=str(layout), **options)
@@ -41,7 +33,8 @@ def plan_of_layout(workload: "Workload", layout: "Layout", *, micro_batch: int |
 
 
 def load_plan_workload(plan: "Plan", plan_path: Path, model: str | None) -> "Workload":
-    """The workload a plan was made for, from its own model file or from ``model``; PlanFileError when it changed."""
+    """The workload that a plan was made for, from its own model file or from ``model``; PlanFileError where the file has
+    changed or is gone."""
     path = Path(model) if model is not None else _model_path(plan, plan_path)
     if model is None and plan.model.source_hash is not None:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -57,7 +50,7 @@ def load_plan_workload(plan: "Plan", plan_path: Path, model: str | None) -> "Wor
 
 
 def _model_path(plan: "Plan", plan_path: Path) -> Path:
-    """The plan's model file, as written or beside the plan."""
+    """The plan's model file: at the path in the plan, or else in the folder of the plan's file."""
     if plan.model.path is None:
         raise PlanFileError(f"{plan_path} is for a model built in Python; name a model file with --model")
     for path in (Path(plan.model.path), plan_path.parent / Path(plan.model.path).name):
@@ -67,12 +60,13 @@ def _model_path(plan: "Plan", plan_path: Path) -> Path:
 
 
 def load_plan_cluster(plan: "Plan", plan_path: Path) -> "Cluster":
-    """The cluster a plan was made for; PlanFileError when its tables changed since."""
+    """The cluster that a plan was made for, a table's file also in the folder of the plan's; PlanFileError where its tables
+    have changed since."""
     from autopar.cluster.cost_tables import load_cluster
 
-    beside = plan_path.parent / Path(plan.cluster.name).name
-    moved = plan.cluster.name.endswith(".json") and not Path(plan.cluster.name).is_file() and beside.is_file()
-    cluster = load_cluster(beside if moved else plan.cluster.name, **plan.cluster.overrides)
+    neighbour = plan_path.parent / Path(plan.cluster.name).name
+    moved = plan.cluster.name.endswith(".json") and not Path(plan.cluster.name).is_file() and neighbour.is_file()
+    cluster = load_cluster(neighbour if moved else plan.cluster.name, **plan.cluster.overrides)
     if cluster.fingerprint != plan.cluster.fingerprint:
         raise PlanFileError(
             f"the tables of cluster {plan.cluster.name} changed since {plan_path} was made "

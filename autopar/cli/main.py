@@ -1,4 +1,4 @@
-"""`autopar`: the group of commands, and how every ending becomes a message and an exit code."""
+"""`autopar`: the group of commands, and how each way of ending becomes a message and an exit code."""
 
 import json
 import sys
@@ -54,7 +54,8 @@ for _command in (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _ErrorReport:
-    """An error as it is told: a few lines on stderr, or the one JSON document on stdout, where ``extra`` keys join."""
+    """An error as it is reported: a few lines on stderr, or the one JSON document on stdout, to which ``extra`` keys are
+    added."""
 
     code: int
     kind: str
@@ -64,7 +65,7 @@ class _ErrorReport:
 
 
 def entry() -> None:
-    """The program: run the command line's arguments, end with its exit code."""
+    """The program: run the command line and exit with its code."""
     stdout = ClaimedStdout()
     code = _exit_code_of(Invocation(arguments=tuple(sys.argv[1:]), stdout=stdout))
     stdout.close()
@@ -72,7 +73,7 @@ def entry() -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line in a process that goes on, and return its exit code."""
+    """Run one command line in a process that continues; returns the exit code."""
     stdout = ClaimedStdout()
     try:
         return _exit_code_of(Invocation(arguments=tuple(arguments), stdout=stdout))
@@ -81,19 +82,19 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _exit_code_of(call: Invocation) -> int:
-    """The exit code of one call; no exception but a bug of ours leaves."""
+    """The exit code of one call; an exception that escapes is a bug of ours."""
     as_json = "--json" in _before_separator(call.arguments)
     try:
         return _run_and_report(call, as_json)
     except NoReaderError:
         return 0
-    except PlanFileError as error:  # of the error's own document
+    except PlanFileError as error:  # the document of the error could not be written
         print(f"autopar: {error}", file=sys.stderr)
         return error.exit_code
 
 
 def _run_and_report(call: Invocation, as_json: bool) -> int:
-    """Run a call and tell how it ended: its results, or its error."""
+    """Run a call, print its results or its error, and return the exit code."""
     try:
         code = autopar.main(args=list(call.arguments), prog_name="autopar", standalone_mode=False, obj=call)
         call.stdout.results.flush()
@@ -105,23 +106,25 @@ def _run_and_report(call: Invocation, as_json: bool) -> int:
         hint = ""
         if isinstance(error, click.UsageError) and error.ctx is not None:
             hint = f"\ntry: {error.ctx.command_path} --help"
-        told = _ErrorReport(code=error.exit_code, kind=type(error).__name__, message=error.format_message(), hint=hint)
+        report = _ErrorReport(
+            code=error.exit_code, kind=type(error).__name__, message=error.format_message(), hint=hint
+        )
     except AutoparError as error:
         faults = getattr(error, "faults", None)
         extra = {} if faults is None else {"faults": list(faults)}
-        told = _ErrorReport(code=error.exit_code, kind=type(error).__name__, message=str(error), extra=extra)
+        report = _ErrorReport(code=error.exit_code, kind=type(error).__name__, message=str(error), extra=extra)
     except (click.Abort, KeyboardInterrupt):
-        told = _ErrorReport(code=INTERRUPTED_EXIT_CODE, kind="Interrupted", message="interrupted")
+        report = _ErrorReport(code=INTERRUPTED_EXIT_CODE, kind="Interrupted", message="interrupted")
     if not as_json or call.stdout.is_lost:
-        print(f"autopar: {told.message}{told.hint}", file=sys.stderr)
-        return told.code
-    document = {"error": {"code": told.code, "kind": told.kind, "message": told.message, **told.extra}}
+        print(f"autopar: {report.message}{report.hint}", file=sys.stderr)
+        return report.code
+    document = {"error": {"code": report.code, "kind": report.kind, "message": report.message, **report.extra}}
     print(json.dumps(document, indent=2), file=call.stdout.results, flush=True)
-    return told.code
+    return report.code
 
 
 def _before_separator(arguments: Sequence[str]) -> list[str]:
-    """Arguments up to ``--``, which are ours."""
+    """The arguments before ``--``: those after it are the training script's."""
     words = list(arguments)
     return words[: words.index("--")] if "--" in words else words
 

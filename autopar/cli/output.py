@@ -15,20 +15,21 @@ MIN_WIDTH = 72
 
 
 def text_width() -> int:
-    """Columns of the terminal, or a fixed width in a pipe so that the same plan prints the same text."""
+    """Columns of the terminal; in a pipe a fixed width, so that a plan always prints the same text."""
     if not invocation().stdout.results.isatty():
         return PIPED_WIDTH
     return max(MIN_WIDTH, shutil.get_terminal_size((PIPED_WIDTH, 24)).columns)
 
 
 def print_document(document: dict[str, Any]) -> None:
+    """Print a JSON document; its numbers are finite."""
     print_result(json.dumps(document, indent=2, allow_nan=False))
 
 
 def print_plan(
     plan: "Plan", path: Path | None, *, as_json: bool, verbose: bool, extra: dict[str, Any] | None = None
 ) -> None:
-    """The plan as text or as its JSON document, which ``extra`` keys join."""
+    """Print the plan as text, or as its JSON document with ``extra`` keys."""
     if as_json:
         from autopar.report.json_document import plan_document
 
@@ -40,7 +41,7 @@ def print_plan(
 
 
 def with_command_line(plan: "Plan", cluster: str, overrides: tuple[tuple[str, Any], ...]) -> "Plan":
-    """The plan with the command line that made it: its words, and the cluster as they name it, so that the commands
+    """The plan with the command line that made it, and with the cluster as the command line names it, so that commands
     that take only the plan find the same tables."""
     import shlex
 

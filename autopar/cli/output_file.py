@@ -1,4 +1,4 @@
-"""The file that ``-o`` names: looked at before any work is done, and written so that the result of a long search is never
+"""The file that ``-o`` names: checked before any work is done, and written so that the result of a long search is never
 lost."""
 
 import contextlib
@@ -19,7 +19,7 @@ STDOUT_NAME = "-"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputFile:
-    """Where a command writes its result: to ``path`` as the user gave it, seen from ``folder`` (a model file may change
+    """Where a command writes its result: to ``path`` as the user gave it, relative to ``folder`` (a model file may change
     the working folder); ``path`` is None for stdout."""
 
     path: Path | None
@@ -29,7 +29,7 @@ class OutputFile:
 
     @classmethod
     def checked(cls, output: str, kind: "FileKind", *, force: bool, as_json: bool) -> "OutputFile":
-        """The file of ``-o output``; UsageError where it may not be written, or stdout would get two documents."""
+        """The file of ``-o OUTPUT``; UsageError where it may not be written, or where stdout would get two documents."""
         from autopar.core.write_file import destination_of
 
         if output == STDOUT_NAME:
@@ -37,9 +37,9 @@ class OutputFile:
                 raise UsageError("-o - and --json would both print to stdout: leave out one of them")
             return cls(path=None, folder=Path(), kind=kind, force=force)
         path = Path(output)
-        found = destination_of(path, kind)
-        if found.refuses(force=force):
-            raise UsageError(f"cannot write {path}: {found.obstacle}; {_hint(found)}")
+        destination = destination_of(path, kind)
+        if destination.refuses(force=force):
+            raise UsageError(f"cannot write {path}: {destination.obstacle}; {_hint(destination)}")
         try:
             return cls(path=path, folder=Path.cwd(), kind=kind, force=force)
         except OSError as error:
@@ -48,9 +48,9 @@ class OutputFile:
     def write(self, content: bytes) -> Path | None:
         """Write the result; returns its path, None for stdout.
 
-        Where something has appeared at the path since, the result goes to a free name in the same folder, and a line on
-        stderr says so. Where nothing can be written there at all, it goes to a folder for temporary files, and the PlanFileError
-        names that."""
+        Where something has appeared at the path since it was checked, the result goes to a free name in the same folder,
+        and a line on stderr says so. Where nothing can be written there at all, it goes to a folder for temporary files,
+        which the PlanFileError names."""
         from autopar.core.write_file import OccupiedError, write_file, write_to_free_name
 
         try:
@@ -69,7 +69,7 @@ class OutputFile:
             raise PlanFileError(f"{error}; the result is in {rescued}" if rescued else str(error)) from None
 
     def text_stream(self) -> contextlib.AbstractContextManager[object]:
-        """Where what is printed for people goes: stdout, or stderr if stdout has the result."""
+        """A context in which text for people goes to stdout, or to stderr where stdout has the result."""
         return contextlib.nullcontext() if self.path is not None else invocation().stdout.diverted()
 
     def _resolved(self, path: Path) -> Path:
@@ -80,12 +80,13 @@ class OutputFile:
         return self.folder / path
 
 
-def _hint(found: "Destination") -> str:
-    if found.access in ("never", "nowhere"):
+def _hint(destination: "Destination") -> str:
+    """What the user can do about a destination that is refused."""
+    if destination.access in ("never", "nowhere"):
         return "choose another file with -o"
-    if found.access == "write into":
+    if destination.access == "write into":
         return "-o - writes to stdout, --force into it"
-    if found.is_link:
+    if destination.is_link:
         return "choose another file with -o, or write through the link with --force"
     return "choose another file with -o, or replace this one with --force"
 

@@ -14,8 +14,9 @@ from autopar.cli.command_options import (
     unique_assignments,
     workload_options,
 )
-from autopar.cli.inputs import choose_global_batch, layout_flags, plan_of_layout
+from autopar.cli.inputs import layout_flags, plan_of_layout
 from autopar.cli.output_file import OutputFile
+from autopar.core.request import RecomputeChoice, ScheduleChoice, choose_global_batch
 
 EXAMPLES = """\b
 Examples:
@@ -45,8 +46,8 @@ def plan_command(
     optimizer: str,
     layout: str | None,
     pins: tuple[tuple[str, str], ...],
-    recompute: str,
-    schedule: str,
+    recompute: RecomputeChoice,
+    schedule: ScheduleChoice,
     time_limit: float | None,
     output: str | None,
     force: bool,
@@ -75,7 +76,8 @@ def plan_command(
     with progress_on_stderr(quiet) as progress:
         progress("model", f"loading {model}", None, None)
         workload = load_workload(model, **model_settings)
-        batch = choose_global_batch(global_batch, fixed.gbs if fixed is not None else None, workload, model)
+        layout_batch = None if fixed is None else fixed.gbs
+        batch = choose_global_batch(global_batch, layout_batch, workload.global_batch, model_file=model)
 
         options: dict[str, Any] = {
             "cluster": target,
@@ -88,11 +90,11 @@ def plan_command(
             "pins": pins,
         }
         if fixed is not None:
-            found = plan_of_layout(workload, fixed, **options)
+            result = plan_of_layout(workload, fixed, **options)
         else:
             from autopar.planner.planner import plan
 
-            found = plan(
+            result = plan(
                 workload,
                 **options,
                 recompute=recompute,
@@ -103,9 +105,9 @@ def plan_command(
 
     from autopar.cli.output import print_plan, with_command_line
 
-    found = with_command_line(found, cluster, cluster_set)
-    path = file.write(encode_plan(found))
+    result = with_command_line(result, cluster, cluster_set)
+    path = file.write(encode_plan(result))
     with file.text_stream():
-        print_plan(found, path, as_json=as_json, verbose=verbose)
+        print_plan(result, path, as_json=as_json, verbose=verbose)
     if path is not None and not as_json and not quiet:
         print(f"wrote {path}", file=sys.stderr)

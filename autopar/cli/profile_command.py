@@ -26,7 +26,11 @@ Examples:
 @output_file_options("table", required=True)
 @click.option("--quick", is_flag=True, help="A coarse table in seconds rather than minutes.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="What to measure; else a GPU where there is one.")
-@click.option("--base", metavar="NAME", help="The cluster that gives what is not measured; else the one most alike.")
+@click.option(
+    "--base",
+    metavar="NAME",
+    help="The cluster whose numbers stand for what is not measured; else the most similar one.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the table as one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def profile_command(
@@ -46,14 +50,13 @@ def profile_command(
 
     with progress_on_stderr(quiet) as progress:
         cluster = profile_machine(device=device, quick=quick, base=base, progress=progress)
-    if cluster is None:  # another rank of the group writes and tells
+    if cluster is None:  # another rank of the group writes and reports
         return
 
     content = cluster_content(cluster)
     path = file.write(content)
-    check_cluster_content(
-        content, path or Path(output)
-    )  # a table that its own rules refuse is an error now, not at its first use
+    # A table that its own rules refuse is an error now, not at its first use.
+    check_cluster_content(content, path or Path(output))
     if as_json:
         import msgspec
 
@@ -68,7 +71,7 @@ def profile_command(
 
 
 def profile_lines(cluster: "Cluster") -> list[str]:
-    """What was measured, a line each."""
+    """The measured numbers, a line each; the last line names what was not measured here."""
     from autopar.core.units import gib_text, percent_text, seconds_text
 
     device = cluster.device

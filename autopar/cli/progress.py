@@ -1,4 +1,4 @@
-"""Progress on stderr: one line that renews itself on a terminal, plain lines elsewhere, nothing when quiet."""
+"""Progress on stderr: one line that updates itself on a terminal, plain lines elsewhere, nothing with ``--quiet``."""
 
 import contextlib
 import sys
@@ -10,7 +10,8 @@ Progress = Callable[[str, str, float | None, float | None], None]
 
 @contextlib.contextmanager
 def progress_on_stderr(quiet: bool) -> Iterator[Progress]:
-    """Yields ``progress(stage, detail, best_s, gap)``; both numbers may be None while there is no plan yet."""
+    """Yields ``progress(stage, detail, best_s, gap)``: the step time of the incumbent in seconds and its gap, both None while
+    there is none."""
     if quiet:
         yield lambda stage, detail, best_s, gap: None
     elif sys.stderr.isatty():
@@ -25,7 +26,7 @@ def progress_on_stderr(quiet: bool) -> Iterator[Progress]:
 
 
 class _PlainLines:
-    """Prints a line when a new stage begins or a better plan is found, and at most one every two seconds besides."""
+    """Prints a line when a stage begins or a better plan is found, and otherwise at most one every two seconds."""
 
     def __init__(self) -> None:
         self._started_s = time.monotonic()
@@ -41,7 +42,8 @@ class _PlainLines:
 
 
 def _line(stage: str, detail: str, best_s: float | None, gap: float | None) -> str:
-    """
+    """One line of progress.
+
     >>> _line("search", "240 of 812 meshes", 1.5, 0.031)
     'search: 240 of 812 meshes, best 1.500 s, gap 3.1 %'
     """

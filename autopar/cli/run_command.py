@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from autopar.cli.claimed_stdout import ResultCommand, invocation, print_result
-from autopar.cli.command_options import AtLeastOne
+from autopar.cli.command_options import count_option
 from autopar.core.errors import UsageError
 
 EXAMPLES = """\b
@@ -27,7 +27,9 @@ Examples:
 @click.argument("plan_file", metavar="PLAN", type=click.Path())
 @click.argument("script", metavar="-- train.py [ARGS]...", nargs=-1, type=click.UNPROCESSED)
 @click.option("--launcher", type=click.Choice(["torchrun", "slurm", "torchx"]), default="torchrun", show_default=True)
-@click.option("--ranks-per-node", type=AtLeastOne(), metavar="N", help="Else the cluster's devices per node.")
+@click.option(
+    "--ranks-per-node", type=count_option("--ranks-per-node"), metavar="N", help="Else the cluster's devices per node."
+)
 @click.option("--rendezvous", metavar="HOST:PORT", help="Where nodes meet; for one node not needed.")
 @click.option(
     "--max-restarts", type=click.IntRange(min=0), default=0, show_default=True, help="Restarts after a failure."
@@ -43,7 +45,7 @@ def run_command(
     max_restarts: int,
     execute: bool,
 ) -> None:
-    """Print the command that runs train.py under PLAN, which it is given as --plan; with --exec, run it."""
+    """Print the command that runs train.py under PLAN, which it gets as --plan; with --exec, run it."""
     from autopar.cluster.cost_tables import load_cluster
     from autopar.core.plan_file import load_plan
 
@@ -66,7 +68,7 @@ def run_command(
         return
     if launcher == "torchrun" and nodes > 1 and rendezvous is None:
         raise UsageError(f"the plan needs {nodes} nodes; give --rendezvous HOST:PORT and run this on each of them")
-    invocation().stdout.restore()  # it is the training script's now
+    invocation().stdout.restore()  # for the training script
     try:
         os.execvp(line[0], line)
     except FileNotFoundError:
@@ -76,9 +78,9 @@ def run_command(
 def launch_command(
     launcher: str, nodes: int, per_node: int, arguments: list[str], rendezvous: str | None, max_restarts: int
 ) -> list[str]:
-    """The words of the launch command.
+    """The words of the command that starts ``arguments`` (a script and its options) on ``nodes`` x ``per_node`` ranks.
 
-    >>> " ".join(command_line("torchrun", 1, 4, ["train.py"], None, 0))
+    >>> " ".join(launch_command("torchrun", 1, 4, ["train.py"], None, 0))
     'torchrun --standalone --nproc-per-node=4 train.py'
     """
     restarts = [f"--max-restarts={max_restarts}"] if max_restarts else []
@@ -88,9 +90,9 @@ def launch_command(
             "-j", f"{nodes}x{per_node}", *([f"--max_retries={max_restarts}"] if max_restarts else []),
             "--script", arguments[0], "--", *arguments[1:],
         ]  # fmt: skip
-    meeting = rendezvous or "HOST:29500"
+    endpoint = rendezvous or "HOST:29500"
     spread = (
-        ["--standalone"] if nodes == 1 else [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={meeting}"]
+        ["--standalone"] if nodes == 1 else [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
     )
     # torch 2.13's restarted workers find the addresses of the dead ones in a store that is shared with the agent.
     fresh = ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"] if max_restarts else []

@@ -18,7 +18,7 @@ Examples:
 @click.argument("plan_file", metavar="PLAN", type=click.Path())
 @print_options
 def show_command(*, plan_file: str, as_json: bool, quiet: bool, verbose: bool) -> None:
-    """Print a plan: its stages, times, memory, and where each parameter lies."""
+    """Print a plan: its stages, times, memory, and the placement of each parameter."""
     from autopar.cli.output import print_plan
     from autopar.core.plan_file import load_plan
 

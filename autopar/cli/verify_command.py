@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from autopar.cli.claimed_stdout import ResultCommand, print_result
-from autopar.cli.command_options import Assignment, AtLeastOne, print_options, unique_assignments
+from autopar.cli.command_options import Assignment, count_option, print_options, unique_assignments
 from autopar.core.dtypes import LONG_NAMES
 from autopar.core.errors import CheckError
 
@@ -24,7 +24,9 @@ Examples:
 @click.command("verify", cls=ResultCommand, short_help="Check a plan's numbers against one process.", epilog=EXAMPLES)
 @click.argument("plan_file", metavar="PLAN", type=click.Path())
 @click.option("--model", type=click.Path(), metavar="MODEL.py", help="The model file; else the one the plan names.")
-@click.option("--ranks", type=AtLeastOne(), default=8, show_default=True, metavar="N", help="CPU processes to use.")
+@click.option(
+    "--ranks", type=count_option("--ranks"), default=8, show_default=True, metavar="N", help="CPU processes to use."
+)
 @click.option(
     "--set", "settings", multiple=True, type=Assignment(), metavar="K=V", help="Another size of the same structure."
 )
@@ -39,8 +41,8 @@ def verify_command(
     quiet: bool,
     verbose: bool,
 ) -> int:
-    """Run PLAN, or a shrunk twin, on CPU processes against one process: loss, gradients, optimizer steps. Exit 7 on
-    FAIL."""
+    """Run PLAN, shrunk to fit, on CPU processes and compare loss, gradients and optimizer steps with one process. Exit 7
+    on FAIL."""
     from autopar.cli.inputs import load_plan_workload
     from autopar.core.plan_file import load_plan
 
@@ -58,7 +60,7 @@ def verify_command(
             model=str(workload.path),
             settings=changed,
             max_ranks=ranks,
-            list_collectives=lambda twin: _list_collectives(twin, Path(plan_file), str(workload.path), changed),
+            list_collectives=lambda shrunk: _list_collectives(shrunk, Path(plan_file), str(workload.path), changed),
         )
     if as_json:
         from autopar.cli.output import print_document
@@ -77,7 +79,7 @@ def verify_command(
 def _list_collectives(
     shrunk: "Plan", plan_file: Path, model: str, settings: dict[str, Any]
 ) -> "tuple[Collective, ...]":
-    """The collectives of a twin, as the judge lists them on the plan's cluster."""
+    """The collectives of a shrunk plan, as the judge lists them on the plan's cluster."""
     from autopar.cli.inputs import load_plan_cluster
     from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
     from autopar.graph.trace import trace
@@ -90,7 +92,8 @@ def _list_collectives(
 
 
 def _report_lines(report: "VerifyReport", verbose: bool) -> list[str]:
-    lines = [f"{report.num_ranks} ranks, fp64" + (", a twin of the plan:" if report.changes else "")]
+    """The report for people; ``verbose`` lists every collective and more of the largest errors."""
+    lines = [f"{report.num_ranks} ranks, fp64" + (", a shrunk plan:" if report.changes else "")]
     lines += [f"  {change}" for change in report.changes]
     lines.append(
         f"loss        {report.expected_loss:.12g} one process, {report.loss:.12g} plan: error {report.loss_error:.1e}"
@@ -102,7 +105,7 @@ def _report_lines(report: "VerifyReport", verbose: bool) -> list[str]:
         lines += [f"            {errors[name]:.1e} {name}" for name in worst[1:MAX_LISTED_ERRORS] if verbose]
     count = sum(sum(sizes.values()) for sizes in report.collectives.values())
     if report.not_compared_because is not None:
-        verdict = f"not held against the plan's list: {report.not_compared_because}"
+        verdict = f"not compared with the plan's list: {report.not_compared_because}"
     else:
         verdict = "those that the plan lists" if not report.collective_differences else "not those that the plan lists"
     lines.append(f"collectives {count} a step in the plan's dtype, {verdict}")
@@ -118,6 +121,7 @@ def _report_lines(report: "VerifyReport", verbose: bool) -> list[str]:
 
 
 def _report_document(report: "VerifyReport") -> dict[str, Any]:
+    """The JSON document of ``verify --json``."""
     return {
         "passed": report.passed,
         "ranks": report.num_ranks,

@@ -1,4 +1,4 @@
-"""The machine and what things cost on it: names or files of tables come in, seconds and bytes go out.
+"""The machine and what it costs to compute and communicate on it. In: names or files of cost tables. Out: seconds, bytes.
 
 cluster = load_cluster("dgx-h100", inter_node_gbits_per_s=800)
 cluster.device.matmul_s(4096, 4096, 4096, dtype="bfloat16")

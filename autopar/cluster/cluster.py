@@ -1,4 +1,4 @@
-"""Nodes of equal devices and the links between them: groups of ranks, and how long they talk.
+"""Nodes of equal devices and the links between them: groups of ranks, and seconds of their collectives and transfers.
 
     inside a node   t = table(kind, ranks, bytes), interpolated in log-log over bytes; between measured group sizes
                     t / factor(ranks) is interpolated, factor = (r-1)/r, for all_reduce 2(r-1)/r
@@ -6,9 +6,9 @@
                     ramp = 1 + (inter_node_ramp_bytes / bytes)^RAMP_EXPONENT: rings across nodes fill slowly
                     rate = min(node's NICs / groups_per_node, ranks_per_node * one NIC) * inter_node_efficiency
                     (NCCL pipelines its chunks through both levels, so the slower one counts; all_to_all crosses with
-                    (n - ranks_per_node)/n of what each of a node's ranks holds)
+                    (n - ranks_per_node)/n of what each of a node's ranks stores)
     in training     * training_slowdown
-    hidden          max(compute, t) + overlap_contention * min(compute, t): they share the device's memory and cores
+    overlapped      max(compute, t) + overlap_contention * min(compute, t): they share the device's memory and cores
 
 Checked against 2 x 8 A100 at 400 Gb/s, 2 x 8 H100 at 3200 and 4 x 8 B200 at 3200 (nccl-tests, see provenance).
 """
@@ -31,6 +31,7 @@ from autopar.cluster.number_source import (
     require_positive,
     require_sources,
 )
+from autopar.core.notebook_text import short_repr
 
 MeasuredCollective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 MEASURED_COLLECTIVES: tuple[str, ...] = get_args(MeasuredCollective)
@@ -39,8 +40,8 @@ RAMP_LIMIT_S = 1e-3  # what filling adds at most
 
 
 class RankGroup(msgspec.Struct, frozen=True, kw_only=True):
-    """Ranks that talk: the most of them inside one node, the nodes they touch, and how many such groups, all crossing
-    nodes, share one node's NICs at once."""
+    """Ranks of one collective: how many there are, at most on one node, on how many nodes, and how many such groups that
+    cross nodes share the NICs of one node."""
 
     num_ranks: int
     ranks_per_node: int
@@ -49,8 +50,8 @@ class RankGroup(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CollectiveCurve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Seconds of one collective among ``num_ranks`` of a node against bytes: the tensor of all_reduce, the output of
-    all_gather, the input of reduce_scatter, what a rank holds before all_to_all."""
+    """Measured seconds of one collective among ``num_ranks`` of a node by bytes: of the tensor of all_reduce, of the output
+    of all_gather, of the input of reduce_scatter, of what a rank stores before all_to_all."""
 
     kind: MeasuredCollective
     num_ranks: int
@@ -68,13 +69,13 @@ class CollectiveCurve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
-    """N devices fill nodes one after the other; the last node may be partial.
+    """Devices fill nodes one after the other; the last node may be partial.
 
     ``inter_node_gbits_per_s`` is all NICs of a node together, one direction.
 
     >>> from autopar.cluster import load_cluster
     >>> load_cluster("dgx-h100").axis_group(16, (2, 8), (0,))
-    Group(num_ranks=2, ranks_per_node=1, num_nodes=2, groups_per_node=8)
+    RankGroup(num_ranks=2, ranks_per_node=1, num_nodes=2, groups_per_node=8)
     """
 
     name: str
@@ -119,25 +120,34 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def __hash__(self) -> int:
         return hash(self.fingerprint)
 
+    def __repr__(self) -> str:
+        return short_repr(
+            "Cluster",
+            name=self.name,
+            device=self.device.name,
+            devices_per_node=self.devices_per_node,
+            inter_node_gbits_per_s=self.inter_node_gbits_per_s,
+        )
+
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of all numbers of the cluster and its device."""
+        """sha256 of all numbers of the cluster and its device, as hex."""
         return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()
 
     @property
     def nics_bytes_per_s(self) -> float:
-        """What all NICs of a node sustain, one direction."""
+        """Bandwidth that all NICs of a node together sustain, one direction."""
         return self.inter_node_gbits_per_s * 1e9 / 8 * self.inter_node_efficiency
 
     def inter_node_bytes_per_s(self, ranks_per_node: int, groups_per_node: int) -> float:
-        """What the ranks of one group in a node get of its NICs: their share, and no more than a NIC each."""
+        """Bandwidth of a node's NICs that the ranks of one group get: their share, and at most one NIC each."""
         share = self.nics_bytes_per_s / groups_per_node
         return min(share, self.nics_bytes_per_s / self.nics_per_node * ranks_per_node)
 
     def axis_group(
         self, num_devices: int, axis_sizes: tuple[int, ...], axes: tuple[int, ...], first_device: int = 0
     ) -> RankGroup:
-        """The slowest of the groups that span ``axes`` of a row-major mesh on devices ``first_device``... ."""
+        """The slowest of the groups over ``axes`` of a row-major mesh on consecutive devices from ``first_device``."""
         assert int(np.prod(axis_sizes)) == num_devices, f"mesh {axis_sizes} is not {num_devices} devices"
         num_ranks = int(np.prod([axis_sizes[axis] for axis in axes]))
         if num_ranks == 1:
@@ -146,11 +156,11 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         rest = [axis for axis in range(len(axis_sizes)) if axis not in axes]
         node = node.transpose(*rest, *axes).reshape(-1, num_ranks)
         node = node - first_device // self.devices_per_node
-        held = np.zeros((len(node), int(node.max()) + 1), np.int64)  # ranks of each group on each node
-        np.add.at(held, (np.repeat(np.arange(len(node)), num_ranks), node.ravel()), 1)
-        touches = held > 0
+        ranks_on = np.zeros((len(node), int(node.max()) + 1), np.int64)  # of each group on each node
+        np.add.at(ranks_on, (np.repeat(np.arange(len(node)), num_ranks), node.ravel()), 1)
+        touches = ranks_on > 0
         num_nodes = touches.sum(axis=1)
-        ranks_per_node = held.max(axis=1)
+        ranks_per_node = ranks_on.max(axis=1)
         crossing = touches[num_nodes > 1].sum(axis=0)
         sharing = (
             np.maximum(np.where(touches, crossing, 0).max(axis=1), 1) if len(crossing) else np.ones_like(num_nodes)
@@ -175,7 +185,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         if nodes > 1:
             rate = self.inter_node_bytes_per_s(local, group.groups_per_node)
             crossing = size * local * (n - local) / n if kind == "all_to_all" else size * _traffic_factor(kind, nodes)
-            # trees of all_reduce go up and down; rings of the others pass every node
+            # all_reduce goes up and down a tree; the others go round a ring of all nodes
             hops = 2 * np.ceil(np.log2(nodes)) if kind == "all_reduce" else nodes - 1
             ramp = 1 + (self.inter_node_ramp_bytes / np.maximum(size, 1.0)) ** RAMP_EXPONENT
             inside = (
@@ -185,7 +195,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return np.asarray(np.where(size > 0, inside * self.training_slowdown, 0.0), float)
 
     def transfer_s(self, num_bytes: ArrayLike, *, same_node: bool, num_senders: int = 1) -> Floats:
-        """Seconds from one device to another; ``sharers`` devices of the node send at once over its NICs."""
+        """Seconds from one device to another; ``num_senders`` devices of the node send at once over its NICs."""
         size = np.asarray(num_bytes, float)
         ratio = self.inter_node_transfer_efficiency / self.inter_node_efficiency
         rate = self.link_bytes_per_s if same_node else ratio * self.inter_node_bytes_per_s(1, num_senders)
@@ -193,7 +203,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return np.asarray(np.where(size > 0, (latency_s + size / rate) * self.training_slowdown, 0.0), float)
 
     def communication_buffer_bytes(self, num_groups: int) -> int:
-        """Bytes that the communication library holds on a device that belongs to ``num_groups`` groups."""
+        """Bytes that the communication library allocates on a device that belongs to ``num_groups`` groups."""
         return self.first_communicator_bytes + (num_groups - 1) * self.next_communicator_bytes if num_groups else 0
 
     @cached_property
@@ -205,6 +215,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return {kind: tuple(curves) for kind, curves in found.items()}
 
     def _intra_node_s(self, kind: str, size: Floats, num_ranks: int) -> Floats:
+        """Seconds of a collective of ``size`` bytes inside a node, without ``training_slowdown``."""
         if num_ranks == 1:
             return np.zeros_like(size)
         curves = self._curves[kind]
@@ -217,12 +228,12 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 def _traffic_factor(kind: str, num_parts: int) -> float:
-    """Times that its bytes pass each part's link in the least-traffic algorithm."""
+    """Bytes over each of ``num_parts`` links per byte of the collective, in the algorithm of least traffic."""
     return (2.0 if kind == "all_reduce" else 1.0) * (num_parts - 1) / num_parts
 
 
 def _curve_s(curve: tuple[int, Floats, Floats], size: Floats) -> Floats:
-    """Seconds at ``size`` bytes: the latency below the curve, the last rate beyond it."""
+    """Seconds at ``size`` bytes: the shortest time below the curve's sizes, the rate of its largest beyond them."""
     _, log_bytes, log_s = curve
     point = np.log(np.maximum(size, 1.0))
     return np.asarray(np.exp(np.interp(point, log_bytes, log_s) + np.maximum(point - log_bytes[-1], 0.0)), float)

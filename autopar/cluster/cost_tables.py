@@ -1,7 +1,7 @@
-"""A cluster by name or file, with some keys overridden.
+"""Cost tables in files: a cluster by name or file, with some keys overridden.
 
-The tables are ``cost_tables/cluster.NAME.json`` and ``cost_tables/device.NAME.json``; a wheel carries the folder inside
-the package, a checkout beside it. A cluster's file names its device or holds it whole (what ``save_cluster`` writes).
+The tables are ``cost_tables/cluster.NAME.json`` and ``cost_tables/device.NAME.json``; a wheel has the folder inside the
+package, a checkout next to it. A cluster's file names its device or contains it (what ``save_cluster`` writes).
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ NOT_OVERRIDABLE = ("name", "device", "provenance", "collectives", "matmul", "fla
 
 
 class _ProfileMarker(msgspec.Struct):
-    """What tables made by `autopar profile` have, and tables that ship or are written by hand do not."""
+    """The keys by which tables made by `autopar profile` differ from tables that ship or are written by hand."""
 
     name: Annotated[str, msgspec.Meta(pattern=f"^{PROFILE_NAME_PREFIX}")]
     device: dict[str, msgspec.Raw]
@@ -33,12 +33,12 @@ PROFILE_FILE_KIND = FileKind(name="a cost table made by autopar profile", marker
 
 
 def cost_tables_folder() -> Path:
-    """The folder of the shipped tables: in the installed package, or beside it in a checkout."""
+    """The folder of the shipped tables: in the installed package, or next to it in a checkout. PlanFileError without one."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "cost_tables", package.parent / "cost_tables"):
         if folder.is_dir():
             return folder
-    raise PlanFileError(f"no folder cost_tables in or beside {package}: install autopar again")
+    raise PlanFileError(f"no folder cost_tables in or next to {package}: reinstall autopar")
 
 
 def cluster_names() -> tuple[str, ...]:
@@ -52,12 +52,13 @@ def device_names() -> tuple[str, ...]:
 
 
 def _shipped_names(kind: str) -> tuple[str, ...]:
+    """Sorted names of the shipped tables of a kind."""
     found = cost_tables_folder().glob(f"{kind}.*.json")
     return tuple(sorted(path.name.removeprefix(f"{kind}.").removesuffix(".json") for path in found))
 
 
 def load_device(name: str) -> Device:
-    """A shipped device; UsageError with the known names for another."""
+    """A shipped device by name; UsageError, with the names that ship, for any other."""
     if name not in device_names():
         raise UsageError(f"no device {name!r}; the devices are {', '.join(device_names())}")
     path = cost_tables_folder() / f"device.{name}.json"
@@ -65,10 +66,10 @@ def load_device(name: str) -> Device:
 
 
 def load_cluster(cluster: "str | Path | Cluster", **overrides: Any) -> Cluster:
-    """A shipped cluster, one of a file, or ``cluster`` itself, with keys of it or of its device overridden.
+    """A shipped cluster by name, a cluster from a file, or ``cluster`` itself, with keys of it or of its device overridden.
 
     ``device`` takes a device's name, ``memory_gib`` sets the device's memory. UsageError for an unknown name, key or
-    value; PlanFileError for a file that is torn or breaks a rule of the tables.
+    value; PlanFileError for a file that is incomplete or breaks a rule of the tables.
 
     >>> load_cluster("dgx-a100", inter_node_gbits_per_s=800).inter_node_gbits_per_s
     800.0
@@ -78,18 +79,18 @@ def load_cluster(cluster: "str | Path | Cluster", **overrides: Any) -> Cluster:
 
 
 def software_document(name: str) -> Any:
-    """The shipped table of a training program, as it stands in the file."""
+    """The shipped table of a training program, decoded but not validated."""
     return _read_json(cost_tables_folder() / f"software.{name}.json")
 
 
 def uncertainty_document() -> Any:
-    """The shipped table of intervals, as it stands in the file."""
+    """The shipped table of intervals, decoded but not validated."""
     return _read_json(cost_tables_folder() / "uncertainty.json")
 
 
 def save_cluster(cluster: Cluster, path: str | Path) -> None:
-    """Write a cluster with its device, whole or not at all; ``load_cluster(path)`` gives it back. It replaces any
-    file, as ``save_plan`` does."""
+    """Write a cluster with its device atomically; ``load_cluster(path)`` reads it back. It replaces any file, as
+    ``save_plan`` does."""
     write_file(Path(path), cluster_content(cluster), PROFILE_FILE_KIND, force=True)
 
 
@@ -99,11 +100,12 @@ def cluster_content(cluster: Cluster) -> bytes:
 
 
 def check_cluster_content(content: bytes, path: Path) -> None:
-    """PlanFileError, which names ``path``, where the bytes of a cluster's file break a rule of the tables."""
+    """PlanFileError, naming ``path``, where the ``content`` of a cluster's file breaks a rule of the tables."""
     _validated(msgspec.json.decode(content), Cluster, path)
 
 
 def _read_cluster(name: "str | Path") -> Cluster:
+    """A cluster by the name of a shipped table, else from a file."""
     if str(name) in cluster_names():
         path = cost_tables_folder() / f"cluster.{name}.json"
     else:
@@ -120,6 +122,7 @@ def _read_cluster(name: "str | Path") -> Cluster:
 
 
 def _read_json(path: Path) -> Any:
+    """A decoded JSON file; PlanFileError where it cannot be read."""
     try:
         return msgspec.json.decode(path.read_bytes())
     except (OSError, msgspec.DecodeError) as error:
@@ -127,6 +130,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _validated(document: Any, kind: type[T], path: Path) -> T:
+    """The table of a decoded file; PlanFileError, naming ``path``, where it breaks a rule."""
     try:
         return msgspec.convert(document, kind)
     except msgspec.ValidationError as error:
@@ -134,6 +138,7 @@ def _validated(document: Any, kind: type[T], path: Path) -> T:
 
 
 def _overridden(cluster: Cluster, overrides: dict[str, Any]) -> Cluster:
+    """``cluster`` with other keys; UsageError as in ``load_cluster``."""
     cluster_keys = {key for key in Cluster.__struct_fields__ if key not in NOT_OVERRIDABLE}
     device_keys = {key for key in Device.__struct_fields__ if key not in NOT_OVERRIDABLE}
     known = sorted({"device", "memory_gib", *cluster_keys, *device_keys})
@@ -155,7 +160,7 @@ def _overridden(cluster: Cluster, overrides: dict[str, Any]) -> Cluster:
 
 
 def _with_numbers(table: T, changes: dict[str, Any]) -> T:
-    """``table`` with other numbers, checked against the schema; their source is the user."""
+    """``table`` with other numbers, whose source is the user; UsageError where they break a rule of the table."""
     if not changes:
         return table
     document = msgspec.to_builtins(table)

@@ -1,7 +1,7 @@
-"""One GPU (or CPU rank): its memory, peaks and how long a kernel takes on it.
+"""One GPU (or CPU rank): its memory, its peaks, and seconds of kernels on it.
 
 matmul     t = max(T(m, n, k) / sustained_fraction, bytes / bandwidth, kernel_latency_s)    T / unaligned_matmul_speed for odd rows
-           T: measured, interpolated in log time over log (m, n, k); beyond the table work grows at its last efficiency
+           T: measured, interpolated in log time over log (m, n, k); beyond the table at the efficiency of its edge
 flash      t = FLOPs / (peak * E(seq, batch * heads) * sustained_fraction * relative speeds)   (causal counts half)
 math       t = products * max(FLOPs / (peak * best of table * sustained_fraction), bytes / sustained bandwidth)
                + scores * bytes per score / sustained bandwidth + 2 kernel_latency_s    2 products forward, 4 backward
@@ -26,15 +26,14 @@ from autopar.cluster.number_source import (
 from autopar.core.dtypes import ITEMSIZE, TRAINING_DTYPES
 from autopar.core.errors import UsageError
 
-REFERENCE_HEAD_DIM = 128  # the attention tables' head_dim
-NARROW_MATMUL_EXPONENT = (
-    0.5  # time of a matmul narrower than its table falls with the root of its width: tiles stay half empty
-)
-BATCHED_MATMUL_MIN_ROWS = 64  # rows that a batched kernel computes at least per matrix
+REFERENCE_HEAD_DIM = 128  # of the attention tables
+NARROW_MATMUL_EXPONENT = 0.5  # seconds below the table fall with the root of the width: tiles stay half empty
+BATCHED_MATMUL_MIN_ROWS = 64  # that a batched kernel computes per matrix, at least
 
 
 class MatmulTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Fraction of the default dtype's peak; ``efficiency`` is row-major over (m, n, k) of (m, k) @ (k, n)."""
+    """Measured fractions of the default dtype's peak: ``efficiency`` is row-major over the nodes (m, n, k) of products
+    (m, k) @ (k, n)."""
 
     m: tuple[int, ...]
     n: tuple[int, ...]
@@ -46,7 +45,8 @@ class MatmulTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class AttentionTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Fraction of the peak of causal forward attention, head_dim 128, row-major over (seq, batch * heads)."""
+    """Measured fractions of the peak of causal forward attention at head_dim 128: ``efficiency`` is row-major over the nodes
+    (seq, batch_heads), the latter being batch * heads."""
 
     seq: tuple[int, ...]
     batch_heads: tuple[int, ...]
@@ -57,6 +57,7 @@ class AttentionTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 def _check_grid(name: str, axes: tuple[tuple[int, ...], ...], efficiency: tuple[float, ...]) -> None:
+    """ValueError unless the nodes of each axis grow and there is an efficiency in (0, 1] for each grid point."""
     for line in axes:
         if not line or line[0] < 1 or any(a >= b for a, b in itertools.pairwise(line)):
             raise ValueError(f"{name}: nodes must be positive and grow strictly, not {list(line)}")
@@ -68,8 +69,10 @@ def _check_grid(name: str, axes: tuple[tuple[int, ...], ...], efficiency: tuple[
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
-    """``memory_bytes``: what a program can use; ``peak_flops_per_s``: dtype -> dense peak, float32 as torch multiplies
-    by default (no TF32). All prices are seconds on one device and broadcast over arrays of shapes.
+    """The numbers of a device, and seconds of kernels on it; these broadcast over arrays of sizes.
+
+    ``memory_bytes``: what a program can use; ``peak_flops_per_s``: dtype -> dense peak, float32 as torch multiplies by
+    default (no TF32).
 
     >>> from autopar.cluster import load_cluster
     >>> load_cluster("dgx-a100").device.default_dtype
@@ -120,14 +123,14 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return next(dtype for dtype in TRAINING_DTYPES if dtype in self.peak_flops_per_s)
 
     def peak(self, dtype: str) -> float:
-        """Dense FLOP/s at ``dtype``; UsageError where the device has no such arithmetic."""
+        """Dense FLOP/s at ``dtype``; UsageError where the device does not have it."""
         if dtype not in self.peak_flops_per_s:
             known = ", ".join(self.peak_flops_per_s)
             raise UsageError(f"{self.name} has no {dtype} matmul; it has {known}: choose one with --dtype")
         return self.peak_flops_per_s[dtype]
 
     def memory_bound_s(self, num_bytes: ArrayLike) -> Floats:
-        """Seconds to move ``num_bytes`` through the device's memory in a kernel that does little else."""
+        """Seconds of a kernel that reads and writes ``num_bytes`` of the device's memory and does little else."""
         return np.asarray(num_bytes, float) / (self.memory_bytes_per_s * self.memory_efficiency)
 
     def matmul_s(
@@ -141,7 +144,9 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         aligned: ArrayLike = True,
     ) -> Floats:
         """Seconds of ``batch`` products (m, k) @ (k, n). A batch of matrices fills the device like one tall matrix.
-        ``aligned``: every row begins at a multiple of 16 bytes, as vector loads need."""
+
+        ``aligned``: every row begins at a multiple of 16 bytes, as vector loads need. UsageError for a ``dtype`` without a
+        peak."""
         peak = self.peak(dtype)
         m_, n_, k_, b_ = np.broadcast_arrays(*(np.maximum(np.asarray(x, float), 1.0) for x in (m, n, k, batch)))
         rows = np.where(b_ > 1, b_ * np.maximum(m_, BATCHED_MATMUL_MIN_ROWS), m_)
@@ -168,13 +173,14 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         backward: bool,
         flash: bool,
     ) -> Floats:
-        """Seconds of scaled dot product attention, forward or backward (not both)."""
+        """Seconds of scaled dot product attention, forward or ``backward`` (not both). ``flash``: as one fused kernel, else
+        with its scores in memory. UsageError for a ``dtype`` without a peak."""
         b, h, g, q, s, d = np.broadcast_arrays(
             *(np.maximum(np.asarray(x, float), 1.0) for x in (batch, heads, kv_heads, q_len, kv_len, head_dim))
         )
         peak = self.peak(dtype)
         if not flash:
-            # all scores are computed and masked afterwards: causal saves nothing; bytes a score are of half precision
+            # all scores are computed and then masked: causal saves nothing; the bytes per score are those of half precision
             per_score = self.math_backward_bytes_per_score if backward else self.math_forward_bytes_per_score
             traffic = b * h * q * s * per_score * ITEMSIZE[dtype] / 2
             size_bytes = ITEMSIZE[dtype] * b * h * (q * s + q * d + s * d)  # a product reads or writes the scores once
@@ -193,41 +199,45 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @cached_property
     def _log_grid(self) -> tuple[tuple[Floats, ...], Floats]:
-        """Log of the nodes, and log seconds on them."""
+        """Log of the matmul table's nodes, and log seconds at them."""
         nodes = tuple(np.asarray(line, float) for line in (self.matmul.m, self.matmul.n, self.matmul.k))
         flops = 2.0 * nodes[0][:, None, None] * nodes[1][None, :, None] * nodes[2][None, None, :]
         efficiency = np.asarray(self.matmul.efficiency).reshape(flops.shape)
         return tuple(np.log(line) for line in nodes), np.log(flops / (efficiency * self.peak(self.default_dtype)))
 
     def _table_s(self, m: Floats, n: Floats, k: Floats) -> Floats:
-        """Seconds by the table; a product taller than the table is looked up lying on its side."""
-        upright = self._interpolated_s(m, n, k)
+        """Seconds by the table. A product taller than the table is also looked up transposed, as (n, k) @ (k, m), and takes
+        the shorter time, but no less than the tallest product of the table."""
+        time_s = self._interpolated_s(m, n, k)
         tallest = float(self.matmul.m[-1])
-        on_side = (m > tallest) & (n < m)
-        if not on_side.any():
-            return upright
-        lying = np.maximum(self._interpolated_s(n, m, k), self._interpolated_s(np.full_like(m, tallest), n, k))
-        return np.where(on_side, np.minimum(lying, upright), upright)
+        is_taller = (m > tallest) & (n < m)
+        if not is_taller.any():
+            return time_s
+        transposed_s = np.maximum(self._interpolated_s(n, m, k), self._interpolated_s(np.full_like(m, tallest), n, k))
+        return np.where(is_taller, np.minimum(transposed_s, time_s), time_s)
 
     def _interpolated_s(self, m: Floats, n: Floats, k: Floats) -> Floats:
+        """Seconds between the table's nodes; beyond its largest sizes in proportion to the work, below its narrowest by
+        ``NARROW_MATMUL_EXPONENT`` (n and k alone)."""
         nodes, log_s = self._log_grid
         sizes = (m, n, k)
-        inside = multilinear(nodes, log_s, tuple(np.log(x) for x in sizes))
+        interpolated = multilinear(nodes, log_s, tuple(np.log(x) for x in sizes))
         for axis, (line, size) in enumerate(zip(nodes, sizes, strict=True)):
             beyond = np.maximum(np.log(size) - line[-1], 0.0)
             short = np.minimum(np.log(size) - line[0], 0.0) * (0.0 if axis == 0 else NARROW_MATMUL_EXPONENT)
-            inside = inside + beyond + short
-        return np.exp(inside)
+            interpolated = interpolated + beyond + short
+        return np.exp(interpolated)
 
     @cached_property
     def _log_flash(self) -> tuple[tuple[Floats, ...], Floats]:
+        """Log of the attention table's nodes, and log efficiencies at them."""
         nodes = tuple(
             np.log(np.asarray(line, float)) for line in (self.flash_attention.seq, self.flash_attention.batch_heads)
         )
         return nodes, np.log(np.asarray(self.flash_attention.efficiency)).reshape(len(nodes[0]), len(nodes[1]))
 
     def _flash_efficiency(self, seq: Floats, batch_heads: Floats) -> Floats:
-        """Below the shortest sequence of the table the efficiency falls on as between its first two."""
+        """Fraction of the peak. Below the table's shortest sequence it falls as it does between the two shortest."""
         nodes, log_e = self._log_flash
         points = (np.log(seq), np.log(batch_heads))
         log_speed = multilinear(nodes, log_e, points)
@@ -235,5 +245,5 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             slope = (log_e[1, -1] - log_e[0, -1]) / (nodes[0][1] - nodes[0][0])
             log_speed = log_speed + slope * np.minimum(points[0] - nodes[0][0], 0.0)
         if len(nodes[1]) > 1:
-            log_speed = log_speed + np.minimum(points[1] - nodes[1][0], 0.0)  # fewer heads: as many SMs idle
+            log_speed = log_speed + np.minimum(points[1] - nodes[1][0], 0.0)  # fewer heads leave as many SMs idle
         return np.exp(log_speed)

@@ -1,4 +1,4 @@
-"""Interpolation on a grid, vectorised over the points: a table looked up between its nodes.
+"""Multilinear interpolation of a table between its nodes, vectorised over the points.
 
 position of x on nodes c_0 < ... < c_K:   i + w,  c_i <= x <= c_{i+1},  w = (x - c_i) / (c_{i+1} - c_i)
 value = sum over the corners of the cell of (product of weights) * corner
@@ -13,7 +13,8 @@ Floats = NDArray[np.float64]
 
 
 def multilinear(nodes: tuple[Floats, ...], values: Floats, points: tuple[Floats, ...]) -> Floats:
-    """Values at ``points`` (one array per dimension, of one shape), clamped to the grid's ends.
+    """Values at ``points``, one array per dimension that broadcast together, clamped to the grid. ``nodes``: one growing
+    line per dimension; ``values``: at the nodes, one dimension per line.
 
     >>> float(multilinear((np.array([0.0, 2.0]),), np.array([10.0, 30.0]), (np.array(0.5),)))
     15.0
@@ -33,7 +34,7 @@ def multilinear(nodes: tuple[Floats, ...], values: Floats, points: tuple[Floats,
     total = np.zeros(shape)
     for corner in itertools.product((0, 1), repeat=len(nodes)):
         if any(up and len(line) == 1 for up, line in zip(corner, nodes, strict=True)):
-            continue  # weightless
+            continue  # its weight is 0
         share: Floats | float = 1.0
         for up, fraction in zip(corner, weight, strict=True):
             share = share * (fraction if up else 1.0 - fraction)

@@ -1,4 +1,4 @@
-"""Where a number comes from: every number of a table has one of these under its key."""
+"""Where the numbers of cost tables come from, and checks of them."""
 
 import datetime
 import math
@@ -9,8 +9,8 @@ import msgspec
 
 
 class NumberSource(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``status``: measured; published (a data sheet); recalled (unverified); modelled (a sibling's, scaled); assumed;
-    given (an override of the user's, which has no date)."""
+    """Source of the number under one key of a table, and its date (ISO). ``status``: measured; published (a data sheet);
+    recalled (unverified); modelled (a similar device's, scaled); assumed; given (by the user, without a date)."""
 
     source: str
     date: str
@@ -24,7 +24,7 @@ class NumberSource(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 def require_sources(table: Any, provenance: Mapping[str, NumberSource], exempt: tuple[str, ...]) -> None:
-    """ValueError when a field of ``table`` outside ``exempt`` has no source, or a source no field."""
+    """ValueError unless ``provenance`` has a source for exactly the fields of ``table`` that are not ``exempt``."""
     fields = {name for name in table.__struct_fields__ if name not in (*exempt, "name", "provenance")}
     missing, unknown = sorted(fields - set(provenance)), sorted(set(provenance) - fields)
     if missing or unknown:
@@ -32,18 +32,18 @@ def require_sources(table: Any, provenance: Mapping[str, NumberSource], exempt: 
 
 
 def require_fraction(key: str, value: float) -> None:
-    """ValueError when an efficiency is not in (0, 1]."""
+    """ValueError unless an efficiency is in (0, 1]."""
     if not 0 < value <= 1:
         raise ValueError(f"{key} = {value} is not an efficiency in (0, 1]")
 
 
 def require_positive(key: str, value: float) -> None:
-    """ValueError when a size, rate or time is not a positive finite number."""
+    """ValueError unless a size, rate or time is positive and finite."""
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{key} = {value} must be positive and finite")
 
 
 def require_non_negative(key: str, value: float) -> None:
-    """ValueError when a size or a time is negative."""
+    """ValueError unless a size or a time is finite and not negative."""
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{key} = {value} must be finite and not negative")

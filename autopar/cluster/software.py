@@ -1,7 +1,7 @@
-"""What the training program adds to its kernels: how it fuses, launches, overlaps, and what its optimizer moves.
+"""What the training program adds to its kernels: fusion, launches, waits, and the traffic of its loss and optimizer.
 
 Three programs ship, named as a layout's ``fusion=`` names them: "none" (eager PyTorch), "megatron" (Megatron-LM's fused
-kernels around eager PyTorch) and "compiler" (torch.compile, XLA). A block takes max(GPU time, host calls x launch
+kernels around eager PyTorch) and "compiler" (torch.compile, XLA). A block takes max(GPU time, host calls * launch
 time).
 """
 
@@ -17,12 +17,13 @@ FusedChain = Literal["pointwise", "norm", "loss"]
 
 
 class Software(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``fuses``: what joins its neighbours in one kernel. Host calls count kernels; a view, which only makes Python and
-    the dispatcher work, counts ``view_calls``; materialised attention counts ``math_attention_*_calls`` and keeps
-    ``math_attention_bytes_per_score``; ``fixed_calls``
-    are paid once per block and pass (hooks, checkpoints, Python between modules), ``collective_calls`` per collective
-    and further rank, as ranks wait for the slowest host; ``microbatch_calls`` per micro-batch on every stage and
-    ``step_calls`` per step (data, loss, synchronisation), which nothing hides.
+    """The table of one training program. ``fuses``: the kinds of ops that it fuses with their neighbours.
+
+    Host calls are counted in kernel launches. A view, which costs only Python and the dispatcher, counts ``view_calls``;
+    materialised attention counts ``math_attention_*_calls`` and saves ``math_attention_bytes_per_score``. Further calls
+    are ``fixed_calls`` per block and pass (hooks, checkpoints, Python between modules), ``collective_calls`` per collective
+    and further rank, as ranks wait for the slowest host, ``microbatch_calls`` per micro-batch on every stage and
+    ``step_calls`` per step (data, loss, synchronisation); the last two are always exposed.
 
     ``loss_*_bytes_per_logit``: traffic of the cross entropy alone, logits in fp32. ``optimizer_bytes_*``: traffic per
     element of the optimizer step, clipping and loss scaling included, of a half precision weight and of an fp32 one."""
@@ -52,5 +53,5 @@ class Software(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 @functools.cache
 def load_software(name: str) -> Software:
-    """The shipped table of a program: "none", "megatron" or "compiler"."""
+    """The shipped table of a program: "none", "megatron" or "compiler"; PlanFileError for any other name."""
     return msgspec.convert(software_document(name), Software)

@@ -1,7 +1,7 @@
-"""How sure an estimate is: 90 % intervals around a step time and a peak of memory, from published runs that were left out
-of every fit.
+"""The uncertainty of an estimate: 90 % intervals around a step time and a peak of memory, from published runs that no fit
+used.
 
-    interval = (low * estimate, high * estimate)    the shortest that holds 90 % of measured / predicted
+    interval = (low * estimate, high * estimate)    the shortest that contains 90 % of measured / predicted
 
 The first class that matches (device name begins with ``device``, number of nodes, attention) counts.
 """
@@ -16,7 +16,8 @@ from autopar.cluster.number_source import NumberSource, require_positive, requir
 
 
 class IntervalClass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``device`` "" is any; ``num_runs`` says how many measured runs the interval stands on."""
+    """The interval of one class of runs: factors ``low`` and ``high``, from ``num_runs`` measured runs. ``device`` is the
+    beginning of a device's name, "" for any."""
 
     device: str
     nodes: Literal["one", "several"]
@@ -32,7 +33,7 @@ class IntervalClass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class Uncertainty(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``memory_low`` and ``memory_high`` are of peaks of memory."""
+    """All intervals: classes of step times, and one pair of factors for peaks of memory."""
 
     name: str
     step_time: tuple[IntervalClass, ...]
@@ -44,17 +45,15 @@ class Uncertainty(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         require_sources(self, self.provenance, ())
 
     def step_time_factors(self, device: str, num_nodes: int, attn: str) -> tuple[float, float]:
-        """(low, high) of the first class that matches; the last class matches all."""
+        """(low, high) of the first class that matches; of the last class where none does."""
         nodes = "one" if num_nodes == 1 else "several"
-        found = next(
-            (
-                one
-                for one in self.step_time
-                if device.startswith(one.device) and one.nodes == nodes and one.attn in ("any", attn)
-            ),
-            self.step_time[-1],
+        matching = (
+            interval
+            for interval in self.step_time
+            if device.startswith(interval.device) and interval.nodes == nodes and interval.attn in ("any", attn)
         )
-        return found.low, found.high
+        interval = next(matching, self.step_time[-1])
+        return interval.low, interval.high
 
 
 @functools.cache

@@ -1,13 +1,13 @@
-"""What a comparison against a grid of manual layouts found."""
+"""The outcome of comparing a plan with a grid of manual layouts."""
 
 from autopar.core.plan import Plan, PlanStruct
 
 
 class Comparison(PlanStruct, frozen=True, kw_only=True):
-    """``plan`` beside the ``best`` of ``num_layouts`` manual layouts, ``num_fit`` of which fit in memory.
+    """``plan`` and the ``best`` of ``num_layouts`` manual layouts, ``num_fit`` of which fit in memory.
 
-    ``best`` is None when none fits, unless one layout was asked for, which is then shown as it is; ``layout`` is the
-    text of ``best`` (or of what was asked for)."""
+    ``best`` is the fastest that fits, None where none does; where a single layout was asked for, it is that one, whether
+    it fits or not. ``layout`` is the text of ``best``, "" for None."""
 
     plan: Plan
     best: Plan | None

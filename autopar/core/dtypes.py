@@ -5,11 +5,12 @@ from typing import Literal
 from autopar.core.errors import UsageError
 
 Dtype = Literal["bfloat16", "float16", "float32"]
-"""What a model may be trained in, by torch's name."""
+"""A dtype that a model may be trained in, by torch's name."""
 ShortDtype = Literal["bf16", "fp16", "fp32"]
+"""The same in the command line's short form."""
 
 TRAINING_DTYPES: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
-"""The first that a device has is its default."""
+"""In order of preference: a device's default is the first that it has."""
 SHORT_NAMES: dict[Dtype, ShortDtype] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 LONG_NAMES: dict[ShortDtype, Dtype] = {short: long for long, short in SHORT_NAMES.items()}
 
@@ -17,7 +18,7 @@ ITEMSIZE = {
     "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1,
     "uint8": 1, "bool": 1, "complex64": 8, "complex128": 16,
 }  # fmt: skip
-"""Bytes of an element."""
+"""Bytes of an element, by torch's name of the dtype."""
 
 
 def long_dtype(name: str) -> Dtype:

@@ -1,11 +1,11 @@
-"""What autopar raises for its users: one class per documented exit code.
+"""The errors that autopar raises for its users: one class per documented exit code.
 
-Every message names the thing, the numbers and the way out. A bug of ours is an ``assert``, never one of these.
+Every message names the thing, the numbers and the way out. A bug of ours fails an ``assert``, never raises one of these.
 """
 
 
 class AutoparError(Exception):
-    """Base of all errors a user can cause or mend; ``exit_code`` is what the command line ends with."""
+    """Base of all errors that a user can cause or resolve; ``exit_code`` is what the command line ends with."""
 
     exit_code = 1
 
@@ -47,7 +47,7 @@ class TimeLimitError(AutoparError):
 
 
 class PlanFileError(AutoparError):
-    """A plan or table file that is torn, unknown or stale (exit 6)."""
+    """A plan or table file that is truncated, of an unknown format or out of date (exit 6)."""
 
     exit_code = 6
 
@@ -55,8 +55,8 @@ class PlanFileError(AutoparError):
 class CheckpointError(AutoparError):
     """A checkpoint that is damaged, refused or of another model (exit 6); where there is none, PlanFileError is raised.
 
-    Not a PlanFileError: who starts anew where there is no checkpoint must not do so, and save over it, where there is
-    one that cannot be read."""
+    Deliberately not a PlanFileError: code that starts from scratch where there is no checkpoint must not do so, and then
+    overwrite it, where there is one that cannot be read."""
 
     exit_code = 6
 

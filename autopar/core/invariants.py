@@ -1,13 +1,13 @@
 """The invariants of a plan, by name, and the check of all of them at once.
 
-Each function below yields what violates the invariant it is named after; ``INVARIANTS`` lists them. Nothing here knows
-how a plan was found: it only asks whether the parts of one plan agree with each other.
+Each function below yields what violates the invariant that it is named after; ``INVARIANTS`` lists them. Nothing here
+depends on how a plan was found: the question is whether the parts of one plan agree with each other.
 """
 
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -20,7 +20,6 @@ from autopar.core.plan import (
     Plan,
     StagePlan,
     device_memory,
-    recompute_summary,
     stages_by_submesh,
 )
 
@@ -29,7 +28,7 @@ MAX_LISTED = 20
 
 
 def check_plan(plan: Plan) -> None:
-    """Raise PlanFileError that lists what is violated as ``name: what``, one a line; return on a sound plan."""
+    """PlanFileError with a line ``name: what`` for each violated invariant, at most ``MAX_LISTED``."""
     violations = list(_numbers_finite(msgspec.to_builtins(plan), ""))
     if not violations:  # the other invariants compute with the numbers
         for invariant in INVARIANTS:
@@ -55,12 +54,13 @@ def _numbers_finite(node: Any, path: str) -> Iterator[str]:
 
 
 def _format_version(plan: Plan) -> Iterator[str]:
+    """The plan has the format that this version reads."""
     if plan.format_version != FORMAT_VERSION:
         yield f"{plan.format_version!r} is not {FORMAT_VERSION!r}"
 
 
 def _blocks_covering(plan: Plan) -> Iterator[str]:
-    """Read stage by stage, the blocks are 0, 1, 2, ... without a hole, and no stage is empty."""
+    """Stage by stage, the blocks are 0, 1, 2, ... without a gap, and no stage is empty."""
     if not plan.stages:
         yield "there is no stage"
     for position, stage in enumerate(plan.stages):
@@ -74,7 +74,7 @@ def _blocks_covering(plan: Plan) -> Iterator[str]:
 
 
 def _devices_covering(plan: Plan) -> Iterator[str]:
-    """The device runs are disjoint and cover 0 .. gpus - 1."""
+    """The submeshes are disjoint and cover devices 0 .. gpus - 1."""
     if plan.gpus < 1:
         yield f"{plan.gpus} GPUs; the least is 1"
     next_device = 0
@@ -99,6 +99,7 @@ def _axes_product(plan: Plan) -> Iterator[str]:
 
 
 def _batch_product(plan: Plan) -> Iterator[str]:
+    """Micro-batches times their size are the global batch."""
     if plan.microbatches < 1 or plan.microbatches * plan.micro_batch_size != plan.global_batch:
         yield (
             f"{plan.microbatches} micro-batches of {plan.micro_batch_size} samples are not "
@@ -120,7 +121,7 @@ def _programs_exist(plan: Plan) -> Iterator[str]:
 
 
 def _placements_per_axis(plan: Plan) -> Iterator[str]:
-    """Every text of placements has one for each axis of the stages that run its program."""
+    """Every text of placements is valid and has one placement for each axis of the stages that run its program."""
     texts = {program.id: _placement_texts(program) for program in plan.programs}
     lengths: dict[str, dict[str, int]] = {}
     for id, placements in texts.items():
@@ -142,7 +143,7 @@ def _placements_per_axis(plan: Plan) -> Iterator[str]:
 
 
 def _placement_texts(program: BlockProgram) -> set[str]:
-    """All placements a program names; "" (no gradient) excepted."""
+    """All texts of placements in a program; "" (no gradient) excepted."""
     texts = {text for op in program.ops for text in (*op.inputs, *op.outputs)}
     texts |= {text for p in program.parameters for text in (p.compute, p.parameter, p.gradient, p.optimizer)}
     values = (*program.inputs, *program.outputs, *program.shared)
@@ -152,7 +153,7 @@ def _placement_texts(program: BlockProgram) -> set[str]:
 
 
 def _parameters_not_partial(plan: Plan) -> Iterator[str]:
-    """No parameter, as computed with or at rest, and no optimizer state is partial."""
+    """No parameter, as ops use it or as it is stored, and no optimizer state is partial."""
     for program in plan.programs:
         for parameter in program.parameters:
             for role in ("compute", "parameter", "optimizer"):
@@ -161,51 +162,66 @@ def _parameters_not_partial(plan: Plan) -> Iterator[str]:
 
 
 def _has_partial(text: str) -> bool:
+    """Whether a text of placements has a partial one; False for an invalid text."""
     try:
         return PARTIAL in parse_placements(text)
     except ValueError:  # which _placements_per_axis lists
         return False
 
 
+def recompute_summary(programs: tuple[BlockProgram, ...]) -> Literal["none", "selective", "full", "mixed"]:
+    """The one word for how blocks recompute. Blocks without attention (embedding, head) gain nothing by it, so "none"
+    next to one other mode is not "mixed".
+
+    >>> recompute_summary(())
+    'none'
+    """
+    chosen = {program.recompute for program in programs} - {"none"}
+    if not chosen:
+        return "none"
+    return chosen.pop() if len(chosen) == 1 else "mixed"
+
+
 def _recompute_summary(plan: Plan) -> Iterator[str]:
+    """The plan's word for its recomputation is that of its programs."""
     summary = recompute_summary(plan.programs)
     if plan.recompute != summary:
         yield f"the plan says {plan.recompute!r}, its programs {summary!r}"
 
 
 def _schedule_chunks(plan: Plan) -> Iterator[str]:
-    """One chunk unless interleaved; interleaved runs have equal sizes and own stages in turn, chunk by chunk, and the
-    micro-batches come in multiples of the runs."""
-    runs = stages_by_submesh(plan)
+    """One chunk unless interleaved; interleaved submeshes have equal sizes and own stages in turn, chunk by chunk, and the
+    number of micro-batches is a multiple of theirs."""
+    submeshes = stages_by_submesh(plan)
     if plan.schedule != "interleaved":
         if plan.num_chunks != 1 or any(stage.chunk for stage in plan.stages):
             yield f"schedule {plan.schedule} has one chunk a device, the plan {plan.num_chunks}"
-        if len(runs) != len(plan.stages):
-            yield f"{len(plan.stages)} stages share {len(runs)} runs of devices without an interleaved schedule"
+        if len(submeshes) != len(plan.stages):
+            yield f"{len(plan.stages)} stages share {len(submeshes)} submeshes without an interleaved schedule"
         return
-    if plan.num_chunks < 2 or len(plan.stages) != len(runs) * plan.num_chunks:
-        yield f"{len(plan.stages)} stages are not {plan.num_chunks} chunks (at least 2) on each of {len(runs)} runs"
+    if plan.num_chunks < 2 or len(plan.stages) != len(submeshes) * plan.num_chunks:
+        yield f"{len(plan.stages)} stages are not {plan.num_chunks} chunks (at least 2) on each of {len(submeshes)} submeshes"
         return
-    if plan.microbatches % len(runs):
-        yield f"{plan.microbatches} micro-batches are no multiple of {len(runs)} interleaved runs of devices"
+    if plan.microbatches % len(submeshes):
+        yield f"{plan.microbatches} micro-batches are no multiple of {len(submeshes)} interleaved submeshes"
     if len({stage.num_devices for stage in plan.stages}) > 1:
         yield "interleaved stages have unequal numbers of GPUs"
     for position, stage in enumerate(plan.stages):
-        run, chunk = runs[position % len(runs)], position // len(runs)
-        if stage.chunk != chunk or stage.first_device != run[0].first_device:
-            yield f"stage {position} belongs to chunk {chunk} on GPU {run[0].first_device}"
+        submesh, chunk = submeshes[position % len(submeshes)], position // len(submeshes)
+        if stage.chunk != chunk or stage.first_device != submesh[0].first_device:
+            yield f"stage {position} belongs to chunk {chunk} on GPU {submesh[0].first_device}"
 
 
 def _in_flight(plan: Plan) -> Iterator[str]:
-    """A stage holds at least one micro-batch and never more than there are."""
+    """A stage has at least one micro-batch in flight and never more than there are."""
     for position, stage in enumerate(plan.stages):
         if not 1 <= stage.in_flight <= plan.microbatches:
-            yield f"stage {position} holds {stage.in_flight} of {plan.microbatches} micro-batches"
+            yield f"stage {position} has {stage.in_flight} of {plan.microbatches} micro-batches in flight"
 
 
 def _memory_sums(plan: Plan) -> Iterator[str]:
     """The estimate's peaks are those of the fullest device."""
-    devices = [device_memory(run) for run in stages_by_submesh(plan)]
+    devices = [device_memory(stages) for stages in stages_by_submesh(plan)]
     peaks = (
         ("peak_memory_bytes", plan.estimate.peak_memory_bytes, max((d.total for d in devices), default=0)),
         ("peak_tensor_bytes", plan.estimate.peak_tensor_bytes, max((d.tensor_bytes for d in devices), default=0)),
@@ -216,6 +232,7 @@ def _memory_sums(plan: Plan) -> Iterator[str]:
 
 
 def _fits_budget(plan: Plan) -> Iterator[str]:
+    """``fits`` says whether the peak is within the budget."""
     estimate = plan.estimate
     if estimate.fits != (estimate.peak_memory_bytes <= estimate.budget_bytes):
         yield f"fits is {estimate.fits} with {estimate.peak_memory_bytes} of {estimate.budget_bytes} bytes"
@@ -227,7 +244,7 @@ def _step_time(plan: Plan) -> Iterator[str]:
     if estimate.step_time_s <= 0:
         yield f"step_time_s is {estimate.step_time_s}"
         return
-    busy = max((_busy_s(run, plan.microbatches) for run in stages_by_submesh(plan)), default=0.0)
+    busy = max((_busy_s(stages, plan.microbatches) for stages in stages_by_submesh(plan)), default=0.0)
     if busy > estimate.step_time_s * (1 + RELATIVE_TOLERANCE):
         yield f"a device is busy for {busy} s of a step of {estimate.step_time_s} s"
     samples_per_s = plan.global_batch / estimate.step_time_s
@@ -244,12 +261,12 @@ def _step_time(plan: Plan) -> Iterator[str]:
 
 
 def _busy_s(stages: tuple[StagePlan, ...], microbatches: int) -> float:
-    """Seconds one device computes in a step: its chunks follow each other."""
+    """Seconds that a device computes in a step: its chunks run one after the other."""
     return microbatches * math.fsum(stage.forward_s + stage.backward_s for stage in stages)
 
 
 def _search_bound(plan: Plan) -> Iterator[str]:
-    """The bound is not above the step time, the gap is their relative distance, and nothing is optimal with a gap."""
+    """The lower bound is not above the step time, the gap is their relative distance, and no optimal plan has a gap."""
     search, step_time_s = plan.search, plan.estimate.step_time_s
     if search.lower_bound_s > step_time_s * (1 + RELATIVE_TOLERANCE):
         yield f"lower bound {search.lower_bound_s} s is above the step time {step_time_s} s"

@@ -3,9 +3,9 @@
     tp=8,pp=4,dp=2,mbs=1,gbs=512,sp=1,zero=1,recompute=selective,vpp=2
     stages=8@dp2+8@dp2+16@dp2*tp2,gbs=256
 
-Ranks lie in Megatron's order: tp fastest, then cp, dp (ep inside dp), pp slowest. With P = pp stages:
+Ranks are numbered in Megatron's order: tp fastest, then cp, dp (ep inside dp), pp slowest. With P = pp stages:
 
-    gpus = tp * cp * dp * pp                     dp is what is left when it is not given          (_gpu_faults)
+    gpus = tp * cp * dp * pp                     dp, where it is not given, is what is left          (_gpu_faults)
     microbatches = gbs / (dp * mbs)              mbs is per data-parallel rank                    (_batch_faults)
     interleaved: vpp > 1, pp > 1, microbatches a multiple of pp                                   (_schedule_faults)
 
@@ -37,6 +37,7 @@ class StageSpec:
 
     @property
     def num_gpus(self) -> int:
+        """GPUs of the stage."""
         return self.dp * self.cp * self.tp
 
     def __str__(self) -> str:
@@ -49,10 +50,10 @@ class Layout:
     """A manual layout. Degrees count ranks; ``mbs`` samples per data-parallel rank; ``gbs`` samples per step.
 
     ``dp`` and ``gbs`` are None until ``resolve``; ``grads`` None means fp32 when gradients are accumulated over
-    micro-batches. ``stages`` replaces tp, cp, dp and pp, whose fields are then the largest of the stages and their
-    number: a micro-batch gives ``mbs`` samples to each rank of the stages with the largest dp, more to the others.
-    ``overlap``: gradients are reduced, parameters gathered and the input gradients of linear ops exchanged beside
-    compute; with ``sp`` the last always are, as in Megatron-LM.
+    micro-batches. ``stages`` replaces tp, cp, dp and pp: the fields of the first three are then the largest of the
+    stages, pp is their number. A micro-batch gives ``mbs`` samples to each rank of the stages with the largest dp, more
+    to the others. ``overlap``: reductions of gradients, gathers of parameters and exchanges of the input gradients of
+    linear ops overlap with compute; with ``sp`` the last always do, as in Megatron-LM.
     """
 
     tp: int = 1
@@ -76,12 +77,12 @@ class Layout:
 
     @property
     def num_stages(self) -> int:
-        """Runs of devices in the pipeline: pp, or the stages listed."""
+        """Submeshes in the pipeline: pp, or the number of the stages listed."""
         return len(self.stages) or self.pp
 
     @property
     def num_microbatches(self) -> int:
-        """gbs / (dp * mbs) of a resolved layout."""
+        """gbs / (dp * mbs); LayoutError before the layout is resolved."""
         if self.dp is None or self.gbs is None:
             raise LayoutError(["dp and gbs are open; resolve the layout against a GPU count and a global batch first"])
         return self.gbs // (self.dp * self.mbs)
@@ -99,7 +100,7 @@ class Layout:
         heads: tuple[int, ...] = (),
         kv_heads: tuple[int, ...] = (),
     ) -> "Layout":
-        """Fill in dp, gbs and grads; raise LayoutError with all faults of what cannot run.
+        """The layout with dp, gbs and grads filled in; LayoutError lists all faults of one that cannot run.
 
         ``heads`` and ``kv_heads`` are the head counts of the model's attentions, which tp must divide.
 
@@ -144,6 +145,7 @@ class Layout:
         return self.dp if self.dp is not None else gpus // model
 
     def _resolved_gbs(self, global_batch: int | None, faults: list[str]) -> int | None:
+        """The global batch, None after a fault."""
         if self.gbs is not None and global_batch is not None and self.gbs != global_batch:
             faults.append(f"gbs={self.gbs} in the layout, but the global batch is {global_batch}; give one of them")
         gbs = self.gbs if self.gbs is not None else global_batch
@@ -152,6 +154,7 @@ class Layout:
         return gbs
 
     def _head_faults(self, heads: tuple[int, ...], kv_heads: tuple[int, ...], faults: list[str]) -> None:
+        """Add a fault for each tensor-parallel degree that does not divide a head count."""
         for tp in sorted({stage.tp for stage in self.stages} or {self.tp}):
             for what, counts in (("attention heads", heads), ("key/value heads", kv_heads)):
                 for count in sorted(set(counts)):
@@ -159,7 +162,7 @@ class Layout:
                         faults.append(f"tp={tp} does not divide {count} {what}")
 
     def _batch_faults(self, faults: list[str]) -> None:
-        """Faults of batch, experts and schedule, for a layout whose dp is known."""
+        """Add the faults of batch, experts and schedule of a layout whose dp is known."""
         assert self.dp is not None
         for dp in sorted({stage.dp for stage in self.stages} or {self.dp}):
             if dp % self.ep:
@@ -276,6 +279,7 @@ def _parse_value(key: str, text: str, faults: list[str]) -> Any:
 
 
 def _parse_stages(text: str, faults: list[str]) -> tuple[StageSpec, ...] | None:
+    """The stages of ``stages=``, or None after adding a fault for each that cannot be read."""
     stages = []
     for part in text.split("+"):
         match = _STAGE.fullmatch(part.strip())
@@ -288,7 +292,7 @@ def _parse_stages(text: str, faults: list[str]) -> tuple[StageSpec, ...] | None:
 
 
 def _schedule_faults(known: dict[str, Any], faults: list[str]) -> None:
-    """vpp and the schedule have to agree, and chunks need a pipeline."""
+    """Add the faults of vpp and the schedule: they have to agree, and chunks need a pipeline."""
     vpp, schedule = known.get("vpp", 1), known.get("schedule", "1f1b")
     num_stages = len(known.get("stages", ())) or known.get("pp", 1)
     if vpp > 1 and schedule != "interleaved":

@@ -7,7 +7,7 @@ shard inside another finds fewer pieces on a rank, and splits those.
 
     shape (12,), mesh 2 x 2, S(0)_S(0,2):  rank (0, 0) stores 0 1 2, rank (0, 1) stores 3 4 5
 
-The judge has its own arithmetic (``judge.routes``), so that one checks the other.
+The judge has its own arithmetic (``judge.judge_mesh``), so that one checks the other.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def nested_shards(placements: Sequence[Placement], dim: int) -> list[tuple[int, 
 
 
 def local_split_factor(placements: Sequence[Placement], axis: int, sizes: Sequence[int]) -> int:
-    """How many of the pieces that the shard of ``axis`` splits are on a rank: shards outside it took the others.
+    """How many pieces of the dim a rank has before the shard of ``axis`` splits them: outer shards took the others.
 
     >>> local_split_factor((Shard(0), Shard(0, split_factor=8)), 1, (4, 2))
     2
@@ -56,19 +56,19 @@ def chunk_bounds(extent: int, degree: int, coordinate: int) -> tuple[int, int]:
 
 
 def is_legal(shape: Sequence[int], placements: Sequence[Placement], sizes: Sequence[int]) -> bool:
-    """Whether shards nest in whole pieces and every rank stores an element; only the innermost shard of a dim may be
-    uneven, and then no other has its split factor."""
+    """Whether shards nest without splitting a piece of an outer one and every rank stores at least one element. Only the
+    innermost shard of a dim may be uneven, and then no other shard of the dim has its split factor."""
     for dim, size in enumerate(shape):
         shards = nested_shards(placements, dim)
         extent, factor = size, 1  # elements of a piece of the last split factor, and that factor
         chunked = 1  # into how many chunks a piece is split so far
-        for at, (split_factor, axis) in enumerate(shards):
+        for position, (split_factor, axis) in enumerate(shards):
             if split_factor != factor:
                 if split_factor % (factor * chunked) or size % split_factor:
                     return False
                 factor, chunked, extent = split_factor, 1, size // split_factor
             if extent % sizes[axis] and (
-                at + 1 < len(shards) or chunk_bounds(extent, sizes[axis], sizes[axis] - 1)[1] < 1
+                position + 1 < len(shards) or chunk_bounds(extent, sizes[axis], sizes[axis] - 1)[1] < 1
             ):
                 return False
             extent = -(-extent // sizes[axis])
@@ -79,7 +79,7 @@ def is_legal(shape: Sequence[int], placements: Sequence[Placement], sizes: Seque
 def local_shape(
     shape: Sequence[int], placements: Sequence[Placement], sizes: Sequence[int], coordinate: Sequence[int]
 ) -> tuple[int, ...]:
-    """The shape of what the rank at ``coordinate`` stores of a tensor of global ``shape``; the placements are legal.
+    """The local shape on the rank at mesh ``coordinate`` of a tensor of global ``shape``; the placements are legal.
 
     >>> [local_shape((5, 3), (Shard(0),), (2,), (rank,)) for rank in range(2)]
     [(3, 3), (2, 3)]
@@ -93,8 +93,8 @@ def local_shape(
 
 
 def largest_local_shape(shape: Sequence[int], placements: Sequence[Placement], sizes: Sequence[int]) -> tuple[int, ...]:
-    """The shape on the rank that stores most, which is the first; of placements that are not legal, which no plan
-    has but a search may ask about, what rounding up piece by piece makes of them.
+    """The local shape on the rank that stores most, which is the first. Placements that are not legal (no plan has them,
+    but the search may ask) are rounded up, piece by piece.
 
     >>> largest_local_shape((24, 5), (Shard(0, split_factor=3),), (4,))
     (6, 5)
@@ -118,7 +118,7 @@ def largest_local_shape(shape: Sequence[int], placements: Sequence[Placement], s
 
 
 def local_size(shape: Sequence[int], placements: Sequence[Placement], sizes: Sequence[int]) -> int:
-    """Elements of a tensor on the rank that stores most.
+    """Elements of a tensor on the rank that stores most of it.
 
     >>> local_size((10, 4), (Shard(0), Shard(1)), (4, 2))
     6

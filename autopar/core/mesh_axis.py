@@ -1,4 +1,4 @@
-"""Logical meshes: the named axes of a stage. How a tensor is placed on them is in ``placement``."""
+"""Logical meshes: the named axes of a stage. ``placement`` says how a tensor is placed on them."""
 
 import msgspec
 
@@ -26,3 +26,12 @@ def num_ranks(axes: tuple[Axis, ...]) -> int:
     for axis in axes:
         product *= axis.size
     return product
+
+
+def axes_text(axes: tuple[Axis, ...]) -> str:
+    """A mesh for people; axes of one rank are left out.
+
+    >>> axes_text((Axis(name="dp", size=4), Axis(name="cp", size=1), Axis(name="tp", size=2)))
+    'dp 4 x tp 2'
+    """
+    return " x ".join(f"{axis.name} {axis.size}" for axis in axes if axis.size > 1) or "-"

@@ -1,4 +1,4 @@
-"""How a tensor is placed on one axis of a mesh, in PyTorch's words, and the text of placements.
+"""Placements, in PyTorch's words: how a tensor is placed on one axis of a mesh; and their text.
 
 A tensor has one placement per mesh axis, outermost axis first, written without separators:
 
@@ -6,10 +6,10 @@ A tensor has one placement per mesh axis, outermost axis first, written without 
     ``_S(d,k)`` ``Shard(d, split_factor=k)``: dim d is k equal pieces and each piece is split over this axis (a fused
                 q, k, v projection sharded by heads has k = 3); torch's ``_StridedShard(d, split_factor=k)``
     ``R``       ``REPLICATE``: the same on every rank of this axis
-    ``P``       ``PARTIAL``: every rank holds an addend, the value is their sum
+    ``P``       ``PARTIAL``: every rank has an addend, the value is their sum
 
-Nothing else of autopar parses or prints placements. They are immutable, and cheap to hash and compare: the planner's
-tables have them as keys. Local shapes that follow from them are in ``local_shape``.
+Nothing else in autopar parses or prints placements. They are immutable, and cheap to hash and compare: they are keys of
+the planner's tables. ``local_shape`` derives local shapes from them.
 
 >>> parse_placements("S(0)RP_S(2,3)") == (Shard(0), REPLICATE, PARTIAL, Shard(2, split_factor=3))
 True
@@ -30,7 +30,7 @@ class Placement(msgspec.Struct, frozen=True, cache_hash=True):
 
     @property
     def shard_dim(self) -> int | None:
-        """The tensor dim that is sharded, None where none is.
+        """The tensor dim that is sharded; None for ``REPLICATE`` and ``PARTIAL``.
 
         >>> [placement.shard_dim for placement in parse_placements("S(12)_S(2,3)R")]
         [12, 2, None]
@@ -41,8 +41,8 @@ class Placement(msgspec.Struct, frozen=True, cache_hash=True):
 class Shard(Placement, frozen=True, cache_hash=True):
     """Tensor dim ``dim`` is split over the axis; with a ``split_factor`` of k, each of its k equal pieces is.
 
-    The pieces are those of the full dim. torch's ``split_factor`` counts those that a rank finds: where shards of the
-    dim on outer axes have taken some of them, it is ``local_shape.local_split_factor``.
+    The pieces are those of the full dim. torch's ``split_factor`` counts the pieces of the local dim, which outer shards
+    may already have split: it is ``local_shape.local_split_factor``.
 
     >>> str(Shard(0)), str(Shard(2, split_factor=3))
     ('S(0)', '_S(2,3)')
@@ -57,6 +57,7 @@ class Shard(Placement, frozen=True, cache_hash=True):
 
     @property
     def shard_dim(self) -> int:
+        """The tensor dim that is sharded."""
         return self.dim
 
     def __str__(self) -> str:
@@ -71,7 +72,7 @@ class Replicate(Placement, frozen=True, cache_hash=True):
 
 
 class Partial(Placement, frozen=True, cache_hash=True):
-    """Every rank of the axis holds an addend of a sum; use ``PARTIAL``."""
+    """Every rank of the axis has an addend of a sum; use ``PARTIAL``."""
 
     def __str__(self) -> str:
         return "P"

@@ -1,8 +1,8 @@
-"""The nouns of a plan: what a file holds, typed and frozen. No tensors, no code; unknown fields are refused.
+"""The nouns of a plan and of its file, typed and frozen. No tensors, no code; unknown fields are refused.
 
-A plan says, for every stage, which consecutive blocks it runs on which run of devices under which logical mesh, and for
-every block which *program* it follows: the placements of each op's tensors and of each parameter. Blocks alike share
-one program, so a plan of 96 equal layers is as small as one of 12.
+A plan says, for every stage, which consecutive blocks it runs on which submesh (consecutive devices) under which logical
+mesh, and for every block which *program* it follows: the placements of each op's tensors and of each parameter. Equal
+blocks share one program, so a plan of 96 equal layers is as small as one of 12.
 
 Placements are texts of ``placement.parse_placements``, one per axis of the stage that runs the program. Times are
 seconds, sizes bytes (integers); ``micro_batch_size`` counts samples over all ranks of a stage.
@@ -15,7 +15,9 @@ import msgspec
 
 import autopar
 from autopar.core.dtypes import ShortDtype
-from autopar.core.mesh_axis import Axis
+from autopar.core.mesh_axis import Axis, axes_text
+from autopar.core.notebook_text import html_table, short_repr
+from autopar.core.units import gib_text, percent_text, ranges_text, seconds_text
 
 if TYPE_CHECKING:
     import torch
@@ -29,16 +31,16 @@ Scalar = bool | int | float | str | None
 
 
 class PlanStruct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Base of the nouns in the file: frozen and strict about unknown fields."""
+    """Base of what a plan file consists of: frozen and strict about unknown fields."""
 
 
 class OpPlan(PlanStruct, frozen=True, kw_only=True):
     """One op of a block: placements of each tensor input and output, in the order of ``graph.ir.Op``.
 
-    ``input_gradients`` say how the op's backward leaves the gradient of each input, ``output_gradients`` how it takes
-    that of each output; "" where there is none. An ``R`` input of an op that is sharded on an axis has gradient
-    ``P``. Inputs (positions) in ``gathers_again`` are kept for the backward as they were cut before they were gathered,
-    and gathered again there."""
+    ``input_gradients`` are the placements in which the op's backward leaves the gradient of each input,
+    ``output_gradients`` those in which it takes the gradient of each output; "" where there is none. A replicated input
+    of an op that is sharded on an axis has a partial gradient. ``regathered`` are positions of inputs that are saved as
+    shards, from before their all-gather, and gathered once more in the backward."""
 
     name: str
     inputs: tuple[str, ...]
@@ -49,8 +51,8 @@ class OpPlan(PlanStruct, frozen=True, kw_only=True):
 
 
 class ValuePlan(PlanStruct, frozen=True, kw_only=True):
-    """How an activation lies between ops, and its gradient ("" where it has none); ``name`` is that of the value in the
-    first block of the program's kind."""
+    """Placements of an activation between ops and of its gradient ("" where it has none); ``name`` is that of the value
+    in the first block of the program's kind."""
 
     name: str
     placement: str
@@ -58,9 +60,10 @@ class ValuePlan(PlanStruct, frozen=True, kw_only=True):
 
 
 class ParameterPlan(PlanStruct, frozen=True, kw_only=True):
-    """One parameter or buffer of a block: placements as the ops use it (``compute``), and at rest.
+    """One parameter or buffer of a block: its placements as ops use it (``compute``), and of what is stored between steps.
 
-    ZeRO is where these differ: stage 1 cuts ``optimizer`` over the data axis, 2 also ``gradient``, 3 all.
+    ZeRO is where these differ: stage 1 shards ``optimizer`` over the data axis, 2 also ``gradient``, 3 also
+    ``parameter``.
     ``name`` is the first of the parameter's fully qualified names in the first block that follows the program."""
 
     name: str
@@ -73,9 +76,9 @@ class ParameterPlan(PlanStruct, frozen=True, kw_only=True):
 class BlockProgram(PlanStruct, frozen=True, kw_only=True):
     """How blocks of one ``kind`` run: ``ops`` and ``parameters`` align by position with those of each such block.
 
-    ``inputs`` and ``outputs`` are the block's own, as they lie where blocks meet. ``shared`` are the activations that
-    several readers (ops, or the block's end) take: each is brought to this placement once, and from there to every
-    other placement that some reader wants."""
+    ``inputs`` and ``outputs`` are the block's boundary values, placed as they are between blocks. ``shared`` are the
+    activations with several users (ops, or the block's end): each is redistributed to this placement once, and from
+    there to the placement of each user that needs another."""
 
     id: str
     kind: int
@@ -97,10 +100,10 @@ class BlockRef(PlanStruct, frozen=True, kw_only=True):
 
 class MemoryParts(PlanStruct, frozen=True, kw_only=True):
     """Bytes on the fullest device of a stage at its peak. ``saved_activations_bytes`` covers all micro-batches in
-    flight; ``workspace_bytes`` is what passes at the peak; ``fixed_bytes`` is what torch's allocator does not count
-    (context, communication buffers, fragmentation). While a backward frees saved tensors, block by block, and a single
-    micro-batch's gradients come, neither all of the one nor all of the other are there: ``overlaid_bytes`` are counted
-    above and are not there at the peak."""
+    flight; ``workspace_bytes`` are the temporary tensors of the op at the peak; ``fixed_bytes`` is what torch's allocator
+    does not count (context, communication buffers, fragmentation). A backward frees saved tensors block by block while
+    it allocates a single micro-batch's gradients, so that never all of both exist: ``overlaid_bytes`` are counted in the
+    other parts and are not allocated at the peak."""
 
     parameters_bytes: int
     gradients_bytes: int
@@ -112,6 +115,7 @@ class MemoryParts(PlanStruct, frozen=True, kw_only=True):
 
     @property
     def state_bytes(self) -> int:
+        """Parameters, gradients and optimizer state."""
         return self.parameters_bytes + self.gradients_bytes + self.optimizer_bytes
 
     @property
@@ -121,15 +125,16 @@ class MemoryParts(PlanStruct, frozen=True, kw_only=True):
 
     @property
     def total(self) -> int:
+        """All bytes of the device, those that torch's allocator does not count included."""
         return self.tensor_bytes + self.fixed_bytes
 
 
 class StagePlan(PlanStruct, frozen=True, kw_only=True):
-    """Consecutive blocks on devices ``first_device <= d < first_device + num_devices`` laid out as ``axes`` (outermost
-    first, the last axis over neighbouring devices). With an interleaved schedule a run of devices owns one stage per
-    ``chunk``. Seconds are per micro-batch, but ``step_s`` (exposed work once per step) is per step; the two sends are
-    the transfers to the next stage and of the gradient to the previous one. ``in_flight`` counts the micro-batches
-    whose activations are held at the peak."""
+    """Consecutive blocks on devices ``first_device <= d < first_device + num_devices``, a mesh of ``axes`` (outermost
+    first, the last axis over neighbouring devices). With an interleaved schedule a submesh owns one stage per ``chunk``.
+    Seconds are per micro-batch, but ``step_s`` (exposed work that is done once per step) is per step;
+    ``transfer_forward_s`` is of the boundary values to the next stage, ``transfer_backward_s`` of their gradients to the
+    previous one. ``in_flight`` counts the micro-batches whose activations are saved at the peak."""
 
     blocks: tuple[BlockRef, ...]
     first_device: int
@@ -147,7 +152,7 @@ class StagePlan(PlanStruct, frozen=True, kw_only=True):
 
 class TimeParts(PlanStruct, frozen=True, kw_only=True):
     """Where the step goes on the devices of the slowest stage, seconds per step. ``communication_s`` maps a kind of
-    collective to its total, hidden or not; ``exposed_communication_s`` is what compute does not hide."""
+    collective to its total, overlapped or not; ``exposed_communication_s`` is what does not overlap with compute."""
 
     matmul_s: float
     attention_s: float
@@ -166,9 +171,9 @@ ItemKind = (
 
 
 class TimeItem(PlanStruct, frozen=True, kw_only=True):
-    """A line of where a step goes on the devices of the busiest stage, seconds per step: all that ``kind`` takes, and
-    what nothing else hides; the ``exposed_s`` of all items add up to the step time. Collectives say over which mesh
-    ``axes`` and ``of`` what they are."""
+    """One part of a step on the devices of the busiest stage, seconds per step: the total of its ``kind``, and what does
+    not overlap with anything else; the ``exposed_s`` of all items add up to the step time. Collectives say over which
+    mesh ``axes`` and ``of`` what they are."""
 
     kind: ItemKind
     total_s: float
@@ -191,16 +196,15 @@ class Collective(PlanStruct, frozen=True, kw_only=True):
 
 
 class Estimate(PlanStruct, frozen=True, kw_only=True):
-    """What the cost model says of a plan. ``peak_memory_bytes`` is all that the fullest device holds, against
-    ``budget_bytes``; ``peak_tensor_bytes`` is torch's part of it. ``flops_per_step`` counts matmul and full attention,
-    forward and backward, without recompute; ``mfu`` = that / (step time x GPUs x dense peak of the dtype).
-    The low and high ends are of 90 % intervals from measured runs; 0 where none was made. ``flops_by_kind`` says
-    which arithmetic they are; ``items`` are what the step is made of, empty where the judge could not follow the plan.
+    """What the cost model says of a plan. ``peak_memory_bytes`` is that of the fullest device, against
+    ``budget_bytes``; ``peak_tensor_bytes`` is the part that torch's allocator counts. ``flops_per_step`` counts matmul
+    and full attention, forward and backward, without recompute; ``mfu`` = that / (step time x GPUs x dense peak of the
+    dtype). The low and high ends are of 90 % intervals from measured runs; 0 where there are none. ``flops_by_kind``
+    splits the FLOPs by kind of op; ``items`` are the parts of the step, empty where the judge could not follow the plan.
 
-    ``provenance`` counts the priced terms of the slowest stage by what stands behind them, ``provenance_s`` their
-    seconds per step, hidden or not: "measured" (inside a measured table), "modelled" (a formula, or a sibling's table
-    scaled),
-    "extrapolated" (outside its table)."""
+    ``provenance`` counts the prices that the slowest stage consists of by their source, ``provenance_s`` adds up their
+    seconds per step, overlapped or not: "measured" (inside a measured table), "modelled" (a formula, or the scaled table
+    of a similar device), "extrapolated" (outside its table)."""
 
     step_time_s: float
     tokens_per_s: float
@@ -224,10 +228,27 @@ class Estimate(PlanStruct, frozen=True, kw_only=True):
     provenance: dict[str, int] = {}
     provenance_s: dict[str, float] = {}
 
+    def __repr__(self) -> str:
+        memory, budget = self.peak_memory_bytes, self.budget_bytes
+        return short_repr(
+            "Estimate", step_time_s=self.step_time_s, mfu=self.mfu, peak_memory_bytes=memory, budget_bytes=budget
+        )
+
+    def _repr_html_(self) -> str:
+        """The figures as a table, for notebooks."""
+        figures = [
+            ("step time", seconds_text(self.step_time_s)),
+            ("tokens/s", f"{self.tokens_per_s:,.0f}"),
+            ("MFU", percent_text(self.mfu)),
+            ("exposed communication", seconds_text(self.exposed_communication_s)),
+            ("memory", f"{gib_text(self.peak_memory_bytes)} of {gib_text(self.budget_bytes)}"),
+        ]
+        return html_table("Estimate", ("figure", "value"), figures)
+
 
 class SearchOutcome(PlanStruct, frozen=True, kw_only=True):
-    """How the plan was found. ``lower_bound_s`` bounds every plan of the space that was searched, ``gap`` is the
-    relative distance of the step time from it. A manual layout leaves nothing to search: "fixed", gap 0."""
+    """How the plan was found. No plan of the searched space is faster than ``lower_bound_s``; ``gap`` is the relative
+    distance of the step time from it. A manual layout leaves nothing to search: "fixed", gap 0."""
 
     seconds: float
     status: Literal["optimal", "feasible", "fixed"]
@@ -237,10 +258,11 @@ class SearchOutcome(PlanStruct, frozen=True, kw_only=True):
 
 
 class Execution(PlanStruct, frozen=True, kw_only=True):
-    """What the price assumes about the software, as a layout's keys say it. ``checkpoint``: full recomputation runs
-    again what the backward needs, or the whole block. ``selective``: selective recomputation runs attention again, or all
-    but it and every second product with a weight. ``loss``: the cross entropy is the program's, its
-    chain of kernels over a cut vocabulary whether it is cut or not, or PyTorch's own."""
+    """What the price assumes about the software, in the words of a layout's keys. ``checkpoint``: full recomputation
+    recomputes what the backward needs, or the whole block. ``selective``: selective recomputation recomputes attention,
+    or everything but attention and every second product with a weight. ``loss``: the cross entropy is the one that the
+    program fuses, always the chain of kernels that a sharded vocabulary needs, or PyTorch's own
+    (``cost.execution_model`` has the sources)."""
 
     dtype: ShortDtype
     optimizer: Literal["adamw", "sgd"]
@@ -274,9 +296,11 @@ class ClusterRef(PlanStruct, frozen=True, kw_only=True):
 
 
 class Plan(PlanStruct, frozen=True, kw_only=True):
-    """A whole plan; ``invariants.check`` says what holds between its parts. ``num_chunks`` is 1 unless interleaved;
-    ``recompute`` is "mixed" when programs differ; ``notes`` is what the user should know (ops replicated for want of a
-    rule, a padded vocabulary); ``command`` is how it was made."""
+    """How to train one model on one cluster: stages, placements, schedule, and the price of it all.
+
+    ``invariants.check_plan`` says what holds between its parts. ``num_chunks`` is 1 unless interleaved; ``recompute`` is
+    "mixed" when programs differ; ``notes`` are for the user (ops that are replicated because they have no rule, a padded
+    vocabulary); ``command`` is how it was made."""
 
     format_version: str
     model: ModelRef
@@ -297,6 +321,28 @@ class Plan(PlanStruct, frozen=True, kw_only=True):
     command: str
     versions: dict[str, str]
 
+    def __repr__(self) -> str:
+        model, cluster, step_time_s = self.model.path, self.cluster.name, self.estimate.step_time_s
+        return short_repr(
+            "Plan", model=model, cluster=cluster, gpus=self.gpus, stages=len(self.stages), step_time_s=step_time_s
+        )
+
+    def _repr_html_(self) -> str:
+        """The stages as a table, for notebooks: devices, axes, blocks, memory."""
+        rows = [
+            (
+                position,
+                ranges_text(list(range(stage.first_device, stage.first_device + stage.num_devices))),
+                axes_text(stage.axes),
+                ", ".join(dict.fromkeys((stage.blocks[0].name, stage.blocks[-1].name))) + f" ({len(stage.blocks)})",
+                gib_text(stage.memory.total),
+            )
+            for position, stage in enumerate(self.stages)
+        ]
+        caption = f"{self.model.path or 'A model'} on {self.gpus} GPUs of {self.cluster.name}, "
+        caption += f"{seconds_text(self.estimate.step_time_s)} a step"
+        return html_table(caption, ("stage", "GPUs", "axes", "blocks", "memory of a GPU"), rows)
+
     def apply(
         self,
         model: "nn.Module",
@@ -307,7 +353,7 @@ class Plan(PlanStruct, frozen=True, kw_only=True):
         seed: int = 0,
         device: "torch.device | str | None" = None,
     ) -> "autopar.Trainer":
-        """This rank's trainer: ``autopar.apply(plan, model, ...)``, whose documentation says what the keywords mean."""
+        """This rank's trainer: ``autopar.apply(plan, model, ...)``, which documents the keywords and the errors."""
         return autopar.apply(
             self, model, optimizer=optimizer, workload=workload, clip_norm=clip_norm, seed=seed, device=device
         )
@@ -321,21 +367,21 @@ class Plan(PlanStruct, frozen=True, kw_only=True):
 
 
 def stages_by_submesh(plan: Plan) -> tuple[tuple[StagePlan, ...], ...]:
-    """The stages of each run of devices, in order of first appearance: one stage a run unless interleaved."""
-    runs: dict[int, list[StagePlan]] = {}
+    """The stages of each submesh, in order of first appearance: one stage each unless interleaved."""
+    by_first_device: dict[int, list[StagePlan]] = {}
     for stage in plan.stages:
-        runs.setdefault(stage.first_device, []).append(stage)
-    return tuple(tuple(stages) for stages in runs.values())
+        by_first_device.setdefault(stage.first_device, []).append(stage)
+    return tuple(tuple(stages) for stages in by_first_device.values())
 
 
 def device_memory(stages: tuple[StagePlan, ...]) -> MemoryParts:
-    """Memory of the fullest device of one run."""
+    """Memory of the fullest device of one submesh, whose stages these are."""
     return memory_of_chunks([stage.memory for stage in stages])
 
 
 def memory_of_chunks(parts: Sequence[MemoryParts]) -> MemoryParts:
-    """What the chunks of one device hold together: state and saved tensors add up; one chunk at a time has its
-    workspace and less than all its saved tensors; what is fixed per device is there once."""
+    """The memory of one device from that of its chunks: state and saved tensors add up; one chunk at a time has its
+    workspace and overlays saved tensors with gradients; what is fixed per device is counted once."""
     busy = max(parts, key=lambda part: part.workspace_bytes - part.overlaid_bytes)
     return MemoryParts(
         parameters_bytes=sum(part.parameters_bytes for part in parts),
@@ -346,16 +392,3 @@ def memory_of_chunks(parts: Sequence[MemoryParts]) -> MemoryParts:
         fixed_bytes=max(part.fixed_bytes for part in parts),
         overlaid_bytes=busy.overlaid_bytes,
     )
-
-
-def recompute_summary(programs: tuple[BlockProgram, ...]) -> Literal["none", "selective", "full", "mixed"]:
-    """The one word for how blocks recompute. Blocks without attention (embedding, head) have nothing to gain, so "none"
-    beside one other choice does not make it mixed.
-
-    >>> recompute_summary(())
-    'none'
-    """
-    chosen = {program.recompute for program in programs} - {"none"}
-    if not chosen:
-        return "none"
-    return chosen.pop() if len(chosen) == 1 else "mixed"

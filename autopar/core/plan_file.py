@@ -1,4 +1,4 @@
-"""Plan files: versioned JSON, written whole or not at all, refused when torn, unknown or inconsistent."""
+"""Plan files: versioned JSON, written atomically, refused when truncated, of another version or inconsistent."""
 
 import os
 from pathlib import Path
@@ -13,8 +13,8 @@ from autopar.core.write_file import FileKind, write_file
 
 
 class _PlanMarker(msgspec.Struct):
-    """What plan files of every format have. ``format_version`` alone is also in what ``--json`` prints, and in files of
-    other programs."""
+    """The fields that plan files of every format have. ``format_version`` alone would not tell them from what ``--json``
+    prints and from files of other programs."""
 
     format_version: str
     programs: list[msgspec.Raw]
@@ -25,11 +25,12 @@ PLAN_FILE = FileKind(name="an autopar plan", marker=_PlanMarker)
 
 
 def save_plan(plan: Plan, path: str | os.PathLike[str], *, force: bool = True) -> None:
-    """Write a plan to ``path``, which holds the old file or the whole new one whatever happens in between.
+    """Write a plan to ``path`` atomically: whatever happens, the file there is the old one or the complete new one.
 
-    It replaces any file, as Python's own functions do; a link stays and leads to the plan, a device or pipe is written
-    into. With ``force=False`` it takes the care of ``autopar plan -o``: only a plan is replaced (``plan.write`` has the
-    rules). Raises PlanFileError when the plan breaks an invariant, or the file cannot or may not be written."""
+    It replaces any file, as Python's own functions do; a link stays and its target becomes the plan, a device or pipe is
+    written into. With ``force=False`` it is as careful as ``autopar plan -o``: only a plan is replaced
+    (``core.write_file`` has the rules). Raises PlanFileError when the plan breaks an invariant, or the file cannot or may
+    not be written."""
     write_file(Path(path), encode_plan(plan), PLAN_FILE, force=force)
 
 
@@ -40,7 +41,7 @@ def encode_plan(plan: Plan) -> bytes:
 
 
 def load_plan(path: str | os.PathLike[str]) -> Plan:
-    """Read a plan; raises PlanFileError with one short message on anything but a whole plan of this version."""
+    """The plan of a file; PlanFileError, one short message, for anything but a complete plan of this version."""
     source = Path(path)
     try:
         content = source.read_bytes()
@@ -66,7 +67,7 @@ _REPLAN_HINT = "make it again with `autopar plan`"
 
 
 def _check_version(document: Any, source: Path) -> None:
-    """Refuse another version before its fields are looked at, so that the message says what is really wrong."""
+    """Refuse another version before its fields are checked, so that the message names the actual problem."""
     version = document.get("format_version") if isinstance(document, dict) else None
     if not isinstance(version, str):
         raise PlanFileError(f"{source} is no autopar plan: it has no format_version; {_REPLAN_HINT}")

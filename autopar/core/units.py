@@ -4,7 +4,8 @@ GIB = 2**30
 
 
 def seconds_text(time_s: float) -> str:
-    """
+    """Seconds in s, ms or us.
+
     >>> seconds_text(12.345), seconds_text(0.01234), seconds_text(4.2e-6), seconds_text(0)
     ('12.35 s', '12.3 ms', '4.2 us', '0 s')
     """
@@ -18,7 +19,8 @@ def seconds_text(time_s: float) -> str:
 
 
 def gib_text(size_bytes: float) -> str:
-    """
+    """Bytes in GiB (2^30).
+
     >>> gib_text(3 * 2**29)
     '1.50 GiB'
     """
@@ -26,7 +28,8 @@ def gib_text(size_bytes: float) -> str:
 
 
 def count_text(count: float) -> str:
-    """
+    """A count in thousands, millions, ... with its letter.
+
     >>> count_text(39_134_000_000), count_text(124_400_000), count_text(512)
     ('39.1 B', '124.4 M', '512')
     """
@@ -37,7 +40,8 @@ def count_text(count: float) -> str:
 
 
 def flops_text(count: float) -> str:
-    """
+    """FLOPs in units of 1e12 or 1e9.
+
     >>> flops_text(2.5e14), flops_text(3.1e9)
     ('250.0 TFLOP', '3.1 GFLOP')
     """
@@ -45,7 +49,8 @@ def flops_text(count: float) -> str:
 
 
 def percent_text(fraction: float) -> str:
-    """
+    """A fraction in per cent.
+
     >>> percent_text(0.4567)
     '45.7 %'
     """
@@ -53,7 +58,7 @@ def percent_text(fraction: float) -> str:
 
 
 def bar_text(fraction: float, width: int) -> str:
-    """A bar of ``width`` characters; what exceeds the budget ends in ``!``.
+    """A bar of ``width`` characters; a fraction above 1 fills it and ends in ``!``.
 
     >>> bar_text(0.5, 8), bar_text(1.2, 8)
     ('####....', '#######!')
@@ -65,15 +70,15 @@ def bar_text(fraction: float, width: int) -> str:
 
 
 def ranges_text(numbers: list[int]) -> str:
-    """Sorted numbers with runs folded.
+    """The distinct numbers in order, consecutive ones as a range.
 
     >>> ranges_text([0, 1, 2, 5])
     '0-2, 5'
     """
-    runs: list[list[int]] = []
+    ranges: list[list[int]] = []
     for number in sorted(set(numbers)):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
         else:
-            runs.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+            ranges.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)

@@ -1,13 +1,13 @@
-"""Writes a result where it does no harm: what is at the path is looked at first, and replaced whole or not at all.
+"""Writes a result without destroying anything else: the path is inspected first, and a file is replaced atomically.
 
     nothing                                         created, unless something appears there in between
     a regular file of the same kind                 replaced
-    any other regular file, a symbolic link         only with ``force``; the link stays, the file it leads to is replaced
+    any other regular file, a symbolic link         only with ``force``; the link stays, its target is replaced
     a character device (``/dev/null``), a pipe      only with ``force``, which writes into it
     a directory, a block device, a socket           never
 
-A file that cannot be read, is write-protected or empty counts as another file, and so does one that is torn: whether it
-was of the kind cannot be told.
+A file that cannot be read, is write-protected or empty counts as another file, and so does a truncated one, of which
+nobody can say whether it was of the kind.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ import msgspec
 
 from autopar.core.errors import PlanFileError
 
-MAX_INSPECTED_BYTES = 2**28  # of a file that is read to see what it is; the plan of GPT-1T on 1,024 GPUs has 58 kB
+MAX_INSPECTED_BYTES = 2**28  # of a file that is read to find out its kind; the plan of GPT-1T on 1,024 GPUs has 58 kB
 _HEAD_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileKind:
-    """A kind of JSON file that autopar writes: its ``name`` in messages ("an autopar plan"), and in ``marker`` the fields
-    that tell it from other JSON, in files of every version."""
+    """A kind of JSON file that autopar writes: its ``name`` in messages ("an autopar plan"), and a ``marker`` with the
+    fields that tell files of this kind, of every version, from other JSON."""
 
     name: str
     marker: type[msgspec.Struct]
@@ -38,10 +38,10 @@ class FileKind:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Destination:
-    """What a write to a path would do: ``access`` to ``target``, the path with links followed.
+    """What writing to a path would do: ``access`` to ``target``, the path with links followed.
 
-    "nowhere" is a path without a folder to write in, "never" one whose occupant is left alone even with ``force``.
-    ``obstacle`` says what is in the way, as a clause ("it is a directory"), and is empty where nothing is."""
+    "nowhere" is a path without a folder to write in, "never" one whose file is not replaced even with ``force``.
+    ``obstacle`` says what is in the way, as a clause ("it is a directory"), "" where nothing is."""
 
     target: Path
     access: Literal["create", "replace", "write into", "never", "nowhere"]
@@ -49,16 +49,16 @@ class Destination:
     is_link: bool = False
 
     def refuses(self, *, force: bool) -> bool:
-        """Whether nothing may be written."""
+        """Whether writing is refused."""
         return bool(self.obstacle) and not (force and self.access in ("create", "replace", "write into"))
 
 
 class OccupiedError(PlanFileError):
-    """Something is at the path that may not be replaced."""
+    """There is something at the path that may not be replaced."""
 
 
 def destination_of(path: Path, kind: FileKind) -> Destination:
-    """What a write of a ``kind`` of file to ``path`` would do; reads the file that is there, and changes nothing."""
+    """What writing a file of this ``kind`` to ``path`` would do; reads the file that is there, changes nothing."""
     try:
         mode = os.lstat(path).st_mode
         if not stat.S_ISLNK(mode):
@@ -84,24 +84,24 @@ def destination_of(path: Path, kind: FileKind) -> Destination:
 
 
 def write_file(path: Path, content: bytes, kind: FileKind, *, force: bool) -> None:
-    """Write ``content``, under the rules of this module.
+    """Write ``content`` under the rules of this module.
 
-    Raises OccupiedError where they refuse what is at the path, another PlanFileError where writing fails."""
+    Raises OccupiedError where they forbid to replace what is at the path, another PlanFileError where writing fails."""
     while True:
-        found = destination_of(path, kind)
-        if found.refuses(force=force):
-            error = PlanFileError if found.access == "nowhere" else OccupiedError
-            raise error(f"cannot write {path}: {found.obstacle}")
-        if found.access == "write into":
-            return _write_into(found.target, content)
+        destination = destination_of(path, kind)
+        if destination.refuses(force=force):
+            error = PlanFileError if destination.access == "nowhere" else OccupiedError
+            raise error(f"cannot write {path}: {destination.obstacle}")
+        if destination.access == "write into":
+            return _write_into(destination.target, content)
         try:
-            return write_atomically(found.target, content, replace=found.access == "replace")
+            return write_atomically(destination.target, content, replace=destination.access == "replace")
         except FileExistsError:
-            continue  # appeared in between: see what it is
+            continue  # it appeared in between: find out what it is
 
 
 def write_to_free_name(path: Path, content: bytes) -> Path:
-    """Write ``content`` under the first free name of ``x.1.json``, ``x.2.json`` ... for ``x.json``; returns its path.
+    """Write ``content`` under the first free name of ``x.1.json``, ``x.2.json``, ... for ``x.json``; returns its path.
 
     Raises PlanFileError where writing fails."""
     for number in count(1):
@@ -113,9 +113,9 @@ def write_to_free_name(path: Path, content: bytes) -> Path:
 
 
 def write_atomically(path: Path, content: bytes, *, replace: bool = True) -> None:
-    """Write bytes to a new file in the folder of ``path`` and rename it over ``path`` once they are on the disk.
+    """Write ``content`` to a new file in the folder of ``path`` and rename that to ``path`` once it is on the disk.
 
-    A plain write under ``kill -9`` left a torn file 60 times of 60; this one 0 of 60. Raises FileExistsError where
+    Under ``kill -9`` a plain write left a truncated file 60 times of 60, this function 0 times of 60. Raises FileExistsError where
     ``path`` exists and ``replace`` is False, PlanFileError where writing fails."""
     temporary = None
     try:
@@ -181,7 +181,7 @@ def _obstacle_of(path: Path, kind: FileKind) -> str:
 
 
 def _write_into(path: Path, content: bytes) -> None:
-    """Write into a device or pipe; a pipe without a reader waits for one."""
+    """Write into a device or a pipe, which blocks until the pipe has a reader."""
     try:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_NOCTTY), "wb") as stream:
             stream.write(content)
@@ -190,7 +190,7 @@ def _write_into(path: Path, content: bytes) -> None:
 
 
 def _rename_to_free(temporary: str, path: Path) -> None:
-    """Rename, or FileExistsError where ``path`` exists by now: ``os.replace`` would destroy what has appeared there."""
+    """Rename; FileExistsError where ``path`` exists by now (``os.replace`` would destroy what has appeared there)."""
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -203,18 +203,19 @@ def _rename_to_free(temporary: str, path: Path) -> None:
 
 
 def _error_text(error: OSError) -> str:
+    """The operating system's own words for an error."""
     return error.strerror or str(error)
 
 
 def _file_mode() -> int:
-    """The mode that ``open`` would have given: mkstemp's 0600 would hide a plan from the user's group."""
+    """The mode that ``open`` would give a new file: with mkstemp's 0600 the user's group could not read a plan."""
     mask = os.umask(0)
     os.umask(mask)
     return 0o666 & ~mask
 
 
 def _sync_folder(folder: Path) -> None:
-    """Put the rename itself on the disk, where the file system can."""
+    """Put the rename itself on the disk, where the file system supports that."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""How the software runs a plan, as far as its price depends on it: the settings every price takes."""
+"""How the training program runs a plan, as far as prices depend on it."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,33 +9,35 @@ from autopar.core.dtypes import Dtype
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecutionModel:
-    """``accumulate``: gradients live over several micro-batches, in fp32 unless ``grads`` is "same".
+    """``accumulates_gradients``: gradients live over several micro-batches; ``fp32_grads``: in fp32, else in the
+    parameter's dtype.
 
-    ``balanced_context``: ranks that share a sequence take parts of equal work under a causal mask (Megatron-LM's
-    context parallelism); without it a rank runs its queries against all keys under a mask, as our runtime does.
+    ``balances_causal_context``: ranks that share a sequence take equal parts of the work under a causal mask (Megatron-LM's
+    context parallelism); without it a rank computes its queries against all keys under a mask, as our runtime does.
 
-    ``overlap``: reductions of gradients run behind the backward, gathers of parameters behind a block, exchanges of a
-    linear op's input gradient beside the product for its weight's.
+    ``overlap``: reductions of gradients overlap with the backward, gathers of parameters with a block, collectives on a
+    linear op's input gradient with the product for its weight's.
 
-    ``whole_checkpoint``: full recomputation runs the whole block again (Megatron-LM's and DeepSpeed's checkpoint);
-    without it only what the backward reads, as torch's does, which stops at the last tensor that was kept, and ours.
+    ``recomputes_whole_block``: full recomputation computes the whole block a second time (Megatron-LM's and DeepSpeed's
+    checkpoint); without it only what the backward reads, as torch's does, which stops at the last tensor that was saved,
+    and ours.
 
-    ``selective``: what selective recomputation keeps. "attention": all but attention's insides, which it computes again
-    (Korthikanti et al., 2022, section 5; our runtime). "products": a block's inputs, fused attention's results, and
-    those of every second product with a weight, beginning with the first; the rest is computed again as far as the
+    ``selective_policy``: what selective recomputation saves. "attention": all but attention's internal tensors, which it
+    recomputes (Korthikanti et al., 2022, section 5; our runtime). "products": a block's inputs, fused attention's results,
+    and those of every second product with a weight, beginning with the first; the rest is recomputed as far as the
     backward reads it (torchtitan's ``selective_ac_option="op"`` on torch's create_selective_checkpoint_contexts:
     torchtitan/parallelisms/parallelize_llama.py@004b3148).
 
-    ``loss``: which cross entropy runs. "program": what the program fuses, over a cut vocabulary the chain of kernels that
-    its exchanges are between. "chain": that chain always (Megatron-LM calls vocab_parallel_cross_entropy whatever tp
-    is). "torch": PyTorch's own (torchtitan: ``F.cross_entropy`` of fp32 logits), which keeps log-probabilities and makes
+    ``loss_kernels``: which cross entropy runs. "program": what the program fuses; over a sharded vocabulary the chain of
+    kernels between its collectives. "chain": that chain always (Megatron-LM calls vocab_parallel_cross_entropy whatever tp
+    is). "torch": PyTorch's own (torchtitan: ``F.cross_entropy`` of fp32 logits), which saves log-probabilities and makes
     two gradients as large.
 
-    ``blocking``: the host waits for every kernel before it launches the next (CUDA_LAUNCH_BLOCKING=1), so that launches
-    and kernels add up instead of running beside each other.
+    ``blocking_launches``: the host waits for every kernel before it launches the next (CUDA_LAUNCH_BLOCKING=1), so that
+    launches and kernels add up instead of overlapping.
 
     State per parameter in bytes (Rajbhandari et al., "ZeRO", 2020, section 3.1): half precision 2 + gradient 2 or 4 +
-    12 (fp32 master, two Adam moments); fp32 4 + 4 + 8. Plain SGD keeps only the fp32 master of a half precision weight.
+    12 (fp32 master, two Adam moments); fp32 4 + 4 + 8. Plain SGD stores only the fp32 master of a half precision weight.
     """
 
     dtype: Dtype
@@ -58,25 +60,25 @@ class ExecutionModel:
 
     @property
     def fused_chains(self) -> tuple[FusedChain, ...]:
-        """What joins its neighbours in one kernel."""
+        """The kinds of ops that the program fuses with their neighbours."""
         return tuple(chain for chain in self.software.fuses if chain != "loss" or self.loss_kernels != "torch")
 
     @property
     def backward_allocates_gradients(self) -> bool:
-        """Whether a backward makes gradients that were not there before: with one micro-batch there are none at its
-        start, and without overlap nothing is reduced before its end."""
+        """Whether a backward allocates gradients: with one micro-batch there are none at its start, and without overlap
+        nothing is reduced before its end."""
         return not (self.accumulates_gradients and self.overlap)
 
     def gradient_itemsize(self, itemsize: int) -> int:
-        """Bytes of one gradient element at rest of a parameter of ``itemsize`` bytes."""
+        """Bytes per element of the stored gradient of a parameter of ``itemsize`` bytes."""
         return 4 if self.fp32_grads else itemsize
 
     def reduced_gradient_itemsize(self, itemsize: int) -> int:
-        """Bytes of one gradient element on its way between ranks: fp16 programs reduce in fp16 (Megatron-LM's and
-        DeepSpeed's default), the others what they keep."""
+        """Bytes per gradient element that ranks communicate: fp16 programs reduce in fp16 (Megatron-LM's and DeepSpeed's
+        default), the others as they store it."""
         return itemsize if self.dtype == "float16" else self.gradient_itemsize(itemsize)
 
     def optimizer_state_itemsize(self, itemsize: int) -> int:
-        """Bytes of optimizer state per element: master copy and moments."""
+        """Bytes of optimizer state per element of a parameter of ``itemsize`` bytes: master copy and moments."""
         master = 4 if itemsize < 4 else 0
         return master + (8 if self.optimizer == "adamw" else 0)

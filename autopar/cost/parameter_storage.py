@@ -1,13 +1,13 @@
-"""Where a parameter, its gradient and its optimizer state live: the choices ZeRO stands for, and their prices.
+"""How a parameter, its gradient and its optimizer state are stored: the choices that ZeRO offers, and their prices.
 
 A parameter is replicated, for its op, over the data axes and over every axis that shards the op but not the weight; on
-these axes its gradient is partial. Any subset G of them may cut what is at rest (Rajbhandari et al., "ZeRO", 2020):
+these axes its gradient is partial. Any subset G of them may shard what is stored (Rajbhandari et al., "ZeRO", 2020):
 
-    stage 0  nothing cut         per step: all_reduce of gradients
+    stage 0  nothing sharded     per step: all_reduce of gradients
     stage 1  optimizer over G    per step: reduce_scatter of gradients, all_gather of parameters
     stage 2  + gradients         per micro-batch: reduce_scatter;          per step: all_gather of parameters
     stage 3  + parameters        per micro-batch: two all_gathers and a reduce_scatter
-    with an all_reduce of what is left over the axes outside G, once per step (G inside a node: hybrid sharding).
+    with an all_reduce of the shards over the axes outside G, once per step (G inside a node: hybrid sharding).
 """
 
 import itertools
@@ -32,11 +32,12 @@ Floats = NDArray[np.float64]
 ) = range(8)
 NUM_PARAMETER_METRICS = 8
 BUCKET_BYTES = 128 * 2**20
+"""Programs join the tensors of a block or more into one collective, whose rate is that of so many bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterStorage:
-    """One choice: ZeRO ``stage`` over mesh ``axes`` (positions in the mesh)."""
+    """One choice: ZeRO ``stage`` (0 to 3) over mesh ``axes`` (positions in the mesh; () for stage 0)."""
 
     stage: int
     axes: tuple[int, ...]
@@ -59,10 +60,12 @@ def storage_metrics(
     links: MeshLinks,
     execution: ExecutionModel,
 ) -> Floats:
-    """The eight metrics above of ``elements`` trainable elements (local to one rank as its op uses them), replicated
-    with partial gradient over ``axes``: seconds, seconds, seconds that backward can hide, seconds, bytes at rest,
-    bytes, seconds per micro-batch of adding up gradients, bytes of gradients that a backward makes
-    (``state_bytes``)."""
+    """The eight metrics above of ``elements`` trainable elements, which is what a rank's op uses of the parameter; its
+    gradient is partial over ``axes``.
+
+    Per micro-batch: seconds of gathers before the forward, of gathers and scatters in the backward, of accumulating
+    gradients. Per step: seconds that the backward can overlap, and exposed seconds. Bytes: stored (``state_bytes``),
+    of the gathered parameter, of gradients that a backward allocates (``new_gradient_bytes``)."""
     shards = int(np.prod([links.sizes[axis] for axis in storage.axes], dtype=int))
     rest = tuple(axis for axis in axes if axis not in storage.axes)
     parameter, sent = float(elements * itemsize), float(elements * execution.reduced_gradient_itemsize(itemsize))
@@ -73,7 +76,7 @@ def storage_metrics(
         if storage.stage == 3:
             metrics[GATHER_FORWARD_S] = gather
             metrics[GATHER_BACKWARD_S] = gather + scatter
-            metrics[GATHERED_BYTES] = parameter if shards > 1 else 0.0  # beside the part at rest
+            metrics[GATHERED_BYTES] = parameter if shards > 1 else 0.0  # in addition to the shard
         else:
             metrics[STEP_EXPOSED_S] += gather
             metrics[GATHER_BACKWARD_S if storage.stage == 2 else STEP_OVERLAPPABLE_S] += scatter
@@ -96,22 +99,21 @@ def storage_metrics(
 def new_gradient_bytes(
     storage: ParameterStorage, stored_bytes: float, elements: int, itemsize: int, execution: ExecutionModel
 ) -> float:
-    """Bytes of gradients that a backward makes and that were not there before, in the place of the saved tensors it
-    frees.
-    Where gradients are cut but nothing is reduced before the backward's end, they are whole until then: Alpa's peaks of
-    ZeRO-2 and 3 on two to eight V100."""
+    """Bytes of gradients that a backward allocates while it frees saved tensors; ``stored_bytes`` are of the stored
+    gradient. Where gradients are sharded but nothing is reduced before the backward's end, they are unsharded until then:
+    Alpa's peaks of ZeRO-2 and 3 on two to eight V100."""
     if storage.stage >= 2 and not execution.overlap:
         return float(elements * itemsize)
     return 0.0 if execution.accumulates_gradients else stored_bytes
 
 
 def bucketed_collective_s(links: MeshLinks, kind: str, num_bytes: float, axes: tuple[int, ...]) -> float:
-    """Seconds of a parameter's part in the collective of a bucket: programs join the tensors of a block or more."""
+    """Seconds of a parameter's share of the collective of its bucket (``BUCKET_BYTES``)."""
     return float(links.collective_s(kind, BUCKET_BYTES, axes)) * num_bytes / BUCKET_BYTES
 
 
 def _optimizer_step_bytes(execution: ExecutionModel, itemsize: int) -> float:
-    """Bytes that the optimizer step moves per element; plain SGD keeps no moments to read and write."""
+    """Bytes that the optimizer step reads and writes per element; plain SGD has no moments."""
     software = execution.software
     num_bytes = software.optimizer_bytes_half if itemsize < 4 else software.optimizer_bytes_full
     return num_bytes - (16.0 if execution.optimizer == "sgd" else 0.0)
@@ -120,7 +122,7 @@ def _optimizer_step_bytes(execution: ExecutionModel, itemsize: int) -> float:
 def state_bytes(
     storage: ParameterStorage, num_shards: int, elements: int, itemsize: int, execution: ExecutionModel
 ) -> tuple[float, float, float]:
-    """Bytes at rest of parameter, gradient and optimizer state."""
+    """Stored bytes of parameter, gradient and optimizer state, sharded into ``num_shards`` as the ZeRO stage says."""
     return (
         elements * itemsize / (num_shards if storage.stage == 3 else 1),
         elements * execution.gradient_itemsize(itemsize) / (num_shards if storage.stage >= 2 else 1),

@@ -1,4 +1,4 @@
-"""Seconds to redistribute a tensor inside a mesh, as the cheapest sequence of collectives.
+"""Seconds to redistribute a tensor inside a mesh by the cheapest sequence of collectives.
 
 A tensor has a placement per mesh axis. One step changes one axis, or several axes at once with one flattened
 collective; bytes are what a rank stores before it, after it for a gather:
@@ -6,8 +6,8 @@ collective; bytes are what a rank stores before it, after it for a gather:
     P -> R  all_reduce          P -> S  reduce_scatter          S -> R  all_gather          S -> S'  all_to_all
     R -> S  a local slice, free                                 nothing becomes P
 
-Dims are sharded outermost axis first, so where two axes shard one, only the innermost of them may stop or start. The
-cheapest sequence is a shortest path over all placements (Floyd-Warshall, for several tensors at once).
+Dims are sharded outermost axis first, so where two axes shard one dim, only the innermost may stop or start. The
+cheapest sequence is a shortest path between placements (Floyd-Warshall, for several tensors at once).
 """
 
 import itertools
@@ -26,7 +26,7 @@ class MeshLinks:
     """The axes of one stage that carry activations: their sizes and the links that each set of them crosses."""
 
     def __init__(self, cluster: Cluster, num_devices: int, axis_sizes: tuple[int, ...], axes: tuple[int, ...]) -> None:
-        """``axes`` are the positions in ``axis_sizes`` (outermost first) that this object speaks of, in order."""
+        """``axes``: the positions in ``axis_sizes`` (outermost first) that this object is about, in order."""
         self.cluster = cluster
         self.sizes = tuple(axis_sizes[axis] for axis in axes)
         self._group_of_axes = {
@@ -40,6 +40,7 @@ class MeshLinks:
         return self._group_of_axes[axes]
 
     def collective_s(self, kind: str, num_bytes: Floats | float, axes: tuple[int, ...]) -> Floats:
+        """Seconds of a collective over ``axes``, flattened; bytes as in ``CollectiveCurve``."""
         return np.asarray(self.cluster.collective_s(kind, num_bytes, self._group_of_axes[axes]), float)
 
 
@@ -49,7 +50,7 @@ def redistribute_s(links: MeshLinks, placements: Sequence[Placements], local_byt
     count = len(placements)
     costs = np.full((len(local_bytes), count, count), np.inf)
     costs[:, np.arange(count), np.arange(count)] = 0.0
-    position = {placement: at for at, placement in enumerate(placements)}
+    position = {placement: index for index, placement in enumerate(placements)}
     known: dict[tuple[str, tuple[int, ...], bytes], Floats] = {}
     for (axes, _), source in itertools.product(links._group_of_axes.items(), placements):
         for target, kind in _reachable_by_one_collective(source, axes, placements, len(links.sizes)):
@@ -58,8 +59,8 @@ def redistribute_s(links: MeshLinks, placements: Sequence[Placements], local_byt
                 key = (kind, axes, sizes.tobytes())
                 if key not in known:
                     known[key] = np.zeros_like(sizes) if kind == "slice" else links.collective_s(kind, sizes, axes)
-                at = (slice(None), position[source], position[target])
-                costs[at] = np.minimum(costs[at], known[key])
+                pair = (slice(None), position[source], position[target])
+                costs[pair] = np.minimum(costs[pair], known[key])
     for via in range(count):
         np.minimum(costs, costs[:, :, via, None] + costs[:, None, via, :], out=costs)
     return costs
@@ -68,8 +69,7 @@ def redistribute_s(links: MeshLinks, placements: Sequence[Placements], local_byt
 def _reachable_by_one_collective(
     source: Placements, axes: tuple[int, ...], placements: Sequence[Placements], num_axes: int
 ) -> list[tuple[Placements, str]]:
-    """Placements one collective over ``axes`` reaches, and its kind; the axes change alike, from and to one
-    placement."""
+    """Placements that one collective over ``axes`` reaches from ``source``, and its kind; all axes change alike."""
     old = source[axes[0]]
     if any(source[axis] != old for axis in axes) or not _is_innermost(source, old, axes, num_axes):
         return []
@@ -91,7 +91,8 @@ def _reachable_by_one_collective(
 
 
 def _is_innermost(placements: Placements, changing: Placement, axes: tuple[int, ...], num_axes: int) -> bool:
-    """Whether no axis inside those that are ``changing``, and none between them, shards the same dim."""
+    """Whether no axis further in than the first of ``axes``, other than they, shards the dim of their placement
+    ``changing``."""
     if not isinstance(changing, Shard):
         return True
     return not any(

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from autopar.core.dtypes import Dtype, long_dtype
+from autopar.graph.attention import attention_calls
 from autopar.graph.ir import Block, Graph, GraphProfile
 from autopar.graph.op_profiles import profile_graph
 from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
@@ -19,6 +20,12 @@ class TracedModel:
     workload: Workload
     dtype: Dtype
     graph: Graph
+
+    def head_counts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The distinct numbers of query heads and of key/value heads of the attention calls, ascending; keys that are
+        repeated for several query heads count once."""
+        calls = attention_calls(self.graph)
+        return tuple(sorted({call.heads for call in calls})), tuple(sorted({call.kv_heads for call in calls}))
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:

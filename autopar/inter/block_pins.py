@@ -1,7 +1,7 @@
-"""Pins on a model's blocks: which parameters they name, and what they leave of the options of an op on a mesh axis.
+"""Pins on the parameters of a model: which parameters they match, and which options of ops and storages they allow.
 
-Equal blocks are planned alike, so a pin names a parameter of all blocks of a kind or of none; a tied parameter is
-pinned by any of its names.
+Equal blocks share one plan, so a pin matches a parameter in all blocks of a kind or in none; a tied parameter is pinned
+by any of its names.
 """
 
 import re
@@ -15,17 +15,19 @@ from autopar.core.placement import REPLICATE, Shard
 from autopar.cost.parameter_storage import ParameterStorage
 from autopar.graph.ir import Block, Graph
 from autopar.intra.block_space import OpNode
-from autopar.intra.frontier import StorageFilter
+from autopar.intra.storage_choice import StorageFilter
 from autopar.intra.strategies import OptionFilter
 from autopar.rules.axis_options import AxisOption
 
 NUM_SUGGESTED = 3
-LAYER_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # of a layer: a whole part of a dotted name
+"""How many parameter names an error suggests."""
+LAYER_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+"""The number of a layer in a dotted name, such as 3 in ``layers.3.weight``."""
 
 
 class BlockPins:
-    """The pins of one graph, by parameter. UsageError for a pin that names nothing, names some of several equal blocks,
-    or contradicts another."""
+    """The pins of one model, from pairs of a glob of parameter names and placements. UsageError for a pin that matches
+    nothing, matches only some of several equal blocks, or contradicts another."""
 
     def __init__(self, graph: Graph, blocks: Sequence[Block], pins: Sequence[tuple[str, str]]) -> None:
         self.pins = tuple(parse_pin(glob, placements) for glob, placements in pins)
@@ -34,28 +36,28 @@ class BlockPins:
             value.id: value.qualified_names or (value.name,) for value in graph.values if value.kind == "parameter"
         }
         for pin in self.pins:
-            named = {value for value, own in names.items() if any(pin.matches(name) for name in own)}
-            if not named:
-                known = dict.fromkeys(LAYER_NUMBER.sub("*", name) for own in names.values() for name in own)
-                near = get_close_matches(pin.glob, list(known), NUM_SUGGESTED, 0.0)
-                raise UsageError(f"--pin {pin}: no parameter has such a name; near it are {', '.join(near)}")
-            _check_equal_blocks(pin, named, blocks, names)
-            for value in named:
+            matched = {value for value, of_value in names.items() if any(pin.matches(name) for name in of_value)}
+            if not matched:
+                globs = dict.fromkeys(LAYER_NUMBER.sub("*", name) for of_value in names.values() for name in of_value)
+                closest = get_close_matches(pin.glob, list(globs), NUM_SUGGESTED, 0.0)
+                raise UsageError(f"--pin {pin}: no parameter matches; the closest names are {', '.join(closest)}")
+            _check_equal_blocks(pin, matched, blocks, names)
+            for value in matched:
                 other = self._by_value.setdefault(value, pin)
                 if other.placements != pin.placements:
-                    raise UsageError(f"--pin {other} and --pin {pin} both name {names[value][0]}; give one of them")
+                    raise UsageError(f"--pin {other} and --pin {pin} both match {names[value][0]}; give one of them")
 
     def option_filter(self, has_data_axis: bool, base: OptionFilter | None = None) -> OptionFilter:
-        """Which options of an op on an inner axis the pins leave, of those that ``base`` leaves. The placements of a
-        mesh that names its data axis begin with that axis."""
+        """Which options of an op on an inner axis the pins and ``base`` allow. ``has_data_axis``: the mesh names its data
+        axis, which is then the first of a pin's placements."""
 
         def allows(axis: int, node: OpNode, option: AxisOption) -> bool:
             for position in node.parameter_inputs:
                 pin = self._by_value.get(node.op.inputs[position])
-                at = axis + int(has_data_axis)
-                if pin is not None and at < len(pin.placements):
+                pinned_axis = axis + int(has_data_axis)
+                if pin is not None and pinned_axis < len(pin.placements):
                     atom = option.inputs[position].atom
-                    if not satisfies(REPLICATE if atom is None else atom.shard, pin.placements[at]):
+                    if not satisfies(REPLICATE if atom is None else atom.shard, pin.placements[pinned_axis]):
                         return False
             return base is None or base(axis, node, option)
 
@@ -67,38 +69,41 @@ class BlockPins:
         counts = {len(pin.placements): pin for pin in self.pins}
         if len(counts) > 1:
             one, other = list(counts.values())[:2]
-            raise UsageError(f"--pin {one} and --pin {other} speak of meshes of {' and '.join(map(str, counts))} axes")
+            raise UsageError(f"--pin {one} and --pin {other} are for meshes of {' and '.join(map(str, counts))} axes")
         return next(iter(counts), None)
 
     def storage_filter(self, has_data_axis: bool) -> StorageFilter:
-        """Which storages of a parameter the pins leave: over the data axis, which shards no use, sharded at rest or
-        replicated as its placement says; over an inner axis pinned replicated, replicated."""
+        """Which storages of a parameter the pins allow. No op shards a parameter over the data axis (axis 0), so ZeRO-3
+        must shard it there exactly where the pin does; over an inner axis pinned replicated it must not."""
 
-        def leaves(value: int, storage: ParameterStorage) -> bool:
+        def allows(value: int, storage: ParameterStorage) -> bool:
             pin = self._by_value.get(value)
-            for at, pinned in enumerate(pin.placements if pin else ()):
-                axis = at + int(not has_data_axis)
-                sharded = storage.stage == 3 and axis in storage.axes
-                if (sharded != isinstance(pinned, Shard)) if axis == 0 else (sharded and pinned == REPLICATE):
+            for index, placement in enumerate(pin.placements if pin else ()):
+                axis = index + int(not has_data_axis)
+                is_sharded = storage.stage == 3 and axis in storage.axes
+                if axis == 0 and is_sharded != isinstance(placement, Shard):
+                    return False
+                if axis != 0 and is_sharded and placement == REPLICATE:
                     return False
             return True
 
-        return leaves
+        return allows
 
 
 def _check_equal_blocks(
-    pin: Pin, named_values: set[int], blocks: Sequence[Block], names: dict[int, tuple[str, ...]]
+    pin: Pin, matched_values: set[int], blocks: Sequence[Block], names: dict[int, tuple[str, ...]]
 ) -> None:
-    """All blocks of a kind, or none, at each position of their parameters."""
+    """UsageError unless the pin matches, at each position of the parameters of a kind, those of all blocks or of
+    none."""
     positions: dict[tuple[int, int], list[int]] = defaultdict(list)
     for block in blocks:
-        for at, value in enumerate(block.parameters):
-            positions[block.kind, at].append(value)
+        for position, value in enumerate(block.parameters):
+            positions[block.kind, position].append(value)
     for values in positions.values():
-        inside = [value in named_values for value in values]
-        if any(inside) and not all(inside):
-            left_out = names[values[inside.index(False)]][0]
+        is_matched = [value in matched_values for value in values]
+        if any(is_matched) and not all(is_matched):
+            left_out = names[values[is_matched.index(False)]][0]
             raise UsageError(
-                f"--pin {pin} leaves out {left_out}, which lies in a block equal to one it names; equal blocks are planned "
-                "alike: name all of them, with * for their number"
+                f"--pin {pin} matches one block but not {left_out} in an equal block; equal blocks share one plan: "
+                "match all of them, with * for the layer number"
             )

@@ -1,13 +1,13 @@
 """The outer search: which blocks form a stage, on which submesh, so that the simulated step is the shortest.
 
-Pipelines are built from the last stage backwards, so a stage's place, and with it the micro-batches it holds, is known
-when it is added (`tails`). Best first, the tail with the least bound is completed greedily (a
-dive), which leaves its untaken branches in the queue; whole pipelines are evaluated. When the least bound left open is
-not below the best evaluated time, that pipeline is optimal.
+Best-first branch and bound over suffixes of the pipeline. A node is a `PartialPipeline`: the last stages, whose places
+from the end, and so micro-batches in flight, are known. The node with the least bound is extended greedily to a complete
+pipeline (a dive), which is evaluated; the branches not taken go to the queue. The incumbent is optimal when no open node
+has a bound below its step time.
 
-First come good pipelines by Alpa's recurrence (`candidates`) and their neighbours (`_climb`). The tables then speak
-only of steps below the best time, and are made a few times over: what the heads rule out makes the next tails, and so
-the bounds, tighter.
+Before that come good pipelines by Alpa's recurrence (`alpa_candidates`) and their neighbours (`_local_search`). The
+suffix and prefix bounds are then made for steps below the incumbent only, a few times from each other: states without a
+prefix drop out of the next suffix bounds, which makes them tighter (`_tighten`).
 """
 
 import heapq
@@ -29,25 +29,25 @@ from autopar.pipeline.simulate import StageTimes
 
 Floats = NDArray[np.float64]
 MAX_EXACT_PROBLEM = 2_000
-"""Blocks x devices x classes up to which the default is an exact search without a cap."""
+"""Blocks x devices x submesh classes up to which a search is exact, without a limit on evaluations, by default."""
 CANDIDATE_FACTORS = (1.3, 4.0, math.inf)
-"""The first candidates are sought below these multiples of the first bound, one after the other."""
+"""Alpa's candidates are sought below these multiples of the first bound, one after the other until some are found."""
 MAX_TIGHTENING_ROUNDS = 4
-"""How often tail and head tables are made from each other at most, while that lifts the bound by 0.1 %."""
+"""How often suffix and prefix bounds are made from each other at most, while that raises the bound by 0.1 %."""
 
 
 @dataclass(slots=True)
 class _SearchState:
-    """What the search knows so far: the evaluated pipelines, the best of them, and its limits."""
+    """What the search knows so far (the evaluated pipelines and the incumbent) and its limits. ``relaxed_bound_of``, set
+    where the stage times are relaxed, bounds one pipeline over all choices of its stages; ``min_relaxed_bound_s`` is its
+    minimum over the evaluated pipelines."""
 
     evaluate: Callable[[tuple[SubmeshStage, ...]], float]
     upper_bound_s: float
     tolerance: float
     deadline_s: float
     max_evaluations: float
-    relaxed_bound_of: Callable[[tuple[SubmeshStage, ...]], float] | None = (
-        None  # of one pipeline, where times are relaxed
-    )
+    relaxed_bound_of: Callable[[tuple[SubmeshStage, ...]], float] | None = None
     incumbent: EvaluatedPipeline | None = None
     min_relaxed_bound_s: float = math.inf
     evaluated: set[tuple[SubmeshStage, ...]] = field(default_factory=set)
@@ -55,25 +55,26 @@ class _SearchState:
 
     @property
     def incumbent_s(self) -> float:
+        """Seconds of the incumbent; the upper bound while there is none."""
         return self.incumbent.step_time_s if self.incumbent else self.upper_bound_s
 
     @property
     def cutoff_s(self) -> float:
-        """Bounds from here on are not worth following (1e-12: sums of the same times differ by their rounding)."""
+        """Nodes with a bound from here on are pruned (1e-12: sums of the same times differ by their rounding)."""
         return self.incumbent_s * (1.0 - max(self.tolerance, 1e-12))
 
     @property
     def stopped(self) -> bool:
-        # Dives that find only known pipelines or dead ends count too, or a cap would not end a search full of ties.
+        """Whether a limit is reached: evaluations, dives or the deadline."""
+        # Dives that reach only evaluated pipelines or dead ends count too: else a search full of ties would not end.
         used_up = len(self.evaluated) >= self.max_evaluations or self.num_dives >= 3 * self.max_evaluations
         return used_up or time.monotonic() > self.deadline_s
 
     def consider(self, stages: tuple[SubmeshStage, ...]) -> None:
+        """Evaluate a pipeline that was not evaluated before."""
         if stages not in self.evaluated:
             self.evaluated.add(stages)
-            if (
-                self.relaxed_bound_of is not None
-            ):  # another way to run the same stages may be faster than the one evaluated
+            if self.relaxed_bound_of is not None:  # another choice for the same stages may be faster than the evaluated
                 self.min_relaxed_bound_s = min(self.min_relaxed_bound_s, self.relaxed_bound_of(stages))
             step_time_s = self.evaluate(stages)
             if step_time_s < self.incumbent_s:
@@ -90,10 +91,10 @@ def search_pipelines(
 ) -> PipelineResult:
     """The pipeline with the least evaluated step time of all that use every device.
 
-    ``evaluate`` gives the true step time of one candidate, never below the problem's own times (transfers and waiting
-    only add to it). ``deadline_s`` is seconds from now; ``tolerance`` the relative gap at which to stop. Small problems
-    default to an exact search without a cap, others to a tolerance of 1e-3 and 200 evaluations; what is left open is
-    in ``lower_bound_s``.
+    ``evaluate`` gives the step time of one pipeline in seconds, which is never below that of the problem's stage times
+    (transfers and waiting only add to it). ``deadline_s`` is seconds from now, ``tolerance`` the relative gap at which
+    to stop. Small problems default to an exact search without a limit, others to a tolerance of 1e-3 and 200
+    evaluations; no pipeline, evaluated or not, is below the result's ``lower_bound_s``.
     """
     begin = time.monotonic()
     small = is_small_problem(problem)
@@ -129,84 +130,87 @@ def is_small_problem(problem: PipelineProblem) -> bool:
 
 
 def quick_lower_bound_s(problem: PipelineProblem) -> float:
-    """A bound on every pipeline that is quick to have: by the busiest stage and by the way through all of them; with a
-    finite ``upper_bound_s`` also by what tails and heads below it can be, and at most that."""
+    """A lower bound in seconds on every pipeline that is fast to compute: by the busiest stage and by the time through
+    all of them; with a finite ``upper_bound_s`` also by suffix and prefix bounds below it, and at most that. inf where no
+    pipeline is possible."""
     levels = level_times_of(problem)
     if levels is None:
         return math.inf
-    tail, head = level_free_bounds(levels)
-    bound_s = float(max(tail[0, levels.num_devices], head[levels.num_blocks, 0]))
+    suffix_s, prefix_s = level_free_bounds(levels)
+    bound_s = float(max(suffix_s[0, levels.num_devices], prefix_s[levels.num_blocks, 0]))
     if bound_s >= problem.upper_bound_s or math.isinf(problem.upper_bound_s):
         return bound_s
-    return _tighten(levels, tail, head, bound_s, problem.upper_bound_s)[0]
+    return _tighten(levels, suffix_s, prefix_s, bound_s, problem.upper_bound_s)[0]
 
 
 def _tighten(
     level_times: LevelTimes, suffix_s: Floats, prefix_s: Floats, bound_s: float, threshold_s: float
 ) -> tuple[float, SearchTree | None]:
-    """The bound by tables of tails and heads made from each other, and what is left to explore; None if nothing is."""
+    """(the bound by suffix and prefix bounds made from each other, the tree to search), from the level-free bounds and
+    their bound on all pipelines; the tree is None where no pipeline is below ``threshold_s``."""
     missing, tree = prefix_s, None
     for number in range(MAX_TIGHTENING_ROUNDS):
         band = feasible_band(suffix_s, prefix_s, threshold_s)
-        tails = suffix_bounds(level_times, band, missing)
-        whole = tails.step_time_s[:, 0, level_times.num_devices]
-        before_s, bound_s = bound_s, max(bound_s, min(float(whole.min()), threshold_s))
+        suffixes = suffix_bounds(level_times, band, missing)
+        complete_s = suffixes.step_time_s[:, 0, level_times.num_devices]
+        before_s, bound_s = bound_s, max(bound_s, min(float(complete_s.min()), threshold_s))
         if bound_s >= threshold_s:
             return bound_s, None
-        level_times = level_times.truncated(int(np.flatnonzero(whole < threshold_s)[-1]))
-        heads = prefix_bounds(level_times, band, tails)
-        tree = SearchTree(level_times, heads)
+        level_times = level_times.truncated(int(np.flatnonzero(complete_s < threshold_s)[-1]))
+        prefixes = prefix_bounds(level_times, band, suffixes)
+        tree = SearchTree(level_times=level_times, prefixes=prefixes)
         if number > 0 and bound_s < before_s * 1.001:
             break
-        missing = heads.round_trip_s
+        missing = prefixes.round_trip_s
     return bound_s, tree
 
 
 def _branch_and_bound(level_times: LevelTimes, state: _SearchState) -> float:
-    """Evaluate until nothing better is open or a limit stops it; returns what no unevaluated pipeline is below."""
-    tail, head = level_free_bounds(level_times)
-    bound_s = float(max(tail[0, level_times.num_devices], head[level_times.num_blocks, 0]))
+    """Evaluate until no open node is below the cutoff or a limit is reached; returns a lower bound in seconds on all
+    pipelines that were not evaluated."""
+    suffix_s, prefix_s = level_free_bounds(level_times)
+    bound_s = float(max(suffix_s[0, level_times.num_devices], prefix_s[level_times.num_blocks, 0]))
     if bound_s >= state.cutoff_s or not math.isfinite(bound_s):
         return bound_s
     found = False
-    for reach in CANDIDATE_FACTORS:
-        reach_s = min(bound_s * reach, state.incumbent_s)
-        for stages in alpa_candidates(level_times, feasible_band(tail, head, reach_s)):
+    for factor in CANDIDATE_FACTORS:
+        below_s = min(bound_s * factor, state.incumbent_s)
+        for stages in alpa_candidates(level_times, feasible_band(suffix_s, prefix_s, below_s)):
             found = True
             state.consider(stages)
             if state.stopped:
                 return bound_s
-        if found or reach_s == state.incumbent_s:
+        if found or below_s == state.incumbent_s:
             break
     if not found and math.isinf(state.incumbent_s):
-        return math.inf  # the last reach left out nothing
+        return math.inf  # the last factor excludes nothing
     _local_search(level_times, state)
     threshold_s = state.cutoff_s
-    bound_s, tree = _tighten(level_times, tail, head, bound_s, threshold_s)
+    bound_s, tree = _tighten(level_times, suffix_s, prefix_s, bound_s, threshold_s)
     if tree is None or state.stopped:
         return bound_s
     return _best_first(tree, bound_s, threshold_s, state)
 
 
 def _local_search(level_times: LevelTimes, state: _SearchState) -> None:
-    """Replace the best pipeline by a better neighbour while there is one and half of the evaluations are left."""
-    climbing = state.incumbent is not None
-    while climbing and state.incumbent is not None:
-        best, climbing = state.incumbent, False
+    """Replace the incumbent by a better neighbour while there is one and half of the evaluations are left."""
+    improved = state.incumbent is not None
+    while improved and state.incumbent is not None:
+        best, improved = state.incumbent, False
         for stages in neighbouring_pipelines(level_times, best.stages):
             if state.stopped or 2 * len(state.evaluated) >= state.max_evaluations:
                 return
             if level_times.relaxed or _exact_bound_s(level_times, stages) < state.cutoff_s:
                 state.consider(stages)
                 if state.incumbent is not best:
-                    climbing = True
+                    improved = True
                     break
 
 
 def _exact_bound_s(level_times: LevelTimes, stages: tuple[SubmeshStage, ...]) -> float:
-    """`lower_bound_s` of one whole pipeline."""
+    """`pipeline_lower_bound_s` of one complete pipeline, by exact times."""
     times: list[StageTimes] = []
-    behind, before = level_times.num_devices, 0
+    remaining, previous = level_times.num_devices, 0
     for s, (i, j, k) in zip(range(len(stages), 0, -1), stages, strict=True):
         times.append(
             StageTimes(
@@ -214,40 +218,47 @@ def _exact_bound_s(level_times: LevelTimes, stages: tuple[SubmeshStage, ...]) ->
                 backward_s=float(level_times.backward_s[s, i, j, k]),
                 step_s=float(level_times.step_s[s, i, j, k]),
                 transfer_forward_s=0.0,
-                transfer_backward_s=float(level_times.stage_boundary_s[before, i, behind]),
+                transfer_backward_s=float(level_times.stage_boundary_s[previous, i, remaining]),
             )
         )
-        behind, before = behind - level_times.submesh_sizes[k], k
+        remaining, previous = remaining - level_times.submesh_sizes[k], k
     return pipeline_lower_bound_s(level_times.schedule, times, level_times.num_microbatches)
 
 
 def _relaxed_bound_s(level_times: LevelTimes, stages: tuple[SubmeshStage, ...]) -> float:
-    """What no way to run these stages is below, by the recursion of `bounds` on relaxed times."""
+    """A lower bound in seconds on every choice for these stages: the recursion of `pipeline_bounds` on relaxed times."""
     assert level_times.busy_s is not None
     trip = finish = total = np.zeros(())
-    behind, after = 0, stages[-1][2]
+    devices_after, following = 0, stages[-1][2]
     for s, (i, j, k) in enumerate(reversed(stages), 1):
         forward, backward = (values[s, i, j, k] for values in (level_times.forward_s, level_times.backward_s))
-        cut = max(level_times.stage_boundary_s[k, j, behind], level_times.stage_boundary_s[after, j, behind])
-        way = np.asarray(trip + cut)
+        boundary = max(level_times.stage_boundary_s[side, j, devices_after] for side in (k, following))
+        round_trip = np.asarray(trip + boundary)
         own = own_order_bound_s(
-            level_times.schedule, level_times.num_microbatches, np.array(s), forward, backward, way, True
+            level_times.schedule,
+            level_times.num_microbatches,
+            num_from_last=np.array(s),
+            forward_s=forward,
+            backward_s=backward,
+            round_trip_s=round_trip,
+            relaxed=True,
         )
-        finish = np.maximum(own, forward + backward + cut + finish)
-        trip = way + forward + backward
+        finish = np.maximum(own, forward + backward + boundary + finish)
+        trip = round_trip + forward + backward
         stepped = np.maximum(finish + level_times.step_s[s, i, j, k], level_times.busy_s[s, i, j, k])
         total = np.maximum(stepped, forward + total)
-        behind, after = behind + level_times.submesh_sizes[k], k
+        devices_after, following = devices_after + level_times.submesh_sizes[k], k
     return float(total)
 
 
 def _best_first(tree: SearchTree, lower_bound_s: float, threshold_s: float, state: _SearchState) -> float:
-    """Evaluate what may be below the threshold, least bound first; returns the least bound left open."""
-    empty = PartialPipeline(0, tree.level_times.num_blocks, 0, 0.0, 0.0, 0.0, 0.0, 0.0, None, None)
+    """Evaluate what may be below the threshold, least bound first; returns the least bound of an open node in seconds, at
+    most ``threshold_s``."""
+    root = PartialPipeline.empty(tree.level_times.num_blocks)
     queue: list[tuple[float, int, Branches, int]] = []
     count = 0
-    # Branches cut at the time that was best when they were made stay cut: that time only falls.
-    first = tree.branches(empty, min(threshold_s, state.incumbent_s))
+    # Branches pruned by the incumbent of the time when they were made stay pruned: the incumbent only falls.
+    first = tree.branches(root, min(threshold_s, state.incumbent_s))
     if first is not None:
         queue.append((first.bound_s[0], count, first, 0))
     while queue:
@@ -260,11 +271,11 @@ def _best_first(tree: SearchTree, lower_bound_s: float, threshold_s: float, stat
             if index + 1 < len(branches.bound_s):
                 count += 1
                 heapq.heappush(queue, (branches.bound_s[index + 1], count, branches, index + 1))
-            tail = branches.partial_pipeline(index)
-            if tail.first_block == 0:
-                state.consider(tail.stages())
+            partial = branches.partial_pipeline(index)
+            if partial.first_block == 0:
+                state.consider(partial.stages())
                 break
-            following = tree.branches(tail, min(threshold_s, state.incumbent_s))
+            following = tree.branches(partial, min(threshold_s, state.incumbent_s))
             if following is None:
                 break
             branches, index = following, 0

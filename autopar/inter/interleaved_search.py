@@ -1,17 +1,17 @@
 """Interleaved pipelines of one micro-batch size (Narayanan et al., Megatron-LM, SC 2021, section 2.2).
 
-S runs of n devices take v chunks each, in turns. For every (S, v) the blocks are cut in two ways: as even as Megatron
-cuts layers, and so that the longest chunk is as short as can be. With t_c the least forward f and backward b of chunk c
-together, x_c what a micro-batch takes across the cut behind it and back, busy_r what run r does in a step at least, and
-step_0 what the first run does once per step,
+S submeshes of n devices run v chunks each, in turns. For every (S, v) two partitions of the blocks are tried: as even as
+Megatron's, and the one whose slowest chunk is fastest (`min_max_partition`). With t_c the least sum of forward f and
+backward b of chunk c, x_c the time of a micro-batch's activation and gradient across the stage boundary after chunk c,
+busy_r the least time that submesh r works in a step, and step_0 the per-step time of the first submesh,
 
-    T >= max over r of [ sum over c < r of (t_c + x_c) + busy_r ]       (`_way_s`)
-    T >= simulated end with f = b = t / 2 and half of x each way + step_0     (`_simulated_s`)
+    T >= max over r of [ sum over c < r of (t_c + x_c) + busy_r ]                  (`_arrival_bound_s`)
+    T >= simulated end with f = b = t / 2 and half of x each direction + step_0    (`_simulated_bound_s`)
 
-The first as run r starts when a micro-batch reaches its first chunk, and what its last gradient still has to pass comes
-behind. The second as the schedule, read backwards in time, is itself with forwards and backwards exchanged: its end
-E(f, b) = E(b, f) is convex (a maximum of sums), so E(f, b) >= E((f + b) / 2, (f + b) / 2). Best first by these bounds,
-pipelines are simulated until no bound left is below the best step.
+The first holds because submesh r starts when a micro-batch arrives at its first chunk, and its last gradient still has to
+pass the chunks before that. The second holds because the schedule, read backwards in time, is itself with forward and
+backward exchanged: its end E(f, b) = E(b, f) is convex (a maximum of sums), so E(f, b) >= E((f + b) / 2, (f + b) / 2).
+Pipelines are simulated best first by these bounds until no bound that remains is below the best step.
 """
 
 import itertools
@@ -32,29 +32,31 @@ from autopar.pipeline.simulate import StageTimes, simulate
 
 Floats = NDArray[np.float64]
 CHUNK_COUNTS = (2, 3, 4, 5, 6, 8, 10, 12, 16)
-"""Chunks a run of devices may have; more only add transfers and launches to a bubble that is gone."""
+"""Numbers of chunks per submesh that are tried; more only add transfers and launches where no bubble is left."""
 GAP_TOLERANCE = 1e-3
-"""Bounds that near to the best step are not followed (as in `partition.search`)."""
+"""Pipelines whose bound is below the best step by less than this share are pruned (as in `search_pipelines`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _InterleavedCandidate:
-    """``stages`` (first block, last block + 1, devices) in model order, ``num_chunks`` a run; ``bound_s`` with memory
-    left out of account."""
+    """Stages (first block, last block + 1, devices) in model order, with ``num_chunks`` per submesh; ``bound_s`` is a
+    lower bound on the step that ignores memory."""
 
     stages: tuple[tuple[int, int, int], ...]
     num_chunks: int
     bound_s: float
 
     def on(self, stage_costs: StageCosts) -> PipelineCandidate:
+        """The same as a pipeline of these costs."""
         return PipelineCandidate(
             stage_costs=stage_costs, stages=self.stages, schedule="interleaved", num_chunks=self.num_chunks
         )
 
 
 class InterleavedSearch:
-    """The interleaved pipelines of one book. ``free_bound_s``: none is faster, memory aside; inf where there is
-    none."""
+    """The interleaved pipelines of one micro-batch size. ``stage_boundary_s`` (K, L + 1, D + 1) bounds the transfers
+    across each boundary as in `PipelineProblem`; ``unconstrained_bound_s`` bounds all steps where memory is ignored, inf
+    where there is no pipeline."""
 
     def __init__(self, tables: StageCostTables, stage_boundary_s: Floats) -> None:
         self.tables, self.stage_costs = tables, tables.stage_costs
@@ -62,96 +64,108 @@ class InterleavedSearch:
         self._forward_backward_s = {size: tables.forward_backward_s(size) for size in tables.submesh_sizes}
         self._step_s = {size: tables.per_step_s(size) for size in tables.submesh_sizes}
         self._candidates = self._make_candidates()
-        self.unconstrained_bound_s = min((one.bound_s for one in self._candidates), default=np.inf)
+        self.unconstrained_bound_s = min((candidate.bound_s for candidate in self._candidates), default=np.inf)
 
     def bounded_candidates(self) -> list[tuple[float, PipelineCandidate]]:
-        """All pipelines with what each takes at least, memory aside."""
-        return [(one.bound_s, one.on(self.stage_costs)) for one in self._candidates]
+        """(lower bound on the step in seconds that ignores memory, pipeline) of all pipelines."""
+        return [(candidate.bound_s, candidate.on(self.stage_costs)) for candidate in self._candidates]
 
     def search(
         self, incumbent_s: float, deadline_s: float, simulate_s: Callable[[PipelineCandidate, float], float]
     ) -> float:
-        """Simulate what may be below ``known_s`` seconds; returns a bound on all (at most ``known_s``). ``deadline_s``
-        on the clock of ``time.perf_counter``; ``step_s`` simulates the step of a pipeline, inf where it is plain that it is
-        not below a number of seconds."""
+        """Simulate every pipeline that may be below ``incumbent_s``; returns a lower bound on all steps, at most
+        ``incumbent_s``. ``deadline_s`` is on the clock of ``time.perf_counter``; ``simulate_s(pipeline, cutoff_s)`` is
+        the simulated step in seconds, or inf where it is known to be no less than the cutoff."""
         best_s = open_s = incumbent_s
-        near = (one for one in self._candidates if one.bound_s < incumbent_s * (1 - GAP_TOLERANCE))
+        cutoff_s = incumbent_s * (1 - GAP_TOLERANCE)
         bounded = sorted(
-            ((max(one.bound_s, self._simulated_bound_s(one)), one) for one in near), key=lambda pair: pair[0]
+            (
+                (max(candidate.bound_s, self._simulated_bound_s(candidate)), candidate)
+                for candidate in self._candidates
+                if candidate.bound_s < cutoff_s
+            ),
+            key=lambda pair: pair[0],
         )
         for bound_s, candidate in bounded:
-            late = time.perf_counter() > deadline_s
-            if late or bound_s >= best_s * (1 - GAP_TOLERANCE):
+            is_late = time.perf_counter() > deadline_s
+            if is_late or bound_s >= best_s * (1 - GAP_TOLERANCE):
                 open_s = min(open_s, bound_s)
                 break
-            arrangement = candidate.on(self.stage_costs)
-            bound_s = max(bound_s, self._arrival_bound_s(candidate.stages, self._busy_bounds_s(arrangement), best_s))
+            pipeline = candidate.on(self.stage_costs)
+            bound_s = max(bound_s, self._arrival_bound_s(candidate.stages, self._busy_bounds_s(pipeline), best_s))
             open_s = min(open_s, bound_s)
             if bound_s < best_s * (1 - GAP_TOLERANCE):
-                best_s = min(best_s, simulate_s(arrangement, best_s))
-        least_s = min(
-            (one.bound_s for one in self._candidates if one.bound_s >= incumbent_s * (1 - GAP_TOLERANCE)),
-            default=np.inf,
-        )
-        return min(open_s, best_s, least_s)
+                best_s = min(best_s, simulate_s(pipeline, best_s))
+        pruned_s = (candidate.bound_s for candidate in self._candidates if candidate.bound_s >= cutoff_s)
+        return min(open_s, best_s, min(pruned_s, default=np.inf))
 
     def _make_candidates(self) -> list[_InterleavedCandidate]:
-        book, work_s = self.stage_costs, self.tables.work_lower_bound_s()
+        """Both partitions of every number of submeshes and chunks."""
+        costs, work_s = self.stage_costs, self.tables.work_lower_bound_s()
         found = []
         for size, num_chunks in itertools.product(self.tables.submesh_sizes, CHUNK_COUNTS):
-            S = book.num_devices // size
-            if book.num_devices % size or S < 2 or book.max_stages < S or book.num_microbatches % S:
+            S = costs.num_devices // size
+            if costs.num_devices % size or S < 2 or costs.max_stages < S or costs.num_microbatches % S:
                 continue
             for ends in self._partitions(S * num_chunks, size):
                 stages = tuple((first, end, size) for first, end in itertools.pairwise((0, *ends)))
                 through = [self._forward_backward_s[size][first, end] for first, end, _ in stages]
-                busy_s = [book.num_microbatches * float(sum(through[run::S])) for run in range(S)]
+                busy_s = [costs.num_microbatches * float(sum(through[submesh::S])) for submesh in range(S)]
                 bound_s = max(work_s, self._arrival_bound_s(stages, busy_s))
                 found.append(_InterleavedCandidate(stages=stages, num_chunks=num_chunks, bound_s=bound_s))
         return found
 
     def _partitions(self, num_stages: int, num_devices: int) -> set[tuple[int, ...]]:
-        """Where the chunks end, by both ways of the module's docstring."""
+        """The last block + 1 of every chunk, by both partitions of the module's docstring."""
         blocks = self.stage_costs.pricer.blocks
         if num_stages > len(blocks):
             return set()
         found = {min_max_partition(self._forward_backward_s[num_devices], num_stages)}
-        with suppress(LayoutError):  # fewer layers than chunks: embedding and head stand alone
+        with suppress(LayoutError):  # more chunks than layers
             found.add(tuple(even_ends(blocks, num_stages)))
         return found
 
     def _busy_bounds_s(self, candidate: PipelineCandidate) -> Iterator[float]:
-        """What each run of devices does in a step at least, in the memory that its chunks share."""
-        held, S, book = candidate.in_flight(), candidate.num_submeshes, self.stage_costs
-        kinds = [int(book.stage_kind_of[first, end]) for first, end, _ in candidate.stages]
-        for run in range(S):
-            yield self.tables.submesh_busy_s(candidate.stages[run][2], tuple(kinds[run::S]), held[run::S])
+        """The least seconds that each submesh works in a step, within the memory that its chunks share."""
+        in_flight, S = candidate.in_flight(), candidate.num_submeshes
+        kinds = [int(self.stage_costs.stage_kind_of[first, end]) for first, end, _ in candidate.stages]
+        for submesh in range(S):
+            num_devices = candidate.stages[submesh][2]
+            yield self.tables.submesh_busy_s(num_devices, tuple(kinds[submesh::S]), in_flight[submesh::S])
 
     def _arrival_bound_s(
         self, stages: tuple[tuple[int, int, int], ...], busy_s: Iterable[float], cutoff_s: float = np.inf
     ) -> float:
-        """The first bound of the module's docstring, of as many runs as it takes to reach ``enough_s``."""
-        way_s, bound_s = 0.0, 0.0
-        for at, ((first, end, size), busy) in enumerate(zip(stages, busy_s, strict=False)):
-            bound_s = max(bound_s, way_s + busy)
+        """The first bound of the module's docstring in seconds, over as many submeshes as it takes to reach
+        ``cutoff_s``; ``busy_s`` of each submesh."""
+        arrival_s, bound_s = 0.0, 0.0
+        for chunk, ((first, end, size), busy) in enumerate(zip(stages, busy_s, strict=False)):
+            bound_s = max(bound_s, arrival_s + busy)
             if bound_s >= cutoff_s:
                 break
-            way_s += float(self._forward_backward_s[size][first, end]) + self._boundary_s(end, size, at)
+            arrival_s += float(self._forward_backward_s[size][first, end]) + self._boundary_s(end, size, chunk)
         return bound_s
 
     def _boundary_s(self, block: int, num_devices: int, chunk: int) -> float:
-        """What a micro-batch takes across the cut behind a chunk, number ``chunk`` in model order, and back."""
-        behind = self.stage_costs.num_devices - (chunk * num_devices) % self.stage_costs.num_devices - num_devices
-        return float(self._stage_boundary_s[num_devices][block, behind])
+        """The least seconds of a micro-batch across the boundary before ``block`` and back, after the chunk number
+        ``chunk`` in model order."""
+        devices_after = (
+            self.stage_costs.num_devices - (chunk * num_devices) % self.stage_costs.num_devices - num_devices
+        )
+        return float(self._stage_boundary_s[num_devices][block, devices_after])
 
     def _simulated_bound_s(self, candidate: _InterleavedCandidate) -> float:
-        """The second bound of the module's docstring."""
+        """The second bound of the module's docstring in seconds."""
         times = []
-        for at, (first, end, size) in enumerate(candidate.stages):
+        for chunk, (first, end, size) in enumerate(candidate.stages):
             half_s = float(self._forward_backward_s[size][first, end]) / 2
-            on_s, back_s = self._boundary_s(end, size, at) / 2, self._boundary_s(first, size, at - 1) / 2
             times.append(
-                StageTimes(forward_s=half_s, backward_s=half_s, transfer_forward_s=on_s, transfer_backward_s=back_s)
+                StageTimes(
+                    forward_s=half_s,
+                    backward_s=half_s,
+                    transfer_forward_s=self._boundary_s(end, size, chunk) / 2,
+                    transfer_backward_s=self._boundary_s(first, size, chunk - 1) / 2,
+                )
             )
         num_chunks, S = candidate.num_chunks, len(candidate.stages) // candidate.num_chunks
         end_s = simulate("interleaved", times, self.stage_costs.num_microbatches, num_chunks).last_backward_s[0]
@@ -159,20 +173,20 @@ class InterleavedSearch:
 
 
 def min_max_partition(time_s: Floats, num_stages: int) -> tuple[int, ...]:
-    """Where the stages end if blocks 0..L-1 are cut into ``num_stages`` so that the longest is as short as can be;
-    ``time_s`` (L + 1, L + 1) of blocks i..j-1, inf where j <= i.
+    """The last block + 1 of each of ``num_stages`` stages of blocks 0..L-1 whose slowest is as fast as possible;
+    ``time_s[i, j]`` (L + 1, L + 1) is the seconds of blocks i..j-1, inf where j <= i.
 
     >>> span = np.subtract.outer(-np.arange(6.0), -np.arange(6.0))
-    >>> shortest_longest(np.where(span > 0, span, np.inf), 2) in ((2, 5), (3, 5))
+    >>> min_max_partition(np.where(span > 0, span, np.inf), 2) in ((2, 5), (3, 5))
     True
     """
-    longest_s = time_s[0]
-    before = []
+    slowest_s = time_s[0]
+    previous_ends = []
     for _ in range(num_stages - 1):
-        both_s = np.maximum(longest_s[:, None], time_s)
-        before.append(both_s.argmin(axis=0))
-        longest_s = both_s.min(axis=0)
+        with_stage_s = np.maximum(slowest_s[:, None], time_s)
+        previous_ends.append(with_stage_s.argmin(axis=0))
+        slowest_s = with_stage_s.min(axis=0)
     ends = [len(time_s) - 1]
-    for previous in reversed(before):
-        ends.append(int(previous[ends[-1]]))
+    for previous_end in reversed(previous_ends):
+        ends.append(int(previous_end[ends[-1]]))
     return tuple(reversed(ends))

@@ -1,4 +1,4 @@
-"""The search of one micro-batch size: its pipelines of 1F1B or GPipe, and its interleaved ones."""
+"""The search of one micro-batch size: pipelines of 1F1B or GPipe (here "flat"), and interleaved ones."""
 
 import math
 import time
@@ -16,25 +16,31 @@ from autopar.inter.stage_costs import StageCosts
 from autopar.pipeline.schedule import Schedule
 
 UPPER_BOUND_FACTORS = (1.25, 1.6, 2.5, 6.0, math.inf)
-"""Where no step is known, steps are sought below these multiples of the bound without memory, one after the other."""
+"""Where there is no incumbent, steps are sought below these multiples of the bound that ignores memory, one after the
+other."""
 MAX_UNIFORM_EVALUATIONS = 200
-"""Pipelines simulated at most in the first of the two searches of a micro-batch size."""
+"""The most pipelines that the first of the two searches, by uniform times, simulates."""
 MAX_SMALL_EVALUATIONS = 1_000
-"""The same of the second where the problem is small: many stages that the host's launches bind are near each other."""
+"""The most that the second, by lower bounds, simulates where the problem is small: where launches on the host take
+longer than compute, many pipelines have nearly equal steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedPipeline:
-    """The best pipeline of one micro-batch size, and its simulated step."""
+    """A pipeline that was an incumbent of its search, and its simulated step in seconds."""
 
     candidate: PipelineCandidate
     step_time_s: float
 
 
 class MicroBatchSearch:
-    """The search of one book; ``schedules`` that it may use. ``free_bound_s``: no pipeline is faster, memory aside;
-    inf where none fits. ``guesses``: about what even pipelines take, or, where all are interleaved, bounds on them.
-    ``found``: what was simulated and was the best of its search until then."""
+    """The search of one micro-batch size with the given schedules.
+
+    ``unconstrained_bound_s`` is a lower bound on all steps that ignores memory, inf where no pipeline fits;
+    ``guesses`` are (estimated step in seconds, pipeline) of even pipelines, or, where all are interleaved, their lower
+    bounds; ``incumbents`` are the pipelines that were the best of their search when they were simulated.
+    ``deadline_s`` is on the clock of ``time.perf_counter``.
+    """
 
     def __init__(
         self,
@@ -44,15 +50,15 @@ class MicroBatchSearch:
         deadline_s: float,
     ) -> None:
         self.stage_costs, self.schedules, self.deadline_s = stage_costs, schedules, deadline_s
-        self.submesh_sizes = tuple(size for size in submesh_sizes if stage_costs.meshes(size))
+        self.submesh_sizes = tuple(size for size in submesh_sizes if stage_costs.frontiers.meshes(size))
         self.tables = StageCostTables(stage_costs, self.submesh_sizes)
         self.stage_boundary_s = stage_costs.transfers.stage_boundary_bounds_s(self.submesh_sizes)
         self.incumbents: list[SimulatedPipeline] = []
         self.guesses: list[tuple[float, PipelineCandidate]] = []
-        free = self.tables.bounds_without_memory()
-        self._flat_bound_s = np.inf  # of pipelines that are not interleaved
+        unconstrained = self.tables.bounds_without_memory()
+        self._flat_bound_s = np.inf
         if self._flat_schedule and self.tables.can_any_pipeline_fit(stage_costs.max_in_flight_from_last()):
-            bound_s = quick_lower_bound_s(self._problem(lambda in_flight: free, np.inf))
+            bound_s = quick_lower_bound_s(self._problem(lambda in_flight: unconstrained, np.inf))
             self._flat_bound_s = max(self.tables.work_lower_bound_s(), bound_s)
             self.guesses = [
                 (seconds, self._flat_candidate(stages)) for seconds, stages in self.tables.guess_even_pipelines()
@@ -72,8 +78,8 @@ class MicroBatchSearch:
         self._simulate_below(candidate, np.inf)
 
     def search(self, incumbent_s: float) -> float:
-        """Find the best pipeline below ``known_s`` seconds; returns a bound on all of this size (at most
-        ``known_s``)."""
+        """Find the best pipeline below ``incumbent_s``; returns a lower bound in seconds on all pipelines of this size,
+        at most ``incumbent_s``."""
         bound_s, below_s = self._best_flat(incumbent_s)
         if self._interleaved_search is not None:
             self.tables.set_cutoff(below_s)
@@ -82,30 +88,33 @@ class MicroBatchSearch:
 
     @property
     def _flat_schedule(self) -> Schedule | None:
+        """The schedule of flat pipelines; None where only interleaved ones are searched."""
         return next((schedule for schedule in self.schedules if schedule != "interleaved"), None)
 
     def _problem(self, stage_times: Callable[[int], StageTimeTable], cutoff_s: float) -> PipelineProblem:
-        book = self.stage_costs
+        """The flat pipelines below ``cutoff_s`` as a problem of the outer search."""
+        costs = self.stage_costs
         return PipelineProblem(
-            num_blocks=len(book.pricer.blocks),
-            num_devices=book.num_devices,
-            num_microbatches=book.num_microbatches,
+            num_blocks=len(costs.pricer.blocks),
+            num_devices=costs.num_devices,
+            num_microbatches=costs.num_microbatches,
             submesh_sizes=self.submesh_sizes,
             stage_times=stage_times,
-            schedule=book.schedule,
-            max_stages=book.max_stages,
+            schedule=costs.schedule,
+            max_stages=costs.max_stages,
             upper_bound_s=cutoff_s,
             stage_boundary_s=self.stage_boundary_s,
         )
 
     def _flat_candidate(self, stages: tuple[tuple[int, int, int], ...]) -> PipelineCandidate:
-        """Stages (first block, last block + 1, devices), not interleaved."""
+        """The flat pipeline of stages (first block, last block + 1, devices)."""
         return PipelineCandidate(stage_costs=self.stage_costs, stages=stages, schedule=self.stage_costs.schedule)
 
     def _simulate_below(self, candidate: PipelineCandidate, cutoff_s: float) -> float:
-        """The step of a pipeline; inf where it does not fit, or where it is plain that it takes ``below_s`` or more."""
-        runs = candidate.fastest_prices(cutoff_s)
-        step_time_s = np.inf if runs is None else candidate.step_time_s(runs)
+        """The simulated step of a pipeline in seconds; inf where it does not fit, or where one submesh alone works for
+        ``cutoff_s`` or more."""
+        prices = candidate.fastest_prices(cutoff_s)
+        step_time_s = np.inf if prices is None else candidate.step_time_s(prices)
         if step_time_s < cutoff_s:
             self.incumbents.append(SimulatedPipeline(candidate=candidate, step_time_s=step_time_s))
         return step_time_s
@@ -113,12 +122,13 @@ class MicroBatchSearch:
     def _search_flat(
         self, stage_times: Callable[[int], StageTimeTable], cutoff_s: float, max_evaluations: int | None
     ) -> PipelineResult:
+        """The branch and bound by some stage times, with simulated steps, below ``cutoff_s``."""
         best_s = cutoff_s
 
         def evaluate(stages: tuple[tuple[int, int, int], ...]) -> float:
             nonlocal best_s
-            named = tuple((first, end, self.submesh_sizes[k]) for first, end, k in stages)
-            step_time_s = self._simulate_below(self._flat_candidate(named), best_s)
+            on_devices = tuple((first, end, self.submesh_sizes[k]) for first, end, k in stages)
+            step_time_s = self._simulate_below(self._flat_candidate(on_devices), best_s)
             best_s = min(best_s, step_time_s)
             return step_time_s
 
@@ -129,19 +139,20 @@ class MicroBatchSearch:
         return search_pipelines(problem, evaluate=evaluate, deadline_s=remaining, max_evaluations=max_evaluations)
 
     def _best_flat(self, incumbent_s: float) -> tuple[float, float]:
-        """A bound on pipelines that are not interleaved, and the best step: of one of them, or ``known_s``."""
-        known = math.isfinite(incumbent_s)
-        for below_s in [incumbent_s] if known else [reach * self._flat_bound_s for reach in UPPER_BOUND_FACTORS]:
+        """(lower bound on flat pipelines, best step) in seconds; the step is of a flat pipeline or ``incumbent_s``."""
+        factors_s = [factor * self._flat_bound_s for factor in UPPER_BOUND_FACTORS]
+        for below_s in [incumbent_s] if math.isfinite(incumbent_s) else factors_s:
             if self._flat_bound_s >= below_s:
                 return incumbent_s, incumbent_s
             self.tables.set_cutoff(below_s)
             if quick_lower_bound_s(self._problem(self.tables.lower_bounds, below_s)) >= below_s:
                 continue
-            # First by times that are reached, which finds good pipelines; then by bounds, to prove or find better ones.
-            even = self._search_flat(self.tables.uniform_times, below_s, MAX_UNIFORM_EVALUATIONS).incumbent
-            target_s = even.step_time_s if even is not None else below_s
+            # First by times that a choice attains, to find good pipelines; then by bounds, to find better ones or prove
+            # that there are none.
+            attained = self._search_flat(self.tables.uniform_times, below_s, MAX_UNIFORM_EVALUATIONS).incumbent
+            target_s = attained.step_time_s if attained is not None else below_s
             result = self._search_flat(self.tables.lower_bounds, target_s, None)
-            best = result.incumbent or even
+            best = result.incumbent or attained
             if best is not None:
                 return min(result.lower_bound_s, best.step_time_s), best.step_time_s
             if below_s == incumbent_s:

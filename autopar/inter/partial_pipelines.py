@@ -1,7 +1,7 @@
-"""The tails of pipelines, built from the last stage backwards, and how each branches.
+"""The nodes of the outer search: suffixes of pipelines, built from the last stage backwards, and their branches.
 
-A tail carries the M, W and R of `bounds`; with the head tables of `completion` they bound every whole pipeline that it
-can become, so that its branches come by rising bound.
+A suffix carries its M, W and R of `pipeline_bounds`; with the prefix bounds of `bound_tables` they bound every complete
+pipeline that it can become, by which its branches are ordered.
 """
 
 from dataclasses import dataclass
@@ -16,9 +16,11 @@ from autopar.inter.pipeline_bounds import own_order_bound_s
 Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PartialPipeline:
-    """The last stages of a pipeline and the values of `bounds` that they hand on."""
+    """The last ``num_stages`` stages of a pipeline, blocks first_block..L-1 on ``num_devices`` devices (in the units of
+    `LevelTimes`), with their R, M and W in seconds. ``stage`` is the first of them and ``suffix`` the others; both are
+    None where there are no stages."""
 
     num_stages: int
     first_block: int
@@ -31,74 +33,100 @@ class PartialPipeline:
     stage: SubmeshStage | None
     suffix: "PartialPipeline | None"
 
+    @classmethod
+    def empty(cls, num_blocks: int) -> "PartialPipeline":
+        """The root of the search: no stages yet, of a model of ``num_blocks`` blocks."""
+        return cls(
+            num_stages=0,
+            first_block=num_blocks,
+            num_devices=0,
+            round_trip_s=0.0,
+            last_backward_s=0.0,
+            step_time_s=0.0,
+            slowest_forward_s=0.0,
+            slowest_backward_s=0.0,
+            stage=None,
+            suffix=None,
+        )
+
     def stages(self) -> tuple[SubmeshStage, ...]:
-        found, tail = [], self
-        while tail.stage is not None and tail.suffix is not None:
-            found.append(tail.stage)
-            tail = tail.suffix
-        return tuple(found)
+        """The stages, first to last."""
+        stages, partial = [], self
+        while partial.stage is not None and partial.suffix is not None:
+            stages.append(partial.stage)
+            partial = partial.suffix
+        return tuple(stages)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Branches:
-    """All tails that are ``later`` and one stage more, by rising ``bound_s``; columns of arrays, made when asked."""
+    """Every extension of ``suffix`` by one stage that is worth following, by rising ``bound_s``: parallel columns, from
+    which a `PartialPipeline` is made only when it is taken."""
 
     suffix: PartialPipeline
     bound_s: list[float]
     first_block: list[int]
     num_devices: list[int]
     submesh: list[int]
-    suffix_values: Floats  # (branches, 5): trip_s, finish_s, total_s, slowest_forward_s, slowest_backward_s
+    suffix_values: Floats  # (branches, 5): R, M, W, slowest_forward_s, slowest_backward_s
 
     def partial_pipeline(self, index: int) -> PartialPipeline:
-        start, later = self.first_block[index], self.suffix
-        trip_s, finish_s, total_s, slowest_forward_s, slowest_backward_s = self.suffix_values[index].tolist()
+        """Branch number ``index``."""
+        first_block, suffix = self.first_block[index], self.suffix
+        round_trip_s, last_backward_s, step_time_s, forward_s, backward_s = self.suffix_values[index].tolist()
         return PartialPipeline(
-            num_stages=later.num_stages + 1,
-            first_block=start,
-            num_devices=later.num_devices + self.num_devices[index],
-            round_trip_s=trip_s,
-            last_backward_s=finish_s,
-            step_time_s=total_s,
-            slowest_forward_s=slowest_forward_s,
-            slowest_backward_s=slowest_backward_s,
-            stage=(start, later.first_block, self.submesh[index]),
-            suffix=later,
+            num_stages=suffix.num_stages + 1,
+            first_block=first_block,
+            num_devices=suffix.num_devices + self.num_devices[index],
+            round_trip_s=round_trip_s,
+            last_backward_s=last_backward_s,
+            step_time_s=step_time_s,
+            slowest_forward_s=forward_s,
+            slowest_backward_s=backward_s,
+            stage=(first_block, suffix.first_block, self.submesh[index]),
+            suffix=suffix,
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SearchTree:
-    """How a tail branches."""
+    """What branching reads: the times of stages, and the bounds on what must come before a suffix."""
 
     level_times: LevelTimes
     prefixes: PrefixBounds
 
     def branches(self, suffix: PartialPipeline, cutoff_s: float) -> Branches | None:
-        """Every tail of one stage more that can become a pipeline with a bound below ``below_s``; None if none can."""
-        levels, heads, place, end = self.level_times, self.prefixes, suffix.num_stages + 1, suffix.first_block
+        """Every extension by one stage that can become a pipeline with a bound below ``cutoff_s``; None if none can."""
+        levels, prefixes, place, end = self.level_times, self.prefixes, suffix.num_stages + 1, suffix.first_block
         if place > levels.num_stages:
             return None
         sizes = np.array(levels.submesh_sizes)
         devices = np.minimum(suffix.num_devices + sizes, levels.num_devices)
-        at = (place, np.arange(end)[:, None], devices)
+        state = (place, np.arange(end)[:, None], devices)
         B = levels.num_microbatches
         forward, backward = levels.forward_s[place, :end, end], levels.backward_s[place, :end, end]
         step = levels.step_s[place, :end, end]
         time_s = forward + backward
-        head_trip = heads.round_trip_s[at]
-        fits = np.isfinite(time_s) & np.isfinite(head_trip) & (suffix.num_devices + sizes <= levels.num_devices)
+        prefix_trip = prefixes.round_trip_s[state]
+        fits = np.isfinite(time_s) & np.isfinite(prefix_trip) & (suffix.num_devices + sizes <= levels.num_devices)
         rows, classes = np.nonzero(fits)
         if not len(rows):
             return None
         forward, backward, step, time_s = forward[fits], backward[fits], step[fits], time_s[fits]
-        cut = levels.stage_boundary_s[classes, end, suffix.num_devices]
+        boundary = levels.stage_boundary_s[classes, end, suffix.num_devices]
         if suffix.stage is not None:
-            cut = np.maximum(cut, levels.stage_boundary_s[suffix.stage[2], end, suffix.num_devices])
-        way = suffix.round_trip_s + cut
-        own = own_order_bound_s(levels.schedule, B, np.array(place), forward, backward, way, levels.relaxed)
-        finish = np.maximum(own, time_s + (cut + suffix.last_backward_s))
-        trip = time_s + (cut + suffix.round_trip_s)
+            boundary = np.maximum(boundary, levels.stage_boundary_s[suffix.stage[2], end, suffix.num_devices])
+        own = own_order_bound_s(
+            levels.schedule,
+            B,
+            num_from_last=np.array(place),
+            forward_s=forward,
+            backward_s=backward,
+            round_trip_s=suffix.round_trip_s + boundary,
+            relaxed=levels.relaxed,
+        )
+        finish = np.maximum(own, time_s + (boundary + suffix.last_backward_s))
+        trip = time_s + (boundary + suffix.round_trip_s)
         slow_f, slow_b = np.maximum(forward, suffix.slowest_forward_s), np.maximum(backward, suffix.slowest_backward_s)
         if levels.schedule == "gpipe" and not levels.relaxed:
             finish = np.maximum(finish, trip + (B - 1) * (slow_f + slow_b))
@@ -107,7 +135,8 @@ class SearchTree:
             stepped = np.maximum(stepped, levels.busy_s[place, :end, end][fits])
         total = np.maximum(stepped, forward + suffix.step_time_s)
         bound = np.maximum(
-            np.maximum(finish + head_trip[fits], total + heads.forward_s[at][fits]), heads.own_bound_s[at][fits]
+            np.maximum(finish + prefix_trip[fits], total + prefixes.forward_s[state][fits]),
+            prefixes.own_bound_s[state][fits],
         )
         order = np.argsort(bound, kind="stable")
         order = order[: int(np.searchsorted(bound[order], cutoff_s))]
@@ -116,5 +145,10 @@ class SearchTree:
         values = np.stack([trip, finish, total, slow_f, slow_b], axis=1)[order]
         classes = classes[order]
         return Branches(
-            suffix, bound[order].tolist(), rows[order].tolist(), sizes[classes].tolist(), classes.tolist(), values
+            suffix=suffix,
+            bound_s=bound[order].tolist(),
+            first_block=rows[order].tolist(),
+            num_devices=sizes[classes].tolist(),
+            submesh=classes.tolist(),
+            suffix_values=values,
         )

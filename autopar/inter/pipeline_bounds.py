@@ -1,21 +1,23 @@
-"""Lower bounds on a pipeline's simulated step time, and the algebra by which the outer search extends them.
+"""Lower bounds on a pipeline's simulated step time, and the recursion by which the outer search extends them.
 
 A pipeline is built from its last stage backwards. For the stages from s on (t = f + b, seconds per micro-batch; c_s =
-seconds a micro-batch spends crossing from s to s + 1 and back; n = stages from s on; w = min(n, B) micro-batches that
-1F1B lets stage s hold; R_s = sum over i > s of t_i + sum over i >= s of c_i, a round trip through all later stages):
+seconds a micro-batch takes across the boundary from s to s + 1 and back; n = number of stages from s on; w = min(n, B)
+micro-batches that 1F1B has in flight on stage s; R_s = sum over i > s of t_i + sum over i >= s of c_i, a round trip
+through all later stages):
 
-    own_s  the least from the first arrival at s to the end of its last backward, by stage s's own order (`own_s`):
+    own_s  the least time from the first arrival at s to the end of its last backward, by the order of the ops on stage s
+           (`own_order_bound_s`):
            B t                                              it is never idle
-           1f1b:   (t + R) + (B - w) t + (w - 1) max(f, b)  the first gradient is late, or the last one
-           1f1b:   2 (t + R) + (B - 1 - w) t                both are, if B > w
-           1f1b:   (2 + q) (t + R) + r t                    and so is every w-th between, B - 1 - w = q w + r
+           1f1b:   (t + R) + (B - w) t + (w - 1) max(f, b)  it waits for the first gradient, or for the last one
+           1f1b:   2 (t + R) + (B - 1 - w) t                for both, if B > w
+           1f1b:   (2 + q) (t + R) + r t                    and for every w-th between, B - 1 - w = q w + r
            gpipe:  (t + R) + (B - 1) t
     M_s  = max(own_s, t_s + c_s + M_{s+1})                  so M_0 bounds the last backward of the first stage
     W_s  = max(M_s + step_s, f_s + W_{s+1})                 so W_0 bounds the step time
 
 M contains the bound max_s [sum_{i<s} t_i + B t_s]. For gpipe M_s is also at least its closed form without waiting,
-sum t + sum c + (B - 1)(max f + max b). M, W and R of a longer pipeline never fall when those of its tail rise, which is
-what makes tables of their least values admissible (`partition`).
+sum t + sum c + (B - 1)(max f + max b). M, W and R of a pipeline never fall when those of its suffix rise, which is what
+makes tables of their minima admissible (`bound_tables`).
 """
 
 from collections.abc import Sequence
@@ -33,15 +35,18 @@ Ints = NDArray[np.int64]
 def own_order_bound_s(
     schedule: Schedule,
     num_microbatches: int,
+    *,
     num_from_last: Ints,
     forward_s: Floats,
     backward_s: Floats,
     round_trip_s: Floats,
     relaxed: bool = False,
 ) -> Floats:
-    """own_s of the module's docstring for stages number ``num_from_last`` = n counted from the last (1); arrays (n and
-    seconds) that broadcast, ``round_trip`` is R_s (0 for the last stage). ``relaxed``: only the sum of forward and
-    backward is known to be a bound, so the larger of them is at least half of it."""
+    """own_s of the module's docstring in seconds, for stages number ``num_from_last`` = n counted from the last (1).
+
+    The arrays broadcast; ``round_trip_s`` is R_s, 0 for the last stage. ``relaxed``: only the sum of forward and
+    backward bounds the stage, so the larger of them is at least half of it.
+    """
     B, w = num_microbatches, np.minimum(num_from_last, num_microbatches)
     total = forward_s + backward_s
     trip = total + round_trip_s
@@ -58,10 +63,10 @@ def own_order_bound_s(
 def pipeline_lower_bound_s(
     schedule: Schedule, stages: Sequence[StageTimes], num_microbatches: int, num_chunks: int = 1
 ) -> float:
-    """Seconds that no simulation of these stages (all S v chunks for "interleaved") is below.
+    """A lower bound in seconds on the simulated step of these stages (for "interleaved", of all S v chunks).
 
     >>> even = [StageTimes(forward_s=1.0, backward_s=2.0)] * 4
-    >>> lower_bound_s("1f1b", even, 8)      # tight: (B + S - 1) (f + b)
+    >>> pipeline_lower_bound_s("1f1b", even, 8)  # tight: (B + S - 1) (f + b)
     33.0
     """
     if schedule == "interleaved":
@@ -71,12 +76,18 @@ def pipeline_lower_bound_s(
     slowest_f, slowest_b = 0.0, 0.0
     for index in range(len(stages) - 1, -1, -1):
         stage, last = stages[index], index == len(stages) - 1
-        cross = 0.0 if last else stage.transfer_forward_s + stages[index + 1].transfer_backward_s
+        boundary = 0.0 if last else stage.transfer_forward_s + stages[index + 1].transfer_backward_s
         total = stage.forward_s + stage.backward_s
-        round_trip = later + cross
-        place = np.array(len(stages) - index)
-        own = own_order_bound_s(schedule, B, place, np.array(stage.forward_s), np.array(stage.backward_s), round_trip)
-        finish = max(float(own), 0.0 if last else total + cross + finish)
+        round_trip = later + boundary
+        own = own_order_bound_s(
+            schedule,
+            B,
+            num_from_last=np.array(len(stages) - index),
+            forward_s=np.array(stage.forward_s),
+            backward_s=np.array(stage.backward_s),
+            round_trip_s=round_trip,
+        )
+        finish = max(float(own), 0.0 if last else total + boundary + finish)
         slowest_f, slowest_b = max(slowest_f, stage.forward_s), max(slowest_b, stage.backward_s)
         later = round_trip + total
         if schedule == "gpipe":
@@ -86,28 +97,26 @@ def pipeline_lower_bound_s(
 
 
 def _interleaved_bound_s(stages: Sequence[StageTimes], num_microbatches: int, num_chunks: int) -> float:
-    """max over ranks of [the way to its first chunk + its busy time + the rest], in chunk times.
+    """max over ranks of [arrival at its first chunk + its busy time + what follows], in seconds.
 
-    A rank starts when the first micro-batch reaches its first chunk and, busy without a pause at best, ends with the
-    last backward of that chunk; the gradient then goes down to each rank before it, which pays its step there.
+    A rank starts when the first micro-batch arrives at its first chunk and, at best without a pause, ends with the last
+    backward of that chunk; the gradient then passes back to each earlier rank, where the per-step time follows.
     """
     num_ranks = len(stages) // num_chunks
-    head_s = through_s = 0.0
+    arrival_s = through_s = 0.0
     bound = 0.0
     step_s = [sum(stage.step_s for stage in stages[rank::num_ranks]) for rank in range(num_ranks)]
-    arrive_s: list[float] = []
-    down_s: list[float] = []
+    through_before_s: list[float] = []
     for rank in range(num_ranks):
         stage = stages[rank]
-        arrive_s.append(head_s)
         busy_s = num_microbatches * sum(chunk.forward_s + chunk.backward_s for chunk in stages[rank::num_ranks])
         for earlier in range(rank + 1):
-            way_back_s = through_s - down_s[earlier] if earlier < rank else 0.0
-            bound = max(bound, head_s + busy_s + way_back_s + step_s[earlier])
-        # Differences of down_s are the time a gradient takes from one rank to an earlier one.
-        down_s.append(through_s)
+            return_s = through_s - through_before_s[earlier] if earlier < rank else 0.0
+            bound = max(bound, arrival_s + busy_s + return_s + step_s[earlier])
+        # Differences of through_before_s are the time that a gradient takes from one rank to an earlier one.
+        through_before_s.append(through_s)
         following_b = stages[rank + 1].transfer_backward_s if rank + 1 < len(stages) else 0.0
-        head_s += stage.forward_s + stage.transfer_forward_s
+        arrival_s += stage.forward_s + stage.transfer_forward_s
         through_s += stage.backward_s + following_b
     one_pass = sum(stage.forward_s + stage.backward_s for stage in stages)
     one_pass += sum(stage.transfer_forward_s for stage in stages[:-1]) + sum(
@@ -117,11 +126,13 @@ def _interleaved_bound_s(stages: Sequence[StageTimes], num_microbatches: int, nu
 
 
 def max_in_flight(schedule: Schedule, num_microbatches: int, num_from_last: int) -> int:
-    """Micro-batches a stage holds, ``num_from_last`` counted from the last stage (1): what `schedule.in_flight` counts.
+    """The most micro-batches in flight on the stage number ``num_from_last``, counted from the last (1).
 
     >>> max_in_flight("1f1b", 8, 3), max_in_flight("gpipe", 8, 3)
     (3, 8)
     """
-    assert schedule != "interleaved", "an interleaved rank's chunks depend on all ranks: count the action list"
+    assert schedule != "interleaved", (
+        "chunks in flight of an interleaved schedule depend on all ranks: use in_flight_by_chunk"
+    )
     warmup = num_warmup_forwards(schedule, num_from_last, num_microbatches, 1, 0)
     return min(warmup + 1, num_microbatches)

@@ -1,4 +1,4 @@
-"""What the outer search is asked and what it answers: the times of possible stages, and pipelines made of them."""
+"""The outer search's problem and result: the times of all possible stages, and pipelines made of them."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -22,8 +22,9 @@ class StageTimeTable:
     """Seconds of every possible stage: each (L + 1, L + 1, K), [i, j, k] = blocks i..j-1 on submesh class k, per
     micro-batch (``step_s``: once per step, exposed); ``numpy.inf`` where it does not fit or is not allowed.
 
-    With ``busy_s`` the times are *relaxed*: bounds over many ways to run the stage, each reached by another of them, of
-    the forward, of forward + backward, of the step, and (``busy_s``) of all micro-batches and the step together.
+    With ``busy_s`` the times are *relaxed*: lower bounds over all choices for the stage, which different choices may
+    attain, of the forward, of forward + backward, of the per-step time, and (``busy_s``) of all micro-batches and the
+    per-step time together.
     """
 
     forward_s: Floats
@@ -34,13 +35,13 @@ class StageTimeTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PipelineProblem:
-    """Cut ``num_blocks`` blocks into stages whose submeshes take up all of ``num_devices`` devices.
+    """Split ``num_blocks`` blocks into stages whose submeshes use all of ``num_devices`` devices.
 
     ``submesh_sizes[k]`` is the number of devices of class k (several classes may have one size);
-    ``stage_times(in_flight)`` the times of stages that hold the saved tensors of ``in_flight`` micro-batches, called
-    once for each value. ``cut_transfer_s`` (L + 1,) or (K, L + 1, D + 1), default 0, is the least time a micro-batch's
-    activation and gradient together take across the cut before block i (next to a stage of class k, with d devices
-    behind). Steps of ``upper_bound_s`` or longer are of no interest.
+    ``stage_times(in_flight)`` the times of stages with ``in_flight`` micro-batches in flight, called once for each value.
+    ``stage_boundary_s`` (L + 1,) or (K, L + 1, D + 1), default 0, is the least time that a micro-batch's activation and
+    gradient together take across the boundary before block i (next to a stage of class k, with d devices after it).
+    Only steps below ``upper_bound_s`` are sought. UsageError for counts below 1 and for interleaved schedules.
     """
 
     num_blocks: int
@@ -65,7 +66,7 @@ class PipelineProblem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluatedPipeline:
-    """Stages (first block, last block + 1, submesh class), first to last, and their evaluated step time."""
+    """Stages (first block, last block + 1, submesh class), first to last, and their evaluated step in seconds."""
 
     stages: tuple[SubmeshStage, ...]
     step_time_s: float
@@ -73,10 +74,13 @@ class EvaluatedPipeline:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineResult:
-    """``status``: "optimal" = nothing is better than ``best`` by more than the tolerance; "feasible" = stopped by a
-    limit, or the times are relaxed and the bound of an evaluated pipeline is below its time; "infeasible" = no pipeline
-    is below the problem's upper bound by more than the tolerance; "failed" = a limit came before any pipeline. No
-    pipeline at all is below ``lower_bound_s``."""
+    """The best pipeline and a lower bound in seconds on all.
+
+    ``status``: "optimal" = no pipeline is better than the incumbent by more than the tolerance; "feasible" = stopped by a
+    limit, or the times are relaxed and the bound of an evaluated pipeline is below its step; "infeasible" = no pipeline
+    is below the problem's upper bound by more than the tolerance; "failed" = a limit was reached before any pipeline was
+    found. ``seconds`` is how long the search took.
+    """
 
     incumbent: EvaluatedPipeline | None
     lower_bound_s: float
@@ -86,16 +90,15 @@ class PipelineResult:
 
     @property
     def gap(self) -> float:
-        """Relative distance of the best step time from the bound; infinite without a pipeline."""
+        """Relative distance of the lower bound from the incumbent's step; infinite where there is no incumbent."""
         if self.incumbent is None:
             return math.inf
-        return (
-            max(0.0, 1.0 - self.lower_bound_s / self.incumbent.step_time_s) if self.incumbent.step_time_s > 0 else 0.0
-        )
+        step_time_s = self.incumbent.step_time_s
+        return max(0.0, 1.0 - self.lower_bound_s / step_time_s) if step_time_s > 0 else 0.0
 
 
 def level_times_of(problem: PipelineProblem) -> LevelTimes | None:
-    """The problem's arrays; None where no number of its submeshes makes up all devices with a stage each."""
+    """The problem in arrays; None where no stages of its submesh sizes can use all devices."""
     unit = math.gcd(*problem.submesh_sizes)
     if problem.num_devices % unit:
         return None
@@ -103,25 +106,25 @@ def level_times_of(problem: PipelineProblem) -> LevelTimes | None:
     num_stages = num_stages if problem.max_stages is None else min(num_stages, problem.max_stages)
     if num_stages < 1:
         return None
-    held = [max_in_flight(problem.schedule, problem.num_microbatches, place) for place in range(1, num_stages + 1)]
-    tables = {count: problem.stage_times(count) for count in sorted(set(held))}
-    cut_s = np.zeros((len(problem.submesh_sizes), problem.num_blocks + 1, problem.num_devices // unit + 1))
+    in_flight = [max_in_flight(problem.schedule, problem.num_microbatches, level) for level in range(1, num_stages + 1)]
+    tables = {count: problem.stage_times(count) for count in sorted(set(in_flight))}
+    boundary_s = np.zeros((len(problem.submesh_sizes), problem.num_blocks + 1, problem.num_devices // unit + 1))
     if problem.stage_boundary_s is not None:
-        least = problem.stage_boundary_s
-        cut_s[:, 1:-1] = least[1:-1, None] if least.ndim == 1 else least[:, 1:-1, ::unit]
+        given_s = problem.stage_boundary_s
+        boundary_s[:, 1:-1] = given_s[1:-1, None] if given_s.ndim == 1 else given_s[:, 1:-1, ::unit]
     return make_level_times(
         schedule=problem.schedule,
         num_microbatches=problem.num_microbatches,
         submesh_sizes=tuple(size // unit for size in problem.submesh_sizes),
         num_devices=problem.num_devices // unit,
-        stage_boundary_s=cut_s,
-        tables=[(tables[c].forward_s, tables[c].backward_s, tables[c].step_s) for c in held],
-        busy_s=_busy_tables([tables[c] for c in held]),
+        stage_boundary_s=boundary_s,
+        tables=[(tables[c].forward_s, tables[c].backward_s, tables[c].step_s) for c in in_flight],
+        busy_s=_busy_tables([tables[c] for c in in_flight]),
     )
 
 
 def _busy_tables(tables: Sequence[StageTimeTable]) -> list[Floats] | None:
-    """``busy_s`` of all tables; None when the times are exact."""
-    found = [table.busy_s for table in tables if table.busy_s is not None]
-    assert len(found) in (0, len(tables)), "either all stage tables are relaxed or none"
-    return found or None
+    """``busy_s`` of all tables; None where the times are exact."""
+    busy_s = [table.busy_s for table in tables if table.busy_s is not None]
+    assert len(busy_s) in (0, len(tables)), "either all stage tables are relaxed or none"
+    return busy_s or None

@@ -1,7 +1,7 @@
-"""An object whose methods run in this process, or in a second one beside it.
+"""Calls of an object's methods, in this process or in a worker process.
 
-Between the processes pass pickles: there the object and its calls, back their results. The second process is a fresh
-interpreter (a fork would copy the locks of torch's threads), and ends with its input.
+The worker process receives the pickled object and then its calls, and sends back their pickled results. It is a fresh
+interpreter (a fork would copy the locks of torch's threads), and ends at the end of its input.
 """
 
 import gc
@@ -17,42 +17,51 @@ from typing import Any, Protocol
 
 
 class MethodRunner(Protocol):
-    """Where the methods of an object run. Each ``begin`` is followed by its ``end``, which gives the result."""
+    """Runs the methods of one object. Every ``submit`` is followed by its ``result`` before the next one."""
 
-    def submit(self, method: str, *arguments: Any) -> None: ...
+    def submit(self, method: str, *arguments: Any) -> None:
+        """Call the method of that name; does not wait for it."""
+        ...
 
-    def result(self) -> Any: ...
+    def result(self) -> Any:
+        """Wait for the call and return what it returned."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End whatever was started; no call may follow."""
+        ...
 
 
 class InProcessRunner:
-    """In this process: a method runs when its result is asked for."""
+    """Runs the methods of ``target`` in this process, each when its result is asked for."""
 
     def __init__(self, target: object) -> None:
         self._target = target
         self._call: tuple[str, tuple[Any, ...]] = ("", ())
 
     def submit(self, method: str, *arguments: Any) -> None:
+        """Remember the call."""
         self._call = (method, arguments)
 
     def result(self) -> Any:
+        """Make the call."""
         method, arguments = self._call
         return getattr(self._target, method)(*arguments)
 
     def close(self) -> None:
-        pass
+        """Nothing was started."""
 
 
 class WorkerProcess:
-    """In a second process, on a copy of ``target``. Where that process ends early (out of memory, killed, an error),
-    ``lost`` is told its exit code and all is done again here, where an error is raised as it is."""
+    """Runs the methods of a copy of ``target`` in a worker process. If that process dies (out of memory, killed, an
+    exception), ``on_lost`` is called with its exit code, all calls are replayed in this process, and an exception is
+    raised here with its own traceback."""
 
     def __init__(self, target: object, on_lost: Callable[[int], None]) -> None:
         self._pickled, self._on_lost = pickle.dumps(target), on_lost
         self._calls: list[tuple[str, tuple[Any, ...]]] = []
         self._local_copy: object | None = None
-        self._writer = ThreadPoolExecutor(max_workers=1)  # a pipe is full before the second process begins to read
+        self._writer = ThreadPoolExecutor(max_workers=1)  # the pipe is full before the worker reads
         self._process = subprocess.Popen(
             [sys.executable, "-c", "from autopar.inter.worker_process import worker_main; worker_main()"],
             stdin=subprocess.PIPE,
@@ -60,16 +69,18 @@ class WorkerProcess:
             env={
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join(place or os.getcwd() for place in sys.path),
-                "PYTHONSAFEPATH": "1",  # nothing is found in the working folder that this process would not find
+                "PYTHONSAFEPATH": "1",  # do not import from the working folder what this process would not
             },
         )
         self._send(self._pickled)
 
     def submit(self, method: str, *arguments: Any) -> None:
+        """Send the call to the worker process."""
         self._calls.append((method, arguments))
         self._send(pickle.dumps((method, arguments)))
 
     def result(self) -> Any:
+        """Wait for the result of the last call; made in this process if the worker process died."""
         if self._local_copy is None:
             assert self._process.stdout is not None
             try:
@@ -83,32 +94,35 @@ class WorkerProcess:
         return getattr(self._local_copy, method)(*arguments)
 
     def close(self) -> None:
+        """Kill the worker process and wait for its end."""
         self._process.kill()
         self._writer.shutdown()
         self._process.communicate()
 
     def _send(self, message: bytes) -> None:
+        """Write to the worker process without waiting for it to read."""
         self._writer.submit(self._write, message)
 
     def _write(self, message: bytes) -> None:
+        """Write and flush."""
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # `end` finds no answer
+        with suppress(BrokenPipeError):  # `result` will notice that the process died
             self._process.stdin.write(message)
             self._process.stdin.flush()
 
 
 def can_use_worker_process() -> bool:
-    """Whether this process may use a second core, and there is an interpreter to begin."""
+    """Whether this process may run on a second core, and the interpreter's path is known."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return cores > 1 and bool(sys.executable)
 
 
 def worker_main() -> None:
-    """The second process: an object comes in, then its calls; the result of each goes out."""
+    """What the worker process runs: read an object from stdin, then its calls, and write the result of each to stdout."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the first process, and with it this one's input
     calls, results = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is no result
-    gc.disable()  # as `planner` does
+    os.dup2(2, 1)  # what a library prints must not get between the results
+    gc.disable()  # as `planner.plan` does
     with suppress(EOFError, BrokenPipeError):
         target = pickle.load(calls)
         while True:

@@ -1,14 +1,14 @@
-"""The intra-op choices of one block, without a mesh: its ops, their options, and how tensors connect them.
+"""The intra-op choices of one block, without a mesh: its ops, their options, and the tensors between them.
 
 Nodes of the choice problem, in order:
 
-    0            "in": how every activation that enters the block lies (a named boundary placement)
-    1            "out": the same for those that leave
-    2 ..         one per op that touches a value worth placing; a hub per value that several nodes read, so that a
-                 gather or a gradient reduction they share is charged once
+    0            input: the boundary placement of every activation that enters the block
+    1            output: the boundary placement of every activation that leaves it
+    2 ..         an op node per op that depends on a parameter, then a shared node per value with several consumers: the
+                 placement in which they are offered it, so that a collective they share is charged once
 
-Values computed from inputs and constants alone, without gradient (masks, positions, targets), are at hand in any
-placement.
+Values that depend on no parameter (masks, positions, targets) are unconstrained: every rank has or computes what it
+needs of them, in any placement.
 """
 
 from collections.abc import Sequence
@@ -23,13 +23,14 @@ from autopar.rules.op_sharding_rule import OpShardingRule
 from autopar.rules.placement_pair import PARTIAL_GRADIENT, PARTIAL_VALUE, REPLICATED, PlacementPair
 from autopar.rules.registry import sharding_rule
 
-INPUT_NODE, OUTPUT_NODE = 0, 1
+INPUT_NODE, OUTPUT_NODE, FIRST_OP_NODE = 0, 1, 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpNode:
-    """An op and its options. ``parameters`` are positions of inputs that are parameters which receive a gradient or
-    must be stored; ``free`` are positions of inputs that are at hand in any placement."""
+    """An op with its sharding rule and its options on one axis. ``parameter_inputs`` are the positions of inputs that
+    are parameters or buffers, ``unconstrained_inputs`` those that every rank has in any placement: these, and inputs
+    that depend on no parameter."""
 
     index: int
     op: Op
@@ -41,7 +42,8 @@ class OpNode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedNode:
-    """Where a value is for those of its readers that agree; ``pairs`` are what it may have on one axis."""
+    """The placement in which a value (id) with several consumers is offered to them; ``pairs`` are those that it may
+    have on one axis."""
 
     index: int
     value: int
@@ -50,8 +52,8 @@ class SharedNode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorEdge:
-    """A value on its way from node ``source`` to node ``target``; the positions say which output and which input of an
-    op it is (None for hubs and boundaries)."""
+    """A value (id) that node ``source`` makes and node ``target`` consumes: output ``output_index`` of the one op and
+    input ``input_index`` of the other, None at a shared node or at the boundary of the block."""
 
     value: int
     source: int
@@ -62,8 +64,9 @@ class TensorEdge:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BlockSpace:
-    """See the module's docstring. ``data_ops`` touch only values that are at hand anywhere; ``pairs`` maps a value
-    that flows to those that it may have on one axis; ``data_axis`` says what the data axis does to each op."""
+    """The choice problem's structure (module docstring). ``parameter_free_ops`` touch only values that depend on no
+    parameter and are not chosen for; ``pairs`` maps a value (id) to the placement pairs that it may have on one axis;
+    ``data_axis`` says how each op is sharded on the data axis."""
 
     graph: Graph
     block: Block
@@ -75,24 +78,37 @@ class BlockSpace:
     data_axis: DataAxis
 
     @property
-    def num_nodes(self) -> int:
-        return 2 + len(self.ops) + len(self.shared_nodes)
+    def first_shared_node(self) -> int:
+        """The node number of the first shared node, one above that of the last op."""
+        return FIRST_OP_NODE + len(self.ops)
+
+    def shared_consumers(self) -> dict[int, list[TensorEdge]]:
+        """Shared node -> the edges to its consumers."""
+        found: dict[int, list[TensorEdge]] = {}
+        for edge in self.tensor_edges:
+            if edge.source >= self.first_shared_node:
+                found.setdefault(edge.source, []).append(edge)
+        return found
+
+    def op_node(self, node: int) -> OpNode | None:
+        """The op at a node number, None for a shared node and the boundary."""
+        return self.ops[node - FIRST_OP_NODE] if FIRST_OP_NODE <= node < self.first_shared_node else None
 
 
 def build_block_space(graph: Graph, block: Block, parameter_free: frozenset[int]) -> BlockSpace:
-    """Build the space of a block; ``data`` are the graph's ``parameter_free`` values."""
+    """The space of a block; ``parameter_free`` are the values (ids) that depend on no parameter."""
     all_ops = graph.ops[block.first_op : block.end_op]
     ops = [op for op in all_ops if not parameter_free.issuperset((*op.inputs, *op.outputs))]
     calls = [(sharding_rule(op, graph.values), op.inputs, op.outputs) for op in ops]
     shapes = {value: graph.values[value].shape for op in ops for value in (*op.inputs, *op.outputs)}
-    cuts = DimFactorization(shapes, calls)
+    factors = DimFactorization(shapes, calls)
     nodes = []
     for at, (op, (rule, inputs, outputs)) in enumerate(zip(ops, calls, strict=True)):
         values = [graph.values[value] for value in inputs]
-        options = axis_options(op, rule, cuts, at, values, [graph.values[value] for value in outputs])
+        options = axis_options(op, rule, factors, at, values, [graph.values[value] for value in outputs])
         nodes.append(
             OpNode(
-                index=2 + at,
+                index=FIRST_OP_NODE + at,
                 op=op,
                 rule=rule,
                 options=tuple(option for option in options if can_run_sharded(op, rule, option.labels)),
@@ -103,8 +119,8 @@ def build_block_space(graph: Graph, block: Block, parameter_free: frozenset[int]
             )
         )
     pairs = _pairs(nodes, graph.values)
-    hubs, flows = _connect_nodes(nodes, block, pairs)
-    made = choose_data_axis(
+    shared, edges = _connect_nodes(nodes, block, pairs)
+    data_axis = choose_data_axis(
         graph,
         block,
         [
@@ -116,23 +132,23 @@ def build_block_space(graph: Graph, block: Block, parameter_free: frozenset[int]
             )
             for node in nodes
         ],
-        [hub.value for hub in hubs],
-        [(flow.value, flow.source, flow.target, flow.output_index, flow.input_index) for flow in flows],
+        [node.value for node in shared],
+        [(edge.value, edge.source, edge.target, edge.output_index, edge.input_index) for edge in edges],
     )
     return BlockSpace(
         graph=graph,
         block=block,
         ops=tuple(nodes),
-        shared_nodes=tuple(hubs),
-        tensor_edges=tuple(flows),
+        shared_nodes=tuple(shared),
+        tensor_edges=tuple(edges),
         parameter_free_ops=tuple(op for op in all_ops if parameter_free.issuperset((*op.inputs, *op.outputs))),
         pairs=pairs,
-        data_axis=made,
+        data_axis=data_axis,
     )
 
 
 def _pairs(nodes: Sequence[OpNode], values: Sequence[Value]) -> dict[int, tuple[PlacementPair, ...]]:
-    """Value -> what it may have on one axis: some option's pair, and those that are always possible."""
+    """Value (id) -> the pairs that it may have on one axis: those of the options, and the unsharded ones."""
     found: dict[int, dict[PlacementPair, None]] = {}
     for node in nodes:
         for option in node.options:
@@ -145,31 +161,32 @@ def _pairs(nodes: Sequence[OpNode], values: Sequence[Value]) -> dict[int, tuple[
 def _connect_nodes(
     nodes: Sequence[OpNode], block: Block, pairs: dict[int, tuple[PlacementPair, ...]]
 ) -> tuple[list[SharedNode], list[TensorEdge]]:
+    """The shared nodes, and the edges between all nodes. Values that no option places are left out."""
     sources: dict[int, tuple[int, int | None]] = dict.fromkeys(block.inputs, (INPUT_NODE, None))
-    readers: dict[int, list[tuple[int, int | None]]] = {}
+    consumers: dict[int, list[tuple[int, int | None]]] = {}
     for node in nodes:
         for at, value in enumerate(node.op.inputs):
             if at not in node.unconstrained_inputs:
-                readers.setdefault(value, []).append((node.index, at))
+                consumers.setdefault(value, []).append((node.index, at))
         for number, value in enumerate(node.op.outputs):
             sources[value] = (node.index, number)
     for value in block.outputs:
-        readers.setdefault(value, []).append((OUTPUT_NODE, None))
-    hubs: list[SharedNode] = []
-    flows: list[TensorEdge] = []
-    for value, found in readers.items():
+        consumers.setdefault(value, []).append((OUTPUT_NODE, None))
+    shared: list[SharedNode] = []
+    edges: list[TensorEdge] = []
+    for value, targets in consumers.items():
         if value not in sources or value not in pairs:
             continue
         source, output = sources[value]
-        if len(found) > 1:
-            hub = SharedNode(index=2 + len(nodes) + len(hubs), value=value, pairs=pairs[value])
-            hubs.append(hub)
-            flows.append(
-                TensorEdge(value=value, source=source, target=hub.index, output_index=output, input_index=None)
+        if len(targets) > 1:
+            node_number = FIRST_OP_NODE + len(nodes) + len(shared)
+            shared.append(SharedNode(index=node_number, value=value, pairs=pairs[value]))
+            edges.append(
+                TensorEdge(value=value, source=source, target=node_number, output_index=output, input_index=None)
             )
-            source, output = hub.index, None
-        for target, position in found:
-            flows.append(
+            source, output = node_number, None
+        for target, position in targets:
+            edges.append(
                 TensorEdge(value=value, source=source, target=target, output_index=output, input_index=position)
             )
-    return hubs, flows
+    return shared, edges

@@ -1,17 +1,19 @@
-"""What the data axis does to each op of a block: it shards the batch wherever an op can be sharded along it.
+"""How each op of a block is sharded on the data axis: along the batch, wherever it can be.
 
-Most ops can: their rule has the batch among its labels, and every tensor that grows with the batch is placed as ``S(0)``
-from op to op. Some cannot (a sort of all tokens, an op without a rule): they run replicated on every data rank, and what
-they read is gathered first. Some can in more than one way (the logits between all pairs of samples have the batch
-twice). Which option each op takes is the same for every mesh: that of the least
+Most ops can: their rule has the batch among its labels, and every tensor that grows with the batch stays ``Shard(0)``
+from op to op. An op that cannot (a sort over all tokens, an op without a rule) is replicated on all data ranks, and its
+inputs are gathered first. Some can in more than one way (the logits between all pairs of samples have the batch twice).
+The options of all ops are the same for every mesh, those of the least
 
-    sum over values  bytes of the collectives that redistribute it from maker to reader, and its gradient back
-    + sum over ops that run replicated though they grow with the batch   bytes / MEMORY + FLOPs / MATMUL
+    sum over edges  link bytes that redistribute the value from producer to consumer, and its gradient back
+                                                                                             (_redistribution_link_bytes)
+    + sum over replicated ops that grow with the batch
+                    bytes / MEMORY_BYTES_PER_LINK_BYTE + FLOPs / FLOPS_PER_LINK_BYTE             (_replication_link_bytes)
 
-found exactly by elimination, over the options of the op's rule and two that every op has: to run replicated with
-replicated gradients, and to run replicated while partial gradients pass through (a backward is linear in the gradient).
-At the ends of a block a value is sharded on the first dim that grows with the batch; one that does not grow is
-replicated and its gradient partial; a scalar that carries a gradient (a loss) is itself partial.
+found by elimination (choose_data_axis), over the options of the op's rule and two that every op has: replicated with
+replicated gradients, and replicated while Partial gradients pass through (a backward is linear in the gradient).
+At the boundary of a block a tensor is sharded along its first dim that grows with the batch; a tensor without one is
+replicated and its gradient Partial; a scalar with a gradient (the loss) is Partial (end_pair).
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,20 +31,22 @@ from autopar.rules.op_sharding_rule import OpShardingRule
 from autopar.rules.placement_pair import PARTIAL_GRADIENT, PARTIAL_VALUE, REPLICATED, PlacementPair
 
 MEMORY_BYTES_PER_LINK_BYTE = 8.0
-"""Bytes of memory traffic that take as long as one byte between GPUs of a node (3.3 TB/s against 0.4 TB/s)."""
+"""Bytes of memory traffic that take as long as one byte between GPUs of a node (H100: 3.3 TB/s against 0.4 TB/s)."""
 FLOPS_PER_LINK_BYTE = 1500.0
-"""FLOPs that take as long as one byte between GPUs of a node (600 TFLOP/s against 0.4 TB/s)."""
+"""FLOPs that take as long as one byte between GPUs of a node (H100: 600 TFLOP/s against 0.4 TB/s)."""
 SLICE_LINK_BYTES = 1e-6
-"""What a local slice counts for, in bytes per byte: nothing, but that of two equal paths the one that slices nothing
-wins."""
+"""Link bytes that a local slice counts per byte: next to none, so that it only breaks ties."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataAxis:
-    """``options`` has one option per op node, ``hubs`` one pair per hub, ``ends`` one per block input and output.
-    ``summed`` are the parameters of which some use leaves a partial gradient over the data ranks.
-    ``plain``: every tensor that grows with the batch stays sharded along it, and nothing is exchanged over the axis, so
-    that a rank's prices follow from its share of the batch alone."""
+    """The data axis's choices: an option per op node (``op_options``), a pair per shared node (``shared_pairs``) and per
+    block input and output (``boundary_pairs``, by value id).
+
+    ``is_batch_parallel``: every tensor that grows with the batch is sharded along it and no collective of the block
+    spans the axis, so that a rank's prices follow from its share of the batch alone. ``partial_gradient_parameters``
+    (value ids) have a use that leaves a Partial gradient over the data ranks.
+    """
 
     op_options: tuple[AxisOption, ...]
     shared_pairs: tuple[PlacementPair, ...]
@@ -53,7 +57,7 @@ class DataAxis:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuledOp:
-    """An op as this file sees it: its rule, the options that can run, and its tensors."""
+    """What is needed of an op here: its rule, the options that can run, and its tensors."""
 
     rule: OpShardingRule
     options: tuple[AxisOption, ...]
@@ -62,85 +66,84 @@ class RuledOp:
 
 
 EdgeTuple = tuple[int, int, int, int | None, int | None]
-"""(value, source, target, output of the source, input of the target): nodes 0 and 1 are the block's ends, then the
-calls, then the hubs; positions are None for ends and hubs."""
+"""(value id, source node, target node, output of the source, input of the target), as in ``block_space.TensorEdge``."""
 
 
 def end_pair(graph: Graph, value: int) -> PlacementPair:
-    """How a value and its gradient are placed on the data axis where blocks meet."""
-    found = graph.values[value]
-    for dim, size in enumerate(found.shape):
+    """The pair of a value (id) on the data axis at the boundary of a block."""
+    tensor = graph.values[value]
+    for dim, size in enumerate(tensor.shape):
         if graph.batch.is_proportional(size):
             return PlacementPair.sharded(DimFactor(dim=dim, size=size))
-    if not found.requires_grad:
+    if not tensor.requires_grad:
         return REPLICATED
-    return PARTIAL_GRADIENT if found.shape else PARTIAL_VALUE
+    return PARTIAL_GRADIENT if tensor.shape else PARTIAL_VALUE
 
 
 def choose_data_axis(
     graph: Graph, block: Block, ops: Sequence[RuledOp], shared_values: Sequence[int], tensor_edges: Sequence[EdgeTuple]
 ) -> DataAxis:
-    """The options of all calls of a block; ``hubs`` are the values of its hubs."""
-    ends = {value: end_pair(graph, value) for value in (*block.inputs, *block.outputs)}
-    options = [_data_options(graph, call) for call in ops]
-    pairs = [_hub_pairs(graph, value, ops, options, ends) for value in shared_values]
-    first_hub = 2 + len(ops)
+    """The least-cost options of a block's ops; ``shared_values`` are the values (ids) of its shared nodes."""
+    boundary_pairs = {value: end_pair(graph, value) for value in (*block.inputs, *block.outputs)}
+    options = [_data_options(graph, op) for op in ops]
+    pairs = [_shared_pairs(graph, value, ops, options, boundary_pairs) for value in shared_values]
+    first_shared = 2 + len(ops)
 
     def pairs_at(node: int, value: int, output: int | None, position: int | None) -> list[PlacementPair]:
-        """What each choice of a node makes of a value it gives (``output``) or takes (``position``)."""
+        """By choice of a node, the pair of a value: its output number ``output``, or its input at ``position``."""
         if node < 2:
-            return [ends[value]]
-        if node >= first_hub:
-            return list(pairs[node - first_hub])
+            return [boundary_pairs[value]]
+        if node >= first_shared:
+            return list(pairs[node - first_shared])
         if output is not None:
             return [option.outputs[output] for option in options[node - 2]]
         assert position is not None
         return [option.inputs[position] for option in options[node - 2]]
 
-    sides = [
+    ends = [
         (pairs_at(source, value, out, None), pairs_at(target, value, None, at))
         for value, source, target, out, at in tensor_edges
     ]
     counts = (1, 1, *(len(chosen) for chosen in options), *(len(chosen) for chosen in pairs))
     node_costs = [np.zeros((1, count)) for count in counts]
-    for at, (call, chosen) in enumerate(zip(ops, options, strict=True)):
-        node_costs[2 + at][0] = [
-            0.0 if option.is_sharded else _replication_link_bytes(graph, call) for option in chosen
-        ]
+    for at, (op, chosen) in enumerate(zip(ops, options, strict=True)):
+        node_costs[2 + at][0] = [0.0 if option.is_sharded else _replication_link_bytes(graph, op) for option in chosen]
     edge_costs = [
-        np.array([[[_moved_bytes(graph.values[link[0]], a, b) for b in taken] for a in made]])
-        for link, (made, taken) in zip(tensor_edges, sides, strict=True)
+        np.array([[[_redistribution_link_bytes(graph.values[link[0]], a, b) for b in taken] for a in made]])
+        for link, (made, taken) in zip(tensor_edges, ends, strict=True)
     ]
     edges = tuple((link[1], link[2]) for link in tensor_edges)
     choices = make_eliminator(counts, edges).solve(node_costs, edge_costs).backtrack_all()[:, 0]
     picked = tuple(chosen[choices[2 + at]] for at, chosen in enumerate(options))
-    still = all(
+    is_redistributed = not all(
         made[choices[link[1]]].without_size == taken[choices[link[2]]].without_size
-        for link, (made, taken) in zip(tensor_edges, sides, strict=True)
+        for link, (made, taken) in zip(tensor_edges, ends, strict=True)
     )
-    sharded = all(
+    is_sharded = all(
         pair.atom is not None
-        for call, option in zip(ops, picked, strict=True)
-        for value, pair in zip((*call.inputs, *call.outputs), (*option.inputs, *option.outputs), strict=True)
+        for op, option in zip(ops, picked, strict=True)
+        for value, pair in zip((*op.inputs, *op.outputs), (*option.inputs, *option.outputs), strict=True)
         if any(graph.batch.is_proportional(size) for size in value.shape)
     )
     return DataAxis(
         op_options=picked,
-        shared_pairs=tuple(chosen[choices[first_hub + at]] for at, chosen in enumerate(pairs)),
-        boundary_pairs=ends,
-        is_batch_parallel=still and sharded and not any(option.runs_kernel_collectives for option in picked),
+        shared_pairs=tuple(chosen[choices[first_shared + at]] for at, chosen in enumerate(pairs)),
+        boundary_pairs=boundary_pairs,
+        is_batch_parallel=is_sharded
+        and not is_redistributed
+        and not any(option.runs_kernel_collectives for option in picked),
         partial_gradient_parameters=frozenset(
             value.id
-            for call, option in zip(ops, picked, strict=True)
-            for value, pair in zip(call.inputs, option.inputs, strict=True)
+            for op, option in zip(ops, picked, strict=True)
+            for value, pair in zip(op.inputs, option.inputs, strict=True)
             if value.kind == "parameter" and pair == PARTIAL_GRADIENT
         ),
     )
 
 
 def _data_options(graph: Graph, op: RuledOp) -> tuple[AxisOption, ...]:
-    """Shards of the batch first, so that they win among equals; then partial gradients, replicated, and partial
-    sums."""
+    """The options of an op on the data axis. Of equal cost the first wins: sharded along the batch, then replicated with
+    Partial gradients, then the unsharded options of the rule."""
     found = [option for option in op.options if option.is_sharded and graph.batch.is_proportional(option.max_shards)]
     passing = AxisOption(
         inputs=tuple(PARTIAL_GRADIENT if value.requires_grad else REPLICATED for value in op.inputs),
@@ -150,20 +153,21 @@ def _data_options(graph: Graph, op: RuledOp) -> tuple[AxisOption, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _hub_pairs(
+def _shared_pairs(
     graph: Graph,
     value: int,
-    calls: Sequence[RuledOp],
+    ops: Sequence[RuledOp],
     options: Sequence[tuple[AxisOption, ...]],
-    ends: Mapping[int, PlacementPair],
+    boundary_pairs: Mapping[int, PlacementPair],
 ) -> tuple[PlacementPair, ...]:
-    """What a shared value may be placed as: what its maker and readers may, of equal placements the first."""
+    """The pairs that a shared value may have: those of its producer and its consumers, of equal placements the first,
+    and the replicated ones."""
     found: dict[PlacementPair, PlacementPair] = {}
-    if value in ends:
-        found[ends[value].without_size] = ends[value]
-    for call, chosen in zip(calls, options, strict=True):
+    if value in boundary_pairs:
+        found[boundary_pairs[value].without_size] = boundary_pairs[value]
+    for op, chosen in zip(ops, options, strict=True):
         for option in chosen:
-            tensors = zip((*call.inputs, *call.outputs), (*option.inputs, *option.outputs), strict=True)
+            tensors = zip((*op.inputs, *op.outputs), (*option.inputs, *option.outputs), strict=True)
             for tensor, pair in tensors:
                 if tensor.id == value:
                     found.setdefault(pair.without_size, pair)
@@ -173,7 +177,8 @@ def _hub_pairs(
 
 
 def _replication_link_bytes(graph: Graph, op: RuledOp) -> float:
-    """What it counts for that all data ranks run an op on the whole micro-batch."""
+    """What it costs, in link bytes, that all data ranks run an op on the whole micro-batch; 0 for views and for ops
+    that do not grow with the batch."""
     tensors = (*op.inputs, *op.outputs)
     if op.rule.compute == "free" or not any(
         graph.batch.is_proportional(size) for value in tensors for size in value.shape
@@ -190,15 +195,16 @@ def _replication_link_bytes(graph: Graph, op: RuledOp) -> float:
     )
 
 
-def _moved_bytes(value: Value, made: PlacementPair, taken: PlacementPair) -> float:
-    """Bytes that collectives move, of the value forward and of its gradient back."""
-    forward = _moved_share(made.forward, taken.forward)
-    backward = _moved_share(taken.gradient, made.gradient) if value.requires_grad else 0.0
+def _redistribution_link_bytes(value: Value, source: PlacementPair, target: PlacementPair) -> float:
+    """Link bytes that redistribute a value forward and its gradient back."""
+    forward = _link_bytes_per_byte(source.forward, target.forward)
+    backward = _link_bytes_per_byte(target.gradient, source.gradient) if value.requires_grad else 0.0
     return (forward + backward) * prod(value.shape) * value.itemsize
 
 
-def _moved_share(source: Placement, target: Placement) -> float:
-    """Of a tensor's bytes."""
+def _link_bytes_per_byte(source: Placement, target: Placement) -> float:
+    """Link bytes of a redistribution per byte of the full tensor: 2 for an all-reduce, 1 for an all-gather and a
+    reduce-scatter, 0.5 for an all-to-all."""
     if without_size(source) == without_size(target):
         return 0.0
     if source == REPLICATE:

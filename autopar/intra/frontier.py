@@ -1,85 +1,71 @@
 """The frontier of a block on a mesh: one optimal solution for every way of weighing time against memory.
 
-Every *price row* (`price_rows`) gives a pairwise problem, so elimination solves all rows and all boundary placements at
-once and exactly. Parameters are leaves: for each row and strategy the cheapest storage is taken. What the solutions
-cost is then summed per metric (`totals`), with what overlaps applied to the block as a whole.
+Every *priced objective* (`priced_objectives`) gives a pairwise choice problem. Elimination solves those of all
+objectives and all boundary placements at once and exactly, or bounds them where it is too wide (`mini_buckets`):
+
+    cost of node n      weights . metrics of n, + the cheapest storage of its parameters        (choose_storages)
+    cost of edge e      share * (r f + beta b) + saved price * bytes saved                      (_edge_costs)
+    f, b                its forward and backward seconds
+    r                   1 + beta where the objective's recomputation repeats f, else 1
+    share, beta         what a second counts, and one of the backward                           (metric_weights)
+
+What the solutions cost is then summed per metric (`block_totals`), with what overlaps in the block as a whole.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autopar.cost import parameter_storage as pm
-from autopar.cost.execution_model import ExecutionModel
-from autopar.cost.redistribution_time import MeshLinks
 from autopar.intra import op_metrics as om
+from autopar.intra.block_space import FIRST_OP_NODE
 from autopar.intra.block_tables import BlockTables
 from autopar.intra.block_totals import sum_totals
-from autopar.intra.priced_objectives import PricedObjective, metric_weights
+from autopar.intra.priced_objectives import MetricWeights, PricedObjective, metric_weights
+from autopar.intra.storage_choice import OpStorages, StorageChoice, StorageMetricsCache, StorageRules, choose_storages
 
 Floats = NDArray[np.float64]
-StorageFilter = Callable[[int, pm.ParameterStorage], bool]
-"""Whether a parameter (value) may be stored so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BlockFrontier:
-    """``totals[row, boundary]`` are those of `totals`, inf where there is no solution; the boundary placement is the
-    same on both sides. ``choices[node, row, boundary]`` and ``storage[op][row]`` say which; ``bound_s[row, boundary]``
-    is the row's optimum. ``least`` holds the least forward seconds, workspace and seconds once per step of any choice;
-    ``links_bind``: ZeRO-3 gathers can take longer than the compute that hides them. ``regathered`` says by flow which
-    solutions gather it again, (rows, boundaries)."""
+    """The solution of each objective under each boundary placement, the same on both sides of the block.
+
+    ``totals`` (objectives, boundary placements, NUM_TOTALS) are those of `block_totals`, inf where there is no
+    solution. ``choices`` (nodes, objectives, boundary placements) and ``storages``, by op, say which solution it is;
+    ``regathered`` maps an edge (index) to (objectives, boundary placements) whether the solution regathers it.
+    ``bound_s`` (objectives, boundary placements) is the optimum of the objective. ``minima`` are the least forward
+    seconds, workspace bytes and exposed seconds per step of any choices; ``gathers_can_bind``: ZeRO-3 gathers can take
+    longer than the compute that they overlap with.
+    """
 
     tables: BlockTables
     objectives: tuple[PricedObjective, ...]
     totals: Floats
     choices: NDArray[np.integer]
-    storages: tuple[tuple[tuple[tuple[pm.ParameterStorage, ...], ...], NDArray[np.integer]], ...]
+    storages: tuple[OpStorages, ...]
     bound_s: Floats
     minima: tuple[float, float, float]
     gathers_can_bind: bool
     regathered: dict[int, NDArray[np.bool_]]
 
     def select(self, positions: NDArray[np.integer]) -> "BlockFrontier":
-        """Rows number ``at`` of these, in that order."""
+        """The frontier of the objectives at ``positions`` of this one's, in that order; a position may repeat."""
         return replace(
             self,
             objectives=tuple(self.objectives[row] for row in positions),
             totals=self.totals[positions],
             choices=self.choices[:, positions],
-            storages=tuple((names, chosen[:, positions]) for names, chosen in self.storages),
+            storages=tuple(OpStorages(options, chosen[:, positions]) for options, chosen in self.storages),
             bound_s=self.bound_s[positions],
-            regathered={flow: flags[positions] for flow, flags in self.regathered.items()},
+            regathered={edge: flags[positions] for edge, flags in self.regathered.items()},
         )
 
     def regathered_edges(self, objective: int, boundary: int) -> tuple[int, ...]:
-        """The flows (positions) that a solution gathers again in the backward."""
-        return tuple(flow for flow, flags in self.regathered.items() if flags[objective, boundary])
-
-
-class StorageMetricsCache:
-    """Metrics of every storage of a parameter, cached by (elements, item size, axes) for one mesh."""
-
-    def __init__(self, mesh_links: MeshLinks, execution: ExecutionModel) -> None:
-        self.mesh_links, self.execution = mesh_links, execution
-        self._cache: dict[tuple[int, int, tuple[int, ...]], tuple[tuple[pm.ParameterStorage, ...], Floats]] = {}
-
-    def metrics_of(
-        self, elements: int, itemsize: int, axes: tuple[int, ...]
-    ) -> tuple[tuple[pm.ParameterStorage, ...], Floats]:
-        key = (elements, itemsize, axes)
-        if key not in self._cache:
-            choices = pm.storage_choices(axes)
-            metrics = np.stack(
-                [
-                    pm.storage_metrics(choice, axes, elements, itemsize, self.mesh_links, self.execution)
-                    for choice in choices
-                ]
-            )
-            self._cache[key] = (choices, metrics)
-        return self._cache[key]
+        """The edges (indices) that a solution regathers in the backward."""
+        return tuple(edge for edge, flags in self.regathered.items() if flags[objective, boundary])
 
 
 def solve_frontier(
@@ -87,67 +73,27 @@ def solve_frontier(
     storage_metrics: StorageMetricsCache,
     objectives: tuple[PricedObjective, ...],
     num_microbatches: int,
-    has_data_axis: bool,
-    stored_elsewhere: frozenset[int] = frozenset(),
-    zero_stage: int | None = None,
-    storage_filter: StorageFilter | None = None,
+    rules: StorageRules,
 ) -> BlockFrontier:
-    """Solve all rows. ``data_axis``: mesh axis 0 has several ranks. ``held`` parameters are stored by another block of
-    the stage; ``zero`` fixes the ZeRO stage over the data axis, ``rests`` says which storages may be."""
-    late_share = 0.5 if storage_metrics.execution.backward_allocates_gradients else 0.0
-    beta, share, weights, parameter_weights = metric_weights(
-        objectives, num_microbatches, tables.overlap_contention, late_share
+    """Solve all objectives, of steps of ``num_microbatches``. ``storage_metrics`` are those of the mesh; ``rules`` say
+    which storages parameters may have."""
+    weights = metric_weights(
+        objectives,
+        num_microbatches,
+        tables.overlap_contention,
+        0.5 if storage_metrics.execution.backward_allocates_gradients else 0.0,
     )
-    node_costs: list[Floats] = [weights @ metrics.T for metrics in tables.node_metrics]
-    storages = []
-    parameter_metrics: list[tuple[Floats, NDArray[np.integer]]] = []
-    for at, uses in enumerate(tables.parameter_uses):
-        again = frozenset(number for number in range(len(uses)) if (at, number) in tables.repeated_parameter_uses)
-        cost, chosen, metrics, names = _choose_storages(
-            uses,
-            storage_metrics,
-            parameter_weights,
-            has_data_axis,
-            stored_elsewhere,
-            again,
-            zero_stage,
-            storage_filter,
-            len(tables.strategies[at]),
-        )
-        node_costs[2 + at] = node_costs[2 + at] + cost
-        parameter_metrics.append((metrics, chosen))
-        storages.append((names, chosen))
-    late = (share * beta)[:, None, None]
-    once = share[:, None, None]
-    repeats: dict[tuple[str, ...], Floats] = {
-        by: (share * np.where([row.mode in by for row in objectives], 1.0 + beta, 1.0))[:, None, None]
-        for by in (("full",), ("selective",), ("full", "selective"))
-    }
-    kept = weights[:, om.SAVED][:, None, None]  # what a byte kept by one micro-batch costs
-    extra_s = {  # of gathering again what one op reads
-        at: _scale_seconds(one.optional_s, late) - kept * one.freed_bytes
-        for at, one in tables.regathers.items()
-        if one.is_optional
-    }
-    edge_costs = []
-    moved = zip(tables.repeated_by_full, tables.repeated_by_selective, strict=True)
-    for at, ((_, _, forward, backward), repeated) in enumerate(zip(tables.edges, moved, strict=True)):
-        cost = _scale_seconds(forward, repeats.get(_repeating_modes(*repeated), once)) + _scale_seconds(backward, late)
-        if at in tables.edge_saved_bytes:
-            cost = cost + kept * tables.edge_saved_bytes[at]
-        if at in extra_s:
-            cost = cost + np.minimum(extra_s[at], 0.0)
-        edge_costs.append(cost)
-    table = tables.eliminator.solve(node_costs, edge_costs)
+    storages = _choose_all_storages(tables, storage_metrics, weights.storage, rules)
+    node_costs: list[Floats] = [weights.op @ metrics.T for metrics in tables.node_metrics]
+    for at, storage in enumerate(storages):
+        node_costs[FIRST_OP_NODE + at] = node_costs[FIRST_OP_NODE + at] + storage.costs
+    regather_costs = _regather_costs(tables, weights)
+    table = tables.eliminator.solve(node_costs, _edge_costs(tables, objectives, weights, regather_costs))
     diagonal = np.arange(len(tables.boundary_roles))
     values = table.values[:, diagonal, diagonal]
     choices = table.backtrack_all()[:, :, diagonal, diagonal]
-    regathered = {}
-    for at, one in tables.regathers.items():
-        source, target = (choices[node] for node in tables.edges[at][:2])
-        regathered[at] = one.is_forced[source, target]
-        if at in extra_s:
-            regathered[at] = regathered[at] | (extra_s[at][np.arange(len(objectives))[:, None], source, target] < 0)
+    regathered = _regathered(tables, choices, regather_costs)
+    parameter_metrics = [(storage.metrics, storage.storages.chosen) for storage in storages]
     totals = sum_totals(tables, objectives, choices, parameter_metrics, regathered)
     totals[~np.isfinite(values)] = np.inf
     return BlockFrontier(
@@ -155,107 +101,117 @@ def solve_frontier(
         objectives=objectives,
         totals=totals,
         choices=choices,
-        storages=tuple(storages),
+        storages=tuple(storage.storages for storage in storages),
         bound_s=values,
-        minima=_minima(tables, parameter_metrics),
-        gathers_can_bind=_gathers_can_bind(tables, parameter_metrics),
+        minima=_minima(tables, storages),
+        gathers_can_bind=_gathers_can_bind(tables, storages),
         regathered=regathered,
     )
 
 
-def _repeating_modes(full: bool, selective: bool) -> tuple[str, ...]:
-    """The modes that move a value again."""
-    return (*(("full",) if full else ()), *(("selective",) if selective else ()))
+def _choose_all_storages(
+    tables: BlockTables, cache: StorageMetricsCache, weights: Floats, rules: StorageRules
+) -> list[StorageChoice]:
+    """By op."""
+    return [
+        choose_storages(
+            uses,
+            cache,
+            weights,
+            rules,
+            repeated_uses=frozenset(
+                number for number in range(len(uses)) if (at, number) in tables.repeated_parameter_uses
+            ),
+            num_strategies=len(tables.strategies[at]),
+        )
+        for at, uses in enumerate(tables.parameter_uses)
+    ]
+
+
+def _regather_costs(tables: BlockTables, weights: MetricWeights) -> dict[int, Floats]:
+    """Edge (index) -> (objectives, choices of source, choices of target) what an optional regather costs, the memory
+    that it frees taken off; inf where there is none."""
+    backward = (weights.compute * weights.beta)[:, None, None]
+    saved_price = weights.op[:, om.SAVED][:, None, None]
+    return {
+        edge: _scale_seconds(regather.optional_s, backward) - saved_price * regather.freed_bytes
+        for edge, regather in tables.regathers.items()
+        if regather.is_optional
+    }
+
+
+def _edge_costs(
+    tables: BlockTables,
+    objectives: Sequence[PricedObjective],
+    weights: MetricWeights,
+    regather_costs: dict[int, Floats],
+) -> list[Floats]:
+    """(objectives, choices of source, choices of target) of every edge, with its regather where that is cheaper."""
+    share, beta = weights.compute, weights.beta
+    backward, once = (share * beta)[:, None, None], share[:, None, None]
+    saved_price = weights.op[:, om.SAVED][:, None, None]
+    forward_of: dict[tuple[bool, bool], Floats] = {(False, False): once}
+    for full, selective in ((True, False), (False, True), (True, True)):
+        modes = (*(("full",) if full else ()), *(("selective",) if selective else ()))
+        repeats = np.where([objective.mode in modes for objective in objectives], 1.0 + beta, 1.0)
+        forward_of[full, selective] = (share * repeats)[:, None, None]
+    costs = []
+    repeated = zip(tables.repeated_by_full, tables.repeated_by_selective, strict=True)
+    for at, (edge, repeated_by) in enumerate(zip(tables.edges, repeated, strict=True)):
+        cost = _scale_seconds(edge.forward_s, forward_of[repeated_by]) + _scale_seconds(edge.backward_s, backward)
+        if at in tables.edge_saved_bytes:
+            cost = cost + saved_price * tables.edge_saved_bytes[at]
+        if at in regather_costs:
+            cost = cost + np.minimum(regather_costs[at], 0.0)
+        costs.append(cost)
+    return costs
+
+
+def _regathered(
+    tables: BlockTables, choices: NDArray[np.integer], regather_costs: dict[int, Floats]
+) -> dict[int, NDArray[np.bool_]]:
+    """Edge (index) -> (objectives, boundary placements) whether the solution regathers it."""
+    found = {}
+    for at, regather in tables.regathers.items():
+        edge = tables.edges[at]
+        source, target = choices[edge.source], choices[edge.target]
+        found[at] = regather.is_forced[source, target]
+        if at in regather_costs:
+            objective = np.arange(len(source))[:, None]
+            found[at] = found[at] | (regather_costs[at][objective, source, target] < 0)
+    return found
 
 
 def _scale_seconds(seconds: Floats, factor: Floats) -> Floats:
-    """(rows, choices, choices): factor times seconds; what is impossible stays so with a factor of zero."""
+    """(objectives, choices, choices): factor times seconds; inf, a forbidden pair, stays so with a factor of zero."""
     impossible = np.isinf(seconds)
     return np.where(impossible, np.inf, factor * np.where(impossible, 0.0, seconds))
 
 
-def _minima(
-    tables: BlockTables, parameter_metrics: Sequence[tuple[Floats, NDArray[np.integer]]]
-) -> tuple[float, float, float]:
+def _minima(tables: BlockTables, storages: Sequence[StorageChoice]) -> tuple[float, float, float]:
+    """See `BlockFrontier`."""
     forward = sum(float((m[:, om.FORWARD] + m[:, om.SELECTIVE_FORWARD]).min()) for m in tables.node_metrics)
     workspace = max(float(m[:, om.WORKSPACE].min()) for m in tables.node_metrics)
     step = sum(
         float(np.where(np.isfinite(use[..., pm.STEP_EXPOSED_S]), use[..., pm.STEP_EXPOSED_S], np.inf).min())
-        for metrics, _ in parameter_metrics
-        for use in metrics
+        for storage in storages
+        for use in storage.metrics
     )
     return forward, workspace, step
 
 
-def _gathers_can_bind(tables: BlockTables, parameter_metrics: Sequence[tuple[Floats, NDArray[np.integer]]]) -> bool:
-    """Whether some choice's gathers may take longer than its compute: the longest of each against the least of each."""
+def _gathers_can_bind(tables: BlockTables, storages: Sequence[StorageChoice]) -> bool:
+    """Whether the ZeRO-3 gathers of some choices may take longer than their compute: the longest gathers against the
+    least compute."""
     least = [m.min(axis=0) for m in tables.node_metrics]
     forward = sum(float(m[om.FORWARD] + m[om.SELECTIVE_FORWARD]) for m in least)
     backward = sum(float(m[om.BACKWARD]) for m in least)
     for metric, compute_s in ((pm.GATHER_FORWARD_S, forward), (pm.GATHER_BACKWARD_S, backward)):
         gathers = sum(
             float(np.where(np.isfinite(use[..., metric]), use[..., metric], 0.0).max())
-            for metrics, _ in parameter_metrics
-            for use in metrics
+            for storage in storages
+            for use in storage.metrics
         )
         if gathers > compute_s:
             return True
     return False
-
-
-def _has_zero_stage(storage: pm.ParameterStorage, zero_stage: int, axes: tuple[int, ...]) -> bool:
-    return storage.stage == (zero_stage if axes else 0) and (storage.axes == axes or storage.stage == 0)
-
-
-def _choose_storages(
-    uses: tuple,  # type: ignore[type-arg]
-    storage_metrics: StorageMetricsCache,
-    weights: Floats,
-    has_data_axis: bool,
-    stored_elsewhere: frozenset[int],
-    repeated_uses: frozenset[int],
-    zero_stage: int | None,
-    storage_filter: StorageFilter | None,
-    num_strategies: int,
-) -> tuple[Floats, NDArray[np.integer], Floats, tuple[tuple[pm.ParameterStorage, ...], ...]]:
-    """(rows, strategies) cost; (uses, rows, strategies) chosen storage; (uses, strategies, storages, metrics)."""
-    num_rows = len(weights)
-    cost = np.zeros((num_rows, num_strategies))
-    chosen = np.zeros((len(uses), num_rows, num_strategies), int)
-    width = 1
-    found = []
-    for number, (value, per_strategy) in enumerate(uses):
-        stored = value.id in stored_elsewhere or number in repeated_uses
-        row: list[tuple[tuple[pm.ParameterStorage, ...], Floats]] = []
-        for elements, axes in per_strategy:
-            full_axes = tuple(axis for axis in axes if axis or has_data_axis) if value.requires_grad else ()
-            if value.kind == "buffer" or not value.requires_grad or stored:
-                metrics = np.zeros((1, pm.NUM_PARAMETER_METRICS))
-                metrics[0, pm.STATE_BYTES] = 0.0 if stored else elements * value.itemsize
-                row.append(((pm.ParameterStorage(stage=0, axes=()),), metrics))
-            else:
-                options, metrics = storage_metrics.metrics_of(elements, value.itemsize, full_axes)
-                keep = [
-                    i
-                    for i, o in enumerate(options)
-                    if (zero_stage is None or _has_zero_stage(o, zero_stage, full_axes))
-                    and (storage_filter is None or storage_filter(value.id, o))
-                ]
-                options, metrics = tuple(options[i] for i in keep), metrics[keep]
-                row.append((options, metrics))
-        width = max(width, *(len(options) for options, _ in row))
-        found.append(row)
-    table = np.full((len(uses), num_strategies, width, pm.NUM_PARAMETER_METRICS), 0.0)
-    for use, row in enumerate(found):
-        for strategy, (options, metrics) in enumerate(row):
-            table[use, strategy, : len(options)] = metrics
-            table[use, strategy, len(options) :] = np.inf
-        priced = np.where(
-            np.isfinite(table[use, :, :, 0]),
-            np.einsum("rm,som->rso", weights, np.nan_to_num(table[use], posinf=0)),
-            np.inf,
-        )
-        chosen[use] = priced.argmin(axis=2)
-        cost += priced.min(axis=2)
-    names = tuple(options for row in found for options, _ in row)
-    return cost, chosen, table, names

@@ -1,35 +1,40 @@
-"""Price rows: the ways of weighing time against memory, each of which gives one optimal solution of a block.
+"""Priced objectives: the ways of weighing time against memory, each of which gives one optimal solution of a block.
 
-A *price row* fixes a recompute mode, prices per byte, and what communication costs; the problem it gives is pairwise,
-so elimination solves all rows and all boundary placements at once and exactly. Per micro-batch, B of them in a step:
+A *priced objective* fixes a recompute mode, a price per byte, and what communication costs; its problem is pairwise, so
+elimination solves all objectives and all boundary placements at once (`frontier`). Per micro-batch, B of them in a step:
 
-    none        minimise F + C + beta W                     + price * (state + weight * (saved + core))
-    selective   minimise F + (1 + beta) C + beta W          + price * (state + weight * (saved + beside))
-    full        minimise F + C + beta (A + W)          + price * (state + weight * boundary)
+    mode        minimise                             (_op_weights, _storage_weights)
+    none        F + C + beta W           + price * (state + weight * (saved + freed))
+    selective   F + (1 + beta) C + beta W + price * (state + weight * (saved + selective only))
+    full        F + C + beta (A + W)     + price * (state + weight * inputs)
 
-    F, C, W     forward that selective recomputation does not repeat (outside attention) and that it does, backward;
-                communication inside them                                                      (tables)
-    A           of F + C what the backward needs again, or all of it                           (`again`)
+    F, C, W     seconds of the forward that selective recomputation does not repeat, of the forward that it does, and of
+                the backward, with the collectives in them                                            (`op_metrics`)
+    A           of F + C what full recomputation repeats                                              (`recompute`)
+    saved, freed, selective only, inputs
+                SAVED, SELECTIVE_FREED, SELECTIVE_ONLY_SAVED, INPUT_SAVED                             (`op_metrics`)
+
     family      beta           F, C, W   ZeRO-3 gathers   reductions / B   rest of the step / B
-    priced      1              1         1                1                1             nothing is hidden: a solution
+    priced      1              1         1                1                1             nothing overlaps: a solution
     hidden      1              1         g                g                1             a bound on t + step / B
     reduced     1 - (1-g)/B    1         g                1                1             the same
     path        1              1         g                0                0             a bound on t alone
     linked      1              g         1                0                0             the same
-    lean        1              1         1                1                1             next to no time: least memory
+    lean        1              1         1                1                1             price outweighs time: least memory
 
-g is the contention: compute a beside communication b takes max(a, b) + g min(a, b) = max(a + g b, g a + b), and a step
-exposes max(g r, r - (1 - g) W) of its reductions r, so the optimum of a hidden, reduced, path or linked row is never
-above the true time plus price * memory of any choice of its mode. Linked is the better bound only where gathers take
-longer than compute, as over slow links between nodes.
+g is the contention: compute a that overlaps with communication b takes max(a, b) + g min(a, b) = max(a + g b, g a + b),
+and a step exposes max(g r, r - (1 - g) W) of its reductions r. So the optimum of a hidden, reduced, path or linked
+objective is never above the true time plus price * memory of any choices under its mode. Linked is the better bound only
+where gathers take longer than compute, as over slow links between nodes.
 
-Gradients that a backward makes (LATE: with one micro-batch all, without overlap what ZeRO-2 and 3 cut) take the place
-of the saved tensors it frees: max(s saved, (s - 1) saved + late) is priced by the mean of the two, which is not above
-it.
+Gradients that a backward creates (NEW_GRADIENTS: all with one micro-batch; without overlap those that ZeRO-2 and 3 shard)
+take the memory of the saved tensors that it frees: max(s saved, (s - 1) saved + new gradients) is priced by the mean of
+the two, which is not above it.
 """
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -39,17 +44,17 @@ from autopar.cost import parameter_storage as pm
 from autopar.intra import op_metrics as om
 
 Floats = NDArray[np.float64]
-MODES = ("none", "selective", "full")
 OBJECTIVE_FAMILIES = ("priced", "hidden", "reduced", "path", "linked")
 PRICE_FACTORS = (0.1, 1.0, 2.5, 5.0, 8.0, 14.0, 30.0, 100.0)
-"""Prices of a byte tried where memory binds, in units of the time the device takes to stream it; densest where
-computing a layer again costs about what its activations free."""
+"""Prices of a byte that are tried where memory binds, in units of the time the device takes to stream it; densest where
+recomputing a layer costs about what its activations free."""
 LEAST_MEMORY_PRICE_S_PER_BYTE = 1e3
-"""Seconds per byte at which time has no say."""
+"""A price at which memory outweighs any difference in time."""
 
 
 class PricedObjective(msgspec.Struct, frozen=True, kw_only=True):
-    """``price_s_per_byte`` of state; a byte saved by one micro-batch costs ``saved_weight`` times that."""
+    """A byte of state costs ``price_s_per_byte``, a byte saved by one micro-batch ``saved_weight`` times that. ``mode``
+    is the recomputation: "none", "selective" or "full"; ``family`` one of the module docstring's."""
 
     mode: str
     price_s_per_byte: float
@@ -60,8 +65,8 @@ class PricedObjective(msgspec.Struct, frozen=True, kw_only=True):
 def unpriced_objectives(
     rate_s_per_byte: float, modes: Sequence[str], families: Sequence[str] = OBJECTIVE_FAMILIES[:4]
 ) -> tuple[PricedObjective, ...]:
-    """Rows for memory that does not bind: so low a price that it only breaks ties. Recomputing never pays there, so the
-    mode is the first of ``modes``."""
+    """Objectives for memory that does not bind: so low a price that it only breaks ties. Recomputation never pays there,
+    so the mode is the first of ``modes``."""
     low = 1e-6 * rate_s_per_byte
     return tuple(
         PricedObjective(mode=modes[0], price_s_per_byte=low, saved_weight=1.0, family=family) for family in families
@@ -71,7 +76,8 @@ def unpriced_objectives(
 def memory_priced_objectives(
     rate_s_per_byte: float, modes: Sequence[str], saved_weight: float, gathers_can_bind: bool
 ) -> tuple[PricedObjective, ...]:
-    """Rows for memory that binds, for stages that hold ``saved_weight`` micro-batches."""
+    """Objectives for memory that binds, in stages with ``saved_weight`` micro-batches in flight; ``gathers_can_bind`` as
+    in ``BlockFrontier``."""
     return tuple(
         PricedObjective(mode=mode, price_s_per_byte=factor * rate_s_per_byte, saved_weight=saved_weight, family=family)
         for mode in modes
@@ -81,7 +87,7 @@ def memory_priced_objectives(
 
 
 def least_memory_objectives(modes: Sequence[str], saved_weights: Sequence[int]) -> tuple[PricedObjective, ...]:
-    """Rows whose solutions need the least memory there is; time only breaks ties."""
+    """Objectives whose solutions need the least memory there is; time only breaks ties."""
     return tuple(
         PricedObjective(
             mode=mode, price_s_per_byte=LEAST_MEMORY_PRICE_S_PER_BYTE, saved_weight=float(weight), family="lean"
@@ -91,23 +97,40 @@ def least_memory_objectives(modes: Sequence[str], saved_weights: Sequence[int]) 
     )
 
 
+class MetricWeights(NamedTuple):
+    """Of each objective: ``beta``, what a second of the backward counts against one of the forward; ``compute``, what a
+    second of compute counts; and the weights of the metrics of ops (objectives, NUM_OP_METRICS) and of parameter
+    storages (objectives, NUM_PARAMETER_METRICS)."""
+
+    beta: Floats
+    compute: Floats
+    op: Floats
+    storage: Floats
+
+
 @lru_cache(maxsize=16)
 def metric_weights(
     objectives: tuple[PricedObjective, ...], num_microbatches: int, overlap_contention: float, new_gradient_share: float
-) -> tuple[Floats, Floats, Floats, Floats]:
-    """Per row: beta, what a second of compute counts, and the weights of the ops' and the parameters' metrics."""
+) -> MetricWeights:
+    """The weights of objectives over steps of ``num_microbatches``. ``new_gradient_share``: the share of the price of
+    new gradients in the mean of the module docstring, 0 where a backward creates none."""
     beta = np.array(
-        [1.0 - (1.0 - overlap_contention) / num_microbatches if row.family == "reduced" else 1.0 for row in objectives]
+        [
+            1.0 - (1.0 - overlap_contention) / num_microbatches if objective.family == "reduced" else 1.0
+            for objective in objectives
+        ]
     )
     pairs = list(zip(objectives, beta.tolist(), strict=True))
-    return (
-        beta,
-        np.array([_compute_and_gather_weights(row, overlap_contention)[0] for row in objectives]),
-        np.array([_op_weights(row, late, overlap_contention, new_gradient_share) for row, late in pairs]),
-        np.array(
+    return MetricWeights(
+        beta=beta,
+        compute=np.array([_compute_and_gather_weights(objective, overlap_contention)[0] for objective in objectives]),
+        op=np.array(
+            [_op_weights(objective, each, overlap_contention, new_gradient_share) for objective, each in pairs]
+        ),
+        storage=np.array(
             [
-                _storage_weights(row, num_microbatches, late, overlap_contention, new_gradient_share)
-                for row, late in pairs
+                _storage_weights(objective, num_microbatches, each, overlap_contention, new_gradient_share)
+                for objective, each in pairs
             ]
         ),
     )
@@ -116,6 +139,7 @@ def metric_weights(
 def _storage_weights(
     objective: PricedObjective, num_microbatches: int, beta: float, overlap_contention: float, new_gradient_share: float
 ) -> list[float]:
+    """The weights of the metrics of a parameter's storage."""
     compute, gathers = _compute_and_gather_weights(objective, overlap_contention)
     weights = [0.0] * pm.NUM_PARAMETER_METRICS
     weights[pm.GATHER_FORWARD_S], weights[pm.GATHER_BACKWARD_S] = gathers, beta * gathers
@@ -129,7 +153,7 @@ def _storage_weights(
 
 
 def _compute_and_gather_weights(objective: PricedObjective, overlap_contention: float) -> tuple[float, float]:
-    """What a second of compute and a second of gathers count."""
+    """What a second of compute and a second of ZeRO-3 gathers count."""
     return {"priced": (1.0, 1.0), "lean": (1.0, 1.0), "linked": (overlap_contention, 1.0)}.get(
         objective.family, (1.0, overlap_contention)
     )
@@ -138,6 +162,7 @@ def _compute_and_gather_weights(objective: PricedObjective, overlap_contention: 
 def _op_weights(
     objective: PricedObjective, beta: float, overlap_contention: float, new_gradient_share: float
 ) -> list[float]:
+    """The weights of the metrics of an op."""
     saved = objective.price_s_per_byte * max(objective.saved_weight - new_gradient_share, 0.0)
     share = _compute_and_gather_weights(objective, overlap_contention)[0]
     weights = [0.0] * om.NUM_OP_METRICS

@@ -1,11 +1,13 @@
-"""What full and selective recomputation run again of a block, whatever its placements.
+"""What full and selective recomputation run once more in the backward of a block, whatever its placements.
 
-The backward reads what autograd keeps: inputs, results and tensors of the insides of ops. An op runs again when the
-backward reads its result or insides, or an op that runs again reads its result; what the block hands on stays. So the
-last product of a transformer block, whose sum goes into the residual stream, does not run again: torch's checkpoint
-stops before it, and our runtime leaves it out. Megatron-LM's runs the whole block.
+The backward reads what autograd saves: inputs, outputs and internal tensors of ops. An op is recomputed when the
+backward reads its output or its internal saved tensors, or when a recomputed op reads its output; the outputs of the
+block are inputs of the next one, which saves them. So the last matmul of a transformer block, whose output is added to
+the residual stream, is not recomputed: torch's checkpoint stops before it, and our runtime leaves it out. Megatron-LM
+recomputes the whole block.
 
-Selective recomputation keeps more than the block's inputs (`Kept`): an op whose results it keeps does not run again.
+Selective recomputation saves more than the block's inputs (`SelectiveSaved`): an op whose outputs it saves is not
+recomputed.
 """
 
 from collections.abc import Sequence
@@ -18,8 +20,9 @@ from autopar.intra.block_space import INPUT_NODE, OUTPUT_NODE, BlockSpace, Tenso
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectiveSaved:
-    """What selective recomputation by operation keeps: ``ops`` (ids) keep their results and insides, ``memories`` are the
-    values whose memory stays, ``inputs`` those of them that blocks read and none of these ops makes."""
+    """What selective recomputation by operation saves: the outputs and internal tensors of ``saved_ops`` (ids).
+    ``saved_owners`` are the values (ids) whose memory is saved, ``input_owners`` those of them that are inputs of
+    blocks and outputs of none of these ops."""
 
     saved_ops: frozenset[int]
     saved_owners: frozenset[int]
@@ -29,7 +32,8 @@ class SelectiveSaved:
     def by_operation(
         graph: Graph, profile: GraphProfile, blocks: Sequence[Block], execution: ExecutionModel
     ) -> "SelectiveSaved":
-        """Of a whole graph; every block is a checkpoint of its own and counts its own products."""
+        """Of all blocks of a graph. Saved are every second matmul with a parameter, counted block by block since each is
+        a checkpoint of its own, and fused attention."""
         ops: set[int] = set()
         for block in blocks:
             number = 0
@@ -52,7 +56,8 @@ class SelectiveSaved:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recomputation:
-    """``ops`` (ids) run again, ``reads`` are (op, input position) of values that must be there again; ``None``: all."""
+    """``ops`` (ids) are recomputed; ``needed_inputs`` are the (op id, input position) that the backward or a recomputed
+    op reads, None for all."""
 
     ops: frozenset[int]
     needed_inputs: frozenset[tuple[int, int]] | None
@@ -62,56 +67,56 @@ class Recomputation:
     def of_block(
         space: BlockSpace, profile: GraphProfile, *, whole_block: bool, saved_ops: frozenset[int] = frozenset()
     ) -> "Recomputation":
-        """``whole``: all of it; else what the backward reads and no op of ``stay`` has kept."""
+        """``whole_block``: every op; else what the backward reads, apart from the outputs of ``saved_ops`` (ids)."""
         ops = {node.op.id: node.op for node in space.ops}
         if whole_block:
             return Recomputation(ops=frozenset(ops), needed_inputs=None, space=space)
-        maker = {value: op.id for op in ops.values() for value in op.outputs}
-        handed_on = frozenset(space.block.outputs)
-        found: set[int] = set()
-        reads: set[tuple[int, int]] = set()
+        producer = {value: op.id for op in ops.values() for value in op.outputs}
+        block_outputs = frozenset(space.block.outputs)
+        recomputed: set[int] = set()
+        needed: set[tuple[int, int]] = set()
         stack: list[int] = []
 
-        def run(op: int) -> None:
-            if op not in found and op not in saved_ops:
-                found.add(op)
+        def recompute(op: int) -> None:
+            if op not in recomputed and op not in saved_ops:
+                recomputed.add(op)
                 stack.append(op)
 
-        def read(op: int, at: int) -> None:
-            reads.add((op, at))
-            value = ops[op].inputs[at]
-            if value in maker and value not in handed_on:
-                run(maker[value])
+        def need(op: int, position: int) -> None:
+            needed.add((op, position))
+            value = ops[op].inputs[position]
+            if value in producer and value not in block_outputs:
+                recompute(producer[value])
 
         for op in ops.values():
-            kept = profile.ops[op.id]
-            for at in kept.saved_inputs:
-                read(op.id, at)
-            if kept.saved_internal_tensors or any(op.outputs[at] not in handed_on for at in kept.saved_outputs):
-                run(op.id)
+            saved = profile.ops[op.id]
+            for position in saved.saved_inputs:
+                need(op.id, position)
+            if saved.saved_internal_tensors or any(op.outputs[at] not in block_outputs for at in saved.saved_outputs):
+                recompute(op.id)
         while stack:
             op_id = stack.pop()
-            for at in range(len(ops[op_id].inputs)):
-                read(op_id, at)
-        return Recomputation(ops=frozenset(found), needed_inputs=frozenset(reads), space=space)
+            for position in range(len(ops[op_id].inputs)):
+                need(op_id, position)
+        return Recomputation(ops=frozenset(recomputed), needed_inputs=frozenset(needed), space=space)
 
     @staticmethod
-    def of_attention(space: BlockSpace, attention_ops: frozenset[int]) -> "Recomputation":
-        """Attention alone, whose inputs stay."""
-        return Recomputation(
-            ops=attention_ops & frozenset(node.op.id for node in space.ops), needed_inputs=frozenset(), space=space
-        )
+    def of_attention(space: BlockSpace) -> "Recomputation":
+        """Attention alone, whose inputs stay saved."""
+        attention = frozenset(node.op.id for node in space.ops if node.op.is_attention)
+        return Recomputation(ops=attention, needed_inputs=frozenset(), space=space)
 
     def repeats_redistribution(self, edge: TensorEdge) -> bool:
-        """Whether the value of a flow is moved again: an op behind it, or behind its hub, reads it again."""
+        """Whether the tensor of an edge is redistributed once more: its consumer, or one behind its shared node, needs
+        it in the backward."""
         if self.needed_inputs is None:
             return True
-        first_hub = 2 + len(self.space.ops)
         if edge.target in (INPUT_NODE, OUTPUT_NODE):
             return False
-        if edge.target >= first_hub:
+        node = self.space.op_node(edge.target)
+        if node is None:
             return any(
                 self.repeats_redistribution(other) for other in self.space.tensor_edges if other.source == edge.target
             )
         assert edge.input_index is not None
-        return (self.space.ops[edge.target - 2].op.id, edge.input_index) in self.needed_inputs
+        return (node.op.id, edge.input_index) in self.needed_inputs

@@ -1,8 +1,9 @@
-"""Seconds that a value takes to be redistributed from where one choice makes it to where another reads it, and its
-gradient back.
+"""Seconds to redistribute a tensor from its producer's placement to its consumer's, and its gradient back, for every
+pair of choices.
 
-A state is a placement pair per inner axis. The data axis does what it is given (`data_axis`); only where its placement
-changes is it redistributed along with the inner axes.
+A choice places the tensor and its gradient by a placement pair per inner axis. The pair on the data axis is given
+(`data_axis`): where producer and consumer differ on it, the redistribution spans the whole mesh, elsewhere the inner
+axes only.
 """
 
 import itertools
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 from autopar.core.placement import PARTIAL, REPLICATE, Placement, Placements
 from autopar.cost.redistribution_time import MeshLinks, redistribute_s
 from autopar.graph.ir import Value
-from autopar.intra.saved_memory import LocalBytes
+from autopar.intra.block_mesh import BlockMesh
+from autopar.intra.local_bytes import LocalBytes
 from autopar.rules.dim_factors import without_size
 from autopar.rules.placement_pair import (
     PARTIAL_VALUE,
@@ -28,16 +30,10 @@ Floats = NDArray[np.float64]
 
 
 class RedistributionTables:
-    """Of one block: ``links`` are those of the inner axes, ``whole`` those of all, the data axis of ``data`` ranks
-    first; ``local`` knows the bytes of values on a rank."""
+    """Of one mesh; ``local_bytes`` knows the bytes of values on its ranks."""
 
-    def __init__(self, inner_links: MeshLinks, mesh_links: MeshLinks, data_ranks: int, local_bytes: LocalBytes) -> None:
-        self.inner_links, self.mesh_links, self.data_ranks, self.local_bytes = (
-            inner_links,
-            mesh_links,
-            data_ranks,
-            local_bytes,
-        )
+    def __init__(self, mesh: BlockMesh, local_bytes: LocalBytes) -> None:
+        self.mesh, self.local_bytes = mesh, local_bytes
         self._cache: dict[tuple[tuple[Placements, ...], tuple[float, ...]], Floats] = {}
 
     def forward_backward_s(
@@ -48,8 +44,8 @@ class RedistributionTables:
         source_data: PlacementPair,
         target_data: PlacementPair,
     ) -> tuple[Floats, Floats]:
-        """(sources, targets) seconds to redistribute the value forward and its gradient back; ``source_data`` and
-        ``target_data`` are the data axis's pairs."""
+        """(sources, targets) seconds to redistribute a value forward and its gradient back; ``source_data`` and
+        ``target_data`` are the pairs on the data axis."""
         forward = self._single_direction_s(
             value,
             [forward_placements(pairs) for pairs in sources],
@@ -75,19 +71,24 @@ class RedistributionTables:
         data: tuple[PlacementPair, PlacementPair],
         forward_s: Floats,
     ) -> Floats:
-        """``forward`` with the seconds to what is replicated where a target is partial and its source is not."""
-        if not any(PARTIAL_VALUE in pairs for pairs in end_placements[1]):
+        """``forward_s`` (sources, targets), where a target is Partial on an axis and its source is not, with the
+        seconds to Replicate: from there Partial is free, as all ranks but the first take zeros.
+
+        ``end_placements`` are those of the sources and of the targets, ``data`` their pairs on the data axis.
+        """
+        sources, targets = end_placements
+        if not any(PARTIAL_VALUE in pairs for pairs in targets):
             return forward_s
         rows = []
-        for made in end_placements[0]:
+        for source in sources:
             replicated = [
                 tuple(
-                    REPLICATED if pair == PARTIAL_VALUE != source else pair
-                    for pair, source in zip(pairs, made, strict=True)
+                    REPLICATED if pair == PARTIAL_VALUE != source_pair else pair
+                    for pair, source_pair in zip(target, source, strict=True)
                 )
-                for pairs in end_placements[1]
+                for target in targets
             ]
-            rows.append(self.forward_backward_s(value, [made], replicated, *data)[0][0])
+            rows.append(self.forward_backward_s(value, [source], replicated, *data)[0][0])
         return np.where(np.isfinite(forward_s), forward_s, np.stack(rows))
 
     def _single_direction_s(
@@ -98,21 +99,23 @@ class RedistributionTables:
         source_data: Placement,
         target_data: Placement,
     ) -> Floats:
-        """(sources, targets) seconds. Where the data axis stays as it is, only inner axes change."""
-        if self.data_ranks == 1 or without_size(source_data) == without_size(target_data):
-            table, at = self._all_pairs_s(self.inner_links, value, (*sources, *targets), source_data)
-            return table[np.ix_([at[one] for one in sources], [at[one] for one in targets])]
-        if target_data == PARTIAL:  # zeros on all ranks but the first: a replicated tensor becomes a sum for nothing
+        """(sources, targets) seconds of the forward or of the backward; over the inner axes alone where the placement on
+        the data axis does not change."""
+        if self.mesh.data_ranks == 1 or without_size(source_data) == without_size(target_data):
+            table, index = self._all_pairs_s(self.mesh.inner_links, value, (*sources, *targets), source_data)
+            return table[np.ix_([index[entry] for entry in sources], [index[entry] for entry in targets])]
+        if target_data == PARTIAL:  # free from Replicate: all ranks but the first take zeros
             target_data = REPLICATE
-        made, taken = [(source_data, *one) for one in sources], [(target_data, *one) for one in targets]
-        table, at = self._all_pairs_s(self.mesh_links, value, (*made, *taken), None)
-        return table[np.ix_([at[one] for one in made], [at[one] for one in taken])]
+        made, taken = [(source_data, *entry) for entry in sources], [(target_data, *entry) for entry in targets]
+        table, index = self._all_pairs_s(self.mesh.mesh_links, value, (*made, *taken), None)
+        return table[np.ix_([index[entry] for entry in made], [index[entry] for entry in taken])]
 
     def _all_pairs_s(
         self, links: MeshLinks, value: Value, needed_placements: Sequence[Placements], data: Placement | None
     ) -> tuple[Floats, dict[Placements, int]]:
-        """Seconds between every two placements on the axes of ``links``, and where each is in the table. ``data`` is
-        the placement on the data axis where it is none of the axes."""
+        """Seconds between every two placements on the axes of ``links``, those needed and all that a redistribution path
+        may pass through, and each one's index in the table. ``data`` is the placement on the data axis where that is
+        none of the axes, else None."""
         per_axis: list[dict[Placement, None]] = [{} for _ in links.sizes]
         for placements in needed_placements:
             for axis, placement in enumerate(placements):

@@ -1,54 +1,52 @@
-"""What may be chosen: the strategies of an op, the states of a shared value, the placements at a block's boundary."""
+"""What may be chosen: the strategies of an op, the placements of a shared value, and those at a block's boundary."""
 
 import itertools
 from collections.abc import Callable, Sequence
 
 from autopar.graph.ir import Value
-from autopar.intra.block_space import BlockSpace, OpNode
+from autopar.intra.block_mesh import BlockMesh
+from autopar.intra.block_space import FIRST_OP_NODE, BlockSpace, OpNode
 from autopar.rules.axis_options import AxisOption
 from autopar.rules.dim_factors import DimFactor
 from autopar.rules.op_sharding_rule import OpShardingRule
 from autopar.rules.placement_pair import PARTIAL_GRADIENT, PARTIAL_VALUE, REPLICATED, PlacementPair
 
-MIN_UNEVEN_ELEMENTS = (
-    64  # a plain dim may be cut unevenly into k pieces when it has at least 64 k elements (1.6 % imbalance)
-)
-BOUNDARY_ROLES = (
-    "B",
-    "S",
-    "R",
-)  # named boundary placements of an axis: batch, second dim (sequence or channels), replicated
+MIN_UNEVEN_ELEMENTS = 64
+"""A dim of a matmul or an element-wise op may be sharded unevenly k ways from 64 k elements on (1.6 % imbalance)."""
+BOUNDARY_ROLES = ("B", "S", "R")
+"""Named boundary placements of an axis: sharded along the batch, sharded along the second dim (sequence or channels),
+replicated."""
 
 OptionFilter = Callable[[int, OpNode, AxisOption], bool]
+"""(inner axis, op, option) -> whether the op may take the option on the axis."""
 
 
 class StrategyEnumerator:
-    """Of one block on inner axes of ``sizes`` ranks, ``data`` ranks of ``local_batch`` samples each; ``allowed`` says
-    which options an op may take on an axis."""
+    """Enumerates the choices of one block on one mesh."""
 
-    def __init__(
-        self,
-        space: BlockSpace,
-        inner_sizes: tuple[int, ...],
-        local_batch: int,
-        data_ranks: int,
-        option_filter: OptionFilter | None,
-    ) -> None:
-        self.space, self.graph, self.inner_sizes, self.option_filter = space, space.graph, inner_sizes, option_filter
-        self.local_batch, self.micro_batch = local_batch, local_batch * data_ranks
+    def __init__(self, space: BlockSpace, mesh: BlockMesh, option_filter: OptionFilter | None) -> None:
+        self.space, self.graph, self.inner_sizes, self.option_filter = (
+            space,
+            space.graph,
+            mesh.inner_sizes,
+            option_filter,
+        )
+        self.local_batch, self.micro_batch = mesh.local_batch, mesh.micro_batch
 
     def op_strategies(self, node: OpNode) -> tuple[tuple[AxisOption, ...], ...]:
-        """The strategies of an op, an option per inner axis, that leave every rank whole samples and even parts (or,
-        of long plain dims, nearly even ones); the first option throughout where nothing else does."""
-        data = self.space.data_axis.op_options[node.index - 2]
+        """The strategies of an op, each an option per inner axis, under which every rank has full samples and shards of
+        equal size (long dims of matmuls and element-wise ops: nearly equal). Where there is none: the op's first
+        option on every axis."""
+        data = self.space.data_axis.op_options[node.index - FIRST_OP_NODE]
         per_axis = []
         for axis in range(len(self.inner_sizes)):
             options = [o for o in node.options if self.option_filter is None or self.option_filter(axis, node, o)]
             per_axis.append(options or list(node.options[:1]))
-        found = [chosen for chosen in itertools.product(*per_axis) if self._shards_evenly(node, chosen, data)]
-        return tuple(found) or ((node.options[0],) * len(self.inner_sizes),)
+        even = [options for options in itertools.product(*per_axis) if self._shards_evenly(node, options, data)]
+        return tuple(even) or ((node.options[0],) * len(self.inner_sizes),)
 
     def _shards_evenly(self, node: OpNode, strategy: tuple[AxisOption, ...], data_option: AxisOption) -> bool:
+        """Whether a strategy leaves every rank full samples and shards of (nearly) equal size."""
         degrees: dict[tuple[tuple[int, ...], int], int] = {}
         for option, size in zip(strategy, self.inner_sizes, strict=True):
             if option.is_sharded:
@@ -59,9 +57,9 @@ class StrategyEnumerator:
             samples = self.local_batch if data_option.labels == labels else self.micro_batch
             if grows and (size * samples) % self.graph.batch.traced_size:
                 return False
-            whole = self.graph.batch.scale(size, samples)
-            if whole % degree and (
-                grows or whole < MIN_UNEVEN_ELEMENTS * degree or not _may_be_uneven(node.rule, labels)
+            elements = self.graph.batch.scale(size, samples)
+            if elements % degree and (
+                grows or elements < MIN_UNEVEN_ELEMENTS * degree or not _may_be_uneven(node.rule, labels)
             ):
                 return False
         return True
@@ -69,27 +67,36 @@ class StrategyEnumerator:
     def shared_placements(
         self, pairs: Sequence[PlacementPair], *, with_regather: bool
     ) -> tuple[tuple[tuple[PlacementPair, ...], ...], int]:
-        """The states of a shared value: a pair per inner axis, of dims with an element for every part. How many come
-        last that are states once more, in which readers save it as it was sharded and regather it (``regathers``)."""
-        found = []
-        for state in itertools.product(pairs, repeat=len(self.inner_sizes)):
+        """The placements of a shared value, each one of ``pairs`` per inner axis, in which no rank is without an
+        element; and how many of the last ones are regathered ones.
+
+        ``with_regather`` adds a second copy of each placement that an all-gather replicates: in it consumers save the
+        value as it is sharded, and regather it in the backward (`regather`).
+        """
+        placements = []
+        for placement in itertools.product(pairs, repeat=len(self.inner_sizes)):
             degrees: dict[DimFactor, int] = {}
-            for pair, size in zip(state, self.inner_sizes, strict=True):
+            for pair, size in zip(placement, self.inner_sizes, strict=True):
                 if pair.atom is not None:
                     degrees[pair.atom] = degrees.get(pair.atom, 1) * size
             if all(atom.size >= degree for atom, degree in degrees.items()):
-                found.append(state)
+                placements.append(placement)
         regathered = [
-            state
-            for state in found
-            if with_regather and PARTIAL_GRADIENT in state and REPLICATED not in state and PARTIAL_VALUE not in state
+            placement
+            for placement in placements
+            if with_regather
+            and PARTIAL_GRADIENT in placement
+            and REPLICATED not in placement
+            and PARTIAL_VALUE not in placement
         ]
-        return (*found, *regathered), len(regathered)
+        return (*placements, *regathered), len(regathered)
 
     def boundary_placement(self, value: Value, roles: Sequence[str]) -> tuple[PlacementPair, ...]:
-        """The state of ``value`` under a named boundary placement; a value without the dim is replicated (its gradient
-        partial), a scalar partial. A dim is sharded as long as every rank gets something, and unevenly by the last axis
-        alone; else the value is replicated."""
+        """The pairs of a block input or output, one per inner axis, under a named boundary placement.
+
+        A value without the named dim is replicated with a Partial gradient, a scalar is Partial. A dim is sharded as
+        long as every rank gets an element, and unevenly by the last axis alone; else the value is replicated.
+        """
         pairs: list[PlacementPair] = []
         extents = [self.graph.batch.scale(size, self.local_batch) for size in value.shape]
         for role, degree in zip(roles, self.inner_sizes, strict=True):
@@ -112,15 +119,15 @@ class StrategyEnumerator:
         return tuple(pairs)
 
     def _outermost_atom(self, value: Value, dim: int) -> PlacementPair | None:
-        """Of the pairs of a value that shard the first atom of a dim, that of the largest."""
+        """The pair that shards the outermost atom of a dim; of several such atoms, the largest."""
         atoms = [pair.atom for pair in self.space.pairs.get(value.id, ()) if pair.atom is not None]
-        first = [atom for atom in atoms if (atom.dim, atom.split_factor) == (dim, 1)]
-        return PlacementPair.sharded(max(first, key=lambda atom: atom.size)) if first else None
+        outermost = [atom for atom in atoms if (atom.dim, atom.split_factor) == (dim, 1)]
+        return PlacementPair.sharded(max(outermost, key=lambda atom: atom.size)) if outermost else None
 
 
 def _may_be_uneven(rule: OpShardingRule, labels: tuple[int, ...]) -> bool:
-    """Whether the labels are one dim of a matmul or an element-wise op, or a dim that a view leaves as it is: heads,
-    and dims that a view merges or splits, have to be cut evenly."""
+    """Whether the labels are one dim of a matmul or an element-wise op, or a dim that a view leaves as it is. Heads, and
+    dims that a view merges or splits, must be sharded evenly."""
     if not rule.view_groups:
         return len(labels) == 1 and rule.compute in ("matmul", "memory")
     return any((*ins, *outs) == labels and len(ins) == len(outs) == 1 for ins, outs in rule.view_groups)

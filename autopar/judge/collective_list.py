@@ -1,8 +1,8 @@
 """The list of collectives of a plan: equal ones of a stage counted together, in a stable order.
 
-Per micro-batch and stage: moves of activations forward (twice under full recomputation) and backward, exchanges inside
-ops, gathers and scatters of parameters cut at rest, sends to the next and the previous stage. Per step: gradient
-reductions, ZeRO-1/2's gathers, and sends of tied parameters' gradients between the stages that hold them. ``num_bytes``
+Per micro-batch and stage: redistributions of activations forward and backward (those that ``recomputed_ops`` names twice),
+collectives inside ops, ZeRO's gathers and scatters, sends to the next and the previous stage. Per step: gradient
+reductions, ZeRO-1/2's gathers, and sends of tied parameters' gradients between the stages that store them. ``num_bytes``
 is rounded to whole bytes.
 """
 
@@ -16,6 +16,7 @@ from autopar.judge.tied_parameter_price import TiedGradientTransfer
 from autopar.judge.transfer_price import StageTransfer
 
 CollectiveKey = tuple[int, Literal["microbatch", "step"], CollectiveKind, tuple[str, ...], int]
+"""(stage, per, kind, names of the axes, bytes)."""
 
 
 def list_collectives(
@@ -24,20 +25,20 @@ def list_collectives(
     transfers: list[tuple[StageTransfer, StageTransfer]],
     tied_transfers: Iterable[TiedGradientTransfer],
 ) -> tuple[Collective, ...]:
-    """In order of stage; per micro-batch before per step; by kind, axes, and falling size."""
+    """All collectives of a step: by stage, per micro-batch before per step, by kind, axes, and falling size."""
     counts: Counter[CollectiveKey] = Counter()
-    for position, (stage, found) in enumerate(zip(plan.stages, block_prices, strict=True)):
-        for price in found:
+    for position, (stage, prices) in enumerate(zip(plan.stages, block_prices, strict=True)):
+        for price in prices:
             for issue in price.collectives:
                 axes = tuple(stage.axes[axis].name for axis in issue.collective.axes)
                 counts[position, issue.per, issue.collective.kind, axes, round(issue.collective.num_bytes)] += (
                     issue.count
                 )
-        for send in transfers[position]:
-            for size in send.sizes_bytes:
+        for transfer in transfers[position]:
+            for size in transfer.sizes_bytes:
                 counts[position, "microbatch", "send", (), size] += 1
-    for each in tied_transfers:
-        counts[each.source, "step", "send", (), each.num_bytes] += 1
+    for tied in tied_transfers:
+        counts[tied.source, "step", "send", (), tied.num_bytes] += 1
     order = sorted(counts, key=lambda key: (key[0], key[1], key[2], key[3], -key[4]))
     return tuple(
         Collective(kind=kind, axes=axes, num_bytes=num_bytes, count=counts[key], per=per, stage=stage)

@@ -1,14 +1,14 @@
-"""Where the step goes on the busiest run of devices, as the judge prices it: what adds up to the step time.
+"""Where the step goes on the busiest submesh, as the judge prices it: items that add up to the step time.
 
-B micro-batches; sums are over the blocks (and chunks) of the run:
+B micro-batches; sums are over the blocks (and chunks) of the submesh:
 
-    kernels, activations, launches    B * their seconds; nothing hides them
-    parameters, gradients             per micro-batch: B * what a block's compute does not hide, shared out by duration
-    gradients, once a step            max(r - b, 0) + contention * min(r, b) of reductions r behind the last backward b
-    parameters, once a step           all of it
-    optimizer                         the rest of the work once a step
-    sends of tied gradients           once a step, all of it
-    transfers                         T(with them) - T(without them), T the simulated step; at most the run's own
+    kernels, activations, launches    B * their seconds, all exposed
+    parameters, gradients             per micro-batch: B * what a block's compute does not overlap, shared out by duration
+    gradients, once per step          max(r - b, 0) + contention * min(r, b) of reductions r behind the last backward b
+    parameters, once per step         all of it
+    optimizer                         the rest of the work once per step
+    sends of tied gradients           once per step, all of it
+    transfers                         T(with them) - T(without them), T the simulated step; at most the submesh's own
     bubble                            step - all of the above
 """
 
@@ -32,41 +32,45 @@ def step_items(
     cluster: Cluster,
     step_time_s: float,
 ) -> tuple[TimeItem, ...]:
-    """The lines of the busiest run; ``prices`` are of each stage's blocks, ``times`` of each stage, ``tied_s`` of it
-    those in which it gets the gradients of tied parameters."""
+    """The items of the busiest submesh. Per stage: ``block_prices`` of its blocks, ``stage_times``, and ``tied_transfer_s``,
+    the seconds in which it receives the gradients of tied parameters."""
     B = plan.microbatches
-    runs: dict[int, list[int]] = defaultdict(list)
-    for position, stage in enumerate(plan.stages):
-        runs[stage.first_device].append(position)
+    stages_by_device: dict[int, list[int]] = defaultdict(list)
+    for index, planned in enumerate(plan.stages):
+        stages_by_device[planned.first_device].append(index)
 
     def busy_s(stages: list[int]) -> float:
-        return sum(
-            B * (stage_times[at].forward_s + stage_times[at].backward_s) + stage_times[at].step_s for at in stages
-        )
+        """Seconds that a submesh works in a step."""
+        times = [stage_times[stage] for stage in stages]
+        return sum(B * (time.forward_s + time.backward_s) + time.step_s for time in times)
 
-    run = max(runs.values(), key=busy_s)
-    found = _compute_items(plan, [price.seconds for at in run for price in block_prices[at]], cluster, len(run))
-    once_s = 0.0
-    for at in run:
-        items, optimizer_s = _collective_items(plan, at, block_prices[at], cluster)
-        found += items
-        once_s += optimizer_s
-    found.append(TimeItem(kind="optimizer", total_s=once_s, exposed_s=once_s))
-    idle_s = max(step_time_s - busy_s(run), 0.0)
-    sent_s = B * sum(stage_times[at].transfer_forward_s + stage_times[at].transfer_backward_s for at in run)
-    waited_s = min(_exposed_transfer_s(plan, stage_times, step_time_s), idle_s, sent_s)
-    if once := sum(tied_transfer_s[at] for at in run):
-        found.append(TimeItem(kind="send", of="gradients", total_s=once, exposed_s=once))
-    if sent_s:
-        found.append(TimeItem(kind="transfers", total_s=sent_s, exposed_s=waited_s))
-    found.append(TimeItem(kind="bubble", total_s=idle_s - waited_s, exposed_s=idle_s - waited_s))
-    return _merged(found)
+    busiest = max(stages_by_device.values(), key=busy_s)
+    block_seconds = [price.seconds for stage in busiest for price in block_prices[stage]]
+    items = _compute_items(plan, block_seconds, cluster, len(busiest))
+    optimizer_s = 0.0
+    for stage in busiest:
+        collective_items, optimizer_of_stage_s = _collective_items(plan, stage, block_prices[stage], cluster)
+        items += collective_items
+        optimizer_s += optimizer_of_stage_s
+    items.append(TimeItem(kind="optimizer", total_s=optimizer_s, exposed_s=optimizer_s))
+    idle_s = max(step_time_s - busy_s(busiest), 0.0)
+    transfers_s = B * sum(
+        stage_times[stage].transfer_forward_s + stage_times[stage].transfer_backward_s for stage in busiest
+    )
+    exposed_s = min(_exposed_transfer_s(plan, stage_times, step_time_s), idle_s, transfers_s)
+    if tied_s := sum(tied_transfer_s[stage] for stage in busiest):
+        items.append(TimeItem(kind="send", of="gradients", total_s=tied_s, exposed_s=tied_s))
+    if transfers_s:
+        items.append(TimeItem(kind="transfers", total_s=transfers_s, exposed_s=exposed_s))
+    items.append(TimeItem(kind="bubble", total_s=idle_s - exposed_s, exposed_s=idle_s - exposed_s))
+    return _merged(items)
 
 
 def time_parts_of(items: tuple[TimeItem, ...]) -> TimeParts:
-    """The same by kind: collectives by their kind, what is exposed of them together."""
+    """The items by kind: seconds of collectives by their kind, and what is exposed of all of them."""
 
     def exposed_s(kind: str) -> float:
+        """Of all items of a kind."""
         return sum(item.exposed_s for item in items if item.kind == kind)
 
     communication: dict[str, float] = defaultdict(float)
@@ -86,6 +90,7 @@ def time_parts_of(items: tuple[TimeItem, ...]) -> TimeParts:
 
 
 def _compute_items(plan: Plan, block_seconds: list[BlockSeconds], cluster: Cluster, num_stages: int) -> list[TimeItem]:
+    """Kernels and launches of the blocks of ``num_stages`` stages."""
     B, software, launch_s = plan.microbatches, load_software(plan.execution.fusion), cluster.device.launch_s
     launches_s = B * sum(block.launch_s for block in block_seconds)
     launches_s += num_stages * (B * software.microbatch_calls + software.step_calls) * launch_s
@@ -95,43 +100,52 @@ def _compute_items(plan: Plan, block_seconds: list[BlockSeconds], cluster: Clust
 
 
 def _collective_items(
-    plan: Plan, at: int, block_prices: list[BlockPrice], cluster: Cluster
+    plan: Plan, stage: int, block_prices: list[BlockPrice], cluster: Cluster
 ) -> tuple[list[TimeItem], float]:
-    """The collectives of one stage, and the seconds of the optimizer."""
-    B, axes = plan.microbatches, plan.stages[at].axes
+    """The collectives of one stage, and the seconds of its optimizer without the gathers of parameters."""
+    B, axes = plan.microbatches, plan.stages[stage].axes
     backward_s, reduction_s = (
         sum(getattr(price, name) for price in block_prices) for name in ("backward_s", "reduction_s")
     )
     contention = cluster.overlap_contention if plan.execution.overlap else 1.0
-    visible_s = max(reduction_s - backward_s, 0.0) + contention * min(reduction_s, backward_s)
-    exposed = {"gradients": visible_s / reduction_s if reduction_s else 0.0, "parameters": 1.0}
-    found, gathers_s = [], 0.0
+    exposed_s = max(reduction_s - backward_s, 0.0) + contention * min(reduction_s, backward_s)
+    exposed_per_step = {"gradients": exposed_s / reduction_s if reduction_s else 0.0, "parameters": 1.0}
+    items, gathers_s = [], 0.0
     for price in block_prices:
         stored_s = sum(
-            one.count * one.collective.time_s for one in price.collectives if _is_of_parameters(one.of, one.per)
+            issued.count * issued.collective.time_s
+            for issued in price.collectives
+            if issued.of != "activations" and issued.per == "microbatch"
         )
-        share = price.seconds.exposed_parameters_s / stored_s if stored_s else 0.0
-        activations_s = sum(one.count * one.collective.time_s for one in price.collectives if one.of == "activations")
-        visible = price.seconds.redistribution_s / activations_s if activations_s else 0.0
-        for one in price.collectives:
-            total_s = one.count * one.collective.time_s * (B if one.per == "microbatch" else 1)
-            part = visible if one.of == "activations" else share if one.per == "microbatch" else exposed[one.of]
-            names = tuple(axes[axis].name for axis in one.collective.axes)
-            # what is charged may be more than what runs: backward gathers and moves again only what it reads
-            taken_s = max(total_s, part * total_s)
-            found.append(
-                TimeItem(kind=one.collective.kind, axes=names, of=one.of, total_s=taken_s, exposed_s=part * total_s)
+        activations_s = sum(
+            issued.count * issued.collective.time_s for issued in price.collectives if issued.of == "activations"
+        )
+        exposed_of_stored = price.seconds.exposed_parameters_s / stored_s if stored_s else 0.0
+        exposed_of_activations = price.seconds.redistribution_s / activations_s if activations_s else 0.0
+        for issued in price.collectives:
+            total_s = issued.count * issued.collective.time_s * (B if issued.per == "microbatch" else 1)
+            if issued.of == "activations":
+                share = exposed_of_activations
+            else:
+                share = exposed_of_stored if issued.per == "microbatch" else exposed_per_step[issued.of]
+            names = tuple(axes[axis].name for axis in issued.collective.axes)
+            # a block may be charged for more than it issues: the backward regathers and recomputes only what it reads
+            charged_s = max(total_s, share * total_s)
+            items.append(
+                TimeItem(
+                    kind=issued.collective.kind,
+                    axes=names,
+                    of=issued.of,
+                    total_s=charged_s,
+                    exposed_s=share * total_s,
+                )
             )
-            gathers_s += total_s if (one.per, one.of) == ("step", "parameters") else 0.0
-    return found, max(sum(price.optimizer_s for price in block_prices) - gathers_s, 0.0)
-
-
-def _is_of_parameters(of: str, per: str) -> bool:
-    return of != "activations" and per == "microbatch"
+            gathers_s += total_s if (issued.per, issued.of) == ("step", "parameters") else 0.0
+    return items, max(sum(price.optimizer_s for price in block_prices) - gathers_s, 0.0)
 
 
 def _exposed_transfer_s(plan: Plan, stage_times: list[StageTimes], step_time_s: float) -> float:
-    """What transfers add to the step."""
+    """Seconds that transfers add to the step."""
     if not any(time.transfer_forward_s or time.transfer_backward_s for time in stage_times):
         return 0.0
     free = [replace(time, transfer_forward_s=0.0, transfer_backward_s=0.0) for time in stage_times]
@@ -139,7 +153,7 @@ def _exposed_transfer_s(plan: Plan, stage_times: list[StageTimes], step_time_s: 
 
 
 def _merged(items: list[TimeItem]) -> tuple[TimeItem, ...]:
-    """Equal kinds added up: compute first, then collectives by falling time, then the rest."""
+    """Items of equal kind, axes and subject added up: compute first, then collectives by falling time, then the rest."""
     sums: dict[tuple[str, tuple[str, ...], str], list[float]] = defaultdict(lambda: [0.0, 0.0])
     for item in items:
         total = sums[item.kind, item.axes, item.of]
@@ -151,5 +165,7 @@ def _merged(items: list[TimeItem]) -> tuple[TimeItem, ...]:
     ]
     order = ("matmul", "attention", "memory_bound", "launches", "", "transfers", "optimizer", "bubble")
     return tuple(
-        sorted(joined, key=lambda one: (order.index("" if one.of else one.kind), -one.total_s, one.kind, one.axes))
+        sorted(
+            joined, key=lambda item: (order.index("" if item.of else item.kind), -item.total_s, item.kind, item.axes)
+        )
     )

@@ -1,2 +1,2 @@
-"""Layouts written by hand. In: a layout's text and a traced model. Out: the plan it means, priced by the tables of the search;
-the best of a grid of layouts beside a plan."""
+"""Manual layouts. In: a traced model and the text of a layout. Out: the plan that it means, priced from the cost tables
+of the search; the best of a grid of Megatron layouts, next to a plan."""

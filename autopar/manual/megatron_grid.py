@@ -1,5 +1,5 @@
-"""The best manual Megatron layout: every (tp, pp, vpp, dp, mbs, sp, recompute, zero 0/1) is priced, the fastest that
-fits wins."""
+"""The best manual Megatron layout: every (tp, pp, vpp, dp, mbs, sp, recompute, zero 0/1) is priced, and the fastest
+that fits is the best."""
 
 import itertools
 import time
@@ -13,14 +13,15 @@ from autopar.core.units import GIB
 from autopar.graph.traced_model import trace_model
 from autopar.inter.even_partition import layers
 from autopar.inter.interleaved_search import CHUNK_COUNTS
-from autopar.manual.layout_pricer import LayoutPricer, PricedLayout
+from autopar.manual.layout_pricer import LayoutPricer
+from autopar.manual.priced_layout import PricedLayout
 from autopar.workload.workload import Workload
 
 
 def compare_megatron(plan: Plan, workload: Workload, cluster: Cluster, layout_text: str | None = None) -> Comparison:
-    """Price one layout, or the whole grid without ``layout_text``, under the plan's model, cluster, batch and budget.
+    """Price one layout, or the whole grid where ``layout_text`` is None, under the plan's model, batch and budget.
 
-    Raises PlanFileError when the model's graph is not the plan's, LayoutError for a layout that cannot run.
+    PlanFileError where the model's graph is not the plan's, LayoutError for a layout that cannot run.
     """
     started = time.perf_counter()
     pricer = LayoutPricer(
@@ -31,14 +32,14 @@ def compare_megatron(plan: Plan, workload: Workload, cluster: Cluster, layout_te
         memory_gib=plan.estimate.budget_bytes / GIB,
         optimizer=plan.execution.optimizer,
     )
-    if pricer.graph.fingerprint != plan.model.graph_fingerprint:
-        raise PlanFileError("the model traces to another graph than the plan was made for; run `autopar plan` again")
+    if pricer.model.graph.fingerprint != plan.model.graph_fingerprint:
+        raise PlanFileError("the traced graph is not the one that the plan was made for; run `autopar plan` again")
     priced = (
         [pricer.price(parse_layout(layout_text))] if layout_text is not None else _price_grid(pricer, plan.global_batch)
     )
-    fitting = [one for one in priced if one.fits]
+    fitting = [layout for layout in priced if layout.fits]
     pool = fitting or (priced if layout_text is not None else [])
-    best = min(pool, key=lambda one: one.step_time_s, default=None)
+    best = min(pool, key=lambda layout: layout.step_time_s, default=None)
     return Comparison(
         plan=plan,
         best=None if best is None else pricer.plan(best, time.perf_counter() - started),
@@ -49,8 +50,9 @@ def compare_megatron(plan: Plan, workload: Workload, cluster: Cluster, layout_te
 
 
 def _price_grid(pricer: LayoutPricer, global_batch: int) -> list[PricedLayout]:
-    found = []
-    num_layers = len(layers(pricer.blocks))
+    """Every layout of the grid that can run, priced."""
+    priced = []
+    num_layers = len(layers(pricer.model.blocks))
     divisors = [n for n in range(1, pricer.gpus + 1) if pricer.gpus % n == 0]
     for tp, pp in itertools.product(divisors, divisors):
         dp = pricer.gpus // (tp * pp)
@@ -81,7 +83,7 @@ def _price_grid(pricer: LayoutPricer, global_batch: int) -> list[PricedLayout]:
                 schedule="interleaved" if vpp > 1 else "1f1b",
             )
             try:
-                found.append(pricer.price(layout))
+                priced.append(pricer.price(layout))
             except LayoutError:
                 continue  # no runtime can run it
-    return found
+    return priced

@@ -1,14 +1,14 @@
-"""Seconds of kernels on the device this process runs on: what `profile` makes a device's table of.
+"""Seconds of kernels on the device of this process, from which `profile` makes a device's table.
 
-A time is the median of repeated runs after one that warms up, until both ``repeats`` runs and ``least_s`` seconds are
-through.
-On a GPU runs are timed by events on its stream, so what the host does meanwhile is hidden as it is in training.
+A time is the median of repeated calls, after one to warm up, until there are at least ``repeats`` calls and
+``min_total_s`` seconds have passed. On a GPU calls are timed by events on its stream, so host time that overlaps with
+the device's does not count, as in training.
 
     matmul       (m, k) @ (k, n)                            2 m n k FLOPs
     attention    (1, h, s, d), causal, forward              2 h s^2 d FLOPs (half of the square), backward 2.5 times
-    stream       c = a + b over large tensors               3 tensors moved
-    launch       a kernel on a handful of numbers           host seconds until the call returns
-    latency      the same, seconds on the device            of a graph of many, where there are graphs
+    stream       c = a + b over large tensors               3 tensors of traffic
+    launch       a kernel on a few elements                 host seconds until the call returns
+    latency      the same kernel, seconds on the device     per kernel of a CUDA graph of many, on a GPU
 """
 
 import statistics
@@ -21,14 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-TINY_NUMEL = 16  # elements of a kernel that is all latency
+TINY_NUMEL = 16  # elements of a kernel whose time is its latency
 GRAPH_KERNELS = 64
 FUSED_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stopwatch:
-    """Times work on ``device`` ("cpu" or "cuda")."""
+    """Times work on ``device`` ("cpu" or "cuda"), by the median described above."""
 
     device: str
     repeats: int
@@ -38,17 +38,19 @@ class Stopwatch:
         """Median seconds of one call."""
         work()
         self.synchronize()
-        found: list[float] = []
+        times_s: list[float] = []
         started = time.perf_counter()
-        while len(found) < self.repeats or time.perf_counter() - started < self.min_total_s:
-            found.append(self._once_s(work))
-        return statistics.median(found)
+        while len(times_s) < self.repeats or time.perf_counter() - started < self.min_total_s:
+            times_s.append(self._once_s(work))
+        return statistics.median(times_s)
 
     def synchronize(self) -> None:
+        """Wait until the device has done all that was launched."""
         if self.device == "cuda":
             torch.cuda.synchronize()
 
     def _once_s(self, work: Callable[[], object]) -> float:
+        """Seconds of one call."""
         if self.device != "cuda":
             started = time.perf_counter()
             work()
@@ -62,13 +64,14 @@ class Stopwatch:
 
 
 def matmul_s(watch: Stopwatch, m: int, n: int, k: int, dtype: torch.dtype) -> float:
-    """Seconds of (m, k) @ (k, n), the second operand a weight as ``linear`` holds it."""
+    """Seconds of (m, k) @ (k, n), the second operand stored as the weight of ``linear``, (n, k)."""
     x, weight = _random(watch, (m, k), dtype), _random(watch, (n, k), dtype)
     return watch.median_s(lambda: F.linear(x, weight))
 
 
 def attention_s(watch: Stopwatch, seq: int, heads: int, head_dim: int, dtype: torch.dtype) -> tuple[float, float]:
-    """Forward and backward seconds of causal attention with the device's own fused kernel."""
+    """Forward and backward seconds of causal attention with a fused kernel of the device; tensors are (1, heads, seq,
+    head_dim)."""
     with sdpa_kernel(FUSED_BACKENDS):
         return _forward_backward(
             watch,
@@ -81,7 +84,7 @@ def attention_s(watch: Stopwatch, seq: int, heads: int, head_dim: int, dtype: to
 def materialised_attention_s(
     watch: Stopwatch, seq: int, heads: int, head_dim: int, dtype: torch.dtype
 ) -> tuple[float, float]:
-    """Forward and backward seconds of attention that writes its scores: two products, a mask and a softmax."""
+    """Forward and backward seconds of attention that materialises its scores: two products, a mask and a softmax."""
     mask = torch.full((seq, seq), -torch.inf, device=watch.device, dtype=dtype).triu(1)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -91,7 +94,8 @@ def materialised_attention_s(
 
 
 def stream_bytes_per_s(watch: Stopwatch, num_bytes: int) -> tuple[float, float]:
-    """(fastest of copying and filling, adding two tensors) over tensors of ``num_bytes``."""
+    """Memory traffic in bytes per second over tensors of ``num_bytes``: (the fastest of copying, filling and adding,
+    that of adding two)."""
     first, second = (torch.ones(num_bytes // 4, device=watch.device) for _ in range(2))
     out = torch.empty_like(first)
     copied = 2 * num_bytes / watch.median_s(lambda: out.copy_(first))
@@ -101,7 +105,7 @@ def stream_bytes_per_s(watch: Stopwatch, num_bytes: int) -> tuple[float, float]:
 
 
 def launch_s(watch: Stopwatch, count: int) -> float:
-    """Host seconds of one call of an op on a handful of numbers, among ``count`` in a row with gradient on."""
+    """Host seconds of one call of an op on a few elements that autograd records: the mean of ``count`` in a row."""
     x = torch.ones(TINY_NUMEL, device=watch.device, requires_grad=True)
     x.mul(1.0)
     watch.synchronize()
@@ -114,7 +118,7 @@ def launch_s(watch: Stopwatch, count: int) -> float:
 
 
 def latency_s(watch: Stopwatch) -> float:
-    """Device seconds of a kernel on a handful of numbers."""
+    """Device seconds of a kernel on a few elements."""
     x = torch.ones(TINY_NUMEL, device=watch.device)
     if watch.device != "cuda":
         return watch.median_s(lambda: x.mul_(1.0))
@@ -128,7 +132,8 @@ def latency_s(watch: Stopwatch) -> float:
 
 
 def sustained_fraction(watch: Stopwatch, size: int, dtype: torch.dtype, seconds: float) -> float:
-    """Rate of a square matmul after ``seconds`` of them over its rate at first: clocks fall as a device warms up."""
+    """The rate of a square matmul after ``seconds`` of them, relative to its rate at first, at most 1: clocks fall as a
+    device warms up."""
     x, weight = (_random(watch, (size, size), dtype) for _ in range(2))
     cool_s = watch.median_s(lambda: F.linear(x, weight))
     started = time.perf_counter()
@@ -142,6 +147,7 @@ def sustained_fraction(watch: Stopwatch, size: int, dtype: torch.dtype, seconds:
 def _forward_backward(
     watch: Stopwatch, attend: Callable[[Tensor, Tensor, Tensor], Tensor], shape: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[float, float]:
+    """Forward and backward seconds of an attention function, on random query, key and value of this shape."""
     leaves = tuple(_random(watch, shape, dtype).requires_grad_() for _ in range(3))
     with torch.no_grad():
         forward_s = watch.median_s(lambda: attend(*leaves))
@@ -152,4 +158,5 @@ def _forward_backward(
 
 
 def _random(watch: Stopwatch, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor of numbers from N(0, 1) on the device."""
     return torch.randn(shape, device=watch.device, dtype=torch.float32).to(dtype)

@@ -1,10 +1,11 @@
-"""Seconds of collectives among the ranks of the process group, and of sends between two: a cluster's curves.
+"""Seconds of collectives over the ranks of the process group, and of messages between two: a cluster's curves.
 
-Under ``torchrun`` every rank calls these in the same order; ranks outside the group that talks wait. A time is the
-slowest rank's median. Bytes mean what ``CollectiveCurve`` says: the tensor of all_reduce, the output of all_gather, the
-input of reduce_scatter, what a rank holds before all_to_all.
+Under ``torchrun`` every rank calls these in the same order; ranks outside the measured group wait. A time is the
+slowest rank's median. Bytes are those of ``CollectiveCurve``: the tensor of all_reduce, the output of all_gather, the
+input of reduce_scatter, a rank's input of all_to_all.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,12 +18,14 @@ from autopar.cluster.cluster import MEASURED_COLLECTIVES, CollectiveCurve, Measu
 from autopar.measure.kernel_times import Stopwatch
 
 LinkProgress = Callable[[str], None]
+"""Called with what is measured next."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredLinks:
-    """Curves inside a node, and of one message between two ranks: bytes per second, and seconds of next to no bytes.
-    ``between`` is (bytes per second of a node, seconds a hop) of an all_reduce over several nodes, None on one node."""
+    """Curves of collectives inside a node; bytes per second of a message between two ranks, and seconds of a small one.
+    ``inter_node`` is (bytes per second of a node, seconds per hop) of an all_reduce over several nodes, None on
+    one node."""
 
     curves: tuple[CollectiveCurve, ...]
     link_bytes_per_s: float
@@ -33,7 +36,8 @@ class MeasuredLinks:
 def measure_links(
     watch: Stopwatch, sizes_bytes: tuple[int, ...], ranks_per_node: int, progress: LinkProgress
 ) -> MeasuredLinks:
-    """Collectives among 2, 4, ... ranks of the first node, and between nodes where there are several."""
+    """Measure collectives over 2, 4, ... and all ranks of the first node, a message between two ranks, and an
+    all_reduce between nodes where there are several. ``sizes_bytes`` increase. Collective over the world."""
     world = dist.get_world_size()
     counts = sorted(
         {*(2**at for at in range(1, ranks_per_node.bit_length()) if 2**at <= ranks_per_node), ranks_per_node}
@@ -44,10 +48,10 @@ def measure_links(
             continue
         group = dist.new_group(list(range(count)))
         for kind in MEASURED_COLLECTIVES:
-            progress(f"{kind} among {count} ranks")
+            progress(f"{kind} over {count} ranks")
             times = [_collective_s(watch, kind, size, count, group) for size in sizes_bytes]
             curves.append(_monotone_curve(kind, count, sizes_bytes, times))  # type: ignore[arg-type]
-    progress("sends between two ranks")
+    progress("point-to-point between two ranks")
     small, large = (_send_s(watch, size) for size in (sizes_bytes[0], sizes_bytes[-1]))
     rate = (sizes_bytes[-1] - sizes_bytes[0]) / max(large - small, 1e-9)
     between = None
@@ -69,18 +73,19 @@ def measure_links(
 def _monotone_curve(
     kind: MeasuredCollective, num_ranks: int, sizes_bytes: tuple[int, ...], times_s: list[float]
 ) -> CollectiveCurve:
-    """A noisy machine may take longer for fewer bytes: times are made to grow by taking the largest so far."""
-    grown = [max(times_s[: at + 1]) for at in range(len(times_s))]
-    return CollectiveCurve(kind=kind, num_ranks=num_ranks, num_bytes=sizes_bytes, time_s=tuple(grown))
+    """The curve through these times, each replaced by the largest so far: a noisy machine may take longer for fewer
+    bytes."""
+    increasing = tuple(itertools.accumulate(times_s, max))
+    return CollectiveCurve(kind=kind, num_ranks=num_ranks, num_bytes=sizes_bytes, time_s=increasing)
 
 
 def _collective_s(watch: Stopwatch, kind: str, num_bytes: int, num_ranks: int, group: ProcessGroup | None) -> float:
-    """Seconds of one collective, on all ranks of the world (those outside the group get the others' time)."""
+    """Seconds of one collective over the first ``num_ranks`` ranks, returned on all ranks of the world."""
     seconds = torch.zeros(1, device=watch.device)
     if dist.get_rank() < num_ranks:
-        whole = max(num_bytes // 4 // num_ranks, 1) * num_ranks
-        full = torch.ones(whole, device=watch.device)
-        part = torch.zeros(whole // num_ranks, device=watch.device)
+        numel = max(num_bytes // 4 // num_ranks, 1) * num_ranks
+        full = torch.ones(numel, device=watch.device)
+        part = torch.zeros(numel // num_ranks, device=watch.device)
         other = torch.empty_like(full)
         calls: dict[str, Callable[[], object]] = {
             "all_reduce": lambda: dist.all_reduce(full, group=group),
@@ -94,20 +99,21 @@ def _collective_s(watch: Stopwatch, kind: str, num_bytes: int, num_ranks: int, g
 
 
 def _equal_count_s(watch: Stopwatch, work: Callable[[], object], group: ProcessGroup | None) -> float:
-    """Median of as many runs on every rank of the group: a watch that stops by the clock would stop them apart."""
+    """Median seconds of a call, after the same number of calls on every rank of the group: a stopwatch that stops by
+    the clock would stop ranks at different calls."""
     fixed = Stopwatch(device=watch.device, repeats=watch.repeats, min_total_s=0.0)
     dist.barrier(group=group)
     return fixed.median_s(work)
 
 
 def _send_s(watch: Stopwatch, num_bytes: int) -> float:
-    """Seconds from rank 0 to rank 1: half of the way there and back."""
+    """Seconds of a message from rank 0 to rank 1, half of a round trip, returned on all ranks of the world."""
     seconds = torch.zeros(1, device=watch.device)
     rank = dist.get_rank()
     if rank < 2:
         data: Tensor = torch.ones(max(num_bytes // 4, 1), device=watch.device)
 
-        def there_and_back() -> None:
+        def round_trip() -> None:
             if rank == 0:
                 dist.send(data, 1)
                 dist.recv(data, 1)
@@ -116,6 +122,6 @@ def _send_s(watch: Stopwatch, num_bytes: int) -> float:
                 dist.send(data, 0)
 
         fixed = Stopwatch(device=watch.device, repeats=watch.repeats, min_total_s=0.0)
-        seconds[0] = fixed.median_s(there_and_back) / 2
+        seconds[0] = fixed.median_s(round_trip) / 2
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
     return float(seconds)

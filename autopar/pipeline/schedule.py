@@ -1,8 +1,8 @@
-"""The order of actions of each pipeline schedule, and what it makes a rank hold.
+"""The order of actions of each pipeline schedule, and the micro-batches that it has in flight.
 
-A rank of S runs N = B v forwards and N backwards (v model chunks per rank; v = 1 but for "interleaved"). All three
-schedules are one shape, told apart by the warmup w: w forwards, then forward and backward in turn, then the backwards
-that are left (`_rank_order`):
+Each of S ranks runs N = B v forwards and N backwards (B micro-batches, v model chunks per rank; v = 1 but for
+"interleaved"). The three schedules differ in the warmup w alone: w forwards, then forward and backward in turn, then the
+remaining backwards (`_rank_order`):
 
     "1f1b"         w = min(S - 1 - rank, N)                          Narayanan et al., PipeDream-flush
     "gpipe"        w = N                                             Huang et al.
@@ -10,7 +10,7 @@ that are left (`_rank_order`):
 
 Step k of the forwards works on local chunk (k // S) mod v, step k of the backwards on the mirrored one, both on
 micro-batch (k // (S v)) S + k mod S. That is the order of torch's ``Schedule1F1B``, ``ScheduleGPipe`` and
-``ScheduleInterleaved1F1B``. Chunk c (0 is first in the model) lies on rank c mod S.
+``ScheduleInterleaved1F1B``. Chunk c (0 is first in the model) is on rank c mod S.
 """
 
 import re
@@ -40,19 +40,21 @@ class Action:
     microbatch: int
 
     def __str__(self) -> str:
+        """As torch prints it."""
         return f"{self.stage}{self.kind}{self.microbatch}"
 
     @classmethod
     def parse(cls, text: str) -> "Action":
+        """The action of a text such as 2F0; UsageError for any other text."""
         match = re.fullmatch(r"(\d+)([FB])(\d+)", text)
         if match is None:
-            raise UsageError(f"{text!r} is no pipeline action; write stage, F or B, micro-batch, such as 2F0")
+            raise UsageError(f"{text!r} is not a pipeline action; write stage, F or B, micro-batch, for example 2F0")
         kind: Literal["F", "B"] = "F" if match[2] == "F" else "B"
         return cls(kind, int(match[1]), int(match[3]))
 
 
 def check_schedule(schedule: str, num_stages: int, num_microbatches: int, num_chunks: int) -> None:
-    """Raise UsageError where no rank could run ``schedule`` with these sizes."""
+    """UsageError where ``schedule`` is unknown or cannot run with these sizes."""
     if schedule not in ("1f1b", "gpipe", "interleaved"):
         raise UsageError(f"unknown schedule {schedule!r}; it is one of 1f1b, gpipe, interleaved")
     if min(num_stages, num_microbatches, num_chunks) < 1:
@@ -65,12 +67,12 @@ def check_schedule(schedule: str, num_stages: int, num_microbatches: int, num_ch
     if schedule == "interleaved" and num_microbatches % num_stages:
         raise UsageError(
             f"interleaved needs the number of micro-batches to be a multiple of the number of pipeline ranks: "
-            f"{num_microbatches} is no multiple of {num_stages}; change the micro-batch size or pp"
+            f"{num_microbatches} is not a multiple of {num_stages}; change the micro-batch size or pp"
         )
 
 
 def num_warmup_forwards(schedule: Schedule, num_stages: int, num_microbatches: int, num_chunks: int, rank: int) -> int:
-    """w of the module's table: forwards before the first forward that a backward follows at once."""
+    """w of the module's table: the forwards of a rank before it alternates between forwards and backwards."""
     num_steps = num_microbatches * num_chunks
     if schedule == "gpipe":
         return num_steps
@@ -80,9 +82,9 @@ def num_warmup_forwards(schedule: Schedule, num_stages: int, num_microbatches: i
 
 
 def _rank_order(num_warmup_steps: int, num_steps: int) -> tuple[NDArray[np.bool_], Ints]:
-    """(is it a forward, its forward or backward step) of each of the 2 num_steps actions of a rank."""
+    """Per action of a rank, (2 num_steps,) each: whether it is a forward, and its number among the forwards or backwards."""
     steps = np.arange(num_steps)
-    # Forward k comes at k, pushed back by the backwards between; backward j comes right behind forward j + warmup.
+    # Forward k is delayed from k by the backwards before it; backward j comes right after forward j + warmup.
     forward_at = steps + np.maximum(steps - num_warmup_steps, 0)
     backward_at = np.where(steps + num_warmup_steps < num_steps, 2 * steps + num_warmup_steps + 1, steps + num_steps)
     is_forward = np.zeros(2 * num_steps, dtype=np.bool_)
@@ -98,7 +100,7 @@ def rank_actions(
 ) -> tuple[tuple[Action, ...], ...]:
     """The actions of each of ``num_stages`` pipeline ranks, first rank first, in the order the rank runs them.
 
-    >>> [" ".join(map(str, rank)) for rank in actions("1f1b", 2, 3)]
+    >>> [" ".join(map(str, rank)) for rank in rank_actions("1f1b", 2, 3)]
     ['0F0 0F1 0B0 0F2 0B1 0B2', '1F0 1B0 1F1 1B1 1F2 1B2']
     """
     check_schedule(schedule, num_stages, num_microbatches, num_chunks)
@@ -122,11 +124,11 @@ def rank_actions(
 def in_flight_by_rank(
     schedule: Schedule, num_stages: int, num_microbatches: int, num_chunks: int = 1
 ) -> tuple[int, ...]:
-    """The most micro-batches (of one chunk each, 1/v of a rank's blocks) that each rank holds saved tensors of.
+    """The most micro-batches that each rank has in flight; each counts one chunk, 1/v of a rank's blocks.
 
-    Counted from the rank's own order: forwards done and not yet undone by their backward, the running one included.
+    Counted from the rank's own actions: forwards begun whose backward has not ended.
 
-    >>> in_flight("1f1b", 4, 8), in_flight("gpipe", 4, 8), in_flight("interleaved", 2, 4, 2)
+    >>> in_flight_by_rank("1f1b", 4, 8), in_flight_by_rank("gpipe", 4, 8), in_flight_by_rank("interleaved", 2, 4, 2)
     ((4, 3, 2, 1), (8, 8, 8, 8), (5, 3))
     """
     check_schedule(schedule, num_stages, num_microbatches, num_chunks)
@@ -143,26 +145,26 @@ def in_flight_by_rank(
 def in_flight_by_chunk(
     schedule: Schedule, num_stages: int, num_microbatches: int, num_chunks: int = 1
 ) -> tuple[int, ...]:
-    """Micro-batches that each of the S v chunks, in model order, holds when its rank holds most of all; at least 1.
+    """Micro-batches that each of the S v chunks, in model order, has in flight at the peak of its rank; at least 1.
 
-    >>> held_by_chunk("1f1b", 4, 8), held_by_chunk("interleaved", 2, 4, 2)
+    >>> in_flight_by_chunk("1f1b", 4, 8), in_flight_by_chunk("interleaved", 2, 4, 2)
     ((4, 3, 2, 1), (3, 2, 2, 1))
     """
     if num_chunks == 1:
         return in_flight_by_rank(schedule, num_stages, num_microbatches)
     check_schedule(schedule, num_stages, num_microbatches, num_chunks)
-    held = np.ones((num_chunks, num_stages), np.int64)
+    in_flight = np.ones((num_chunks, num_stages), np.int64)
     for rank in range(num_stages):
         warmup = num_warmup_forwards(schedule, num_stages, num_microbatches, num_chunks, rank)
         is_forward, step = _rank_order(warmup, num_microbatches * num_chunks)
         local = _local_chunk(is_forward, step, num_stages, num_chunks)
         change = np.where(is_forward, 1, -1)
         counts = np.cumsum(change[:, None] * (local[:, None] == np.arange(num_chunks)), axis=0)
-        held[:, rank] = np.maximum(counts[counts.sum(axis=1).argmax()], 1)
-    return tuple(held.ravel().tolist())
+        in_flight[:, rank] = np.maximum(counts[counts.sum(axis=1).argmax()], 1)
+    return tuple(in_flight.ravel().tolist())
 
 
 def _local_chunk(is_forward: NDArray[np.bool_], step: Ints, group: int, num_chunks: int) -> Ints:
-    """Which of its chunks a rank works on in each action; ``group`` micro-batches pass a chunk in turn."""
+    """Which of its chunks a rank works on in each action; ``group`` micro-batches in a row take the same chunk."""
     local = (step // group) % num_chunks
     return np.where(is_forward, local, num_chunks - 1 - local)

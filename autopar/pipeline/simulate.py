@@ -1,21 +1,21 @@
-"""Event simulation of a pipeline schedule: the time that decides between plans.
+"""Event simulation of a pipeline schedule: the step time by which plans are compared.
 
 Each rank runs its actions (`schedule`) one after the other. A forward of chunk c waits for chunk c - 1's forward of the
-same micro-batch plus its transfer, a backward for chunk c + 1's backward plus its transfer; transfers delay the arrival
-and do not occupy the rank:
+same micro-batch and its transfer, a backward for chunk c + 1's backward and its transfer; transfers (sf, sb) delay the
+arrival and do not occupy the rank:
 
-    end F(c, m) = f_c + max(end of the rank's action before, end F(c - 1, m) + sf_{c-1})
-    end B(c, m) = b_c + max(end of the rank's action before, end B(c + 1, m) + sb_{c+1})
+    end F(c, m) = f_c + max(end of the rank's previous action, end F(c - 1, m) + sf_{c-1})
+    end B(c, m) = b_c + max(end of the rank's previous action, end B(c + 1, m) + sb_{c+1})
     step time   = max over ranks [end of the rank's last backward + sum of step_s of its chunks]
 
-All times of a chunk are the same for every micro-batch, which these exact forms use:
+A chunk takes the same times for every micro-batch, which allows for exact forms faster than a simulation of every action:
 
 * gpipe (`_finish_gpipe`): longest paths in closed form.
 * 1f1b (`_finish_1f1b`): put F(s, m) in slot 2m + s and B(s, m) in slot 2m + 2S - 1 - s. Every stage then does one
-  action a slot and needs only the slot before, so a slot is a max-plus linear map x -> A x of the S end times. While
-  all stages are busy two slots are always the same map, whose powers come by squaring.
-* interleaved (`_finish_interleaved`): rank r does F step n - r, then B step n - (v+1) S + 2 + r, in slot n; ranks form
-  a ring and need only the slot before.
+  action per slot, which depends on the previous slot alone, so a slot is a max-plus linear map x -> A x of the S end
+  times. While all stages are busy, any two successive slots are the same map, whose powers come by squaring.
+* interleaved (`_finish_interleaved`): in slot n, rank r does forward number n - r, then backward number
+  n - (v+1) S + 2 + r; the ranks form a ring, and a slot depends on the previous one alone.
 """
 
 from collections.abc import Sequence
@@ -32,9 +32,9 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageTimes:
-    """Seconds of one stage (or chunk): per micro-batch, but ``step_s``, which is the exposed time once per step after
-    the stage's last backward (gradient reduction, optimizer). ``send_forward_s`` is the activation's transfer to the
-    next stage, ``send_backward_s`` the gradient's to the previous one."""
+    """Seconds of one stage (or chunk) per micro-batch, but for ``step_s``, the exposed seconds once per step after the
+    stage's last backward (gradient reduction, optimizer). ``transfer_forward_s`` is the activation's transfer to the next
+    stage, ``transfer_backward_s`` the gradient's to the previous one."""
 
     forward_s: float
     backward_s: float
@@ -45,8 +45,8 @@ class StageTimes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Simulation:
-    """What a step of the schedule takes. ``finish_s`` is the end of each rank's last backward; ``bubble_fraction`` the
-    idle share of all device-seconds of the step (the exposed per-step time is work, not idle)."""
+    """One simulated step. ``last_backward_s``: the end of each rank's last backward; ``bubble_fraction``: the idle fraction
+    of all device-seconds of the step (``step_s`` is work, not idle)."""
 
     schedule: Schedule
     stages: tuple[StageTimes, ...]
@@ -58,7 +58,7 @@ class Simulation:
 
     @property
     def in_flight(self) -> tuple[int, ...]:
-        """The most micro-batches (chunks) whose saved tensors each rank holds, counted from its actions."""
+        """The most micro-batches (of one chunk each) that each rank has in flight, counted from its actions."""
         return in_flight_by_rank(self.schedule, len(self.last_backward_s), self.num_microbatches, self.num_chunks)
 
     def timeline(self) -> list[tuple[int, Action, float, float]]:
@@ -74,8 +74,8 @@ def simulate(
     *,
     num_devices: Sequence[int] | None = None,
 ) -> Simulation:
-    """Simulate one step. ``stages`` are all S v chunks in model order; ``num_devices`` of each of the S ranks'
-    submeshes weighs the bubble (default: equal).
+    """Simulate one step. ``stages`` are all S v chunks in model order; ``num_devices`` of each of the S ranks' submeshes
+    weight ``bubble_fraction`` (default: equal). UsageError where the schedule cannot run with these sizes.
 
     >>> even = [StageTimes(forward_s=1.0, backward_s=2.0)] * 4
     >>> simulate("1f1b", even, 8).step_time_s      # (B + S - 1) (f + b)
@@ -84,7 +84,7 @@ def simulate(
     num_ranks = len(stages) // num_chunks
     check_schedule(schedule, num_ranks, num_microbatches, num_chunks)
     if num_ranks * num_chunks != len(stages):
-        raise UsageError(f"{len(stages)} chunks cannot be dealt to ranks {num_chunks} at a time")
+        raise UsageError(f"{len(stages)} stages cannot be divided into {num_chunks} chunks per rank")
     forward = np.array([stage.forward_s for stage in stages])
     backward = np.array([stage.backward_s for stage in stages])
     send_forward = np.array([stage.transfer_forward_s for stage in stages])
@@ -114,9 +114,10 @@ def simulate(
 def _finish_gpipe(
     forward_s: Floats, backward_s: Floats, send_forward_s: Floats, send_backward_s: Floats, B: int
 ) -> Floats:
-    """The last forward ends after every stage once and the slowest B - 1 more times; the backwards likewise."""
+    """End of each stage's last backward, (S,) seconds. The last forward ends after one forward of every stage and B - 1 more
+    of the slowest; the backwards likewise."""
     last_forward = forward_s.sum() + send_forward_s[:-1].sum() + (B - 1) * forward_s.max()
-    # send_backward[s + 1] brings the gradient to stage s; sums and maxima run from the last stage to s.
+    # send_backward_s[s + 1] is the gradient's transfer to stage s; sums and maxima run from the last stage to s
     arrive = np.append(send_backward_s[1:], 0.0)
     back = np.cumsum((backward_s + arrive)[::-1])[::-1]
     slowest = np.maximum.accumulate(backward_s[::-1])[::-1]
@@ -152,11 +153,11 @@ def _finish_1f1b(
 def _skip_steady_state(
     forward_s: Floats, backward_s: Floats, from_previous_s: Floats, from_next_s: Floats, num_periods: int, end_s: Floats
 ) -> Floats:
-    """``end`` after ``num_periods`` times (an odd slot, an even slot) in which every stage is busy."""
+    """``end_s`` after ``num_periods`` pairs of an odd and an even slot in which every stage is busy."""
     stage = np.arange(len(forward_s))
 
     def next_slot(parity: int, ends: Floats) -> Floats:
-        """One slot on a column of end times, or on many columns at once."""
+        """One slot applied to columns of end times; ``parity`` of the slot's number."""
         is_forward = (parity - stage) % 2 == 0
         source = np.where(is_forward, np.maximum(stage - 1, 0), np.minimum(stage + 1, len(stage) - 1))
         wait = np.where(is_forward, from_previous_s, from_next_s)[:, None]
@@ -165,7 +166,7 @@ def _skip_steady_state(
     identity = np.where(np.eye(len(stage), dtype=np.bool_), 0.0, -np.inf)
     power = next_slot(0, next_slot(1, identity))
     left = num_periods
-    # Squaring costs S^3 and a step S^2, so stop doubling once as many steps as stages would be left.
+    # squaring costs S^3 and a single step S^2, so doubling stops once no more steps than stages are left
     while left > len(stage):
         if left % 2:
             end_s = (power + end_s).max(axis=1)
@@ -185,7 +186,7 @@ def _finish_interleaved(
     num_steps, shift = v * B, (v + 1) * S - 2
     rank = np.arange(S)
     slots = np.arange(num_steps + shift)[:, None]
-    # What arrives at local chunk l of rank r comes from chunk l S + r - 1 (forward) or l S + r + 1 (backward).
+    # what arrives at local chunk l of rank r comes from chunk l S + r - 1 (forward) or l S + r + 1 (backward)
     from_previous = np.concatenate([[-np.inf], send_forward_s[:-1]]).reshape(v, S)
     from_next = np.append(send_backward_s[1:], -np.inf).reshape(v, S)
     step_f, step_b = slots - rank, slots - shift + rank
@@ -209,7 +210,8 @@ def _finish_interleaved(
 def _simulate_events(
     schedule: Schedule, stages: Sequence[StageTimes], num_microbatches: int, num_chunks: int
 ) -> list[tuple[int, Action, float, float]]:
-    """Every action's start and end, by running each rank's list as far as its inputs have arrived."""
+    """(rank, action, start_s, end_s) of every action, found by running each rank's actions as far as their inputs have
+    arrived."""
     num_ranks = len(stages) // num_chunks
     orders = rank_actions(schedule, num_ranks, num_microbatches, num_chunks)
     arrived: dict[Action, float] = {Action("F", 0, m): 0.0 for m in range(num_microbatches)}

@@ -8,6 +8,7 @@ from importlib import metadata
 
 from autopar.cluster.cluster import Cluster
 from autopar.core.dtypes import SHORT_NAMES
+from autopar.core.invariants import recompute_summary
 from autopar.core.mesh_axis import Axis
 from autopar.core.plan import (
     FORMAT_VERSION,
@@ -21,7 +22,6 @@ from autopar.core.plan import (
     Schedule,
     SearchOutcome,
     StagePlan,
-    recompute_summary,
 )
 from autopar.cost.execution_model import ExecutionModel
 from autopar.graph.attention import masked_calls
@@ -31,7 +31,6 @@ from autopar.inter.block_choice import BlockChoice, block_choices
 from autopar.inter.block_pricer import StageMesh
 from autopar.inter.stage_choice import StagePrice
 from autopar.inter.stage_costs import StageCosts
-from autopar.inter.stage_memory import memory_of_choices
 from autopar.inter.stage_transfers import first_devices
 from autopar.intra.placement_text import PlacementWriter
 from autopar.judge.context import ModelContext
@@ -45,9 +44,13 @@ from autopar.workload.workload import Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ChosenPipeline:
-    """What the search hands over: per stage its run, and its times with transfers. A layout's stages may have a book
-    each (of one model and micro-batch) and, interleaved, come back to a run of devices; ``first_devices`` says
-    where. ``ground``: what judging several plans of one model shares."""
+    """The pipeline to write as a plan: for each stage its blocks and devices, price, micro-batches in flight and times
+    with transfers.
+
+    The stages of a layout may each have costs of their own (``stage_costs_of``, of one model and micro-batch size).
+    ``first_devices`` are given where they are not one after the other (interleaved chunks return to a submesh);
+    ``judge_context`` is what judging several plans of one model shares.
+    """
 
     workload: Workload
     cluster: Cluster
@@ -71,20 +74,20 @@ class ChosenPipeline:
 
 
 def build_plan(chosen: ChosenPipeline) -> Plan:
-    """The plan, with an estimate from the same totals the search compared."""
-    book, graph = chosen.stage_costs, chosen.stage_costs.pricer.graph
+    """The plan, judged, with an estimate from the same totals that the search compared."""
+    costs, graph = chosen.stage_costs, chosen.stage_costs.pricer.graph
     writer = _StageWriter(chosen)
-    stages = tuple(writer.write_stage(at) for at in range(len(chosen.stages)))
+    stages = tuple(writer.write_stage(index) for index in range(len(chosen.stages)))
     simulation = simulate(
         chosen.schedule,
         chosen.stage_times,
-        book.num_microbatches,
+        costs.num_microbatches,
         chosen.num_chunks,
         num_devices=[devices for _, _, devices in chosen.stages[: len(chosen.stages) // chosen.num_chunks]],
     )
-    slowest = max(range(len(stages)), key=lambda at: stages[at].forward_s + stages[at].backward_s)
+    slowest = max(range(len(stages)), key=lambda index: stages[index].forward_s + stages[index].backward_s)
     estimate = make_estimate(
-        stage_costs=book,
+        stage_costs=costs,
         cluster=chosen.cluster,
         gpus=chosen.gpus,
         global_batch=chosen.global_batch,
@@ -107,11 +110,11 @@ def build_plan(chosen: ChosenPipeline) -> Plan:
             num_parameters=num_parameters(graph),
         ),
         cluster=ClusterRef(name=chosen.cluster.name, fingerprint=chosen.cluster.fingerprint, overrides={}),
-        execution=plan_execution(book.pricer.execution),
+        execution=plan_execution(costs.pricer.execution),
         gpus=chosen.gpus,
         global_batch=chosen.global_batch,
-        microbatches=book.num_microbatches,
-        micro_batch_size=book.micro_batch,
+        microbatches=costs.num_microbatches,
+        micro_batch_size=costs.micro_batch,
         schedule=chosen.schedule,
         num_chunks=chosen.num_chunks,
         recompute=recompute_summary(programs),
@@ -125,7 +128,7 @@ def build_plan(chosen: ChosenPipeline) -> Plan:
             gap=gap,
             runner_up=chosen.runner_up,
         ),
-        notes=(*_unknown_op_notes(book), *_masked_attention(graph), *writer.redundancy_notes),
+        notes=(*_unknown_op_notes(costs), *_masked_attention_notes(graph), *writer.redundancy_notes),
         command="",
         versions={
             "autopar": _package_version("autopar"),
@@ -133,13 +136,13 @@ def build_plan(chosen: ChosenPipeline) -> Plan:
             "python": platform.python_version(),
         },
     )
-    plan = with_judgement(plan, book.pricer, chosen.cluster, chosen.judge_context)
-    return with_provenance(plan, slowest, writer.block_choices[slowest], book.pricer, chosen.cluster)
+    plan = with_judgement(plan, costs.pricer, chosen.cluster, chosen.judge_context)
+    return with_provenance(plan, slowest, writer.block_choices[slowest], costs.pricer, chosen.cluster)
 
 
 class _StageWriter:
-    """Stages one after the other: the ``programs`` of their blocks, each once, how blocks were decided (``uses``, of
-    each stage), and what is computed ``alike`` on several ranks."""
+    """Writes stages one after the other, and collects the programs of their blocks (each once), the block choices of
+    each stage, and notes on redundant compute."""
 
     def __init__(self, chosen: ChosenPipeline) -> None:
         self.chosen = chosen
@@ -151,39 +154,39 @@ class _StageWriter:
         self.redundancy_notes: list[str] = []
 
     def write_stage(self, index: int) -> StagePlan:
-        """The next stage, number ``at``."""
-        found = self.chosen
-        first, end, devices = found.stages[index]
-        book = found.stage_costs_of[index] if found.stage_costs_of else found.stage_costs
-        held, choice, times = found.in_flight[index], found.prices[index].choice, found.stage_times[index]
-        uses = block_choices(book, choice, first, end)
-        self.block_choices.append(uses)
-        axes = _named_axes(book, choice.mesh, uses)
+        """The stage number ``index``; stages are written in order."""
+        chosen = self.chosen
+        first, end, devices = chosen.stages[index]
+        costs = chosen.stage_costs_of[index] if chosen.stage_costs_of else chosen.stage_costs
+        in_flight, choice, times = chosen.in_flight[index], chosen.prices[index].choice, chosen.stage_times[index]
+        of_blocks = block_choices(costs.frontiers, choice, first, end)
+        self.block_choices.append(of_blocks)
+        axes = _named_axes(costs, choice.mesh, of_blocks)
         refs = []
-        for block, use in zip(book.pricer.blocks[first:end], uses, strict=True):
-            key = (use.variant, use.frontier_ref, choice.boundary, choice.mesh)
+        for block, of_block in zip(costs.pricer.blocks[first:end], of_blocks, strict=True):
+            key = (of_block.variant, of_block.frontier_ref, choice.boundary, choice.mesh)
             if key not in self.programs:
-                self.programs[key] = _block_program(book, use, f"p{len(self.programs)}")
+                self.programs[key] = _block_program(costs, of_block, f"p{len(self.programs)}")
             refs.append(BlockRef(index=block.index, name=block.name, program=self.programs[key].id))
         names = [axis.name for axis in axes][-len(choice.mesh.inner_sizes) :] if choice.mesh.inner_sizes else []
-        for name, (share, attention) in redundant_flops_shares(uses, book.pricer.profile, names).items():
-            what = "attention among them, " if attention else ""
+        for name, (share, attention) in redundant_flops_shares(of_blocks, costs.pricer.profile, names).items():
+            which = ", attention included," if attention else ""
             self.redundancy_notes.append(
-                f"stage {index}: {share:.1%} of the FLOPs, {what}are computed alike on all ranks of {name}"
+                f"stage {index}: {share:.1%} of the FLOPs{which} are computed redundantly on every rank of {name}"
             )
         return StagePlan(
             blocks=tuple(refs),
             first_device=self.first_devices[index],
             num_devices=devices,
             axes=axes,
-            chunk=index * found.num_chunks // len(found.stages),
+            chunk=index * chosen.num_chunks // len(chosen.stages),
             forward_s=times.forward_s,
             backward_s=times.backward_s,
             step_s=times.step_s,
             transfer_forward_s=times.transfer_forward_s,
             transfer_backward_s=times.transfer_backward_s,
-            in_flight=held,
-            memory=memory_of_choices(book, uses, first, held),
+            in_flight=in_flight,
+            memory=costs.memory.peak_of_blocks(of_blocks, first, in_flight),
         )
 
 
@@ -195,13 +198,13 @@ def _unknown_op_notes(stage_costs: StageCosts) -> list[str]:
             if not node.rule.is_known:
                 places.setdefault(node.op.target, f" at {node.op.source_location}" if node.op.source_location else "")
     return [
-        f"{target}{place} has no sharding rule: every rank runs it whole, and what it reads is gathered first"
+        f"{target}{place} has no sharding rule: it is replicated, and its inputs are gathered first"
         for target, place in sorted(places.items())
     ]
 
 
-def _masked_attention(graph: Graph) -> list[str]:
-    """A note for every kind of attention under a mask that is a tensor: what the mask hides makes it no cheaper."""
+def _masked_attention_notes(graph: Graph) -> list[str]:
+    """A note for every kind of attention under a mask that is a tensor, which is priced as full attention."""
     notes = []
     for calls in masked_calls(graph):
         place = (f" of {calls.module}" if calls.module else "") + (f" at {calls.source}" if calls.source else "")
@@ -215,7 +218,7 @@ def _masked_attention(graph: Graph) -> list[str]:
 
 
 def plan_execution(execution: ExecutionModel) -> Execution:
-    """What a plan says of how it runs."""
+    """The execution model in a plan's words."""
     return Execution(
         dtype=SHORT_NAMES[execution.dtype],
         optimizer=execution.optimizer,
@@ -231,36 +234,37 @@ def plan_execution(execution: ExecutionModel) -> Execution:
 
 
 def _block_program(stage_costs: StageCosts, choice: BlockChoice, name: str) -> BlockProgram:
-    points = choice.frontier
-    tables, graph = points.tables, stage_costs.pricer.graph
-    lie = PlacementWriter(graph, stage_costs.micro_batch, choice.mesh.has_data_axis)
+    """The placements of a block's ops, boundary values and parameters under its choice."""
+    frontier = choice.frontier
+    tables, graph = frontier.tables, stage_costs.pricer.graph
+    writer = PlacementWriter(graph, stage_costs.micro_batch, choice.mesh.has_data_axis)
     placements: dict[int, OpPlan] = {}
-    choices = points.choices[:, choice.row, choice.boundary]
-    again = tables.saved_memory.saved_sharded_inputs(
-        choices.tolist(), points.regathered_edges(choice.row, choice.boundary)
+    choices = frontier.choices[:, choice.row, choice.boundary]
+    saved_sharded = tables.saved_memory.saved_sharded_inputs(
+        choices.tolist(), frontier.regathered_edges(choice.row, choice.boundary)
     )
-    for at, node in enumerate(tables.space.ops):
-        options = tables.strategies[at][choice.strategy(at)]
-        data = tables.space.data_axis.op_options[at]
-        placements[node.op.id] = lie.op_plan(node.op, options, data, again.get(node.op.id, ()))
+    for index, node in enumerate(tables.space.ops):
+        options = tables.strategies[index][choice.strategy(index)]
+        data = tables.space.data_axis.op_options[index]
+        placements[node.op.id] = writer.op_plan(node.op, options, data, saved_sharded.get(node.op.id, ()))
     for op in tables.space.parameter_free_ops:
-        placements[op.id] = lie.parameter_free_op_plan(op, len(choice.mesh.inner_sizes))
+        placements[op.id] = writer.parameter_free_op_plan(op, len(choice.mesh.inner_sizes))
     kind, _ = stage_costs.variants[choice.variant]
     parameters = choice.parameter_plans(graph)
     return BlockProgram(
         id=name,
         kind=kind,
-        recompute=points.objectives[choice.row].mode,  # type: ignore[arg-type]
-        inputs=lie.boundary_value_plans(tables, tables.space.block.inputs, choice.boundary),
-        outputs=lie.boundary_value_plans(tables, tables.space.block.outputs, choice.boundary),
-        shared=lie.shared_value_plans(tables, choices),
+        recompute=frontier.objectives[choice.row].mode,  # type: ignore[arg-type]
+        inputs=writer.boundary_value_plans(tables, tables.space.block.inputs, choice.boundary),
+        outputs=writer.boundary_value_plans(tables, tables.space.block.outputs, choice.boundary),
+        shared=writer.shared_value_plans(tables, choices),
         ops=tuple(placements[op] for op in sorted(placements)),
         parameters=tuple(parameters[v] for v in stage_costs.pricer.first_of_kind[kind].parameters if v in parameters),
     )
 
 
 def _named_axes(stage_costs: StageCosts, mesh: StageMesh, choices: list[BlockChoice]) -> tuple[Axis, ...]:
-    """The data axis, and the inner axis named after what most FLOPs are sharded by on it."""
+    """The data axis, and the inner axes: with the names of a layout, else named after what most FLOPs are sharded by."""
     if not mesh.inner_sizes:
         return (Axis(name="dp", size=mesh.data_size),)
     if stage_costs.restriction is not None:
@@ -269,17 +273,16 @@ def _named_axes(stage_costs: StageCosts, mesh: StageMesh, choices: list[BlockCho
             for name, size in zip(stage_costs.restriction.axis_names, mesh.inner_sizes, strict=True)
         )
         return (Axis(name="dp", size=mesh.data_size), *inner) if mesh.has_data_axis else inner
-    weights: dict[str, float] = {}
-    for use in choices:
-        tables = use.frontier.tables
-        for at, node in enumerate(tables.space.ops):
+    flops_by_name: dict[str, float] = {}
+    for choice in choices:
+        tables = choice.frontier.tables
+        for index, node in enumerate(tables.space.ops):
             flops = stage_costs.pricer.profile.ops[node.op.id].forward_flops
-            option = tables.strategies[at][use.strategy(at)][0]
+            option = tables.strategies[index][choice.strategy(index)][0]
             if flops:
-                weights[_axis_name(stage_costs, node.op.inputs, option.inputs)] = flops + weights.get(
-                    _axis_name(stage_costs, node.op.inputs, option.inputs), 0.0
-                )
-    name = max(weights, key=lambda key: weights[key]) if weights else "tp"
+                name = _axis_name(stage_costs, node.op.inputs, option.inputs)
+                flops_by_name[name] = flops + flops_by_name.get(name, 0.0)
+    name = max(flops_by_name, key=lambda key: flops_by_name[key]) if flops_by_name else "tp"
     if not mesh.has_data_axis:
         return (Axis(name=name, size=mesh.inner_sizes[0]),)
     return (
@@ -289,7 +292,7 @@ def _named_axes(stage_costs: StageCosts, mesh: StageMesh, choices: list[BlockCho
 
 
 def _axis_name(stage_costs: StageCosts, inputs: Sequence[int], pairs: Sequence[PlacementPair]) -> str:
-    """What an op that reads ``inputs`` so uses the axis for."""
+    """What an op uses an axis for, by the placement pairs of its inputs: "ep", "tp", "dp" or "cp"."""
     graph = stage_costs.pricer.graph
     tensors = [(graph.values[value], pair.atom) for value, pair in zip(inputs, pairs, strict=True)]
     for value, atom in tensors:
@@ -306,4 +309,5 @@ def _axis_name(stage_costs: StageCosts, inputs: Sequence[int], pairs: Sequence[P
 
 @functools.cache
 def _package_version(package: str) -> str:
+    """The installed version of a package."""
     return metadata.version(package)

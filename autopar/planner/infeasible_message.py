@@ -1,4 +1,4 @@
-"""What to say where no plan fits: what the leanest needs, what fills it, and the way out."""
+"""What to tell the user where no plan fits: the smallest budget found, what fills it, and the way out."""
 
 import math
 
@@ -15,26 +15,38 @@ def infeasible_message(
     *,
     has_pins: bool,
 ) -> str:
-    """The message, from the leanest pipeline of all micro-batch sizes with stages of ``sizes`` devices."""
-    found = (
-        smallest_budget(book, tuple(size for size in submesh_sizes if book.meshes(size)))
-        for book in stage_costs_by_size
+    """The message for the smallest budget of all micro-batch sizes, with stages of ``submesh_sizes`` devices."""
+    bottlenecks = (
+        smallest_budget(costs, tuple(size for size in submesh_sizes if costs.frontiers.meshes(size)))
+        for costs in stage_costs_by_size
     )
-    leanest = min((one for one in found if one is not None), key=lambda one: one.num_bytes, default=None)
+    leanest = min(
+        (found for found in bottlenecks if found is not None), key=lambda found: found.num_bytes, default=None
+    )
     if leanest is None:
-        pins = " with these pins; a mesh has one or two axes" if has_pins else ""
-        return f"no pipeline of this model can be laid out on {gpus} GPUs{pins}; try another --gpus or --global-batch"
+        pins = " under these pins: a mesh has one or two axes" if has_pins else ""
+        return f"no pipeline of this model can be placed on {gpus} GPUs{pins}; try another --gpus or --global-batch"
     first, end, size = leanest.stage
     blocks = leanest.stage_costs.pricer.blocks
     return (
-        f"no plan fits {budget_bytes / GIB:.2f} GiB per device on {gpus} GPUs: the leanest found needs "
+        f"no plan fits {budget_bytes / GIB:.2f} GiB per device on {gpus} GPUs: the smallest plan found needs "
         f"{math.ceil(leanest.num_bytes / GIB * 100) / 100:.2f} GiB (micro-batch {leanest.stage_costs.micro_batch}, "
-        f"{blocks[first].name} to {blocks[end - 1].name} on {size} GPUs; GiB: {_memory_text(leanest)}); raise --memory to "
+        f"{blocks[first].name} to {blocks[end - 1].name} on {size} GPUs; in GiB: {_memory_text(leanest)}); raise --memory to "
         "that, or use more GPUs, a smaller global batch or --optimizer sgd"
     )
 
 
+def interleaved_infeasible_message(budget_bytes: float, gpus: int, num_blocks: int) -> str:
+    """The message where only interleaved pipelines were asked for."""
+    return (
+        f"no interleaved pipeline fits {budget_bytes / GIB:.2f} GiB per device on {gpus} GPUs: interleaving needs stages "
+        f"of equally many devices, at least two of the {num_blocks} blocks per stage, and a number of micro-batches that "
+        "is a multiple of the number of stages; use --schedule auto, more --memory, or another --micro-batch"
+    )
+
+
 def _memory_text(bottleneck: MemoryBottleneck) -> str:
+    """The parts of a stage's memory, in GiB."""
     parts = bottleneck.memory
     named = {
         "parameters": parts.parameters_bytes,

@@ -1,4 +1,4 @@
-"""A plan as it is handed out: judged, and with the judge's collectives and parts of the step in its estimate."""
+"""Adds the judge's verdict to a plan: its collectives, and where the time of the step goes."""
 
 import msgspec
 
@@ -14,17 +14,16 @@ from autopar.judge.step_items import time_parts_of
 def with_judgement(
     plan: Plan, pricer: BlockPricer, cluster: Cluster, judge_context: ModelContext | None = None
 ) -> Plan:
-    """``plan`` with its collectives and what its step is made of. A plan whose figures are not those of its placements,
-    or whose placements the judge cannot follow, says so in its notes: what it cannot vouch for it does not hide, and
-    does not withhold."""
+    """``plan`` with the judge's collectives and time breakdown in its estimate. Where the judge's prices differ from the
+    plan's, or the judge cannot price the placements (CheckError), a note says so and the plan is returned all the
+    same."""
     try:
         verdict = judge(plan, pricer.graph, pricer.blocks, cluster, pricer.profile, judge_context)
     except CheckError as error:
-        return msgspec.structs.replace(plan, notes=(*plan.notes, f"not judged from its placements: {error}"))
-    found = list(differences(plan, verdict))
+        return msgspec.structs.replace(plan, notes=(*plan.notes, f"not judged: {error}"))
     notes = plan.notes
-    if found:
-        notes = (*notes, f"priced from its placements the plan differs: {found[0]}")
+    if first := next(iter(differences(plan, verdict)), None):
+        notes = (*notes, f"the judge's price of the placements differs: {first}")
     time = time_parts_of(verdict.items)
     estimate = msgspec.structs.replace(
         plan.estimate,

@@ -1,4 +1,4 @@
-"""What a plan comes to: the estimate, and where the time of its slowest stage goes."""
+"""The estimate of a plan, and where the time of its slowest stage goes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ from autopar.intra import op_metrics as om
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageTimeParts:
-    """Seconds of a stage: per micro-batch by what computes (recompute included), ``launch_s`` by which the host takes
-    longer to launch than the device to compute, ``activations_s`` in collectives on activations; once per step in
-    reductions, hidden or not, and in the rest."""
+    """Seconds of a stage. Per micro-batch: compute by kind of op (recomputation included), ``launch_s`` by which the
+    host takes longer to launch than the device to compute, ``activations_s`` in collectives on activations. Once per
+    step: ``reduction_s`` in gradient reductions, overlapped or exposed, and ``optimizer_s``."""
 
     matmul_s: float = 0.0
     attention_s: float = 0.0
@@ -32,29 +32,29 @@ class StageTimeParts:
 
 
 def stage_time_parts(choices: Sequence[BlockChoice]) -> StageTimeParts:
-    """The parts of a stage, from the tables that the search read."""
+    """The parts of a stage of these blocks, from the cost tables of the search."""
     kinds = dict.fromkeys(("matmul", "attention", "memory"), 0.0)
     launch = activations = reduction = optimizer = 0.0
-    for use in choices:
-        tables, mode = use.frontier.tables, use.frontier.objectives[use.row].mode
+    for choice in choices:
+        tables, mode = choice.frontier.tables, choice.frontier.objectives[choice.row].mode
         full, selective = float(mode == "full"), float(mode == "selective")
         computing = 0.0
-        for at, node in enumerate(tables.space.ops):
-            row = tables.node_metrics[2 + at][use.strategy(at)]
+        for index, node in enumerate(tables.space.ops):
+            row = tables.node_metrics[2 + index][choice.strategy(index)]
             forward_s = row[om.FORWARD] + (1.0 + selective) * row[om.SELECTIVE_FORWARD]
             seconds = float(forward_s + full * row[om.FULL_RECOMPUTE] + row[om.BACKWARD])
             kinds[node.rule.compute if node.rule.compute in kinds else "memory"] += seconds
             computing += seconds
-        for (source, target, forward, backward), moved, chosen in zip(
+        for (source, target, forward, backward), by_full, by_selective in zip(
             tables.edges, tables.repeated_by_full, tables.repeated_by_selective, strict=True
         ):
-            pair = tuple(int(use.frontier.choices[node, use.row, use.boundary]) for node in (source, target))
-            times = 1.0 + full * moved + selective * chosen
+            pair = tuple(int(choice.frontier.choices[node, choice.row, choice.boundary]) for node in (source, target))
+            times = 1.0 + full * by_full + selective * by_selective
             activations += float(times * forward[pair] + backward[pair])
         host = tables.launch_s[0] + tables.launch_s[2] + selective * tables.launch_s[1] + full * tables.launch_s[3]
         launch += host if tables.blocking_launches else max(host - computing, 0.0)
-        reduction += float(use.totals[tt.STEP_OVERLAPPABLE])
-        optimizer += float(use.totals[tt.STEP_EXPOSED])
+        reduction += float(choice.totals[tt.STEP_OVERLAPPABLE])
+        optimizer += float(choice.totals[tt.STEP_EXPOSED])
     return StageTimeParts(
         matmul_s=kinds["matmul"],
         attention_s=kinds["attention"],
@@ -69,22 +69,22 @@ def stage_time_parts(choices: Sequence[BlockChoice]) -> StageTimeParts:
 def redundant_flops_shares(
     choices: Sequence[BlockChoice], profile: GraphProfile, axis_names: Sequence[str]
 ) -> dict[str, tuple[float, bool]]:
-    """Inner axis of a stage (``names``, in order) -> the share of the forward FLOPs that all its ranks compute alike,
-    and whether attention is among them; axes that share out all work are left out."""
-    found: dict[str, tuple[float, bool]] = {}
+    """Inner axis of a stage (``axis_names``, in order) -> (the share of the forward FLOPs that every rank of the axis
+    computes redundantly, whether attention is part of it); axes without redundant work are left out."""
+    shares: dict[str, tuple[float, bool]] = {}
     for axis, name in enumerate(axis_names):
-        whole = alike = 0.0
-        attention = False
-        for use in choices:
-            for at, node in enumerate(use.frontier.tables.space.ops):
+        total = redundant = 0.0
+        has_attention = False
+        for choice in choices:
+            for index, node in enumerate(choice.frontier.tables.space.ops):
                 flops = float(profile.ops[node.op.id].forward_flops)
-                whole += flops
-                if flops and not use.frontier.tables.strategies[at][use.strategy(at)][axis].is_sharded:
-                    alike += flops
-                    attention = attention or node.rule.compute == "attention"
-        if alike:
-            found[name] = (alike / whole, attention)
-    return found
+                total += flops
+                if flops and not choice.frontier.tables.strategies[index][choice.strategy(index)][axis].is_sharded:
+                    redundant += flops
+                    has_attention = has_attention or node.rule.compute == "attention"
+        if redundant:
+            shares[name] = (redundant / total, has_attention)
+    return shares
 
 
 def make_estimate(
@@ -99,18 +99,18 @@ def make_estimate(
     bubble_fraction: float,
     parts: StageTimeParts,
 ) -> Estimate:
-    """The estimate of a plan; ``parts`` are those of its slowest stage."""
+    """The estimate of a plan with these stages; ``parts`` are those of its slowest stage."""
     graph = stage_costs.pricer.graph
     count = stage_costs.num_microbatches
     model = model_flops(graph, global_batch, stage_costs.pricer.profile.ops)
     flops = model.total
     tokens = _tokens_per_sample(graph)
     exposed = count * parts.activations_s + max(0.0, parts.reduction_s - max(stage.backward_s for stage in stages))
-    runs: dict[int, list[StagePlan]] = {}
+    stages_by_submesh: dict[int, list[StagePlan]] = {}
     for stage in stages:
-        runs.setdefault(stage.first_device, []).append(stage)
-    memory = [device_memory(tuple(run)) for run in runs.values()]
-    peak = max(one.total for one in memory)
+        stages_by_submesh.setdefault(stage.first_device, []).append(stage)
+    memory = [device_memory(tuple(chunks)) for chunks in stages_by_submesh.values()]
+    peak = max(parts_of_memory.total for parts_of_memory in memory)
     uncertainty = load_uncertainty()
     nodes = -(-gpus // cluster.devices_per_node)
     low, high = uncertainty.step_time_factors(cluster.device.name, nodes, stage_costs.pricer.execution.attn)
@@ -126,7 +126,7 @@ def make_estimate(
         flops_per_step=flops,
         flops_by_kind=dict(model.by_kind),
         peak_memory_bytes=peak,
-        peak_tensor_bytes=max(one.tensor_bytes for one in memory),
+        peak_tensor_bytes=max(parts_of_memory.tensor_bytes for parts_of_memory in memory),
         budget_bytes=budget_bytes,
         fits=peak <= budget_bytes,
         bubble_fraction=bubble_fraction,
@@ -146,7 +146,8 @@ def make_estimate(
 
 
 def _tokens_per_sample(graph: Graph) -> float:
-    """Integers a sample's largest integer input holds (its sequence length), 1 for models without one."""
+    """Elements per sample of the largest int64 input of shape (batch, length), which is the sequence length; 1 for models
+    without one."""
     sizes = [
         int(np.prod(value.shape)) / graph.batch.traced_size
         for value in (graph.values[v] for v in graph.inputs)

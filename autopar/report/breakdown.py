@@ -1,4 +1,4 @@
-"""What an estimate is made of, with bars: the step time by kind of work, the memory of each run of devices by part.
+"""The parts of an estimate, with bars: the step time by kind of work, the memory of each submesh by part.
 
 Where the step goes (devices of stage 0)      exposed            all of it
   matmul                                      612.3 ms  ##########..........  51.2 %
@@ -27,11 +27,12 @@ MEMORY_PARTS = (
     ("W", "work", "workspace_bytes"),
     ("F", "fixed", "fixed_bytes"),
 )
-GRADIENTS_AT, SAVED_AT = 1, 3  # their positions in PARTS
+GRADIENTS_COLUMN, SAVED_COLUMN = 1, 3  # their positions in MEMORY_PARTS
 
 
 def item_text(item: TimeItem) -> str:
-    """
+    """What an item is, in words.
+
     >>> item_text(TimeItem(kind="all_gather", total_s=1.0, exposed_s=0.5, axes=("dp",), of="parameters"))
     'all_gather over dp, parameters'
     """
@@ -41,8 +42,8 @@ def item_text(item: TimeItem) -> str:
 
 
 def time_table(plan: Plan, *, bars: bool) -> Table:
-    """A line per kind of work: seconds that nothing hides, their share of the step, and the total where part is hidden.
-    What is below 0.05 % of the step is left out."""
+    """A line per kind of work: its exposed seconds, their share of the step, and its total where part of it overlaps with
+    other work. Items below 0.05 % of the step are left out."""
     step_time_s = plan.estimate.step_time_s
     table = Table.grid(padding=(0, 2, 0, 0))
     for justify in ("left", "right", *(["left"] if bars else []), "right", "left"):
@@ -51,27 +52,27 @@ def time_table(plan: Plan, *, bars: bool) -> Table:
         if item.total_s < MIN_SHARE * step_time_s:
             continue
         share = item.exposed_s / step_time_s
-        hidden = item.total_s - item.exposed_s > MIN_SHARE * step_time_s
+        overlaps = item.total_s - item.exposed_s > MIN_SHARE * step_time_s
         table.add_row(
             f"  {item_text(item)}",
             seconds_text(item.exposed_s),
             *([bar_text(min(share, 1.0), TIME_BAR_WIDTH)] if bars else []),
             percent_text(share),
-            f"of {seconds_text(item.total_s)}, the rest hidden" if hidden else "",
+            f"of {seconds_text(item.total_s)}, the rest overlapped" if overlaps else "",
         )
     return table
 
 
 def memory_table(plan: Plan, *, width: int) -> Table:
-    """A line per run of devices, GiB of a device; runs alike are told once. The letters of the bar are those of the
-    columns, dots are free, ``!`` is beyond the budget; where ``width`` is short of room there are none. Gradients that
-    take the place of saved tensors count as gradients, so that the columns add up to the total."""
+    """A line per submesh, GiB of a device; equal submeshes share one line. The letters of the bar are those of the columns,
+    dots are free memory, ``!`` exceeds the budget; there are no bars where ``width`` (characters) is too small.
+    Gradients that replace saved tensors count as gradients, so that the columns add up to the total."""
     bar_width = min(width - NUMBERS_WIDTH, MEMORY_BAR_WIDTH)
     bars = bar_width >= MIN_BAR_WIDTH
     budget = plan.estimate.budget_bytes
     rows: dict[MemoryParts, list[int]] = {}
-    for position, run in enumerate(stages_by_submesh(plan)):
-        rows.setdefault(device_memory(run), []).append(position)
+    for position, stages in enumerate(stages_by_submesh(plan)):
+        rows.setdefault(device_memory(stages), []).append(position)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("  stages" if plan.num_chunks == 1 else "  ranks", no_wrap=True)
     for letter, name, _ in MEMORY_PARTS:
@@ -81,28 +82,29 @@ def memory_table(plan: Plan, *, width: int) -> Table:
         table.add_column("", no_wrap=True)
     for memory, positions in rows.items():
         sizes = [getattr(memory, key) for _, _, key in MEMORY_PARTS]
-        gone = min(memory.overlaid_bytes, sizes[SAVED_AT])  # at the peak; the rest is of gradients still to come
-        sizes[SAVED_AT] -= gone
-        sizes[GRADIENTS_AT] -= memory.overlaid_bytes - gone
+        freed = min(memory.overlaid_bytes, sizes[SAVED_COLUMN])  # by the peak; the rest are gradients not yet allocated
+        sizes[SAVED_COLUMN] -= freed
+        sizes[GRADIENTS_COLUMN] -= memory.overlaid_bytes - freed
         cells = [f"  {ranges_text(positions)}", *(f"{size / GIB:,.2f}" for size in (*sizes, memory.total))]
         table.add_row(*cells, *([stacked_bar(sizes, budget, bar_width)] if bars else []))
     return table
 
 
 def stacked_bar(sizes_bytes: list[int], budget_bytes: int, width: int) -> str:
-    """A letter per ``width``-th of the budget (of all parts, where these are more), by the largest remainder.
+    """A bar of ``width`` characters for the budget, or for all parts where they exceed it: the letters of each part in
+    proportion to its bytes, rounded by the largest remainder.
 
     >>> stacked_bar([4, 4, 8, 12, 2, 2], 64, 16), stacked_bar([8, 8, 16, 0, 0, 0], 16, 8)
     ('PGOOAAAW........', 'PPGG!!!!')
     """
-    whole = max(budget_bytes, sum(sizes_bytes))
-    used = round(width * min(sum(sizes_bytes) / whole, 1.0)) if whole else 0
+    full_bytes = max(budget_bytes, sum(sizes_bytes))
+    used = round(width * min(sum(sizes_bytes) / full_bytes, 1.0)) if full_bytes else 0
     exact = [used * size / max(sum(sizes_bytes), 1) for size in sizes_bytes]
     counts = [int(part) for part in exact]
-    for at in sorted(range(len(exact)), key=lambda at: counts[at] - exact[at])[: used - sum(counts)]:
-        counts[at] += 1
+    for part in sorted(range(len(exact)), key=lambda part: counts[part] - exact[part])[: used - sum(counts)]:
+        counts[part] += 1
     bar = "".join(letter * count for (letter, _, _), count in zip(MEMORY_PARTS, counts, strict=True))
     if sum(sizes_bytes) > budget_bytes:
-        inside = int(width * budget_bytes / whole)
+        inside = int(width * budget_bytes / full_bytes)
         return bar[: min(inside, width - 2)] + "!" * (width - min(inside, width - 2))
     return bar + "." * (width - len(bar))

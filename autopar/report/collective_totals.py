@@ -1,4 +1,4 @@
-"""A plan's collectives in a few lines: each kind over each axis, summed over sizes, on the stage that moves most."""
+"""A plan's collectives in a few lines: each kind over each axis, summed over sizes, of the stage with the most bytes."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from autopar.core.plan import Plan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CollectiveTotal:
-    """``count`` collectives of ``num_bytes`` together per micro-batch or step, on the busiest of the stages that have
-    them (``stage``)."""
+    """``count`` collectives with ``num_bytes`` in total ``per`` micro-batch or step, of ``stage``: among the stages that
+    have such collectives, the one with the most bytes."""
 
     kind: str
     axes: str
@@ -20,18 +20,18 @@ class CollectiveTotal:
 
 
 def collective_totals(plan: Plan) -> tuple[CollectiveTotal, ...]:
-    """Per micro-batch before per step, by falling bytes.
+    """The totals of each kind, axes and period, those per micro-batch first, the most bytes first.
 
-    >>> # two all_reduces of 8 MiB and one of 4 MiB over tp: one line of 3 collectives, 20 MiB
-    """
+    Two all_reduces of 8 MiB and one of 4 MiB over tp are one total of 3 collectives and 20 MiB."""
     sums: dict[tuple[str, str, str], dict[int, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0]))
-    for one in plan.estimate.collectives:
-        found = sums[one.kind, "*".join(one.axes) or "stages", one.per][one.stage]
-        found[0] += one.count
-        found[1] += one.count * one.num_bytes
-    lines = []
+    for collective in plan.estimate.collectives:
+        axes_text = "*".join(collective.axes) or "stages"
+        total = sums[collective.kind, axes_text, collective.per][collective.stage]
+        total[0] += collective.count
+        total[1] += collective.count * collective.num_bytes
+    totals = []
     for (kind, axes, per), stages in sums.items():
-        stage = max(stages, key=lambda at: (stages[at][1], -at))
+        stage = max(stages, key=lambda position: (stages[position][1], -position))
         count, num_bytes = stages[stage]
-        lines.append(CollectiveTotal(kind=kind, axes=axes, per=per, count=count, num_bytes=num_bytes, stage=stage))
-    return tuple(sorted(lines, key=lambda line: (line.per, -line.num_bytes, line.kind, line.axes)))
+        totals.append(CollectiveTotal(kind=kind, axes=axes, per=per, count=count, num_bytes=num_bytes, stage=stage))
+    return tuple(sorted(totals, key=lambda total: (total.per, -total.num_bytes, total.kind, total.axes)))

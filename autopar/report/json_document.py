@@ -1,4 +1,4 @@
-"""The JSON documents of `--json`: frozen keys, to which later versions only add."""
+"""The JSON documents of `--json`. Their keys are frozen; later versions only add to them."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from autopar.core.plan import Plan
 
 
 def plan_document(plan: Plan, path: str | None) -> dict[str, Any]:
-    """What `plan`, `estimate` and `show` print under `--json`; ``path`` is the plan's file, None when unwritten."""
+    """What `plan`, `estimate` and `show` print with `--json`; ``path`` is the plan's file, None where there is none."""
     estimate: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(plan.estimate))
     estimate.pop("collectives")
     flops_per_step = estimate.pop("flops_per_step")
@@ -52,7 +52,7 @@ def plan_document(plan: Plan, path: str | None) -> dict[str, Any]:
 
 
 def comparison_document(comparison: Comparison, path: str | None) -> dict[str, Any]:
-    """What `compare --json` prints: both sides as documents; a ``speedup`` above 1 means that the plan is faster."""
+    """What `compare --json` prints: both plans as documents; the plan is faster where ``speedup`` is above 1."""
     best = comparison.best
     speedup = None if best is None else best.estimate.step_time_s / comparison.plan.estimate.step_time_s
     return {

@@ -5,6 +5,7 @@ from io import StringIO
 from rich.console import Console, RenderableType
 from rich.table import Table
 
+from autopar.core.mesh_axis import axes_text
 from autopar.core.plan import Plan, StagePlan
 from autopar.core.units import bar_text, count_text, flops_text, gib_text, percent_text, ranges_text, seconds_text
 from autopar.report.breakdown import memory_table, time_table
@@ -16,7 +17,7 @@ WIDE_COLUMNS = 100
 
 
 def plan_text(plan: Plan, *, width: int = 120, verbose: bool = False) -> str:
-    """The whole report, at most ``width`` characters a line; ``verbose`` lists every collective."""
+    """The full report in lines of at most ``width`` characters; ``verbose`` lists every collective."""
     parts: list[RenderableType] = [_header(plan), "", _stage_table(plan, width), "", _figures(plan)]
     if plan.estimate.items:
         where = " on the devices of the busiest stage" if len(plan.stages) > 1 else ""
@@ -41,7 +42,7 @@ def plan_text(plan: Plan, *, width: int = 120, verbose: bool = False) -> str:
 
 
 def render(*parts: RenderableType, width: int) -> str:
-    """Plain text of some rich renderables, without colours or trailing blanks, the same on a terminal and in a pipe."""
+    """Plain text of rich renderables, without colours or trailing blanks, the same on a terminal and in a pipe."""
     stream = StringIO()
     console = Console(
         file=stream, width=width, color_system=None, force_terminal=False, highlight=False, markup=False, emoji=False
@@ -51,16 +52,13 @@ def render(*parts: RenderableType, width: int) -> str:
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
 
 
-def stage_axes_text(stage: StagePlan) -> str:
-    """``dp 4 x tp 2``, axes of one rank left out."""
-    return " x ".join(f"{axis.name} {axis.size}" for axis in stage.axes if axis.size > 1) or "-"
-
-
 def batch_text(plan: Plan) -> str:
+    """How the global batch is split into micro-batches."""
     return f"{plan.microbatches} micro-batches of {plan.micro_batch_size} samples"
 
 
 def _header(plan: Plan) -> Table:
+    """What the plan is for: model, cluster, software."""
     settings = " ".join(f"{key}={value}" for key, value in plan.model.settings.items())
     overrides = " ".join(f"{key}={value}" for key, value in plan.cluster.overrides.items())
     execution = plan.execution
@@ -77,7 +75,7 @@ def _header(plan: Plan) -> Table:
 
 
 def _stage_table(plan: Plan, width: int) -> Table:
-    """One row a stage; bars and seconds per step only where there is room, so that no figure is ever cut."""
+    """One row per stage; bars and seconds per step only where there is room, so that no figure is ever truncated."""
     roomy = width >= WIDE_COLUMNS
     chunked = roomy and plan.num_chunks > 1
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -89,7 +87,7 @@ def _stage_table(plan: Plan, width: int) -> Table:
         table.add_column(name, no_wrap=roomy, overflow="fold")
     for name in ("forward", "backward", *(["per step"] if roomy else [])):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("held", justify="right")
+    table.add_column("in flight", justify="right")
     table.add_column("memory", no_wrap=True)
     budget = plan.estimate.budget_bytes
     for position, stage in enumerate(plan.stages):
@@ -98,7 +96,7 @@ def _stage_table(plan: Plan, width: int) -> Table:
             str(position),
             _blocks_text(stage),
             ranges_text(list(range(stage.first_device, stage.first_device + stage.num_devices))),
-            stage_axes_text(stage),
+            axes_text(stage.axes),
             seconds_text(stage.forward_s),
             seconds_text(stage.backward_s),
             *([seconds_text(stage.step_s)] if roomy else []),
@@ -112,25 +110,26 @@ def _stage_table(plan: Plan, width: int) -> Table:
 
 
 def _blocks_text(stage: StagePlan) -> str:
-    """``embedding, layers.0 .. layers.11``: of a run of blocks whose names differ in a number, only the ends."""
-    runs: list[list[str]] = []
+    """``embedding, layers.0 .. layers.11``: of consecutive blocks whose names differ in a number, the first and last."""
+    groups: list[list[str]] = []
     for block in stage.blocks:
         stem = block.name.rstrip("0123456789")
-        if runs and stem != block.name and runs[-1][0].rstrip("0123456789") == stem:
-            runs[-1].append(block.name)
+        if groups and stem != block.name and groups[-1][0].rstrip("0123456789") == stem:
+            groups[-1].append(block.name)
         else:
-            runs.append([block.name])
-    return ", ".join(names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}" for names in runs)
+            groups.append([block.name])
+    return ", ".join(names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}" for names in groups)
 
 
 def _figures(plan: Plan) -> Table:
+    """Batch, schedule, times, memory and how the plan was found."""
     estimate, search = plan.estimate, plan.search
     recompute = {"none": "nothing recomputed", "mixed": "recompute differs by block"}
     verdict = "fits" if estimate.fits else "DOES NOT FIT"
     grid = _grid(2)
     chunks = f", {plan.num_chunks} chunks a device" if plan.num_chunks > 1 else ""
-    again = any(op.regathered for program in plan.programs if program.recompute != "full" for op in program.ops)
-    regather = ", gathered inputs are kept cut and gathered again" if again else ""
+    regathers = any(op.regathered for program in plan.programs if program.recompute != "full" for op in program.ops)
+    regather = ", gathered inputs are saved sharded and regathered in the backward" if regathers else ""
     grid.add_row("batch", f"{plan.global_batch} samples in {batch_text(plan)}")
     grid.add_row(
         "schedule",
@@ -163,20 +162,21 @@ def _figures(plan: Plan) -> Table:
 
 
 def _provenance_text(plan: Plan) -> str:
-    """``62.0 % of the priced time measured (40 terms), 38.0 % modelled (17)``."""
+    """``62.0 % of the priced time measured (40 prices), 38.0 % modelled (17)``."""
     seconds, counts = plan.estimate.provenance_s, plan.estimate.provenance
-    whole = sum(seconds.values())
-    if not whole:
+    total_s = sum(seconds.values())
+    if not total_s:
         return ""
     first, *rest = (
-        f"{percent_text(time_s / whole)} {{}}{tag} ({counts.get(tag, 0):,}{{}})"
+        f"{percent_text(time_s / total_s)} {{}}{tag} ({counts.get(tag, 0):,}{{}})"
         for tag, time_s in seconds.items()
         if time_s
     )
-    return ", ".join([first.format("of the priced time ", " terms"), *(text.format("", "") for text in rest)])
+    return ", ".join([first.format("of the priced time ", " prices"), *(text.format("", "") for text in rest)])
 
 
 def _search_text(plan: Plan) -> str:
+    """Whether the plan is proved optimal, its gap, and the seconds of the search."""
     search = plan.search
     if search.status == "fixed":
         return "none, a manual layout"
@@ -187,6 +187,7 @@ def _search_text(plan: Plan) -> str:
 
 
 def _collective_table(plan: Plan) -> Table:
+    """Every collective of every stage."""
     grid = _grid(5)
     for collective in plan.estimate.collectives:
         grid.add_row(
@@ -200,6 +201,7 @@ def _collective_table(plan: Plan) -> Table:
 
 
 def _totals_table(plan: Plan) -> Table:
+    """The totals of ``collective_totals``."""
     grid = _grid(4)
     for line in collective_totals(plan):
         per = "micro-batch" if line.per == "microbatch" else "step"
@@ -210,6 +212,7 @@ def _totals_table(plan: Plan) -> Table:
 
 
 def _grid(columns: int) -> Table:
+    """A table without heading or lines."""
     grid = Table.grid(padding=(0, 2, 0, 0))
     for _ in range(columns):
         grid.add_column(overflow="fold")

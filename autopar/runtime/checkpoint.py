@@ -1,15 +1,16 @@
-"""Checkpoints with torch.distributed.checkpoint: the model's own names and global shapes, so any plan loads any
-other's.
+"""Checkpoints with torch.distributed.checkpoint, under the model's own names and global shapes, so that any plan loads
+those of any other.
 
-    folder/latest         name of the newest whole checkpoint, replaced in one piece
+    folder/latest         name of the newest complete checkpoint, replaced atomically
     folder/step-12/       one checkpoint, written as .step-12.tmp and renamed when all ranks are done
         .metadata, *.distcp   model.NAME, optimizer.NAME.KEY (fp32 masters and the optimizer's state)
-        optimizer.json        settings of the optimizer's groups (learning rate ...)
-        scale.json            the loss scale of an fp16 plan; another plan's checkpoint has none, and the scale starts anew
-        SHA256SUMS            hashes of the files above but *.distcp, which have CRCs (see ``checkpoint_files``)
+        optimizer.json        settings of the optimizer's parameter groups (learning rate ...)
+        scale.json            the loss scale of an fp16 plan; without it the scale starts at its initial value
+        SHA256SUMS            hashes of the files above but *.distcp, which have CRCs (see ``checkpoint_integrity``)
 
-A rank's part of a tensor is a set of boxes; of replicas only the first writes. Nothing but tensors and JSON is stored,
-and nothing else is loaded: what else a checkpoint of another writer has is left alone, and never run.
+A rank's part of a tensor is a set of boxes (``checkpoint_shards``); of replicas only the first is written. Only tensors
+and JSON are stored, and only they are loaded: whatever else a checkpoint of another writer has is ignored, and never
+run.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from autopar.runtime.checkpoint_metadata import METADATA, TensorIndex, read_meta
 from autopar.runtime.checkpoint_shards import CheckpointShard
 from autopar.runtime.loss_scale import LossScale
 from autopar.runtime.stored_parameters import StoredParameter, stored_indices
-from autopar.runtime.trainer import Trainer
+from autopar.runtime.training_state import TrainingState
 from autopar.runtime.transfer import DimIndices
 
 LATEST = "latest"
@@ -47,77 +48,81 @@ OptimizerStates = Mapping[Tensor, Mapping[str, Any]]
 """The optimizer's state: by master, then key."""
 
 
-def state_dict(trainer: Trainer, states: OptimizerStates | None = None) -> dict[str, Any]:
-    """``model`` (by the model's names) and ``optimizer`` (by name, then key) as ``Part``s, for ``dcp.save`` and
-    ``load``. ``states``: the optimizer's tensors by master, where they are not those of its own state."""
-    if states is None:
-        states = trainer.optimizer.state if trainer.optimizer is not None else {}
+def state_dict(state: TrainingState, optimizer_states: OptimizerStates | None = None) -> dict[str, Any]:
+    """``model`` (by the model's names) and ``optimizer`` (by name, then key) as ``CheckpointShard``s that share the
+    state's memory, for ``torch.distributed.checkpoint`` to save and to load into. ``optimizer_states``: the optimizer's
+    tensors by master, where they are not those of its own state."""
+    if optimizer_states is None:
+        optimizer_states = state.optimizer.state if state.optimizer is not None else {}
     model: dict[str, CheckpointShard] = {}
     optimizer: dict[str, dict[str, CheckpointShard]] = {}
-    for parameter, held, writes in _stored_parameters(trainer):
+    for parameter, indices, is_writer in _stored_parameters(state):
         name = parameter.names[0]
         if name in model:
             continue
-        model[name] = CheckpointShard(parameter.master, parameter.sharding.shape, held, writes)
-        state = states.get(parameter.master, {})
-        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-        optimizer[name] = {key: _optimizer_shard(value, parameter, held, writes) for key, value in tensors.items()}
-    for index, stage in trainer.stages.items():
-        mesh = trainer.meshes[index]
-        for stored in stage.program.buffers:
-            name = trainer.graph.values[stored.value].qualified_names[0]
-            if name in trainer.persistent_names and name not in model:
-                held = stored_indices(stored, mesh, mesh.coordinate, zero_sharded=False)
-                first = trainer.first_stage_storing(stored.value) == index
-                alone = all(
-                    place == 0
-                    for place, placement in zip(mesh.coordinate, stored.compute_placements, strict=True)
-                    if placement == REPLICATE
-                )
-                model[name] = CheckpointShard(
-                    stage.parameters.buffers[stored.value], stored.shape, held, first and alone
-                )
+        model[name] = CheckpointShard(parameter.master, parameter.sharding.shape, indices, is_writer)
+        entries = optimizer_states.get(parameter.master, {})
+        optimizer[name] = {
+            key: _optimizer_shard(entry, parameter, indices, is_writer)
+            for key, entry in entries.items()
+            if isinstance(entry, Tensor)
+        }
+    for name, shard in _buffer_shards(state):
+        model.setdefault(name, shard)
     return {"model": model, "optimizer": optimizer}
 
 
 def _optimizer_shard(
-    value: Tensor, parameter: StoredParameter, indices: DimIndices, is_writer: bool
+    entry: Tensor, parameter: StoredParameter, indices: DimIndices, is_writer: bool
 ) -> CheckpointShard:
-    """An optimizer's tensor lies as its master, or is one number that all ranks have alike."""
-    if value.shape == parameter.master.shape and value.dim():
-        return CheckpointShard(value, parameter.sharding.shape, indices, is_writer)
-    whole = tuple(torch.arange(size) for size in value.shape)
-    first = all(not len(index) or int(index[0]) == 0 for index in indices) and is_writer
-    return CheckpointShard(value, value.shape, whole, first and all(len(index) for index in indices))
+    """A tensor of the optimizer's state is sharded as its master, or the same on all ranks, such as a step count."""
+    if entry.shape == parameter.master.shape and entry.dim():
+        return CheckpointShard(entry, parameter.sharding.shape, indices, is_writer)
+    full = tuple(torch.arange(size) for size in entry.shape)
+    has_first_element = all(len(index) and int(index[0]) == 0 for index in indices)
+    return CheckpointShard(entry, entry.shape, full, is_writer and has_first_element)
 
 
-def _stored_parameters(trainer: Trainer) -> Iterator[tuple[StoredParameter, DimIndices, bool]]:
-    for index, stage in trainer.stages.items():
-        mesh = trainer.meshes[index]
-        for parameter in stage.parameters.parameters.values():
-            held = stored_indices(parameter.sharding, mesh, mesh.coordinate, zero_sharded=True)
-            if not parameter.sharding.trained:
-                held = stored_indices(parameter.sharding, mesh, mesh.coordinate, zero_sharded=False)
-            first = trainer.first_stage_storing(parameter.sharding.value) == index
-            yield parameter, held, parameter.counts_in_norm and first
+def _stored_parameters(state: TrainingState) -> Iterator[tuple[StoredParameter, DimIndices, bool]]:
+    """(parameter, the indices of its master, whether this rank writes them) of this rank's stages."""
+    for stage_index, stage in state.stages.items():
+        for value, parameter in stage.parameters.items():
+            indices = stored_indices(parameter.sharding, stage.mesh, stage.mesh.coordinate, zero_sharded=True)
+            is_first_stage = state.first_stage_storing[value] == stage_index
+            yield parameter, indices, parameter.counts_in_norm and is_first_stage
 
 
-def save(trainer: Trainer, folder: str | os.PathLike[str], step: int, *, keep: int = 2) -> Path:
-    """Write a checkpoint of this step and point ``latest`` at it; collective. Older ones beyond ``keep`` are removed.
+def _buffer_shards(state: TrainingState) -> Iterator[tuple[str, CheckpointShard]]:
+    """(name, this rank's shard) of the buffers that the model's own ``state_dict`` has."""
+    for stage_index, stage in state.stages.items():
+        for sharding in stage.buffer_shardings:
+            name = state.buffer_names.get(sharding.value)
+            if name is None:
+                continue
+            indices = stored_indices(sharding, stage.mesh, stage.mesh.coordinate, zero_sharded=False)
+            positions = zip(stage.mesh.coordinate, sharding.compute_placements, strict=True)
+            is_first_replica = all(position == 0 for position, placement in positions if placement == REPLICATE)
+            is_writer = is_first_replica and state.first_stage_storing[sharding.value] == stage_index
+            yield name, CheckpointShard(stage.buffers[sharding.value], sharding.shape, indices, is_writer)
 
-    Whatever interrupts it, ``latest`` names a whole checkpoint."""
+
+def save(state: TrainingState, folder: str | os.PathLike[str], step: int, *, keep: int = 2) -> Path:
+    """Write a checkpoint as ``step-STEP`` and point ``latest`` at it; returns its path. Collective.
+
+    Only the ``keep`` checkpoints of the highest steps remain, this one always. Until it is complete ``latest`` names
+    the one before; where the step was saved before, that checkpoint is removed just before this one takes its name."""
     root = Path(folder)
     temporary, final = root / f".step-{step}.tmp", root / f"step-{step}"
     if dist.get_rank() == 0:
         root.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
     dist.barrier()
-    write_tensors(state_dict(trainer), storage_writer=FileSystemWriter(temporary, sync_files=True))
+    write_tensors(state_dict(state), storage_writer=FileSystemWriter(temporary, sync_files=True))
     dist.barrier()
     if dist.get_rank() == 0:
-        write_atomically(temporary / "optimizer.json", json.dumps(_group_settings(trainer)).encode())
-        if trainer.loss_scale is not None:
-            write_atomically(temporary / "scale.json", json.dumps(trainer.loss_scale.state_dict()).encode())
+        write_atomically(temporary / "optimizer.json", json.dumps(_group_settings(state)).encode())
+        if state.loss_scale is not None:
+            write_atomically(temporary / "scale.json", json.dumps(state.loss_scale.state_dict()).encode())
         write_sums(temporary)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
@@ -131,107 +136,134 @@ def save(trainer: Trainer, folder: str | os.PathLike[str], step: int, *, keep: i
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _CheckedCheckpoint:
-    """A checkpoint that was checked. ``states`` is room for the optimizer's state; ``settings`` and ``scale`` are None
-    where it has none; ``digest`` is the same on ranks that see the same checkpoint."""
+    """A checkpoint that passed the checks. ``optimizer_states`` are tensors to load the optimizer's state into, by
+    master and key; ``settings`` and ``scale`` are None where the checkpoint has none; ``digest`` is the same on ranks
+    that see the same checkpoint."""
 
     path: Path
     reader: CheckedReader
-    states: dict[Tensor, dict[str, Tensor]]
+    optimizer_states: dict[Tensor, dict[str, Tensor]]
     settings: list[dict[str, Any]] | None
     scale: LossScale | None
     digest: str
 
 
-def load(trainer: Trainer, folder: str | os.PathLike[str]) -> int:
-    """Read the newest checkpoint, of any plan; collective. Returns its step.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _CheckOutcome:
+    """What one rank tells the others of its checks: ``digest`` is None where they failed, for ``reason``;
+    ``is_missing``: there is no checkpoint."""
+
+    digest: str | None
+    reason: str
+    is_missing: bool
+
+
+def load(state: TrainingState, folder: str | os.PathLike[str]) -> int:
+    """Load the newest checkpoint of a folder, written under any plan; returns its step. Collective.
 
     PlanFileError where there is none; CheckpointError where it is damaged, of another model, or names classes that the
-    metadata of torch.distributed.checkpoint does not have. Nothing that it contains is run. All ranks raise alike, and
-    the trainer is as before: everything is checked first, of the tensors a share by each rank. Only where a file is
-    lost or changes after that, parameters and optimizer may be half loaded, and the error says so.
+    metadata of torch.distributed.checkpoint does not have. Nothing that it contains is run. All ranks raise the same
+    kind of error, and ``state`` is unchanged: everything is checked first, a share of the tensors by each rank. Only
+    where a file is lost or changes after that, parameters and optimizer may be partly loaded, and the error says so.
 
-    It may be written by torch.distributed.checkpoint itself, under these names. Without ``optimizer.json`` the
-    optimizer keeps its settings."""
-    opened = _open_on_all_ranks(lambda: _check_newest(trainer, Path(folder)))
+    torch.distributed.checkpoint itself may have written it, under these names. Without ``optimizer.json`` the optimizer
+    keeps its settings."""
+    checked = _check_on_all_ranks(lambda: _check_newest(state, Path(folder)))
     try:
-        read_tensors(state_dict(trainer, opened.states), storage_reader=opened.reader)
+        read_tensors(state_dict(state, checked.optimizer_states), storage_reader=checked.reader)
     except CheckpointException as error:
         rank, (failure, _) = next(iter(error.failures.items()))
         raise CheckpointError(
-            f"cannot load {opened.path}: rank {rank} cannot read what was whole a moment ago ({str(failure)[:200]}); "
-            "parameters and optimizer are half loaded: load a checkpoint before the next step"
+            f"cannot load {checked.path}: rank {rank} failed to read a file that passed the check "
+            f"({str(failure)[:200]}); parameters and optimizer state are partly loaded: load a checkpoint before the "
+            "next step"
         ) from None
-    if trainer.optimizer is not None:
-        for master, tensors in opened.states.items():
-            state = trainer.optimizer.state[master]
-            for key in [key for key, value in state.items() if isinstance(value, Tensor)]:
-                del state[key]
-            state.update(tensors)
-        if opened.settings is not None and len(opened.settings) == len(trainer.optimizer.param_groups):
-            for group, given in zip(trainer.optimizer.param_groups, opened.settings, strict=True):
-                group.update(given)
-    if trainer.loss_scale is not None and opened.scale is not None:
-        trainer.loss_scale = opened.scale
-    for stage in trainer.stages.values():
-        stage.parameters.update_weights()
-    trainer.num_steps = int(opened.path.name.removeprefix("step-"))
-    return trainer.num_steps
+    if state.optimizer is not None:
+        for master, tensors in checked.optimizer_states.items():
+            entries = state.optimizer.state[master]
+            for key in [key for key, entry in entries.items() if isinstance(entry, Tensor)]:
+                del entries[key]
+            entries.update(tensors)
+        if checked.settings is not None and len(checked.settings) == len(state.optimizer.param_groups):
+            for group, settings in zip(state.optimizer.param_groups, checked.settings, strict=True):
+                group.update(settings)
+    if state.loss_scale is not None and checked.scale is not None:
+        state.loss_scale = checked.scale
+    for stage in state.stages.values():
+        stage.update_weights()
+    state.num_steps = int(checked.path.name.removeprefix("step-"))
+    return state.num_steps
 
 
-def _open_on_all_ranks(work: Callable[[], _CheckedCheckpoint]) -> _CheckedCheckpoint:
-    """What ``work`` returns; where it fails on any rank, or ranks see different checkpoints, an error on every rank."""
-    opened, error = None, None
+def _check_on_all_ranks(check: Callable[[], _CheckedCheckpoint]) -> _CheckedCheckpoint:
+    """What ``check`` returns; where it fails on any rank, or ranks see different checkpoints, an error on every
+    rank."""
+    checked, error = None, None
     try:
-        opened = work()
-    except Exception as raised:  # whatever it is: the other ranks wait for this one
+        checked = check()
+    except Exception as raised:  # of whatever kind: the other ranks wait for this one's outcome
         error = raised
-    found: list[Any] = [None] * dist.get_world_size()
     reason = str(error) if isinstance(error, AutoparError) else f"{type(error).__name__}: {error}"
-    dist.all_gather_object(found, (opened and opened.digest, reason, isinstance(error, PlanFileError)))
-    failed = {rank: (none, reason) for rank, (digest, reason, none) in enumerate(found) if digest is None}
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    own = _CheckOutcome(
+        digest=checked.digest if checked is not None else None,
+        reason=reason,
+        is_missing=isinstance(error, PlanFileError),
+    )
+    dist.all_gather_object(outcomes, own)
     if error is not None and not isinstance(error, AutoparError):
         raise error
-    if len(failed) == len(found) and all(none for none, _ in failed.values()):
-        raise PlanFileError(reason)
+    _raise_if_any_failed(outcomes)
+    assert checked is not None
+    return checked
+
+
+def _raise_if_any_failed(outcomes: Sequence[_CheckOutcome]) -> None:
+    """PlanFileError where no rank sees a checkpoint; CheckpointError where one failed, or they see different ones.
+    ``outcomes`` are by rank."""
+    failed = {rank: outcome for rank, outcome in enumerate(outcomes) if outcome.digest is None}
+    all_failed = len(failed) == len(outcomes)
+    if all_failed and all(outcome.is_missing for outcome in failed.values()):
+        raise PlanFileError(outcomes[0].reason)
     if failed:
-        rank = min(failed, key=lambda rank: failed[rank][0])  # a rank that finds something wrong, rather than nothing
-        alike = len(failed) == len(found) and len(set(failed.values())) == 1
-        raise CheckpointError(failed[rank][1] if alike else f"rank {rank}: {failed[rank][1]}")
-    seen = {digest: rank for rank, (digest, *_) in enumerate(found)}
-    if len(seen) > 1:
-        sights = ", ".join(f"rank {rank} sees {digest}" for digest, rank in list(seen.items())[:8])
-        raise CheckpointError(f"the ranks see different checkpoints: {sights}; give all of them one folder")
-    assert opened is not None
-    return opened
+        # a rank that found damage, before one that found no checkpoint
+        rank = min(failed, key=lambda rank: failed[rank].is_missing)
+        is_common = all_failed and len(set(failed.values())) == 1
+        raise CheckpointError(failed[rank].reason if is_common else f"rank {rank}: {failed[rank].reason}")
+    ranks_by_digest = {outcome.digest: rank for rank, outcome in enumerate(outcomes)}
+    if len(ranks_by_digest) > 1:
+        views = ", ".join(f"rank {rank} sees {digest}" for digest, rank in list(ranks_by_digest.items())[:8])
+        raise CheckpointError(f"the ranks see different checkpoints: {views}; give all ranks the same shared folder")
 
 
-def _check_newest(trainer: Trainer, root: Path) -> _CheckedCheckpoint:
-    """Check the newest checkpoint: all but its tensors, and of these this rank's share. Changes nothing."""
+def _check_newest(state: TrainingState, root: Path) -> _CheckedCheckpoint:
+    """Check the newest checkpoint of a folder: all small files, and this rank's share of the tensors. Changes
+    nothing."""
     path = root / _latest_name(root)
     try:
         index = read_metadata(path)
         check_sums(path)
-        states = _optimizer_tensors(trainer, index)
-        _check_shapes(state_dict(trainer, states), index)
+        optimizer_states = _optimizer_tensors(state, index)
+        _check_shapes(state_dict(state, optimizer_states), index)
         reader = CheckedReader(path, index)
         names = [name for name in index.tensors if name.startswith(("model.", "optimizer."))]
         check_tensors(reader, names, rank=dist.get_rank(), num_ranks=dist.get_world_size())
         return _CheckedCheckpoint(
             path=path,
             reader=reader,
-            states=states,
+            optimizer_states=optimizer_states,
             settings=_read_settings(path),
-            scale=_read_scale(path) if trainer.loss_scale is not None else None,
+            scale=_read_scale(path) if state.loss_scale is not None else None,
             digest=f"{path.name} ({hashlib.sha256((path / METADATA).read_bytes()).hexdigest()[:12]})",
         )
     except CheckpointError as error:
         others = ", ".join(sorted(other.name for other in root.glob("step-*") if other != path))
-        way_out = f"to load another, write its name to {root / LATEST}: {others}" if others else "there is no other"
+        way_out = f"to load another ({others}), write its name to {root / LATEST}" if others else "there is no other"
         raise CheckpointError(f"cannot load {path}: {error}; nothing was loaded; {way_out}") from None
 
 
 def _latest_name(root: Path) -> str:
-    """The name of the newest checkpoint."""
+    """The name of the newest checkpoint of a folder; PlanFileError where it names none."""
     try:
         name = (root / LATEST).read_text().strip()
     except FileNotFoundError as error:
@@ -243,48 +275,47 @@ def _latest_name(root: Path) -> str:
     return name
 
 
-def _optimizer_tensors(trainer: Trainer, index: TensorIndex) -> dict[Tensor, dict[str, Tensor]]:
-    """Tensors for the optimizer's state that a checkpoint holds: the optimizer's own where they have the shape."""
-    if trainer.optimizer is None:
+def _optimizer_tensors(state: TrainingState, index: TensorIndex) -> dict[Tensor, dict[str, Tensor]]:
+    """Tensors, by master and key, to load the optimizer's state of a checkpoint into: the optimizer's own where they
+    have its shape and dtype, so that loading needs no second copy; else new ones."""
+    if state.optimizer is None:
         return {}
     stored: dict[str, dict[str, TensorStorageMetadata]] = {}
     for name, tensor in index.tensors.items():
         prefix, _, key = name.rpartition(".")
         stored.setdefault(prefix, {})[key] = tensor
-    states: dict[Tensor, dict[str, Tensor]] = {}
-    for parameter in trainer.trained_parameters():
-        master, known = parameter.master, trainer.optimizer.state.get(parameter.master, {})
-        states[master] = {}
+    optimizer_states: dict[Tensor, dict[str, Tensor]] = {}
+    for parameter in state.trained_parameters():
+        master, current = parameter.master, state.optimizer.state.get(parameter.master, {})
+        optimizer_states[master] = {}
         for key, tensor in stored.get(f"optimizer.{parameter.names[0]}", {}).items():
-            whole = not tensor.size or tensor.size != parameter.sharding.shape
-            shape, device = (tensor.size, torch.device("cpu")) if whole else (master.shape, master.device)
-            own, dtype = known.get(key), tensor.properties.dtype
+            is_sharded = bool(tensor.size) and tensor.size == parameter.sharding.shape
+            shape, device = (master.shape, master.device) if is_sharded else (tensor.size, torch.device("cpu"))
+            own, dtype = current.get(key), tensor.properties.dtype
             fits = isinstance(own, Tensor) and own.shape == shape and own.dtype == dtype
-            states[master][key] = own if fits else torch.zeros(shape, dtype=dtype, device=device)
-    return states
+            optimizer_states[master][key] = own if fits else torch.zeros(shape, dtype=dtype, device=device)
+    return optimizer_states
 
 
 def _check_shapes(shards: Mapping[str, Any], index: TensorIndex) -> None:
-    """CheckpointError where a part's tensor is not stored in its shape."""
-    optimizer = {f"{name}.{key}": part for name, state in shards["optimizer"].items() for key, part in state.items()}
-    wanted = {
-        **{f"model.{name}": part for name, part in shards["model"].items()},
-        **{f"optimizer.{name}": part for name, part in optimizer.items()},
-    }
+    """CheckpointError where the checkpoint lacks a tensor of ``state_dict``, or has it in another shape."""
+    wanted = {f"model.{name}": shard for name, shard in shards["model"].items()}
+    for name, entries in shards["optimizer"].items():
+        wanted |= {f"optimizer.{name}.{key}": shard for key, shard in entries.items()}
     faults = []
-    for name, part in wanted.items():
+    for name, shard in wanted.items():
         tensor = index.tensors.get(name)
         if tensor is None:
             faults.append(f"it has no tensor {name}")
-        elif tensor.size != part.shape:
-            faults.append(f"its {name} has shape {tuple(tensor.size)}, not {tuple(part.shape)}")
+        elif tensor.size != shard.shape:
+            faults.append(f"its {name} has shape {tuple(tensor.size)}, not {tuple(shard.shape)}")
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise CheckpointError(f"it is of another model: {', '.join(faults[:3])}{more}")
+        raise CheckpointError(f"it is a checkpoint of another model: {', '.join(faults[:3])}{more}")
 
 
 def _read_json(path: Path) -> Any:
-    """None where there is no such file."""
+    """The content of a JSON file; None where there is no such file."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -294,6 +325,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _read_settings(path: Path) -> list[dict[str, Any]] | None:
+    """The settings of the optimizer's parameter groups; None where the checkpoint has none."""
     groups = _read_json(path / "optimizer.json")
     if groups is None:
         return None
@@ -302,11 +334,12 @@ def _read_settings(path: Path) -> list[dict[str, Any]] | None:
         or not all(isinstance(group, dict) for group in groups)
         or not all(_is_setting(key, value) for group in groups for key, value in group.items())
     ):
-        raise CheckpointError("optimizer.json is damaged: it is no list of an optimizer's settings")
+        raise CheckpointError("optimizer.json is damaged: it is not a list of parameter-group settings")
     return groups
 
 
 def _read_scale(path: Path) -> LossScale | None:
+    """The loss scale; None where the checkpoint has none."""
     state = _read_json(path / "scale.json")
     scale = LossScale()
     try:
@@ -317,12 +350,13 @@ def _read_scale(path: Path) -> LossScale | None:
     return scale if state is not None else None
 
 
-def _group_settings(trainer: Trainer) -> list[dict[str, Any]]:
-    """Plain settings of the optimizer's groups."""
-    groups = trainer.optimizer.param_groups if trainer.optimizer is not None else []
+def _group_settings(state: TrainingState) -> list[dict[str, Any]]:
+    """The settings of the optimizer's parameter groups that JSON can store."""
+    groups = state.optimizer.param_groups if state.optimizer is not None else []
     return [{key: value for key, value in group.items() if _is_setting(key, value)} for group in groups]
 
 
 def _is_setting(key: str, value: Any) -> bool:
-    numbers = isinstance(value, (tuple, list)) and all(isinstance(each, (int, float)) for each in value)
-    return key != "params" and (numbers or isinstance(value, (bool, int, float, str, type(None))))
+    """Whether a parameter group's entry is a setting of plain numbers or text, not its parameters."""
+    are_numbers = isinstance(value, (tuple, list)) and all(isinstance(each, (int, float)) for each in value)
+    return key != "params" and (are_numbers or isinstance(value, (bool, int, float, str, type(None))))

@@ -1,10 +1,10 @@
 """Reads ``.metadata``, the index of a torch.distributed.checkpoint, without running anything.
 
-The file is a pickle of torch's ``Metadata``, and torch's reader makes whatever objects a pickle asks for. Here it is
-read as data (``pickled_data``), in which only torch's classes for metadata may be named, and the index is made from that
-data, field by field: each tensor's dtype and shape, the boxes it is stored in, and the bytes of a file for each box.
+The file is a pickle of torch's ``Metadata``, and torch's reader creates whatever objects a pickle asks for. Here it is
+read as data (``pickled_data``), in which only torch's metadata classes may be named, and the index is built from that
+data, field by field: each tensor's dtype and shape, the boxes it is stored in, and each box's bytes in a file.
 
-What is stored as a Python object, such as a step count or an optimizer's settings, is a pickle too; it is left out.
+What is stored as a Python object, such as a sampler's state, is a pickle too; it is ignored.
 """
 
 import math
@@ -52,20 +52,20 @@ ALLOWED = frozenset(
         "pathlib._local.WindowsPath",
     }
 )
-"""All that the pickle of a ``Metadata`` consists of, as torch's planners and file systems write it."""
+"""All names in the pickle of a ``Metadata``, as torch's planners and file systems write it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorIndex:
-    """The tensors of a checkpoint by name, and where each of their boxes is, by name and offset."""
+    """The tensors of a checkpoint, by name, and where each of their boxes is stored, by name and offset."""
 
     tensors: Mapping[str, TensorStorageMetadata]
     places: Mapping[MetadataIndex, _StorageInfo]
 
 
 def read_metadata(folder: Path) -> TensorIndex:
-    """The index of the tensors in a folder that torch.distributed.checkpoint wrote; CheckpointError where the file
-    cannot be read, is damaged, or names a class or function that no such file has."""
+    """The index of a folder that torch.distributed.checkpoint wrote. CheckpointError where its ``.metadata`` cannot be
+    read, is damaged, or names a class or function that torch's metadata does not have."""
     try:
         return metadata_of((folder / METADATA).read_bytes())
     except OSError as error:
@@ -73,11 +73,11 @@ def read_metadata(folder: Path) -> TensorIndex:
 
 
 def metadata_of(content: bytes) -> TensorIndex:
-    """The index in the bytes of a ``.metadata``. In it are only tensors, each wholly in boxes inside its shape, each box
-    in a file of the same folder. Raises CheckpointError."""
+    """The index in the bytes of a ``.metadata``: of tensors only, each covered by boxes inside its shape, each box in a
+    file of the same folder. CheckpointError as for ``read_metadata``."""
     try:
-        fields = _state(read_data(content, ALLOWED), f"{_INDEX}.Metadata")
-        stored = {name: _tensor(given) for name, given in _tensors(fields["state_dict_metadata"])}
+        fields = _fields(read_data(content, ALLOWED), f"{_INDEX}.Metadata")
+        stored = {name: _tensor(entry) for name, entry in _tensors(fields["state_dict_metadata"])}
         places = dict(_place(index, info) for index, info in fields["storage_data"].items())
         _check_boxes(stored, places)
         for path in {PurePosixPath(place.relative_path) for place in places.values()}:
@@ -86,37 +86,38 @@ def metadata_of(content: bytes) -> TensorIndex:
     except NotAllowedError as error:
         raise CheckpointError(
             f"{METADATA} names {error.name}, which is not part of the metadata of torch.distributed.checkpoint: it is "
-            "damaged, or made to run something; nothing of it was run"
+            "damaged, or made to run code; nothing of it was run"
         ) from None
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"{METADATA} is damaged, or not of torch.distributed.checkpoint: {error}") from None
     return TensorIndex(tensors=stored, places=places)
 
 
-def _state(given: Any, *names: str) -> dict[str, Any]:
-    """The fields of an object of one of these classes."""
-    if not isinstance(given, Instance) or given.name not in names or not isinstance(given.state, dict):
-        raise ValueError(f"no {names[0].rpartition('.')[2]} where one is due")
-    return given.state
+def _fields(data: Any, name: str) -> dict[str, Any]:
+    """The fields of an object of the class ``name``; ValueError where it is not one."""
+    if not isinstance(data, Instance) or data.name != name or not isinstance(data.state, dict):
+        raise ValueError(f"expected a {name.rpartition('.')[2]}")
+    return data.state
 
 
 def _tensors(stored: dict[Any, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Names and fields of those that are tensors."""
-    for name, given in stored.items():
+    """(name, fields) of the entries that are tensors."""
+    for name, entry in stored.items():
         if not isinstance(name, str):
             raise ValueError("an entry without a name")
-        if not isinstance(given, Instance) or given.name != f"{_INDEX}.BytesStorageMetadata":
-            yield name, _state(given, f"{_INDEX}.TensorStorageMetadata")
+        if not isinstance(entry, Instance) or entry.name != f"{_INDEX}.BytesStorageMetadata":
+            yield name, _fields(entry, f"{_INDEX}.TensorStorageMetadata")
 
 
 def _tensor(fields: dict[str, Any]) -> TensorStorageMetadata:
+    """A tensor's dtype, shape and boxes, from its fields."""
     properties = fields["properties"]
     if not isinstance(properties, Instance) or properties.name not in _PROPERTIES:
         raise ValueError("a tensor without properties")
     dtype = properties.state[0]  # the others are deprecated: layout, requires_grad, memory format, pinned
     if not isinstance(dtype, Global):
         raise ValueError("a tensor without a dtype")
-    boxes = [_state(box, f"{_INDEX}.ChunkStorageMetadata") for box in fields["chunks"]]
+    boxes = [_fields(box, f"{_INDEX}.ChunkStorageMetadata") for box in fields["chunks"]]
     return TensorStorageMetadata(
         properties=TensorProperties(dtype=_DTYPES[dtype.name]),
         size=_size(fields["size"]),
@@ -124,49 +125,51 @@ def _tensor(fields: dict[str, Any]) -> TensorStorageMetadata:
     )
 
 
-def _size(given: Any) -> torch.Size:
-    if not isinstance(given, Instance) or given.name != "torch.Size":
-        raise ValueError("no torch.Size where one is due")
-    size = torch.Size(*given.arguments)
+def _size(data: Any) -> torch.Size:
+    """A shape or offset."""
+    if not isinstance(data, Instance) or data.name != "torch.Size":
+        raise ValueError("expected a torch.Size")
+    size = torch.Size(*data.arguments)
     if size and not 0 <= min(size) <= max(size) < 2**63:
-        raise ValueError("a size beyond what a file holds")
+        raise ValueError("a size outside 0 to 2^63 - 1")
     return size
 
 
-def _number(given: Any) -> int:
-    if not isinstance(given, int) or not 0 <= given < 2**63:
-        raise ValueError("no number of bytes where one is due")
-    return given
+def _num_bytes(data: Any) -> int:
+    """A position in a file, or a length."""
+    if not isinstance(data, int) or not 0 <= data < 2**63:
+        raise ValueError("expected a number of bytes")
+    return data
 
 
 def _place(index: Any, info: Any) -> tuple[MetadataIndex, _StorageInfo]:
-    """Where an entry is stored; its file is one of the checkpoint's folder."""
-    key, value = _state(index, f"{_INDEX}.MetadataIndex"), _state(info, f"{_FILES}._StorageInfo")
+    """(name and offset of a box, its bytes in a file), from the data of both."""
+    key, value = _fields(index, f"{_INDEX}.MetadataIndex"), _fields(info, f"{_FILES}._StorageInfo")
     path, transforms = value["relative_path"], value.get("transform_descriptors")
     if (
         not isinstance(path, str)
         or not isinstance(key["fqn"], str)
         or not all(isinstance(each, str) for each in transforms or ())
     ):
-        raise ValueError("a file of no entry")
+        raise ValueError("a storage entry without the names of its tensor and file")
     offset = key.get("offset")
     return (
         MetadataIndex(key["fqn"], None if offset is None else _size(offset)),
-        _StorageInfo(path, _number(value["offset"]), _number(value["length"]), transforms),
+        _StorageInfo(path, _num_bytes(value["offset"]), _num_bytes(value["length"]), transforms),
     )
 
 
 def _check_boxes(stored: dict[str, TensorStorageMetadata], places: dict[MetadataIndex, _StorageInfo]) -> None:
-    """The boxes of each tensor are in it, fill it, and are stored. torch reads a tensor that lacks one without a word,
-    and leaves what it does not find as it was."""
+    """Check that each tensor's boxes are inside it, cover it, and are stored; else ValueError. torch reads a tensor
+    that lacks a box without an error and leaves its elements as they were."""
     for name, tensor in stored.items():
-        boxes = [box for box in tensor.chunks if math.prod(box.sizes)]  # ranks with no rows of it all have one alike
+        boxes = [box for box in tensor.chunks if math.prod(box.sizes)]  # each rank without rows has an empty one
         for box in boxes:
-            ends = zip(box.offsets, box.sizes, tensor.size, strict=True)
-            if any(offset + size > whole for offset, size, whole in ends):
+            dims = zip(box.offsets, box.sizes, tensor.size, strict=True)
+            if any(offset + size > full_size for offset, size, full_size in dims):
                 raise ValueError(f"a box of {name} reaches beyond it")
             if MetadataIndex(name, box.offsets) not in places:
                 raise ValueError(f"a box of {name} is in no file")
-        filled = sum(math.prod(box.sizes) for box in boxes)
-        if filled != math.prod(tensor.size) or len({box.offsets for box in boxes}) != len(boxes):
-            raise ValueError(f"the boxes of {name} do not fill it")
+        covered = sum(math.prod(box.sizes) for box in boxes)
+        if covered != math.prod(tensor.size) or len({box.offsets for box in boxes}) != len(boxes):
+            raise ValueError(f"the stored boxes of {name} do not cover it")

@@ -1,4 +1,4 @@
-"""A rank's part of a tensor, for torch.distributed.checkpoint: the boxes of the whole that it consists of."""
+"""A rank's part of a tensor, for torch.distributed.checkpoint: the boxes of the full tensor that it consists of."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -12,11 +12,13 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from autopar.runtime.transfer import DimIndices
 
 Box = tuple[tuple[slice, ...], ChunkStorageMetadata]
+"""A box: its slices of the local tensor, and its offsets and sizes in the full one."""
 
 
 class CheckpointShard(Tensor):
-    """What a rank holds of a tensor of global ``shape``, for torch.distributed.checkpoint: a wrapper without data of
-    its own. ``writes``: whether this rank's replica is the one that is stored."""
+    """This rank's part of a tensor of global ``shape``: a wrapper of ``local`` without data of its own, which
+    torch.distributed.checkpoint saves and loads in place. ``indices`` are the global indices of each dim that ``local``
+    has. ``is_writer``: this rank's replica is the one that is saved."""
 
     local: Tensor
     boxes: list[Box]
@@ -24,20 +26,20 @@ class CheckpointShard(Tensor):
 
     @staticmethod
     def __new__(cls, local: Tensor, shape: Sequence[int], indices: DimIndices, is_writer: bool) -> "CheckpointShard":
-        made: CheckpointShard = torch.Tensor._make_wrapper_subclass(
+        shard: CheckpointShard = torch.Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=local.dtype, device=local.device
         )
-        made.local, made.is_writer = local.detach(), is_writer
-        made.boxes = list(_boxes(indices))
-        return made
+        shard.local, shard.is_writer = local.detach(), is_writer
+        shard.boxes = list(_boxes(indices))
+        return shard
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:
             return args[0]
-        raise NotImplementedError(f"{func} of a part of a checkpoint: use torch.distributed.checkpoint")
+        raise NotImplementedError(f"a CheckpointShard supports torch.distributed.checkpoint only, not {func}")
 
-    def __create_write_items__(self, fqn: str, part: Any) -> list[WriteItem]:
+    def __create_write_items__(self, fqn: str, shard: Any) -> list[WriteItem]:
         if not self.is_writer:
             return []
         properties = TensorProperties(dtype=self.local.dtype)
@@ -54,28 +56,28 @@ class CheckpointShard(Tensor):
         return [chunk for _, chunk in self.boxes]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        for where, chunk in self.boxes:
+        for slices, chunk in self.boxes:
             if index.offset is None or chunk.offsets == index.offset:
-                return self.local[where] if where else self.local
-        raise ValueError(f"this rank holds no box of {index.fqn} at {index.offset}")
+                return self.local[slices] if slices else self.local
+        raise ValueError(f"this rank stores no box of {index.fqn} at {index.offset}")
 
 
 def _boxes(indices: DimIndices) -> Iterator[Box]:
-    """The rectangles that the product of these indices consists of: where in the part, and where in the whole."""
-    runs = [list(_intervals(index.tolist())) for index in indices]
-    for chosen in itertools.product(*runs):
-        offsets = torch.Size([first for _, first, _ in chosen])
-        sizes = torch.Size([length for _, _, length in chosen])
+    """The boxes of which the product of these indices consists."""
+    intervals = [list(_intervals(index.tolist())) for index in indices]
+    for box in itertools.product(*intervals):
+        offsets = torch.Size([first for _, first, _ in box])
+        sizes = torch.Size([length for _, _, length in box])
         yield (
-            tuple(slice(at, at + length) for at, _, length in chosen),
+            tuple(slice(position, position + length) for position, _, length in box),
             ChunkStorageMetadata(offsets=offsets, sizes=sizes),
         )
 
 
 def _intervals(indices: list[int]) -> Iterator[tuple[int, int, int]]:
-    """(position, first index, length) of each run of consecutive indices."""
+    """(position, first index, length) of each interval of consecutive indices in an increasing list."""
     start = 0
-    for at in range(1, len(indices) + 1):
-        if at == len(indices) or indices[at] != indices[at - 1] + 1:
-            yield start, indices[start], at - start
-            start = at
+    for end in range(1, len(indices) + 1):
+        if end == len(indices) or indices[end] != indices[end - 1] + 1:
+            yield start, indices[start], end - start
+            start = end

@@ -1,11 +1,11 @@
-"""Counts the collectives that a rank really runs in a step, stage by stage, and holds them against the plan's list.
+"""Counts the collectives that a rank runs in a step, stage by stage, and compares them with the plan's list.
 
-What runs is counted where it is dispatched: functional collectives by the group they name, with the bytes of the whole
-tensor as one group sees it (a gather's output, a reduce-scatter's input), and messages between stages by their
-receiver.
+Functional collectives are counted where they are dispatched, by the group they name, with the bytes of the group's full
+tensor (an all-gather's output, a reduce-scatter's input); tensors sent between stages are counted by their receiver.
 
-For every stage, kind and set of axes, a step must move as many collectives of each size as the plan lists. What the
-plan lists once per step, parameter by parameter, runs in a bucket that all share: of these the bytes must agree.
+For every stage, kind and set of axes, a step must run as many collectives of each size as the plan lists per
+micro-batch. What the plan lists once per step, parameter by parameter, runs in shared buckets: of it the total bytes
+must agree.
 """
 
 from collections import Counter
@@ -29,12 +29,14 @@ KINDS_BY_OP: dict[str, CollectiveKind] = {
 }
 CollectiveKey = tuple[int, CollectiveKind, tuple[str, ...]]
 CollectiveCounts = Mapping[CollectiveKey, Counter[int]]
-"""(stage, kind, axes) -> bytes -> how many in a step"""
+"""(stage, kind, axes) -> bytes -> number per step"""
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """While entered, counts the functional collectives of this rank. ``stage`` names the stage that runs, ``meshes``
-    are those of the rank's stages. ``widened``: fp64 stands for fp32, and its bytes are counted as those."""
+    """While entered, counts the functional collectives of this rank as those of ``current_stage``, which its user sets.
+
+    ``meshes`` are those of the rank's stages, by index. ``fp64_as_fp32``: fp64 tensors are counted with the bytes of
+    fp32. The result is in ``counts``."""
 
     def __init__(self, meshes: Mapping[int, RankMesh], *, fp64_as_fp32: bool = False) -> None:
         super().__init__()
@@ -57,23 +59,22 @@ class CollectiveCounter(TorchDispatchMode):
         return result
 
     def count_received(self, sender: int, tensor: Tensor) -> None:
-        """Count what this rank received of a tensor that stage ``sender`` sent."""
+        """Count this rank's part of a tensor that it received from stage ``sender``."""
         self._add(sender, "send", (), self._num_bytes(tensor))
 
     def _add(self, stage: int, kind: CollectiveKind, axes: tuple[str, ...], num_bytes: int) -> None:
         self.counts.setdefault((stage, kind, axes), Counter())[num_bytes] += 1
 
     def _num_bytes(self, tensor: Tensor) -> int:
-        narrow = self.fp64_as_fp32 and tensor.dtype == torch.float64
-        return tensor.numel() * (torch.float32.itemsize if narrow else tensor.element_size())
+        as_fp32 = self.fp64_as_fp32 and tensor.dtype == torch.float64
+        return tensor.numel() * (torch.float32.itemsize if as_fp32 else tensor.element_size())
 
 
 def counts_of_stages(counts_by_rank: Sequence[CollectiveCounts], plan: Plan) -> dict[CollectiveKey, Counter[int]]:
-    """What the first rank of each stage, which holds the largest parts, ran; ``found`` is by rank."""
+    """What the first rank of each stage ran, whose shards are the largest."""
     joined: dict[CollectiveKey, Counter[int]] = {}
     for rank, counts in enumerate(counts_by_rank):
-        here = [stage for stage in plan.stages if stage.first_device == rank]
-        if not here:
+        if not any(stage.first_device == rank for stage in plan.stages):
             continue
         for (stage, kind, axes), sizes in counts.items():
             joined[stage, kind, axes] = joined.get((stage, kind, axes), Counter()) + sizes
@@ -81,36 +82,39 @@ def counts_of_stages(counts_by_rank: Sequence[CollectiveCounts], plan: Plan) -> 
 
 
 def collective_differences(ran: CollectiveCounts, plan: Plan, collectives: Iterable[Collective]) -> tuple[str, ...]:
-    """Where what ran in a step is not what is listed: one line per stage, kind and axes."""
-    exact: dict[CollectiveKey, Counter[int]] = {}
-    bucketed: dict[CollectiveKey, int] = {}
+    """Where the collectives that ran in a step are not those listed: one line per stage, kind and axes."""
+    listed: dict[CollectiveKey, Counter[int]] = {}
+    bucketed_bytes: dict[CollectiveKey, int] = {}
     for each in collectives:
         key = (each.stage, each.kind, each.axes)
         if each.per == "microbatch":
-            exact.setdefault(key, Counter())[each.num_bytes] += each.count * plan.microbatches
+            listed.setdefault(key, Counter())[each.num_bytes] += each.count * plan.microbatches
         else:
-            bucketed[key] = bucketed.get(key, 0) + each.count * each.num_bytes
+            bucketed_bytes[key] = bucketed_bytes.get(key, 0) + each.count * each.num_bytes
     lines = []
-    for key in sorted({*exact, *bucketed, *ran}):
-        wanted, sizes = exact.get(key, Counter()), ran.get(key, Counter())
-        missing, rest = wanted - sizes, sizes - wanted
-        beyond = sum(size * count for size, count in rest.items())
-        if not missing and beyond == bucketed.get(key, 0):
+    for key in sorted({*listed, *bucketed_bytes, *ran}):
+        listed_sizes, ran_sizes = listed.get(key, Counter()), ran.get(key, Counter())
+        missing, extra = listed_sizes - ran_sizes, ran_sizes - listed_sizes
+        if not missing and _total_bytes(extra) == bucketed_bytes.get(key, 0):
             continue
         stage, kind, axes = key
         over = f" over {'*'.join(axes)}" if axes else ""
-        listed = sum(size * count for size, count in wanted.items()) + bucketed.get(key, 0)
-        moved = sum(size * count for size, count in sizes.items())
         lines.append(
-            f"stage {stage}: {kind}{over}: the plan lists {listed} bytes a step, {moved} ran{_sizes_text(missing, rest)}"
+            f"stage {stage}: {kind}{over}: the plan lists {_total_bytes(listed_sizes) + bucketed_bytes.get(key, 0)} "
+            f"bytes per step, {_total_bytes(ran_sizes)} were communicated{_sizes_text(missing, extra)}"
         )
     return tuple(lines)
 
 
+def _total_bytes(sizes: Counter[int]) -> int:
+    return sum(num_bytes * count for num_bytes, count in sizes.items())
+
+
 def _sizes_text(missing: Counter[int], extra: Counter[int]) -> str:
+    """The first sizes that did not run, and those that ran but are not listed per micro-batch, in brackets."""
     parts = [
-        f"{what} {', '.join(f'{count} of {size}' for size, count in sorted(sizes.items())[:4])}"
-        for what, sizes in (("lacking", missing), ("beyond the listed per micro-batch", extra))
+        f"{what}: {', '.join(f'{count} of {size}' for size, count in sorted(sizes.items())[:4])}"
+        for what, sizes in (("missing", missing), ("not listed per micro-batch", extra))
         if sizes
     ]
     return f" ({'; '.join(parts)})" if parts else ""

@@ -1,8 +1,9 @@
-"""Tensors between layouts on different ranks: every pair of ranks exchanges what both hold.
+"""Sends a tensor between ranks that store it differently: a sender and a receiver exchange the elements that the one
+stores and the other needs.
 
-A *layout* is, per rank, the global indices it holds of each dim (the product of these is its part). Ranks with equal
-indices are replicas, of which one sends to a given receiver: the one at the receiver's place, modulo their number. So
-unequal meshes, strided cuts and ZeRO's shards are all one case.
+What a rank stores is, per dim, a list of global indices; its elements are the product of these. Ranks with equal
+indices are replicas; a receiver gets elements from one of them: the one at the receiver's position, modulo their
+number. So unequal meshes, strided shards and ZeRO's shards are all one case.
 """
 
 from collections.abc import Sequence
@@ -17,12 +18,13 @@ from autopar.runtime.lower.rank_mesh import RankMesh
 from autopar.runtime.lower.shards import Shape, global_indices
 
 DimIndices = tuple[Tensor, ...]
+"""Increasing indices of each dim."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TransferMessage:
-    """One message: ``taken`` are the positions, per dim, of its elements in the sender's part, ``put`` in the
-    receiver's."""
+    """One message from rank ``source`` to rank ``target``, with the positions of its elements, per dim, in the local
+    tensor of either."""
 
     source: int
     target: int
@@ -31,55 +33,55 @@ class TransferMessage:
 
 
 def indices_by_rank(shape: Shape, placements: Placements, mesh: RankMesh) -> list[tuple[int, DimIndices]]:
-    """(rank, what it stores) of all ranks of a mesh. Partial sums have a dim more, in front, of their addends."""
-    ranks = range(mesh.first_rank, mesh.first_rank + mesh.num_ranks)
-    terms = [axis for axis, placement in enumerate(placements) if placement == PARTIAL]
-    found = []
-    for rank in ranks:
+    """(rank, the global indices it stores) of all ranks of a mesh. A partial tensor has one more dim, in front, of its
+    addends."""
+    partial_axes = [axis for axis, placement in enumerate(placements) if placement == PARTIAL]
+    by_rank = []
+    for rank in range(mesh.first_rank, mesh.first_rank + mesh.num_ranks):
         coordinate = mesh.coordinate_of(rank)
-        term = 0
-        for axis in terms:
-            term = term * mesh.sizes[axis] + coordinate[axis]
+        addend = 0
+        for axis in partial_axes:
+            addend = addend * mesh.sizes[axis] + coordinate[axis]
         indices = global_indices(shape, placements, mesh.sizes, coordinate)
-        found.append((rank, (torch.tensor([term]), *indices) if terms else indices))
-    return found
+        by_rank.append((rank, (torch.tensor([addend]), *indices) if partial_axes else indices))
+    return by_rank
 
 
 def messages_between(
     sources: Sequence[tuple[int, DimIndices]], targets: Sequence[tuple[int, DimIndices]], rank: int
 ) -> list[TransferMessage]:
-    """The messages that ``rank`` sends or receives to bring a tensor from one layout to another, in one order for
-    all."""
+    """The messages that ``rank`` sends or receives, in the same order on all ranks. ``sources`` are (rank, indices it
+    stores), ``targets`` (rank, indices it needs)."""
     replicas: dict[tuple[tuple[int, ...], ...], list[tuple[int, DimIndices]]] = {}
-    for source, part in sources:
-        replicas.setdefault(tuple(tuple(index.tolist()) for index in part), []).append((source, part))
-    found = []
-    for place, (target, wanted) in enumerate(targets):
-        for alike in replicas.values():
-            source, part = alike[place % len(alike)]
+    for source, stored in sources:
+        replicas.setdefault(tuple(tuple(index.tolist()) for index in stored), []).append((source, stored))
+    messages = []
+    for number, (target, needed) in enumerate(targets):
+        for same in replicas.values():
+            source, stored = same[number % len(same)]
             if rank not in (source, target):
                 continue
-            pairs = [_common_positions(mine, theirs) for mine, theirs in zip(part, wanted, strict=True)]
-            if all(len(taken) for taken, _ in pairs):
-                found.append(
+            positions = [_common_positions(*indices) for indices in zip(stored, needed, strict=True)]
+            if all(len(in_source) for in_source, _ in positions):
+                messages.append(
                     TransferMessage(
                         source=source,
                         target=target,
-                        source_positions=tuple(p[0] for p in pairs),
-                        target_positions=tuple(p[1] for p in pairs),
+                        source_positions=tuple(in_source for in_source, _ in positions),
+                        target_positions=tuple(in_target for _, in_target in positions),
                     )
                 )
-    return found
+    return messages
 
 
 def _common_positions(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """The positions in two lists of increasing indices of the indices in both."""
+    """The positions, in each of two lists of increasing indices, of the indices that are in both."""
     in_second = torch.isin(first, second)
     return in_second.nonzero().view(-1), torch.isin(second, first[in_second]).nonzero().view(-1)
 
 
 def gather_positions(local: Tensor, positions: DimIndices) -> Tensor:
-    """The elements at these positions of each dim."""
+    """The elements at these positions of each dim, as a contiguous tensor, which may share memory with ``local``."""
     for dim, index in enumerate(positions):
         if len(index) != local.shape[dim]:
             start, length = int(index[0]), len(index)
@@ -91,40 +93,44 @@ def gather_positions(local: Tensor, positions: DimIndices) -> Tensor:
 
 
 def scatter_positions(local: Tensor, positions: DimIndices, values: Tensor) -> None:
-    """Write ``part`` at these positions of each dim."""
+    """Write ``values`` into ``local`` at these positions of each dim."""
     if not positions:
         local.copy_(values)
         return
-    shaped = [index.to(local.device).view(-1, *[1] * (len(positions) - 1 - dim)) for dim, index in enumerate(positions)]
-    local[tuple(shaped)] = values
+    last = len(positions) - 1
+    broadcast = [index.to(local.device).view(-1, *[1] * (last - dim)) for dim, index in enumerate(positions)]
+    local[tuple(broadcast)] = values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DirectionGroups:
-    """The process groups that messages up and down the ranks go by; None is the world's own.
+    """The process groups for messages to higher (``up``) and to lower ranks; None is the world's own.
 
-    NCCL knows no tags and runs the messages of a pair of ranks in the order posted, which differs at both ends between
-    activations and gradients, and between the two directions: each then has a group of its own."""
+    NCCL has no tags and runs the messages of two ranks in the order in which each posts them. That order differs
+    between the two for messages of different kinds (activations, gradients) or directions, so each has its own
+    group."""
 
     up: dist.ProcessGroup | None = None
     down: dist.ProcessGroup | None = None
 
     def group_of(self, message: TransferMessage) -> dist.ProcessGroup | None:
+        """The group by which a message is sent."""
         return self.up if message.source < message.target else self.down
 
 
 def make_direction_groups() -> DirectionGroups:
-    """Lanes for one sort of message; collective over the world."""
+    """Groups for one kind of message, where the backend needs them. Collective over the world."""
     if dist.get_backend() != "nccl":
         return DirectionGroups()
     return DirectionGroups(up=dist.new_group(), down=dist.new_group())
 
 
 class TransferChannel:
-    """One tensor's way between two layouts, used again and again; ``tag`` tells its messages from others', ``of_terms``
-    says that it moves partial sums.
+    """Sends one tensor, once per micro-batch or step, from the ranks that store it to those that need it.
 
-    Sends do not block: ``sent`` holds their buffers until ``Mailbox.flush``."""
+    ``sources`` and ``targets`` are (rank, global indices) of either; ``tag`` tells the channel's messages from others;
+    ``is_partial``: local tensors are addends, and stay so. Sends do not block: a ``Mailbox`` keeps their buffers alive
+    until it is flushed."""
 
     def __init__(
         self,
@@ -137,52 +143,52 @@ class TransferChannel:
         is_partial: bool = False,
     ) -> None:
         self.rank, self.tag, self.groups, self.is_partial = rank, tag, groups, is_partial
-        found = messages_between(sources, targets, rank)
-        self.outgoing = [route for route in found if route.source == rank]
-        self.incoming = [route for route in found if route.target == rank]
-        mine = dict(targets).get(rank)
-        self.target_shape = tuple(len(index) for index in mine) if mine is not None else None
+        messages = messages_between(sources, targets, rank)
+        self.outgoing = [message for message in messages if message.source == rank]
+        self.incoming = [message for message in messages if message.target == rank]
+        needed = dict(targets).get(rank)
+        self.target_shape = tuple(len(index) for index in needed) if needed is not None else None
 
     def send(self, local: Tensor, mailbox: "Mailbox") -> None:
-        """Post this rank's messages."""
+        """Post this rank's messages, from its local tensor."""
         local = local.unsqueeze(0) if self.is_partial else local
-        for route in self.outgoing:
-            message = gather_positions(local, route.source_positions)
-            if route.target == self.rank:
-                mailbox.to_self.setdefault(self.tag, []).append(message)
+        for message in self.outgoing:
+            buffer = gather_positions(local, message.source_positions)
+            if message.target == self.rank:
+                mailbox.to_self.setdefault(self.tag, []).append(buffer)
             else:
-                work = dist.isend(message, route.target, group=self.groups.group_of(route), tag=self.tag)
+                work = dist.isend(buffer, message.target, group=self.groups.group_of(message), tag=self.tag)
                 assert work is not None
-                mailbox.pending.append((work, message))
+                mailbox.pending.append((work, buffer))
 
     def receive(self, dtype: torch.dtype, device: torch.device, mailbox: "Mailbox") -> Tensor:
-        """Wait for this rank's part."""
+        """Wait for the messages to this rank; returns its local tensor."""
         assert self.target_shape is not None
-        whole = torch.empty(self.target_shape, dtype=dtype, device=device)
-        works = []
-        for route in self.incoming:
-            if route.source == self.rank:
-                scatter_positions(whole, route.target_positions, mailbox.to_self[self.tag].pop(0))
+        local = torch.empty(self.target_shape, dtype=dtype, device=device)
+        posted = []
+        for message in self.incoming:
+            if message.source == self.rank:
+                scatter_positions(local, message.target_positions, mailbox.to_self[self.tag].pop(0))
                 continue
-            message = torch.empty([len(index) for index in route.target_positions], dtype=dtype, device=device)
-            work = dist.irecv(message, route.source, group=self.groups.group_of(route), tag=self.tag)
+            buffer = torch.empty([len(index) for index in message.target_positions], dtype=dtype, device=device)
+            work = dist.irecv(buffer, message.source, group=self.groups.group_of(message), tag=self.tag)
             assert work is not None
-            works.append((work, message, route))
-        for work, message, route in works:
+            posted.append((work, buffer, message))
+        for work, buffer, message in posted:
             work.wait()
-            scatter_positions(whole, route.target_positions, message)
-        return whole.squeeze(0) if self.is_partial else whole
+            scatter_positions(local, message.target_positions, buffer)
+        return local.squeeze(0) if self.is_partial else local
 
 
 class Mailbox:
-    """Messages under way of one rank: posted sends with their buffers, and messages to itself."""
+    """One rank's messages that are not done: posted sends with their buffers, and messages to itself, by tag."""
 
     def __init__(self) -> None:
         self.pending: list[tuple[dist.Work, Tensor]] = []
         self.to_self: dict[int, list[Tensor]] = {}
 
     def flush(self) -> None:
-        """Wait until all posted messages have left."""
+        """Wait until all posted sends are done."""
         for work, _ in self.pending:
             work.wait()
         self.pending.clear()

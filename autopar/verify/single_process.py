@@ -1,8 +1,8 @@
-"""The user's own model in one process: what a plan's numbers are held against. It shares nothing with the runtime but
-the definition of its random numbers.
+"""The user's own model in one process: the reference that a plan's numbers are compared with. It shares nothing with
+the runtime but the definition of random numbers.
 
-In fp64 rounding does not hide a wrong term: ``Widened`` turns every floating dtype that the model's code names into it.
-``Redrawn`` gives the model's random calls the numbers that the graph's random ops draw, one after the other.
+In fp64 a missing addend is not lost in rounding: ``Float64Mode`` replaces every floating dtype that the model's code
+names. ``IndexedRandomMode`` gives the model's random calls the numbers that the graph's random ops draw.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,39 +23,38 @@ from autopar.workload.workload import Workload
 
 _NARROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPE_CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
-
-
 _GROUPED_MM = (torch._grouped_mm, F.grouped_mm)
 
 
 def _grouped_mm(
     rows: Tensor, weights: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
 ) -> Tensor:
-    """torch's product of (t, k) rows with (e, k, n) weights in groups that end at ``offs``, which has no fp64."""
+    """torch's grouped_mm in fp64, which torch does not have: (t, k) rows times (e, k, n) weights, one weight per group
+    of rows, groups ending at the rows ``offs`` (e,). Rows after the last group give zeros."""
     if offs is None or rows.dim() != 2 or weights.dim() != 3 or bias is not None:
-        raise CheckError(
-            "grouped_mm is checked in fp64 only for (rows, k) x (experts, k, n) with offs and without bias"
-        )
+        raise CheckError("verify supports grouped_mm only for (rows, k) x (experts, k, n) with offs and without bias")
     starts = torch.cat((offs.new_zeros(1), offs[:-1])).tolist()
     parts = [rows[start:end] @ weight for start, end, weight in zip(starts, offs.tolist(), weights, strict=True)]
     return torch.cat([*parts, rows.new_zeros(len(rows) - int(offs[-1]), weights.shape[-1])])
 
 
 class Float64Mode(TorchFunctionMode):
-    """Calls that name a floating dtype take fp64 instead."""
+    """While entered, torch functions that are given a floating dtype take fp64 instead."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _DTYPE_CASTS:
             return args[0].double()
         if func in _GROUPED_MM:
             return _grouped_mm(*args, **(kwargs or {}))
-        wide = [torch.float64 if each in _NARROW_DTYPES else each for each in args]
+        positional = [torch.float64 if each in _NARROW_DTYPES else each for each in args]
         named = {name: torch.float64 if each in _NARROW_DTYPES else each for name, each in (kwargs or {}).items()}
-        return func(*wide, **named)
+        return func(*positional, **named)
 
 
 class IndexedRandomMode(TorchDispatchMode):
-    """While entered, the k-th random call draws what ``ops[k]`` draws from ``key`` under any plan."""
+    """While entered, the k-th random call draws the numbers that ``ops[k]`` draws from ``key`` under any plan.
+
+    ``num_drawn`` counts the calls; CheckError where there are more than ops."""
 
     def __init__(self, ops: Sequence[Op], key: Tensor) -> None:
         super().__init__()
@@ -67,9 +66,7 @@ class IndexedRandomMode(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         self.num_drawn += 1
         if self.num_drawn > len(self.ops):
-            raise CheckError(
-                f"the model drew random numbers by {func}, its graph holds only {len(self.ops)} random ops"
-            )
+            raise CheckError(f"the model called {func}, but its graph has only {len(self.ops)} random ops")
         op = self.ops[self.num_drawn - 1]
         sizes = tuple(args[0].shape if isinstance(args[0], Tensor) else args[0])
         indices = [torch.arange(size) for size in sizes]
@@ -90,7 +87,8 @@ _RANDOM_CALLS = frozenset(
 
 
 def build_real_model(workload: Workload, seed: int) -> nn.Module:
-    """The model on the CPU in fp64 and training mode, initialised by ``init_weights``, else by its own constructors."""
+    """The model on the CPU, in fp64 and training mode, initialised by the model file's ``init_weights``, else by its
+    own constructors."""
     torch.manual_seed(seed)
     model = workload.build(device="cpu")
     if workload.init_weights is not None:
@@ -101,25 +99,27 @@ def build_real_model(workload: Workload, seed: int) -> nn.Module:
 
 def accumulate_gradients(
     model: nn.Module,
-    workload: Workload,
     batch: Mapping[str, Any],
-    num_microbatches: int,
+    *,
+    workload: Workload,
     graph: Graph,
+    num_microbatches: int,
     seed: int,
     step: int,
 ) -> Tensor:
-    """The mean loss of the micro-batches, one after the other; gradients are added to ``.grad``. Random numbers are
-    those of ``graph`` in step ``step``, from 0, of a training with ``seed``."""
+    """Run the micro-batches of a global batch one after the other; gradients of their mean loss, which is returned, are
+    added to ``.grad``. Random numbers are those that ``graph`` draws in step ``step`` (from 0) of a training with
+    ``seed``; CheckError where the model calls random functions as often as the graph does not."""
     random = [op for op in graph.ops if is_random(op)]
     total = torch.zeros((), dtype=torch.float64)
     size = max(len(tensor) for tensor in batch.values()) // num_microbatches
-    for at in range(num_microbatches):
-        inputs = {name: tensor[at * size : (at + 1) * size] for name, tensor in batch.items()}
-        with Float64Mode(), IndexedRandomMode(random, torch.tensor(micro_batch_key(seed, step, at))) as redrawn:
+    for number in range(num_microbatches):
+        inputs = {name: tensor[number * size : (number + 1) * size] for name, tensor in batch.items()}
+        with Float64Mode(), IndexedRandomMode(random, torch.tensor(micro_batch_key(seed, step, number))) as draws:
             loss = scalar_loss(model(**inputs), workload.loss_fn, inputs) / num_microbatches
-        if redrawn.num_drawn != len(random):
+        if draws.num_drawn != len(random):
             raise CheckError(
-                f"the model drew random numbers {redrawn.num_drawn} times, its graph holds {len(random)} random ops"
+                f"the model called random functions {draws.num_drawn} times, its graph has {len(random)} random ops"
             )
         loss.backward()
         total += loss.detach()
@@ -127,39 +127,41 @@ def accumulate_gradients(
 
 
 def random_batch(workload: Workload, graph: Graph, size: int, seed: int) -> dict[str, Tensor]:
-    """``random_inputs`` of the model file; else integers below the smallest size they index, floats N(0, 1)."""
-    given = workload.real_inputs(size, seed)
-    if given is None:
+    """A global batch of ``size`` samples: the model file's ``random_inputs``; else floats from N(0, 1), and integers
+    below the smallest size that they index. Floats are fp64."""
+    inputs = workload.real_inputs(size, seed)
+    if inputs is None:
         generator = torch.Generator().manual_seed(seed)
-        given = {}
+        inputs = {}
         bounds = dict(zip((graph.values[value].name for value in graph.inputs), _index_bounds(graph), strict=True))
         for name, meta in workload.inputs(size).items():
             if meta.is_floating_point():
-                given[name] = torch.randn(meta.shape, generator=generator)
+                inputs[name] = torch.randn(meta.shape, generator=generator)
             else:
                 high = 2 if meta.dtype == torch.bool else bounds.get(name, 2)
-                given[name] = torch.randint(high, meta.shape, generator=generator).to(meta.dtype)
-    return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in given.items()}
+                inputs[name] = torch.randint(high, meta.shape, generator=generator).to(meta.dtype)
+    return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
 
 
 def _index_bounds(graph: Graph) -> list[int]:
-    """Per input, the smallest size of a dim that it, or a view of it, indexes; 2 where it indexes nothing."""
+    """Per input, the smallest size of a dim that it, or a value of the same elements, indexes; 2 where it indexes
+    nothing."""
     bounds = []
-    for start in graph.inputs:
-        alike, found = {start}, []
+    for graph_input in graph.inputs:
+        same_elements, sizes = {graph_input}, []
         for op in graph.ops:
             name = op.packet
-            if alike.isdisjoint(op.inputs):
+            if same_elements.isdisjoint(op.inputs):
                 continue
-            if name == "embedding" and op.inputs[1] in alike:
-                found.append(graph.values[op.inputs[0]].shape[0])
-            elif name in ("cross_entropy_loss", "nll_loss") and op.inputs[1] in alike:
-                found.append(graph.values[op.inputs[0]].shape[1])
-            elif name in ("gather", "index_select") and op.inputs[-1] in alike:
-                found.append(graph.values[op.inputs[0]].shape[op.args[1]])
+            if name == "embedding" and op.inputs[1] in same_elements:
+                sizes.append(graph.values[op.inputs[0]].shape[0])
+            elif name in ("cross_entropy_loss", "nll_loss") and op.inputs[1] in same_elements:
+                sizes.append(graph.values[op.inputs[0]].shape[1])
+            elif name in ("gather", "index_select") and op.inputs[-1] in same_elements:
+                sizes.append(graph.values[op.inputs[0]].shape[op.args[1]])
             elif name in _INDEX_PRESERVING:
-                alike.update(op.outputs)
-        bounds.append(min(found, default=2))
+                same_elements.update(op.outputs)
+        bounds.append(min(sizes, default=2))
     return bounds
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from autopar.core.errors import ModelError
+from autopar.core.notebook_text import short_repr
 from autopar.workload.user_code import guard_user_code
 
 
@@ -31,6 +32,10 @@ class Workload:
     settings: Mapping[str, Any] = field(default_factory=dict)
     path: str | None = None
     source_hash: str | None = None
+
+    def __repr__(self) -> str:
+        source = self.path if self.path is not None else getattr(self.build_model, "__qualname__", "")
+        return short_repr("Workload", source=source, settings=dict(self.settings), global_batch=self.global_batch)
 
     def build(self, device: str = "meta") -> nn.Module:
         """The model on a device, by default the meta device, where it takes no memory; raises ModelError where

@@ -29,6 +29,7 @@ from autopar.core.errors import AutoparError
 from autopar.core.layout import parse_layout
 from autopar.graph.flops import model_flops
 from autopar.graph.traced_model import TracedModel, trace_model
+from autopar.manual.layer_times import block_times, layer_times
 from autopar.manual.layout_pricer import LayoutPricer
 from autopar.workload.model_file import load_workload
 from tests.benchmarks.left_out import device_of, left_out
@@ -91,19 +92,19 @@ def outcome(run: Run, pricers: Pricers) -> Outcome:
     priced = pricer.price(parse_layout(run.layout))
     time_s = priced.step_time_s
     if run.kind == "layer":
-        time_s = sum(pricer.block_times(priced, "layers.0"))
+        time_s = sum(block_times(priced, "layers.0"))
     nodes = -(-run.gpus // pricer.cluster.devices_per_node)
     low, high = load_uncertainty().step_time_factors(pricer.cluster.device.name, nodes, priced.layout.attn)
-    flops = model_flops(pricer.graph, run.gbs, pricer.profile.ops).total
+    flops = model_flops(pricer.model.graph, run.gbs, pricer.model.profile.ops).total
     return Outcome(
         run=run,
         time_s=time_s,
         low_s=low * time_s,
         high_s=high * time_s,
         memory_bytes=priced.memory_bytes,
-        tensor_bytes=priced.memory_bytes - priced.stage_costs[0].fixed_bytes(),
+        tensor_bytes=priced.memory_bytes - priced.stages[0].stage_costs.pricing.fixed_bytes,
         fits=priced.fits,
-        reference_s=flops / (run.gpus * pricer.cluster.device.peak(pricer.dtype)),
+        reference_s=flops / (run.gpus * pricer.cluster.device.peak(pricer.model.dtype)),
     )
 
 
@@ -192,7 +193,7 @@ def layer_line(name: str, found: list[Outcome], pricers: Pricers) -> str | None:
         source = max(rows, key=lambda one: dict(one.run.settings)["layers"] / (parse_layout(one.run.layout).pp or 1))
         pricer = pricers.of(source.run)
         priced = pricer.price(parse_layout(source.run.layout))
-        times = pricer.layer_times(priced)
+        times = layer_times(priced)
         for _ in range(4):  # the step is linear in the layer's time but where stages change places
             seconds = pricer.price(parse_layout(source.run.layout), times).step_time_s
             bent = pricer.price(parse_layout(source.run.layout), (1.01 * times[0], 1.01 * times[1])).step_time_s
@@ -217,7 +218,7 @@ def memory_lines(found: list[Outcome]) -> list[str]:
     by: dict[str, list[float]] = defaultdict(list)
     for one in found:
         if one.run.memory_bytes:
-            # what nvidia-smi shows holds context and communication buffers, what allocators count does not
+            # what nvidia-smi shows includes context and communication buffers, what allocators count does not
             said = one.memory_bytes if "nvidia-smi" in one.run.memory_kind else one.tensor_bytes
             by[one.run.set].append(said / one.run.memory_bytes - 1)
     for name, values in by.items():
@@ -237,7 +238,7 @@ def memory_lines(found: list[Outcome]) -> list[str]:
 
 def left_out_lines(timed: list[Outcome], pricers: Pricers) -> list[str]:
     """Per set the error as shipped, with the run's model left out of every fit, and with the whole set left out; how many runs
-    lie in intervals made of the other groups' left-out errors; and every fitted constant."""
+    are in intervals made of the other groups' left-out errors; and every fitted constant."""
     runs = [one.run for one in timed]
 
     def price(chosen: Sequence[Run], adjust: Callable[[Cluster], Cluster]) -> np.ndarray:
@@ -261,7 +262,7 @@ def left_out_lines(timed: list[Outcome], pricers: Pricers) -> list[str]:
 
 
 def interval_lines(runs: list[Run], errors: np.ndarray) -> list[str]:
-    """Intervals of measured / predicted with the model left out: what ``cost_tables/uncertainty.json`` holds."""
+    """Intervals of measured / predicted with the model left out: what ``cost_tables/uncertainty.json`` has."""
     classes: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for run, error in zip(runs, errors, strict=True):
         device = device_of(run)
@@ -276,15 +277,15 @@ def interval_lines(runs: list[Run], errors: np.ndarray) -> list[str]:
 
 
 def shortest(ratios: Sequence[float]) -> tuple[float, float]:
-    """The shortest interval that holds 90 % of the runs and one to come: ceil(0.9 (n + 1)) of n.
+    """The shortest interval that covers 90 % of the runs and one to come: ceil(0.9 (n + 1)) of n.
 
     >>> shortest([0.9, 1.0, 1.01, 1.02, 1.03, 1.04, 1.05, 1.06, 1.07, 1.3])
     (0.9, 1.3)
     """
-    held = min(math.ceil(0.9 * (len(ratios) + 1)), len(ratios))
+    num_covered = min(math.ceil(0.9 * (len(ratios) + 1)), len(ratios))
     ordered = sorted(ratios)
     return min(
-        ((ordered[at], ordered[at + held - 1]) for at in range(len(ordered) - held + 1)),
+        ((ordered[at], ordered[at + num_covered - 1]) for at in range(len(ordered) - num_covered + 1)),
         key=lambda ends: ends[1] - ends[0],
     )
 

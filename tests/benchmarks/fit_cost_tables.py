@@ -3,8 +3,9 @@
     python tests/benchmarks/fit_cost_tables.py [MEASUREMENTS_FOLDER] [--write]
 
 Matmul: measured seconds on a grid of (m, n, k), smoothed until more work nowhere takes less time. Attention: median
-efficiency over (sequence, batch * heads). Collectives: measured seconds; rates that fall again at the largest messages
-are held. Rows of the files that are no node of the grid are held out: their error is that of the interpolation.
+efficiency over (sequence, batch * heads). Collectives: measured seconds; rates that fall at the largest messages
+take the rate before them. Rows of the files that are no node of the grid are left out of the fit: their
+error is that of the interpolation.
 """
 
 import argparse
@@ -227,15 +228,15 @@ def cpu_document() -> dict[str, Any]:
     return {"name": "CPU", **numbers, "provenance": provenance}
 
 
-def held_rates(sizes: list[int], seconds: list[float]) -> list[float]:
+def monotone_rates(sizes: list[int], seconds: list[float]) -> list[float]:
     """More bytes take no less time, and beyond 16 MB no lower rate: NCCL's choice of algorithm steps back there."""
-    kept = [seconds[0]]
+    monotone_s = [seconds[0]]
     for i in range(1, len(sizes)):
-        time_s = max(seconds[i], kept[-1])
+        time_s = max(seconds[i], monotone_s[-1])
         if sizes[i] > 16 * MIB:
-            time_s = min(time_s, kept[-1] * sizes[i] / sizes[i - 1])
-        kept.append(time_s)
-    return [significant(time_s) for time_s in kept]
+            time_s = min(time_s, monotone_s[-1] * sizes[i] / sizes[i - 1])
+        monotone_s.append(time_s)
+    return [significant(time_s) for time_s in monotone_s]
 
 
 def curve(kind: str, num_ranks: int, points: dict[int, float]) -> dict[str, Any]:
@@ -244,7 +245,7 @@ def curve(kind: str, num_ranks: int, points: dict[int, float]) -> dict[str, Any]
         "kind": kind,
         "num_ranks": num_ranks,
         "num_bytes": sizes,
-        "time_s": held_rates(sizes, [points[s] for s in sizes]),
+        "time_s": monotone_rates(sizes, [points[s] for s in sizes]),
     }
 
 

@@ -1,10 +1,10 @@
-"""Errors of runs that nothing was fitted on: each fitted constant fitted again without the group that is predicted.
+"""Errors of runs that nothing was fitted on: each fitted constant refitted without the group that is predicted.
 
     ln T(theta) = ln T(0) + J theta         theta: log of each constant over its shipped value, J by finite differences
     fit         min  sum w (r - J theta)^2 + sum ((theta - theta_0) / sigma)^2,   r = ln measured - ln T(0)
 
 theta_0 and sigma are what is known of a constant from elsewhere (``CONSTANTS``), not from these runs. A group has the weight of
-one run whatever its size, and residuals beyond 10 % count linearly (Huber). Two ways of leaving out:
+one run whatever its size, and residuals beyond 10 % count linearly (Huber). Groups that are left out:
 
     model   a model on a cluster of one set is predicted from all other runs        a new model, known software and machine
     set     a whole set is predicted from the other sets                            a new paper
@@ -123,19 +123,19 @@ def jacobian(runs: Sequence[Run], base_s: Floats, price: Price) -> Floats:
 
 
 def side_by_side(tasks: Sequence[Callable[[], Floats]], workers: int = 2) -> list[Floats]:
-    """Results of tasks, shared among forked processes, which have at hand all that this one has traced."""
+    """Results of tasks, shared among forked processes, which inherit all that this one has traced."""
     context = multiprocessing.get_context("fork")
-    ways = [context.Pipe(duplex=False) for _ in range(workers)]
+    pipes = [context.Pipe(duplex=False) for _ in range(workers)]
 
     def work(share: Sequence[Callable[[], Floats]], send: Connection) -> None:
         send.send([task() for task in share])
 
-    started = [context.Process(target=work, args=(tasks[at::workers], send)) for at, (_, send) in enumerate(ways)]
+    started = [context.Process(target=work, args=(tasks[at::workers], send)) for at, (_, send) in enumerate(pipes)]
     for process in started:
         process.start()
-    for _, send in ways:
+    for _, send in pipes:
         send.close()  # so that a process that fails ends the wait for it
-    shares = [receive.recv() for receive, _ in ways]
+    shares = [receive.recv() for receive, _ in pipes]
     for process in started:
         process.join()
     return [shares[at % workers][at // workers] for at in range(len(tasks))]
@@ -200,7 +200,7 @@ class LeftOut:
 
 
 def left_out(runs: Sequence[Run], base_s: Floats, price: Price) -> LeftOut:
-    """Both ways; ``base_s`` are the seconds of ``runs`` as shipped."""
+    """By both kinds of groups; ``base_s`` are the seconds of ``runs`` as shipped."""
     slopes, (centre, sigma) = jacobian(runs, base_s, price), priors()
     residual = np.log([run.time_s or np.nan for run in runs]) - np.log(base_s)
     models = [str((run.set, run.settings, run.cluster)) for run in runs]
@@ -215,9 +215,9 @@ def left_out(runs: Sequence[Run], base_s: Floats, price: Price) -> LeftOut:
     def errors(groups: Sequence[str]) -> Floats:
         found = np.zeros(len(runs))
         for key in dict.fromkeys(groups):
-            held = np.array([group == key for group in groups])
-            theta = fit(residual[~held], slopes[~held], weight[~held], centre, sigma)
-            found[held] = np.exp(slopes[held] @ theta - residual[held]) - 1
+            is_left_out = np.array([group == key for group in groups])
+            theta = fit(residual[~is_left_out], slopes[~is_left_out], weight[~is_left_out], centre, sigma)
+            found[is_left_out] = np.exp(slopes[is_left_out] @ theta - residual[is_left_out]) - 1
         return found
 
     theta = fit(residual, slopes, weight, centre, sigma)

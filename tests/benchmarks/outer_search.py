@@ -39,7 +39,7 @@ def run(
     total = np.concatenate([[0.0], np.cumsum(work)])
     length = np.maximum(total[None, :] - total[:, None], 0.0)[:, :, None]
     size = np.array(sizes, dtype=np.float64)
-    # Classes of one size are logical meshes that are slower and hold more.
+    # Classes of one size are logical meshes that are slower and store more.
     nth = np.array([sizes[:k].count(one) for k, one in enumerate(sizes)])
     efficiency = 1 / (1 + loss * np.log2(size)) / (1 + 0.04 * nth)
     forward = np.where(length > 0, length / (size * efficiency), np.inf)

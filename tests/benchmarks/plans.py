@@ -1,7 +1,7 @@
 """Plans every published size of the examples, and real models of transformers: ``python -m tests.benchmarks.plans``.
 
 Each by the command line in a process of its own; a line for each as it is done. ``python -m tests.benchmarks.plans gpt``
-plans those whose line has ``gpt`` in it; with ``compare`` behind it each plan is held against the best Megatron layout of
+plans those whose line has ``gpt`` in it; with ``compare`` behind it each plan is compared with the best Megatron layout of
 the grid, too, which takes minutes. Prints, asserts nothing.
 """
 

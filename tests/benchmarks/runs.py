@@ -2,7 +2,7 @@
 
     flash_attn true -> attn=flash,overlap=1; false or null -> attn=math,overlap=0
     null zero, vpp, cp, sp -> 0, 1, 1, 0; ``selective_*`` -> selective; ``amp_bf16`` -> bf16; fp8 is skipped
-    a record that says CUDA_LAUNCH_BLOCKING=1 -> launch=blocking, which no key of the schema holds
+    a record that says CUDA_LAUNCH_BLOCKING=1 -> launch=blocking, which no key of the schema records
     target: result.step_time_s or derived.step_time_s; of a record of kind "layer" result.other.combined_ms
 
 A cluster is the shipped one of the machine that the record names, else of its GPU, with the record's node size and NIC

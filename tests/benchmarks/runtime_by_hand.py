@@ -1,11 +1,11 @@
-"""GPT trained by a program written by hand, as torch's tutorials write it: what the runtime's speed is held against.
+"""GPT trained by a program written by hand, as torch's tutorials write it: what the runtime's speed is compared with.
 
-    tp   ``parallelize_module``: column and row parallel linear layers, the vocabulary cut in the embedding and in the
+    tp   ``parallelize_module``: column and row parallel linear layers, the vocabulary sharded in the embedding and in the
          head, whose loss is ``loss_parallel``
     dp   ``fully_shard`` block by block (ZeRO-3), or ``DistributedDataParallel`` (ZeRO-0)
 
 The model is ``examples/gpt.py``'s with untied embeddings; its attention reads its number of heads from the projection,
-as any module must that ``parallelize_module`` cuts.
+as any module must that ``parallelize_module`` shards.
 """
 
 from collections.abc import Callable
@@ -26,11 +26,11 @@ Step = Callable[[Batch], Tensor]
 
 
 class LocalAttention(nn.Module):
-    """The example's attention on the heads that a rank holds."""
+    """The example's attention on the heads of one rank."""
 
-    def __init__(self, whole: Any) -> None:
+    def __init__(self, full: Any) -> None:
         super().__init__()
-        self.head_dim, self.qkv, self.proj = whole.head_dim, whole.qkv, whole.proj
+        self.head_dim, self.qkv, self.proj = full.head_dim, full.qkv, full.proj
 
     def forward(self, x: Tensor) -> Tensor:
         batch, seq, _ = x.shape
@@ -41,7 +41,7 @@ class LocalAttention(nn.Module):
 
 
 def plain_step(model: nn.Module, loss_fn: Any, optimizer: torch.optim.Optimizer) -> Step:
-    """One process's training step on a whole batch."""
+    """One process's training step on the full batch."""
 
     def step(batch: Batch) -> Tensor:
         loss = loss_fn(model(**batch), batch)
@@ -54,12 +54,12 @@ def plain_step(model: nn.Module, loss_fn: Any, optimizer: torch.optim.Optimizer)
 
 
 def by_hand_step(model: Any, dp: int, tp: int, zero: int, learning_rate: float) -> Step:
-    """This rank's training step of ``model`` on dp x tp ranks, tensor parallelism innermost; takes the whole batch."""
+    """This rank's training step of ``model`` on dp x tp ranks, tensor parallelism innermost; takes the full batch."""
     mesh = init_device_mesh("cpu", (dp, tp), mesh_dim_names=("dp", "tp"))
     for block in model.layers:
         block.attn = LocalAttention(block.attn)
     if tp > 1:
-        _cut(model, mesh["tp"])
+        _shard(model, mesh["tp"])
     trained: nn.Module = model
     if zero == 3:
         for block in model.layers:
@@ -84,7 +84,7 @@ def by_hand_step(model: Any, dp: int, tp: int, zero: int, learning_rate: float) 
     return step
 
 
-def _cut(model: Any, mesh: DeviceMesh) -> None:
+def _shard(model: Any, mesh: DeviceMesh) -> None:
     parallelize_module(
         model,
         mesh,

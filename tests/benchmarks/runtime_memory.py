@@ -58,7 +58,7 @@ RESNET = {"size": "250M", "base_channels": 32, "width_factor": 2, "classes": 64,
 
 
 def cases() -> list[Case]:
-    """GPT and Llama over the layouts that change what is kept, Wide-ResNet over those it has."""
+    """GPT and Llama over the layouts that change what is saved, Wide-ResNet over those it has."""
     found = []
     for layout in (
         "dp=1,mbs=2",
@@ -101,12 +101,12 @@ def peak(case: Case, plan_json: bytes) -> tuple[int, dict[str, int]]:
     )
     trainer.step(batch)
     tracker = MemTracker()
-    held = [tensor for stage in trainer.stages.values() for tensor in stage.parameters.buffers.values()]
-    held += [
+    tensors = [tensor for stage in trainer.stages.values() for tensor in stage.parameters.buffers.values()]
+    tensors += [
         parameter.weight for stage in trainer.stages.values() for parameter in stage.parameters.parameters.values()
     ]
-    held += [parameter.master.data for parameter in trainer.trained_parameters()]
-    tracker.track_external(*held, *([trainer.optimizer] if trainer.optimizer is not None else []))
+    tensors += [parameter.master.data for parameter in trainer.trained_parameters()]
+    tracker.track_external(*tensors, *([trainer.optimizer] if trainer.optimizer is not None else []))
     with tracker:
         trainer.step(batch)
     snapshot = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
@@ -114,7 +114,7 @@ def peak(case: Case, plan_json: bytes) -> tuple[int, dict[str, int]]:
 
 
 def fullest(plan: Plan) -> tuple[int, int]:
-    """The first rank of the run of devices that the plan says holds most, and that many bytes."""
+    """The first rank of the submesh whose devices use most memory by the plan, and how many bytes."""
     runs = [(device_memory(run).tensor_bytes, run[0].first_device) for run in stages_by_submesh(plan)]
     size, rank = max(runs, key=lambda pair: (pair[0], -pair[1]))
     return rank, size

@@ -119,19 +119,21 @@ def measure(case: Case, plan_json: bytes, pairs: int) -> Measured:
             processor[side].append(time.process_time() - used)
             losses[side] = _whole(loss, case, of_ranks=side == 1)
         apart = max(apart, abs(losses[0] - losses[1]))
-    kept = slice(2, None)
+    measured = slice(2, None)
     return Measured(
-        wall_s=(wall[0][kept], wall[1][kept]), processor_s=(processor[0][kept], processor[1][kept]), apart=apart
+        wall_s=(wall[0][measured], wall[1][measured]),
+        processor_s=(processor[0][measured], processor[1][measured]),
+        apart=apart,
     )
 
 
 def _whole(loss: Tensor, case: Case, *, of_ranks: bool) -> float:
     """The mean loss; ``of_ranks``: ``loss`` is of this rank's samples."""
-    whole = loss.full_tensor() if isinstance(loss, DTensor) else loss.clone()
+    full = loss.full_tensor() if isinstance(loss, DTensor) else loss.clone()
     if of_ranks and case.dp > 1:
-        dist.all_reduce(whole)
-        whole /= case.ranks
-    return float(whole)
+        dist.all_reduce(full)
+        full /= case.ranks
+    return float(full)
 
 
 def line(name: str, found: Sequence[Measured]) -> str:

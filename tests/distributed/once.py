@@ -1,6 +1,6 @@
-"""What all plans of one model share is made once per process: its workload, its trace, one process's gradients.
+"""What all plans of one model share is computed once per process: its workload, its trace, one process's gradients.
 
-The matrices run hundreds of plans of a few models; only what differs from plan to plan is worth its time again.
+The matrices run hundreds of plans of a few models; only what differs from plan to plan is computed for each.
 """
 
 import pickle
@@ -13,18 +13,18 @@ from autopar.graph.trace import TracedGraph, trace
 from autopar.graph.traced_model import TracedModel, trace_model
 from autopar.workload.workload import Workload
 
-NUM_KEPT = 24
-_kept: dict[Hashable, Any] = {}
+CACHE_SIZE = 24
+_cache: dict[Hashable, Any] = {}
 
 
 def once(key: Hashable, make: Callable[[], Any]) -> Any:
-    """What ``make`` made for ``key`` when it was first asked for; the latest ``NUM_KEPT`` are kept."""
-    if key not in _kept:
-        made = make()
-        while len(_kept) >= NUM_KEPT:
-            del _kept[next(iter(_kept))]
-        _kept[key] = made
-    return _kept[key]
+    """What ``make`` returned when ``key`` was first asked for; the latest ``CACHE_SIZE`` results are cached."""
+    if key not in _cache:
+        result = make()
+        while len(_cache) >= CACHE_SIZE:
+            del _cache[next(iter(_cache))]
+        _cache[key] = result
+    return _cache[key]
 
 
 def workload_of(source: Callable[[], Workload]) -> Workload:
@@ -34,11 +34,12 @@ def workload_of(source: Callable[[], Workload]) -> Workload:
 
 def known_trace(workload: Workload, *, dtype: Any) -> TracedGraph:
     """The trace of a workload; the same object is traced once."""
-    return once((id(workload), dtype), lambda: (workload, trace(workload, dtype=dtype)))[1]  # kept alive: its id stays
+    # The workload is cached too, so that no other object gets its id.
+    return once((id(workload), dtype), lambda: (workload, trace(workload, dtype=dtype)))[1]
 
 
 def known_graph(workload: Workload, *, dtype: str) -> TracedModel:
-    """The traced and profiled model of a workload, made once."""
+    """The traced and profiled model of a workload; the same object is profiled once."""
     return once((id(workload), dtype, "profiled"), lambda: (workload, trace_model(workload, dtype=dtype)))[1]
 
 

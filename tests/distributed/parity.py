@@ -38,8 +38,8 @@ class Model:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
-    """One rank's loss and one process's; per parameter that it answers for the squared error and the squared norm; the
-    collectives that ran on it in a step."""
+    """What one rank found: its loss and one process's (``expected``); per parameter whose norm counts on it, the squared error
+    and the squared norm of the gradient; the collectives that ran on it in a step."""
 
     loss: float
     expected: float
@@ -48,7 +48,7 @@ class Checked:
 
 
 def real_model(workload: Workload, seed: int, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The workload's model on the CPU with random values, no zeros and ones that would hide a fault."""
+    """The workload's model on the CPU with random values, no zeros and ones that would hide a bug."""
     model = workload.build_model(
         **{key: value for key, value in workload.settings.items() if key in accepted(workload)}
     )
@@ -73,9 +73,9 @@ def accepted(workload: Workload) -> frozenset[str]:
 
 def random_batch(workload: Workload, size: int, seed: int, classes: int) -> dict[str, Tensor]:
     """Integers below ``classes``, or the workload's own random inputs."""
-    given = workload.real_inputs(size, seed)
-    if given is not None:
-        return given
+    real = workload.real_inputs(size, seed)
+    if real is not None:
+        return real
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.randint(classes, meta.shape, generator=generator)
@@ -105,7 +105,7 @@ def reference_gradients(model: nn.Module, workload: Workload, batch: dict[str, T
 def known_gradients(
     source: Callable[[], Workload], size: int, count: int, seed: int, classes: int, double: bool
 ) -> tuple[float, dict[str, Tensor | None]]:
-    """Loss of one process and the gradient of each parameter, made once for all plans of these micro-batches."""
+    """Loss of one process and the gradient of each parameter, computed once for all plans with these micro-batches."""
 
     def make() -> tuple[float, dict[str, Tensor | None]]:
         workload = once.workload_of(source)
@@ -127,7 +127,7 @@ def given_batch(workload: Workload, size: int, seed: int, classes: int, double: 
 def check_gradients(
     source: Callable[[], Workload], plan_json: bytes, mode: str, classes: int, seed: int = 0, double: bool = False
 ) -> Checked:
-    """A step without optimizer state: what this rank made of it, and what ran."""
+    """A step of plain SGD: this rank's loss and gradients against one process's, and the collectives that ran."""
     plan = msgspec.json.decode(plan_json, type=Plan)
     workload = once.workload_of(source)
     model = real_model(workload, seed, torch.float64 if double else torch.float32)
@@ -140,22 +140,22 @@ def check_gradients(
             workload=workload,
             mode=mode,  # type: ignore[arg-type]
             dtype=dtype,
-            optimizer=lambda given: torch.optim.SGD(given, lr=1e-3),
+            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-3),
         )
     expected, wanted = known_gradients(source, plan.global_batch, plan.microbatches, seed, classes, double)
     errors: dict[str, tuple[float, float]] = {}
     with trainer.counting_collectives(fp64_as_fp32=double) as tally:
         loss = trainer.forward_backward(batch)
         for index, stage in trainer.stages.items():
-            mesh = trainer.meshes[index]
+            mesh = stage.parameters.mesh
             for parameter in stage.parameters.trained():
                 if parameter.counts_in_norm:
-                    whole = wanted[parameter.names[0]]
-                    mine = select_indices(
-                        whole, stored_indices(parameter.sharding, mesh, mesh.coordinate, zero_sharded=True)
+                    full = wanted[parameter.names[0]]
+                    shard = select_indices(
+                        full, stored_indices(parameter.sharding, mesh, mesh.coordinate, zero_sharded=True)
                     ).double()
-                    error = float((parameter.master.grad.double() - mine).square().sum())
-                    errors[f"{parameter.names[0]}@{index}"] = (error, float(mine.square().sum()))
+                    error = float((parameter.master.grad.double() - shard).square().sum())
+                    errors[f"{parameter.names[0]}@{index}"] = (error, float(shard.square().sum()))
             assert stage.num_in_flight == 0
         trainer.update()
     return Checked(loss=float(loss), expected=expected, errors=errors, ran=tally.counts)
@@ -196,15 +196,15 @@ def check_training(
         errors[name] = (error, float(wanted.double().square().sum()))
 
     for index, stage in trainer.stages.items():
-        mesh = trainer.meshes[index]
+        mesh = stage.parameters.mesh
         for parameter in stage.parameters.trained():
-            whole = named[parameter.names[0]].detach()
+            full = named[parameter.names[0]].detach()
             here = stored_indices(parameter.sharding, mesh, mesh.coordinate, zero_sharded=True)
-            compare(f"{parameter.names[0]}@{index}", parameter.master.detach(), select_indices(whole, here))
+            compare(f"{parameter.names[0]}@{index}", parameter.master.detach(), select_indices(full, here))
             used = stored_indices(
                 parameter.sharding, mesh, mesh.coordinate, zero_sharded=parameter.sharding.zero_stage == 3
             )
-            compare(f"{parameter.names[0]}@{index} as used", parameter.weight.detach(), select_indices(whole, used))
+            compare(f"{parameter.names[0]}@{index} as used", parameter.weight.detach(), select_indices(full, used))
         for stored in stage.program.buffers:
             name = trainer.graph.values[stored.value].qualified_names[0]
             here = stored_indices(stored, mesh, mesh.coordinate, zero_sharded=False)

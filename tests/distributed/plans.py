@@ -40,29 +40,29 @@ def unequal_plan(workload: Workload, layouts: Sequence[str], *, batch: int = 8, 
     programs, stages, device = [], [], 0
     for at, plan in enumerate(plans):
         first, end = at * len(blocks) // len(plans), (at + 1) * len(blocks) // len(plans)
-        kept = [
+        blocks = [
             msgspec.structs.replace(block, program=f"s{at}.{block.program}")
             for block in plan.stages[0].blocks[first:end]
         ]
-        used = {block.program for block in kept}
+        used = {block.program for block in blocks}
         programs += [
             msgspec.structs.replace(program, id=f"s{at}.{program.id}")
             for program in plan.programs
             if f"s{at}.{program.id}" in used
         ]
-        stages.append(msgspec.structs.replace(plan.stages[0], blocks=tuple(kept), first_device=device))
+        stages.append(msgspec.structs.replace(plan.stages[0], blocks=tuple(blocks), first_device=device))
         device += plan.stages[0].num_devices
     plan = msgspec.structs.replace(plans[0], programs=tuple(programs), stages=tuple(stages), gpus=device)
     return rejudged(plan, workload)
 
 
 def interleaved_plan(plan: Plan, num_chunks: int, workload: Workload) -> Plan:
-    """The stages of a pipeline dealt out in turn to fewer runs of devices."""
-    runs = len(plan.stages) // num_chunks
+    """The stages of a pipeline dealt out in turn to fewer submeshes."""
+    num_submeshes = len(plan.stages) // num_chunks
 
     def dealt(at: int, stage: StagePlan) -> StagePlan:
-        first = plan.stages[at % runs].first_device
-        return msgspec.structs.replace(stage, first_device=first, chunk=at // runs)
+        first = plan.stages[at % num_submeshes].first_device
+        return msgspec.structs.replace(stage, first_device=first, chunk=at // num_submeshes)
 
     stages = tuple(dealt(at, stage) for at, stage in enumerate(plan.stages))
     dealt_out = msgspec.structs.replace(

@@ -1,4 +1,4 @@
-"""Worker processes that form gloo worlds of any size up to the pool's, again and again: torch is imported once."""
+"""Worker processes that form one gloo world after another, of any size up to the pool's: torch is imported once."""
 
 import multiprocessing
 import os
@@ -40,8 +40,8 @@ class Pool:
 
     def run(self, world: int, task: Callable[..., Any], *args: Any, timeout_s: float = 240) -> list[Any]:
         """What every rank returned, by rank; RuntimeError with the first rank's traceback where one failed. A world
-        that gloo cannot connect on a busy machine is made once again, of new workers: torch counts a world that failed
-        on the ranks where it did, so that their next group has another name than the others'."""
+        that gloo cannot connect on a busy machine is tried a second time, with new workers: torch counts a world that
+        failed on the ranks where it did, so that their next group has another name than the others'."""
         try:
             return self._run(world, task, args, timeout_s)
         except NoWorldError:

@@ -18,7 +18,7 @@ class Mlp(nn.Module):
         self.up = nn.Linear(width, hidden, bias=draw.random() < 0.7)
         self.down = nn.Linear(hidden, width, bias=draw.random() < 0.7)
         self.act = draw.choice((F.gelu, F.relu, F.silu, torch.tanh))
-        self.again = draw.random() < 0.3  # the same weights twice
+        self.reuses_weights = draw.random() < 0.3
         self.gate = nn.Linear(width, hidden) if draw.random() < 0.3 else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ class Mlp(nn.Module):
         if self.gate is not None:
             h = h * torch.sigmoid(self.gate(x))
         y = x + self.down(h)
-        return y + self.down(self.act(self.up(y))) if self.again else y
+        return y + self.down(self.act(self.up(y))) if self.reuses_weights else y
 
 
 class Attention(nn.Module):
@@ -60,7 +60,7 @@ class Attention(nn.Module):
 
 
 class Mixture(nn.Module):
-    """Soft experts: a softmax over experts weighs their outputs; its balance is a product of means over tokens."""
+    """Soft experts: a softmax over experts weights their outputs; its balance is a product of means over tokens."""
 
     def __init__(self, draw: random.Random, width: int) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Mixture(nn.Module):
 
 
 class Sequence(nn.Module):
-    """Tokens to classes, with a regression beside it; the head may be tied."""
+    """Tokens to classes, with a second output for a regression; the head may be tied."""
 
     def __init__(self, draw: random.Random) -> None:
         super().__init__()

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
+from autopar.core.invariants import recompute_summary
 from autopar.core.mesh_axis import Axis
 from autopar.core.placement import PARTIAL, REPLICATE, Placement, Shard, format_placements
-from autopar.core.plan import BlockProgram, BlockRef, OpPlan, ParameterPlan, Plan, recompute_summary
+from autopar.core.plan import BlockProgram, BlockRef, OpPlan, ParameterPlan, Plan
 from autopar.graph.ir import Block, Graph
 from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
 from autopar.graph.trace import trace
@@ -26,9 +27,9 @@ def random_plan(workload: Workload, seed: int, max_ranks: int = 4, batch: int = 
     graph = hoist_light_ops(trace(workload, dtype="float32").graph)
     blocks = split_into_blocks(graph)
     num_stages = draw.choice((1, 1, 2)) if len(blocks) > 1 and max_ranks > 1 else 1
-    cuts = sorted(draw.sample(range(1, len(blocks)), num_stages - 1))
+    bounds = sorted(draw.sample(range(1, len(blocks)), num_stages - 1))
     stages, programs, device = [], [], 0
-    for first, end in zip((0, *cuts), (*cuts, len(blocks)), strict=True):
+    for first, end in zip((0, *bounds), (*bounds, len(blocks)), strict=True):
         sizes = draw.choice(
             [s for s in ((1,), (2,), (2, 2), (1, 2), (4,), (2, 1)) if _count(s) * num_stages <= max_ranks]
         )
@@ -72,12 +73,12 @@ def _program(
         )
         for position in node.parameter_inputs:
             value = graph.values[node.op.inputs[position]]
-            made = _parameter(draw, graph, micro, value.qualified_names[0], inputs[position], sizes, value.shape)
-            parameters.setdefault(value.id, made)
+            parameter = _parameter(draw, graph, micro, value.qualified_names[0], inputs[position], sizes, value.shape)
+            parameters.setdefault(value.id, parameter)
     for op in space.parameter_free_ops:
-        whole = "R" * len(sizes)
+        replicated = "R" * len(sizes)
         planned[op.id] = OpPlan(
-            name=op.name, inputs=tuple(whole for _ in op.inputs), outputs=tuple(whole for _ in op.outputs)
+            name=op.name, inputs=tuple(replicated for _ in op.inputs), outputs=tuple(replicated for _ in op.outputs)
         )
     kind = next(other for other in blocks if other.kind == block.kind)
     names = {
@@ -89,12 +90,12 @@ def _program(
         kind=block.kind,
         recompute=draw.choice(("none", "none", "selective", "full")),
         ops=tuple(planned[op] for op in sorted(planned)),
-        parameters=tuple(replace(made, name=names[value]) for value, made in parameters.items()),
+        parameters=tuple(replace(parameter, name=names[value]) for value, parameter in parameters.items()),
     )
 
 
 def _fitting(options: Sequence[AxisOption], degree: int, graph: Graph, micro: int) -> list[AxisOption]:
-    """Options whose atom the axis divides, or nearly so for a plain dim."""
+    """Options whose shards the axis divides evenly; a single dim may be divided unevenly if every rank gets some of it."""
     found = []
     for option in options:
         size = graph.batch.scale(option.max_shards, micro) if option.is_sharded else 0
@@ -135,7 +136,7 @@ def _parameter(
         sharded[axis] if zero >= 2 and axis in axes else PARTIAL if axis in axes or draw.random() < 0.5 else REPLICATE
         for axis in range(len(compute))
     ]
-    gradient = [one if used == REPLICATE else used for one, used in zip(gradient, compute, strict=True)]
+    gradient = [own if used == REPLICATE else used for own, used in zip(gradient, compute, strict=True)]
     return ParameterPlan(
         name=name,
         compute=_text(graph, micro, compute),

@@ -10,52 +10,26 @@ from torch.distributed.checkpoint import save as torch_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from autopar.core.plan import Plan
-from autopar.runtime.apply import build_trainer
-from autopar.runtime.checkpoint import CheckpointShard, load, save
+from autopar.runtime.checkpoint_shards import CheckpointShard
 from tests.distributed import parity
+from tests.distributed.checkpoint_runs import SEED, read_whole, trainer_and_batch
 from tests.distributed.pool import Pool
 from tests.distributed.random_models import random_workload
 from tests.distributed.random_plans import random_plan
 
-SEED = 6
-
 
 def train_and_save(plan_json: bytes, folder: str) -> None:
-    trainer, batch = _trainer(plan_json)
+    trainer, batch = trainer_and_batch(plan_json)
     trainer.step(batch)
     trainer.step(batch)
-    save(trainer, folder, 2)
+    trainer.save(folder, 2)
 
 
 def load_and_save(plan_json: bytes, source: str, target: str) -> int:
-    trainer, _ = _trainer(plan_json)
-    step = load(trainer, source)
-    save(trainer, target, step)
+    trainer, _ = trainer_and_batch(plan_json)
+    step = trainer.load(source)
+    trainer.save(target, step)
     return step
-
-
-def read_whole(folder: str) -> dict[str, torch.Tensor]:
-    """A checkpoint as whole tensors, in one process and by torch's own means."""
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
-    path = Path(folder) / (Path(folder) / "latest").read_text()
-    dcp_to_torch_save(path, path / "whole.pt")
-    found = torch.load(path / "whole.pt", weights_only=False)
-    flat = {f"model.{name}": tensor for name, tensor in found["model"].items()}
-    for name, state in found["optimizer"].items():
-        flat.update({f"optimizer.{name}.{key}": tensor for key, tensor in state.items()})
-    return flat
-
-
-def _trainer(plan_json: bytes):  # type: ignore[no-untyped-def]
-    plan = msgspec.json.decode(plan_json, type=Plan)
-    workload = random_workload(SEED)
-    model = parity.real_model(workload, SEED)
-    trainer = build_trainer(
-        plan, model, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), workload=workload, mode="reference"
-    )
-    return trainer, parity.random_batch(workload, plan.global_batch, SEED, 12)
 
 
 def _pairs(first: int, count: int) -> list[tuple[int, int]]:

@@ -19,12 +19,11 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from autopar.core.errors import AutoparError
-from autopar.runtime.checkpoint import load, save
 from autopar.runtime.trainer import Trainer
+from tests.distributed.checkpoint_runs import SEED, trainer_and_batch
 from tests.distributed.plans import layout_plan
 from tests.distributed.pool import Pool
 from tests.distributed.random_models import random_workload
-from tests.distributed.test_checkpoint import SEED, _trainer
 from tests.hostile import Call
 
 Damage = Callable[[Path], object]
@@ -133,7 +132,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "hostile": (hostile, ".metadata names posix.system, which is not part of the metadata"),
     "hostile inside": (hostile_inside, ".metadata names posix.system"),
     "hostile for one rank": (hostile_for_one_rank, ".metadata cannot be read: No such file"),
-    "hostile object": (hostile_object, "it is of another model: it has no tensor model."),
+    "hostile object": (hostile_object, "it is a checkpoint of another model: it has no tensor model."),
     "hostile tensor": (hostile_tensor, "byte 0: it names posix.system, which"),
     "no metadata": (lambda path: (path / ".metadata").unlink(), ".metadata cannot be read: No such file"),
     "half of the metadata": (lambda path: truncate(path / ".metadata", 0.5), ".metadata is damaged"),
@@ -141,10 +140,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "a bit of the metadata": (lambda path: flip(path / ".metadata", 0.5), ".metadata is damaged"),
     "no shard": (lambda path: shard(path).unlink(), "distcp cannot be read: No such file"),
     "half of a shard": (lambda path: truncate(shard(path), 0.5), "it ends at byte"),
-    "a bit of a weight": (flip_weight, "has another CRC-32"),
-    "another name": (edited(renamed), "it is of another model: it has no tensor model."),
-    "another shape": (edited(lambda metadata: reshape(metadata)), "it is of another model: its model."),
-    "a box less": (edited(lambda metadata: tensor(metadata).chunks.pop()), "do not fill it"),
+    "a bit of a weight": (flip_weight, "does not match its CRC-32"),
+    "another name": (edited(renamed), "it is a checkpoint of another model: it has no tensor model."),
+    "another shape": (edited(lambda metadata: reshape(metadata)), "it is a checkpoint of another model: its model."),
+    "a box less": (edited(lambda metadata: tensor(metadata).chunks.pop()), "do not cover it"),
     "another tensor": (edited(lambda metadata: metadata.storage_data.update({box(metadata): scalar(metadata)})), "has torch."),
     "another learning rate": (digit, "optimizer.json is damaged"),
     "no learning rate": (lambda path: (path / "optimizer.json").unlink(), "optimizer.json cannot be read"),
@@ -193,7 +192,7 @@ def attempt(trainer: Trainer, folder: Path) -> tuple[str, bool]:
     """The error of a load, and whether the trainer is as before."""
     before, error = state_of(trainer), ""
     try:
-        load(trainer, folder)
+        trainer.load(folder)
     except AutoparError as raised:
         error = f"{type(raised).__name__}: {raised}"
     return error, same(before, state_of(trainer))
@@ -201,12 +200,12 @@ def attempt(trainer: Trainer, folder: Path) -> tuple[str, bool]:
 
 def load_damaged(plan_json: bytes, folder: str) -> dict[str, tuple[str, bool]]:
     """What comes of loading each damaged checkpoint, and at last of the undamaged one."""
-    trainer, batch = _trainer(plan_json)
+    trainer, batch = trainer_and_batch(plan_json)
     whole = Path(folder) / "whole"
     trainer.step(batch)
-    save(trainer, whole, 1)
+    trainer.save(whole, 1)
     trainer.step(batch)
-    save(trainer, whole, 2)
+    trainer.save(whole, 2)
     saved = state_of(trainer)
     trainer.step(batch)
     found = {}
@@ -225,7 +224,7 @@ def load_damaged(plan_json: bytes, folder: str) -> dict[str, tuple[str, bool]]:
         (other / "latest").write_text("step-1")
     dist.barrier()
     found["different"] = attempt(trainer, whole if dist.get_rank() == 0 else other)
-    assert load(trainer, whole) == 2
+    assert trainer.load(whole) == 2
     assert same(state_of(trainer), saved)
     return found
 
@@ -242,8 +241,7 @@ def test_damaged_checkpoints_are_refused_on_every_rank(pool: Pool, tmp_path: Pat
             assert "\n" not in error
         assert first[name] == second[name], name
         assert not (tmp_path / name / MARKER).exists(), name
-    assert "; nothing was loaded; to load another, write its name to" in first["hostile"][0]
-    assert first["hostile"][0].endswith("latest: step-1")
+    assert "; nothing was loaded; to load another (step-1), write its name to" in first["hostile"][0]
     for found in (first, second):
         assert found["none"] == (
             f"PlanFileError: no checkpoint in {tmp_path}/nothing here: No such file or directory",
@@ -266,8 +264,9 @@ def test_torch_itself_runs_what_is_refused(damage: Damage, pool: Pool, tmp_path:
 
 
 def load_by_torch(plan_json: bytes, folder: str, damage: Damage) -> None:
-    trainer, _ = _trainer(plan_json)
-    path = save(trainer, folder, 2)
+    trainer, _ = trainer_and_batch(plan_json)
+    trainer.save(folder, 2)
+    path = Path(folder) / "step-2"
     damage(path)
     with contextlib.suppress(CheckpointException):
         torch.distributed.checkpoint.load(trainer.state_dict(), checkpoint_id=path)

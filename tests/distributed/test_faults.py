@@ -18,10 +18,10 @@ from autopar.core.plan import Plan
 from autopar.runtime.agreement import check_world
 from autopar.runtime.apply import build_trainer
 from tests.distributed import parity
+from tests.distributed.checkpoint_runs import read_whole
 from tests.distributed.plans import layout_plan
 from tests.distributed.pool import Pool
 from tests.distributed.random_models import random_workload
-from tests.distributed.test_checkpoint import read_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED = 6
@@ -39,14 +39,14 @@ def check(plans: list[bytes]) -> str:
 def test_world_of_another_size(pool: Pool) -> None:
     plan = layout_plan(random_workload(SEED), "dp=4,mbs=1")
     for message in pool.run(2, check, [msgspec.json.encode(plan)]):
-        assert message == "the plan is for 4 ranks, the world has 2; start 4, or plan again"
+        assert message == "the plan is for 4 ranks, the world has 2: start 4 ranks, or make a plan for 2"
 
 
 def test_differing_plans(pool: Pool) -> None:
     plan = layout_plan(random_workload(SEED), "dp=2,mbs=1")
     other = msgspec.structs.replace(plan, schedule="gpipe")
     for message in pool.run(2, check, [msgspec.json.encode(plan), msgspec.json.encode(other)]):
-        assert message.startswith("the ranks hold different plans: rank 0 has ")
+        assert message.startswith("the ranks have different plans: rank 0 has ")
         assert "rank 1 has " in message
 
 
@@ -68,7 +68,7 @@ def test_a_rank_that_does_not_come(pool: Pool) -> None:
     messages = pool.run(4, come, msgspec.json.encode(plan))
     assert "Ranks 1 failed" in messages[0]
     for rank in (0, 2, 3):
-        assert messages[rank].startswith(f"True rank {rank} waited 2 s for the others")
+        assert messages[rank].startswith(f"True rank {rank} waited 2 s for the other ranks")
 
 
 def run_until_alone(plan_json: bytes) -> str:
@@ -104,15 +104,15 @@ def test_killed_rank() -> None:
         pool.close()
     assert time.monotonic() - started < 60
     for rank, message in messages.items():
-        assert message.startswith(f"rank {rank} lost another rank in step 3")
+        assert message.startswith(f"rank {rank} lost the connection to another rank in step 3")
 
 
 SAVER = """
 import sys, msgspec, torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
-from tests.distributed.test_checkpoint import _trainer
+from tests.distributed.checkpoint_runs import trainer_and_batch
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-trainer, batch = _trainer(open(sys.argv[2], "rb").read())
+trainer, batch = trainer_and_batch(open(sys.argv[2], "rb").read())
 for step in range(1, 1000):
     trainer.step(batch)
     trainer.save(sys.argv[3], step)
@@ -122,7 +122,7 @@ for step in range(1, 1000):
 
 @pytest.mark.slow
 def test_kill_during_save(tmp_path: Path) -> None:
-    """SIGKILL at a random moment of a loop of saves: the newest whole checkpoint can be read, and is the last or later."""
+    """SIGKILL at a random moment of a loop of saves: the newest complete checkpoint can be read, and is the last or later."""
     plan_file = tmp_path / "plan.json"
     plan_file.write_bytes(msgspec.json.encode(layout_plan(random_workload(SEED), "dp=1,mbs=4")))
     draw = random.Random(0)

@@ -11,9 +11,9 @@ from autopar.runtime.apply import build_trainer
 from autopar.runtime.deferred_initialisation import DeferredInitialisation
 from autopar.workload.workload import Workload
 from tests.distributed import parity
+from tests.distributed.parity_models import MODELS
 from tests.distributed.plans import layout_plan
 from tests.distributed.pool import Pool
-from tests.distributed.test_parity import MODELS
 
 
 def first_loss(plan_json: bytes, name: str) -> float:

@@ -14,15 +14,17 @@ CASES = {
         file="gpt.py", layout="dp=2,mbs=2,zero=3", batch=4, classes=1024, settings=GPT
     ),
     "gpt, gradients leave the backward": Case(file="gpt.py", layout="dp=1,mbs=2", batch=8, classes=1024, settings=GPT),
-    "gpt, a cut vocabulary": Case(file="gpt.py", layout="tp=2,mbs=2", batch=2, classes=1024, settings=GPT),
-    "gpt, gathered inputs stay cut": Case(file="gpt.py", layout="tp=2,mbs=2,sp=1", batch=2, classes=1024, settings=GPT),
+    "gpt, a sharded vocabulary": Case(file="gpt.py", layout="tp=2,mbs=2", batch=2, classes=1024, settings=GPT),
+    "gpt, gathered inputs are saved sharded": Case(
+        file="gpt.py", layout="tp=2,mbs=2,sp=1", batch=2, classes=1024, settings=GPT
+    ),
     "llama, masters among the weights": Case(
         file="llama.py", layout="dp=2,mbs=2,zero=1", batch=4, classes=1024, settings=LLAMA
     ),
-    "gpt, gradients come while blocks run again": Case(
+    "gpt, gradients are computed while blocks are recomputed": Case(
         file="gpt.py", layout="dp=1,mbs=2,recompute=full", batch=2, classes=1024, settings=GPT
     ),
-    "gpt, a tied gradient waits whole to be cut": Case(
+    "gpt, a tied gradient is full until it is reduce-scattered": Case(
         file="gpt.py", layout="dp=2,mbs=1,zero=3,recompute=full", batch=2, classes=1024, settings=GPT
     ),
     "llama, gathered parameters of two blocks": Case(

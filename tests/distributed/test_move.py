@@ -1,4 +1,4 @@
-"""Redistribution on 32 ranks in one process, by torch's ``LocalTensorMode``, against slices of the whole tensor."""
+"""Redistribution on 32 ranks in one process, by torch's ``LocalTensorMode``, against slices of the full tensor."""
 
 import itertools
 import random
@@ -39,22 +39,22 @@ def groups():
     dist.destroy_process_group()
 
 
-def parts(whole: Tensor, placements: Placements, rng: torch.Generator) -> dict[int, Tensor]:
-    """What every rank stores; of a sum, addends that are whole numbers."""
+def shards(full: Tensor, placements: Placements, rng: torch.Generator) -> dict[int, Tensor]:
+    """Rank -> its shard; where the tensor is partial, of an addend with integer elements."""
     summed = [axis for axis, placement in enumerate(placements) if placement == PARTIAL]
-    terms: dict[tuple[int, ...], Tensor] = {}
-    ways = list(itertools.product(*(range(SIZES[axis]) for axis in summed)))
-    for way in ways[1:]:
-        terms[way] = torch.randint(-9, 9, whole.shape, generator=rng).to(whole.dtype)
-    terms[ways[0]] = whole - sum(terms.values(), torch.zeros(()))
+    addends: dict[tuple[int, ...], Tensor] = {}
+    partial_coordinates = list(itertools.product(*(range(SIZES[axis]) for axis in summed)))
+    for each in partial_coordinates[1:]:
+        addends[each] = torch.randint(-9, 9, full.shape, generator=rng).to(full.dtype)
+    addends[partial_coordinates[0]] = full - sum(addends.values(), torch.zeros(()))
     return {
-        rank: local_shard(terms[tuple(place[axis] for axis in summed)], placements, SIZES, place).contiguous()
+        rank: local_shard(addends[tuple(place[axis] for axis in summed)], placements, SIZES, place).contiguous()
         for rank, place in COORDINATES.items()
     }
 
 
 def random_placements(seed: int) -> tuple[Placements, Placements]:
-    """A legal pair; what becomes a sum on an axis was one there (else ranks run different programs)."""
+    """A legal pair of placements; Partial targets are Partial in the source too (else ranks run different programs)."""
     rng = random.Random(seed)
     while True:
         source, target = (tuple(rng.choice(CHOICES) for _ in SIZES) for _ in range(2))
@@ -66,29 +66,29 @@ def random_placements(seed: int) -> tuple[Placements, Placements]:
 def check(groups: dict[tuple[int, ...], str], seed: int) -> None:
     source, target = random_placements(seed)
     rng = torch.Generator().manual_seed(seed)
-    whole = torch.randint(-99, 99, SHAPE, generator=rng).float()
+    full = torch.randint(-99, 99, SHAPE, generator=rng).float()
     with LocalTensorMode(len(COORDINATES)):
         place = tuple(
             torch.SymInt(LocalIntNode({rank: one[axis] for rank, one in COORDINATES.items()})) for axis in range(3)
         )
         mesh = RankMesh(names=NAMES, sizes=SIZES, first_rank=0, coordinate=place, group_names=groups)
-        moved = redistribute(LocalTensor(parts(whole, source, rng)), SHAPE, source, target, mesh)
+        redistributed = redistribute(LocalTensor(shards(full, source, rng)), SHAPE, source, target, mesh)
     for one in COORDINATES.values():
         mates = [
             other
             for other, their in COORDINATES.items()
             if all(placement == PARTIAL or mine == at for placement, mine, at in zip(target, one, their, strict=True))
         ]
-        held = sum((moved._local_tensors[mate] for mate in mates), torch.zeros(()))
-        assert torch.equal(held, local_shard(whole, target, SIZES, one))
+        value = sum((redistributed._local_tensors[mate] for mate in mates), torch.zeros(()))
+        assert torch.equal(value, local_shard(full, target, SIZES, one))
 
 
 @pytest.mark.parametrize("seed", range(1))
-def test_every_rank_of_32_gets_its_part(groups, seed):
+def test_every_rank_of_32_gets_its_shard(groups, seed):
     check(groups, seed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 40))
-def test_every_rank_of_32_gets_its_part_whatever_the_placements(groups, seed):
+def test_every_rank_of_32_gets_its_shard_whatever_the_placements(groups, seed):
     check(groups, seed)

@@ -1,91 +1,28 @@
 """Every plan trains with the same numbers as one process, and what is priced is what runs: losses, every gradient and the
 collectives of a step, on real gloo ranks.
 
-The whole matrix is ``slow``; the fast tier holds a sample of it in which each model and each kind of pipeline is there.
+The whole matrix is ``slow``; the fast tier has a sample of it with each model and each kind of pipeline.
 """
 
 import dataclasses
-from pathlib import Path
 
 import msgspec
 import pytest
 
-from autopar.core.plan import Plan
 from autopar.runtime.count_collectives import collective_differences, counts_of_stages
-from autopar.workload.workload import Workload
 from tests.distributed import parity
 from tests.distributed.once import workload_of
 from tests.distributed.parity import Model
-from tests.distributed.plans import interleaved_plan, layout_plan, unequal_plan
+from tests.distributed.parity_models import MODELS, make_plan
 from tests.distributed.pool import Pool
 
-ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-5
 
 
-def model(path: str, classes: int = 64, batch: int = 8, /, **settings: object) -> Model:
-    return Model(path=str(ROOT / path), settings=tuple(settings.items()), classes=classes, batch=batch)
-
-
-GPT = {"size": "125M", "layers": 4, "hidden": 32, "heads": 4, "vocab": 64, "seq": 8}
-MODELS = {
-    "gpt-tied": model("examples/gpt.py", **GPT, tied_embeddings=True),
-    "gpt-untied": model("examples/gpt.py", **GPT, tied_embeddings=False),
-    "llama": model("examples/llama.py", size="7B", layers=4, hidden=32, heads=4, kv_heads=2, ffn=64, vocab=64, seq=8),
-    "moe": model(
-        "examples/moe.py", size="380M", layers=4, hidden=32, heads=4, experts=4, ffn=64, vocab=64, seq=8, group_size=8
-    ),
-    "wide-resnet": model(
-        "examples/wide_resnet.py", 8, 32, size="250M", base_channels=4, width_factor=2, classes=8, image_size=64
-    ),
-    "t5": model("tests/distributed/models/t5.py", layers=2),
-}
 MESHES = (
     "1", "dp2", "tp2", "dp4", "dp2tp2", "dp2tp4", "cp2", "dp2cp2", "tp2cp2", "ep2", "dp4ep2", "tp2ep2",
 )  # fmt: skip
 PIPELINES = ("1x2+2x2", "three", "four", "four-dp2", "interleaved", "interleaved-four", "gpipe")
-
-
-def make_plan(workload: Workload, shape: str, zero: int, recompute: str, batch: int, sequence: bool = False) -> Plan:
-    """The plan of one point of the matrix; micro-batches of a quarter of the batch, ``sequence``: tensor-parallel ranks
-    share the sequence between their regions."""
-    micro = batch // 4
-    sp = int(sequence)
-    tail = f"zero={zero},recompute={recompute}"
-
-    def layout(text: str, dp: int = 1) -> str:
-        return (
-            f"{text},dp={dp},mbs={max(1, micro // dp)},{tail}" if text else f"dp={dp},mbs={max(1, micro // dp)},{tail}"
-        )
-
-    if shape == "1x2+2x2":
-        return unequal_plan(workload, [layout("tp=2"), layout("tp=2", 2)], batch=batch)
-    if shape == "three":
-        return unequal_plan(workload, [layout("", 2), layout("tp=2"), layout("")], batch=batch)
-    if shape == "interleaved":
-        return interleaved_plan(layout_plan(workload, layout("pp=4", 2), batch=batch), 2, workload)
-    if shape == "interleaved-four":
-        return interleaved_plan(layout_plan(workload, layout("pp=8"), batch=batch), 2, workload)
-    if shape == "gpipe":
-        plan = layout_plan(workload, layout("pp=2", 2), batch=batch)
-        return msgspec.structs.replace(plan, schedule="gpipe")
-    texts = {
-        "1": layout(""),
-        "dp2": layout("", 2),
-        "tp2": layout(f"tp=2,sp={sp}"),
-        "dp4": layout("", 4),
-        "dp2tp2": layout("tp=2", 2),
-        "dp2tp4": layout(f"tp=4,sp={sp}", 2),
-        "cp2": layout("cp=2"),
-        "dp2cp2": layout("cp=2", 2),
-        "tp2cp2": layout("tp=2,cp=2"),
-        "ep2": layout("ep=2", 2),
-        "dp4ep2": layout("ep=2", 4),
-        "tp2ep2": layout("tp=2,ep=2", 2),
-        "four": layout("pp=4,tp=2"),
-        "four-dp2": layout("pp=4", 2),
-    }
-    return layout_plan(workload, texts[shape], batch=batch)
 
 
 def reason_to_skip(name: str, shape: str) -> str | None:
@@ -112,7 +49,7 @@ def at_shape(name: str, shape: str) -> Model:
 
 def check(pool: Pool, name: str, shape: str, zero: int, recompute: str, mode: str = "lowered") -> None:
     one = at_shape(name, shape)
-    by_sequence = name not in ("moe", "wide-resnet")  # experts' groups and images are not cut by it
+    by_sequence = name not in ("moe", "wide-resnet")  # experts' groups and images are not sharded by it
     plan = make_plan(workload_of(one.workload), shape, zero, recompute, one.batch, by_sequence)
     found = pool.run(plan.gpus, parity.check_gradients, one.workload, msgspec.json.encode(plan), mode, one.classes)
     loss, parameter, error = parity.worst(found)

@@ -15,10 +15,10 @@ from autopar.runtime.lower.randomness import apply_dropout
 from autopar.runtime.trainer import Trainer
 from autopar.workload.workload import Workload
 from tests.distributed import parity
+from tests.distributed.parity_models import MODELS
 from tests.distributed.plans import layout_plan
 from tests.distributed.pool import Pool
 from tests.distributed.random_plans import random_plan
-from tests.distributed.test_parity import MODELS
 
 
 class Dropped(nn.Module):

@@ -15,14 +15,14 @@ from autopar.runtime.lower.build_programs import build_programs
 from autopar.runtime.lower.lowered_collectives import count_lowered_collectives
 from autopar.runtime.lower.op_sharding import replicate_unit_axes
 from tests.distributed import parity
+from tests.distributed.parity_models import MODELS, make_plan
 from tests.distributed.pool import Pool
-from tests.distributed.test_parity import MODELS, make_plan
 
 
 @pytest.mark.parametrize("name", list(MODELS))
 @pytest.mark.parametrize("shape", ["dp2tp2"])
 def test_every_op_runs_as_planned(name: str, shape: str) -> None:
-    """No op needs other placements than its plan names: nothing is converted that was not priced."""
+    """No op needs other placements than its plan names: nothing is redistributed that was not priced."""
     one = MODELS[name]
     graph = hoist_light_ops(trace(one.workload(), dtype="float32").graph)
     blocks = split_into_blocks(graph)
@@ -41,7 +41,7 @@ def test_every_op_runs_as_planned(name: str, shape: str) -> None:
 
 
 class Counting(TorchDispatchMode):
-    """Counts the collectives that start; torch's own ``CommDebugMode`` does not know gathers into given memory."""
+    """Counts the collectives that start; torch's own ``CommDebugMode`` does not count gathers into preallocated memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,23 +55,23 @@ class Counting(TorchDispatchMode):
 
 
 def count_collectives(plan_json: bytes, name: str) -> tuple[dict[str, int], dict[str, int]]:
-    """Per kind: what starts while the micro-batches of a step run, and what the graphs hold."""
+    """Per kind: the collectives that start while a step's micro-batches run, and those in the graphs."""
     plan = msgspec.json.decode(plan_json, type=Plan)
     one = MODELS[name]
     workload = one.workload()
     trainer = build_trainer(plan, parity.real_model(workload, 0), workload=workload)
     stage = trainer.stages[0]
-    data = trainer._micro_batches(parity.random_batch(workload, plan.global_batch, 0, one.classes))
+    data = trainer.micro_batches(parity.random_batch(workload, plan.global_batch, 0, one.classes))
     with Counting() as counting:
         for microbatch, inputs in enumerate(data):
-            made = stage.forward(microbatch, inputs, {})
-            assert made.loss is not None
-            stage.backward(microbatch, [made.loss / plan.microbatches], last=False)
+            result = stage.forward(microbatch, inputs, {})
+            assert result.loss is not None
+            stage.backward(microbatch, [result.loss / plan.microbatches], last=False)
     assert stage.lowered is not None
-    held: Counter[str] = Counter()
-    for found, count in count_lowered_collectives(stage.lowered, stage.function.mesh).items():
-        held[found.kind] += count * plan.microbatches
-    return dict(counting.started), dict(held)
+    listed: Counter[str] = Counter()
+    for collective, count in count_lowered_collectives(stage.lowered, stage.function.mesh).items():
+        listed[collective.kind] += count * plan.microbatches
+    return dict(counting.started), dict(listed)
 
 
 @pytest.mark.parametrize("name", ["gpt-untied"])
@@ -79,14 +79,14 @@ def test_collectives_of_the_graph_are_those_that_run(pool: Pool, name: str) -> N
     one = MODELS[name]
     plan = make_plan(one.workload(), "dp2", 3, "none", one.batch)
     names = {"all_gather_into_tensor_out": "all_gather", "reduce_scatter_tensor": "reduce_scatter"}
-    for ran, held in pool.run(plan.gpus, count_collectives, msgspec.json.encode(plan), name):
-        assert {names.get(kind, kind): count for kind, count in ran.items()} == held
-        assert held["all_gather"] > 0
-        assert held["reduce_scatter"] > 0
+    for ran, listed in pool.run(plan.gpus, count_collectives, msgspec.json.encode(plan), name):
+        assert {names.get(kind, kind): count for kind, count in ran.items()} == listed
+        assert listed["all_gather"] > 0
+        assert listed["reduce_scatter"] > 0
 
 
 def gathers(plan_json: bytes, name: str) -> set[str]:
-    """The operators by which the graphs of a stage gather."""
+    """The ops by which the graphs of a stage all-gather."""
     plan = msgspec.json.decode(plan_json, type=Plan)
     workload = MODELS[name].workload()
     trainer = build_trainer(plan, parity.real_model(workload, 0), workload=workload)
@@ -98,7 +98,7 @@ def gathers(plan_json: bytes, name: str) -> set[str]:
 
 
 def test_a_gather_is_given_its_memory(pool: Pool) -> None:
-    """gloo's other way, on lists of tensors, corrupts the heap: four ranks with fifteen under way crash in a minute."""
+    """gloo's all-gather on lists of tensors corrupts the heap: four ranks with fifteen in flight crash in a minute."""
     one = MODELS["gpt-untied"]
     plan = make_plan(one.workload(), "dp2", 3, "none", one.batch)
     for found in pool.run(plan.gpus, gathers, msgspec.json.encode(plan), "gpt-untied"):
@@ -106,16 +106,16 @@ def test_a_gather_is_given_its_memory(pool: Pool) -> None:
 
 
 def saved_bytes(plan_json: bytes, name: str) -> int:
-    """Bytes that the forward of one micro-batch leaves for its backward, parameters and inputs aside."""
+    """Bytes that the forward of one micro-batch saves for its backward, parameters and inputs apart."""
     plan = msgspec.json.decode(plan_json, type=Plan)
     one = MODELS[name]
     workload = one.workload()
     trainer = build_trainer(plan, parity.real_model(workload, 0), workload=workload)
     stage = trainer.stages[0]
     assert stage.lowered is not None
-    data = trainer._micro_batches(parity.random_batch(workload, plan.global_batch, 0, one.classes))
+    data = trainer.micro_batches(parity.random_batch(workload, plan.global_batch, 0, one.classes))
     stage.forward(0, data[0], {})
-    saved = stage._saved[0][len(stage.lowered.saved_arguments) :]
+    saved = stage.saved_tensors(0)
     return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in saved}.values())
 
 

@@ -1,5 +1,5 @@
-"""Random models under random plans: whatever placements a plan names, the numbers are those of one process; and what
-the planner itself writes lists the collectives that run."""
+"""Random models under random plans: whatever placements a plan names, the numbers are those of one process; and
+plans that the planner itself writes list the collectives that run."""
 
 from functools import partial
 
@@ -10,13 +10,13 @@ from autopar.core.plan import Plan
 from autopar.runtime.count_collectives import collective_differences, counts_of_stages
 from tests.distributed import parity
 from tests.distributed.once import workload_of
+from tests.distributed.parity_models import MODELS
 from tests.distributed.pool import Pool
 from tests.distributed.random_models import random_workload
 from tests.distributed.random_plans import random_plan
 from tests.distributed.random_searches import searched_plan
-from tests.distributed.test_parity import MODELS
 
-TOLERANCE = 1e-9  # in fp64, where a wrong term shows and rounding does not
+TOLERANCE = 1e-9  # in fp64, where a wrong addend shows and rounding does not
 
 
 def check_seed(pool: Pool, seed: int, mode: str) -> None:
@@ -33,8 +33,8 @@ def test_random_plan(pool: Pool, seed: int) -> None:
     check_seed(pool, seed, "reference" if seed % 2 else "lowered")
 
 
-def test_groups_across_an_uneven_cut_move_other_bytes(pool: Pool) -> None:
-    """Seed 279 cuts 15 rows over two ranks, so that the groups of the other axis gather 8 and 7 of them."""
+def test_groups_across_an_uneven_shard_communicate_other_bytes(pool: Pool) -> None:
+    """Seed 279 shards 15 rows over two ranks, so that the groups of the other axis gather 8 and 7 of them."""
     check_seed(pool, 279, "lowered")
 
 

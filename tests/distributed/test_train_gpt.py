@@ -78,8 +78,8 @@ def test_a_killed_rank_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
     assert process.returncode == 0
     steps = [step for step, _ in seen]
     assert steps[-1] == 20
-    again = next(at for at in range(1, len(seen)) if steps[at] <= steps[at - 1])
-    assert steps[again] in (6, 11, 16), "it goes on from a checkpoint"
-    before = dict(seen[:again])
-    for step, loss in seen[again:]:
+    restart = next(at for at in range(1, len(seen)) if steps[at] <= steps[at - 1])
+    assert steps[restart] in (6, 11, 16), "it goes on from a checkpoint"
+    before = dict(seen[:restart])
+    for step, loss in seen[restart:]:
         assert step not in before or loss == pytest.approx(before[step], abs=1e-4)

@@ -60,11 +60,11 @@ def test_wrong_numbers_exit_7(
 
 def test_twin_keeps_stages_and_axes(plan_file: str) -> None:
     plan = load_plan(plan_file)
-    twin, changes = shrink_plan(plan, 8)
-    assert twin.gpus == 8
-    assert [len(stage.blocks) for stage in twin.stages] == [len(stage.blocks) for stage in plan.stages]
-    assert [[axis.name for axis in stage.axes] for stage in twin.stages] == [["dp", "tp"]] * 2
-    assert twin.global_batch == twin.microbatches * twin.micro_batch_size
+    shrunk, changes = shrink_plan(plan, 8)
+    assert shrunk.gpus == 8
+    assert [len(stage.blocks) for stage in shrunk.stages] == [len(stage.blocks) for stage in plan.stages]
+    assert [[axis.name for axis in stage.axes] for stage in shrunk.stages] == [["dp", "tp"]] * 2
+    assert shrunk.global_batch == shrunk.microbatches * shrunk.micro_batch_size
     assert changes
     assert shrink_plan(plan, 16)[0].gpus == 16
 

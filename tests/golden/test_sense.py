@@ -1,7 +1,5 @@
 """Plans of real models that an expert would nod at."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import transformers
@@ -10,13 +8,12 @@ from torch import Tensor
 from autopar.core.placement import Shard, parse_placements
 from autopar.core.plan import Plan
 from autopar.planner.planner import plan
-from autopar.workload import Workload, load_workload
-
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+from autopar.workload import Workload
+from tests.conftest import example_workload
 
 
 def planned(model: str, size: str, **search) -> Plan:
-    return plan(load_workload(str(EXAMPLES / model), size=size), **search)
+    return plan(example_workload(model, size=size), **search)
 
 
 def is_sharded(text: str) -> bool:
@@ -25,7 +22,7 @@ def is_sharded(text: str) -> bool:
 
 @pytest.mark.slow
 def test_llama_8b_on_8_h100_shards_optimizer_state():
-    found = planned("llama.py", "8B", cluster="dgx-h100", gpus=8, global_batch=512)
+    found = planned("llama", "8B", cluster="dgx-h100", gpus=8, global_batch=512)
     large = [p for program in found.programs for p in program.parameters if "proj" in p.name]
     assert large
     assert all(is_sharded(parameter.optimizer) for parameter in large)
@@ -33,7 +30,7 @@ def test_llama_8b_on_8_h100_shards_optimizer_state():
 
 @pytest.mark.slow
 def test_llama_70b_on_64_h100_never_puts_tensor_parallelism_across_nodes():
-    found = planned("llama.py", "70B", cluster="dgx-h100", gpus=64, global_batch=512)
+    found = planned("llama", "70B", cluster="dgx-h100", gpus=64, global_batch=512)
     names = {axis.name for stage in found.stages for axis in stage.axes if axis.size > 1}
     zero3 = any(
         is_sharded(p.parameter) and not is_sharded(p.compute) for program in found.programs for p in program.parameters
@@ -45,7 +42,7 @@ def test_llama_70b_on_64_h100_never_puts_tensor_parallelism_across_nodes():
 
 @pytest.mark.slow
 def test_moe_27b_shards_its_experts():
-    found = planned("moe.py", "27B", cluster="p3.16xlarge", gpus=32)
+    found = planned("moe", "27B", cluster="p3.16xlarge", gpus=32)
     experts = [p for program in found.programs for p in program.parameters if ".experts." in p.name]
     assert experts
     assert all(is_sharded(parameter.optimizer) for parameter in experts)
@@ -53,7 +50,7 @@ def test_moe_27b_shards_its_experts():
 
 
 def test_attention_that_every_rank_computes_alike_is_in_the_report():
-    odd = load_workload(str(EXAMPLES / "gpt.py"), layers=2, hidden=48, heads=3, vocab=100, seq=33)
+    odd = example_workload("gpt", layers=2, hidden=48, heads=3, vocab=100, seq=33)
     found = plan(odd, cluster="dgx-h100", gpus=8, global_batch=1)
     programs = {program.id: program for program in found.programs}
     replicated = [
@@ -69,7 +66,7 @@ def test_attention_that_every_rank_computes_alike_is_in_the_report():
     ]
     assert replicated, "three heads, 33 positions and one sample cannot be shared out among 2, 4 or 8 ranks"
     for at in replicated:
-        assert any(note.startswith(f"stage {at}:") and "attention among them" in note for note in found.notes)
+        assert any(note.startswith(f"stage {at}:") and "attention included" in note for note in found.notes)
 
 
 def test_an_axis_is_named_after_what_most_of_the_work_does_on_it():

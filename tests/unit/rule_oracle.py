@@ -1,7 +1,7 @@
 """Brute force for sharding options: run an op on every rank of an axis with plain tensors, put the results together, and
-compare with the whole op, forward and backward, in fp64.
+compare with the unsharded op, forward and backward, in fp64.
 
-Shares nothing with planner or runtime: shards are cut and joined here by reshape and chunk, and ops whose local form is not
+Shares nothing with planner or runtime: tensors are sharded and joined here by reshape and chunk, and ops whose local form is not
 the op itself (a look-up in a part of the vocabulary, a mean over a part, statistics over ranks) are written out below over
 the list of ranks, so that autograd sees the exchange.
 """
@@ -111,7 +111,7 @@ def _widened(argument: Any) -> Any:
 
 
 def check_option(case: Case, option: AxisOption, rule: OpShardingRule, ranks: int, seed: int = 0) -> str:
-    """ "" where the option holds on ``ranks`` ranks, else what is wrong with it."""
+    """ "" where the option is right on ``ranks`` ranks, else what is wrong with it."""
     generator = torch.Generator().manual_seed(seed)
     whole = [
         tensor.detach().clone().requires_grad_(value.requires_grad)
@@ -144,7 +144,7 @@ def check_option(case: Case, option: AxisOption, rule: OpShardingRule, ranks: in
         parts = shard(gradient, pair, ranks, generator, gradient=True)
         if (
             option.runs_kernel_collectives and pair.atom is None
-        ):  # autograd crosses ranks: the whole loss is counted once
+        ):  # autograd crosses ranks: the full loss is counted once
             parts = [parts[0], *(torch.zeros_like(part) for part in parts[1:])]
         ends += [outputs[rank][at] for rank in range(ranks)]
         feeds += parts
@@ -153,11 +153,11 @@ def check_option(case: Case, option: AxisOption, rule: OpShardingRule, ranks: in
         return "no rank's output carries a gradient"
     live = [at for at, end in enumerate(ends) if end.requires_grad]
     found = torch.autograd.grad([ends[at] for at in live], leaves, [feeds[at] for at in live], allow_unused=True)
-    held = [g if g is not None else torch.zeros_like(leaf) for g, leaf in zip(found, leaves, strict=True)]
+    local_gradients = [g if g is not None else torch.zeros_like(leaf) for g, leaf in zip(found, leaves, strict=True)]
     places = [at for at, tensor in enumerate(whole) if tensor.requires_grad]
     for number, (at, gradient) in enumerate(zip(places, whole_gradients, strict=True)):
         want = torch.zeros_like(whole[at]) if gradient is None else gradient
-        parts = held[number * ranks : (number + 1) * ranks]
+        parts = local_gradients[number * ranks : (number + 1) * ranks]
         if wrong := mismatch(parts, want, option.inputs[at], gradient=True):
             return f"gradient of input {at} as {option.inputs[at]}: {wrong}"
     return ""
@@ -213,7 +213,7 @@ def _local_groups(case: Case, tensors: list[Tensor]) -> Op:
 
 
 def _mean(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
-    """A partial mean is the rank's share of it: sums over what it holds, divided by the whole count."""
+    """A partial mean is the rank's share of it: sums over its own elements, divided by the full count."""
     local = _each(case, option, ranks)
     if option.outputs[0] != PARTIAL_VALUE or not option.is_sharded:
         return local
@@ -276,10 +276,10 @@ def _cross_entropy(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
         )
         result = losses if reduction == 0 else losses.sum() / (count if reduction == 1 else 1)
         return [(result,) for _ in ranks]
-    terms = [F.cross_entropy(*t, reduction="none", ignore_index=ignored, label_smoothing=smoothing) for t in ranks]
+    losses = [F.cross_entropy(*t, reduction="none", ignore_index=ignored, label_smoothing=smoothing) for t in ranks]
     if reduction == 0:
-        return [(term,) for term in terms]
-    return [(term.sum() / (count if reduction == 1 else 1),) for term in terms]
+        return [(loss,) for loss in losses]
+    return [(loss.sum() / (count if reduction == 1 else 1),) for loss in losses]
 
 
 def _nll_loss(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
@@ -327,7 +327,7 @@ def _batch_norm(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
 
 
 def _softmax(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
-    """softmax or log_softmax with the dim itself cut: the sum of exponentials is shared."""
+    """softmax or log_softmax with the dim itself sharded: the sum of exponentials is shared."""
     if not option.runs_kernel_collectives:
         return _each(case, option, ranks)
     dim = case.literal(1, "dim", -1)
@@ -338,7 +338,7 @@ def _softmax(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
 
 
 def _index(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
-    """x[index]: where rows of x are cut, a rank has zeros for the rows of others."""
+    """x[index]: where rows of x are sharded, a rank has zeros for the rows of others."""
     atom = option.inputs[0].atom
     if atom is None or atom.dim != 0:
         return _each(case, option, ranks)
@@ -353,7 +353,7 @@ def _index(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
 
 
 def _grouped_mm(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
-    """Row t meets the matrix of the group it lies in; written as a loop over experts and rows held."""
+    """Row t meets the matrix of the group that it belongs to; written as a loop over the local experts and rows."""
     num_experts, num_rows = case.inputs[1].shape[0], case.inputs[0].shape[0]
     ends = case.tensors[2].tolist()
     found = []
@@ -412,7 +412,7 @@ SIZED = frozenset(name for name, kernel in KERNELS.items() if kernel in (_reshap
 
 
 def ranks_to_try(option: AxisOption, rule: OpShardingRule) -> list[int]:
-    """Axis sizes that cut what the option cuts into equal parts, and 3 where the search may cut unevenly."""
+    """Axis sizes that split what the option shards into equal parts, and 3 where the search may shard unevenly."""
     if not option.is_sharded:
         return [2]
     plain = (

@@ -25,7 +25,7 @@ GIB = 2**30
 
 
 def sample_plan(**changes: Any) -> Plan:
-    """8 GPUs, batch 32 in 8 micro-batches of 4; step 2 s, bound 1.9 s; the fullest device holds 11 of 16 GiB."""
+    """8 GPUs, batch 32 in 8 micro-batches of 4; step 2 s, bound 1.9 s; the fullest device uses 11 of 16 GiB."""
     fields: dict[str, Any] = {
         "format_version": "1.0",
         "model": ModelRef(
@@ -46,8 +46,10 @@ def sample_plan(**changes: Any) -> Plan:
         "recompute": "selective",
         "programs": (embedding(), layer(), head()),
         "stages": (
-            stage((("embedding", "e"), ("layers.0", "l"), ("layers.1", "l")), first_block=0, first_device=0, held=2),
-            stage((("layers.2", "l"), ("layers.3", "l"), ("head", "h")), first_block=3, first_device=4, held=1),
+            stage(
+                (("embedding", "e"), ("layers.0", "l"), ("layers.1", "l")), first_block=0, first_device=0, in_flight=2
+            ),
+            stage((("layers.2", "l"), ("layers.3", "l"), ("head", "h")), first_block=3, first_device=4, in_flight=1),
         ),
         "estimate": estimate(),
         "search": SearchOutcome(
@@ -110,7 +112,7 @@ def estimate(**changes: Any) -> Estimate:
 
 
 def stage(
-    blocks: tuple[tuple[str, str], ...], *, first_block: int, first_device: int, held: int, **changes: Any
+    blocks: tuple[tuple[str, str], ...], *, first_block: int, first_device: int, in_flight: int, **changes: Any
 ) -> StagePlan:
     fields: dict[str, Any] = {
         "blocks": tuple(
@@ -126,12 +128,12 @@ def stage(
         "step_s": 0.03,
         "transfer_forward_s": 0.001,
         "transfer_backward_s": 0.001,
-        "in_flight": held,
+        "in_flight": in_flight,
         "memory": MemoryParts(
             parameters_bytes=2 * GIB,
             gradients_bytes=2 * GIB,
             optimizer_bytes=3 * GIB,
-            saved_activations_bytes=held * GIB,
+            saved_activations_bytes=in_flight * GIB,
             workspace_bytes=GIB,
             fixed_bytes=GIB,
         ),

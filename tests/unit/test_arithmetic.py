@@ -6,7 +6,6 @@ Large Transformer Models", 2022 (recomputation's cost); Meta's "The Llama 3 Herd
 """
 
 from math import prod
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,26 +23,23 @@ from autopar.graph.traced_model import TracedModel, trace_model
 from autopar.manual.layout_pricer import LayoutPricer
 from autopar.pipeline.simulate import StageTimes, simulate
 from autopar.report.training_time import TrainingTime
-from autopar.workload import load_workload
+from tests.conftest import example_workload
 
 torch.set_num_threads(1)
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TERA = 1e12
 
 
 @pytest.fixture(scope="module")
 def llama() -> TracedModel:
-    return trace_model(load_workload(str(EXAMPLES / "llama.py"), size="7B"), dtype="bf16")
+    return trace_model(example_workload("llama", size="7B"), dtype="bf16")
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_parameters_and_flops_of_a_gpt(tied: bool) -> None:
+def test_parameters_and_flops_of_a_gpt_follow_the_published_formulas(tied: bool) -> None:
     """12 L D^2 + D V (+ D V untied); forward 2 and forward + backward 6 FLOPs a parameter and token; attention 12 L N D a
     token in both. The norms, biases and N positions that the formulas leave out are below 1 % here."""
     L, D, V, N, batch = 24, 2048, 51200, 1024, 4
-    workload = load_workload(
-        str(EXAMPLES / "gpt.py"), layers=L, hidden=D, heads=16, vocab=V, seq=N, tied_embeddings=tied
-    )
+    workload = example_workload("gpt", layers=L, hidden=D, heads=16, vocab=V, seq=N, tied_embeddings=tied)
     graph = trace(workload, dtype="bfloat16").graph
     assert num_parameters(graph) == pytest.approx(12 * L * D**2 + D * V * (1 if tied else 2), rel=0.01)
     multiplied = 12 * L * D**2 + D * V  # the look-up multiplies nothing
@@ -54,7 +50,7 @@ def test_parameters_and_flops_of_a_gpt(tied: bool) -> None:
     assert flops.forward == pytest.approx(2 * multiplied * tokens + 4 * L * N * D * tokens, rel=1e-3)
 
 
-def test_flops_of_llama_2_7b_by_part(llama: TracedModel) -> None:
+def test_flops_of_llama_2_7b_are_the_published_ones_by_part(llama: TracedModel) -> None:
     """One sample of 4,096 tokens: 192.17 TFLOP, of which 55.361 % MLP, 41.276 % attention, 1.676 % each embedding and head,
     0.007 % normalisation, 0.003 % residuals. The product counts 188.76: no look-up as a matmul (3.22), no softmax (3 an
     element of the 32 heads' N x N scores), no element-wise op (here 1 an element); forward counts once, backward twice."""
@@ -84,7 +80,7 @@ def flops_by_module(model: TracedModel) -> dict[str, float]:
             continue
         flops = profile.forward_flops + profile.backward_flops
         if "attention" in op.target:
-            flops = 3 * profile.forward_flops  # without the scores that flash attention computes again
+            flops = 3 * profile.forward_flops  # without the scores that flash attention recomputes
         elif not flops and op.target.split(".")[1] in arithmetic and part != "self_attn" and op.module_path:
             flops = 3 * prod(graph.values[op.outputs[0]].shape)
         parts[part] += flops / graph.batch.traced_size
@@ -93,7 +89,9 @@ def flops_by_module(model: TracedModel) -> dict[str, float]:
 
 @pytest.mark.parametrize(("billions", "gigabytes"), [(1, 16), (7, 112), (70, 1120), (405, 6480)])
 @pytest.mark.parametrize(("dtype", "itemsize"), [("bfloat16", 2), ("float32", 4)])
-def test_sixteen_bytes_a_parameter(billions: int, gigabytes: int, dtype: str, itemsize: int) -> None:
+def test_mixed_precision_with_adam_takes_sixteen_bytes_a_parameter(
+    billions: int, gigabytes: int, dtype: str, itemsize: int
+) -> None:
     """Weights, gradients and Adam's state: 2 + 2 + 12 in mixed precision, 4 + 4 + 8 in fp32."""
     execution = ExecutionModel(dtype=dtype, fp32_grads=False)
     assert (
@@ -103,7 +101,7 @@ def test_sixteen_bytes_a_parameter(billions: int, gigabytes: int, dtype: str, it
 
 
 def test_sixteen_bytes_a_parameter_of_a_traced_model(llama: TracedModel) -> None:
-    """Cut over 4 ranks or not; norms, which every rank holds, are 0.004 % of the parameters."""
+    """Sharded over 4 ranks or not; norms, which are replicated, are 0.004 % of the parameters."""
     for text, ranks in (("dp=4,grads=same", 1), ("tp=4,grads=same", 4)):
         pricer = LayoutPricer(
             llama, cluster=load_cluster("dgx-a100"), gpus=4, global_batch=4, memory_gib=None, optimizer="adamw"
@@ -117,7 +115,7 @@ def test_what_recomputation_costs_and_saves_gpt_3() -> None:
     """Full recomputation 30 to 40 % of a layer's time, that of attention alone 2.7 % (175B, tp 8, sequence parallel,
     attention materialised; Korthikanti et al., 2022, figure 8 and table 4). It saves 70 %, 5 a s / h of 34 + 5 a s / h bytes
     per token and width (section 4.1, of one rank; without dropout's two masks 32 + 80). Four layers are like 96."""
-    model = trace_model(load_workload(str(EXAMPLES / "gpt.py"), size="175B", layers=4), dtype="bf16")
+    model = trace_model(example_workload("gpt", size="175B", layers=4), dtype="bf16")
 
     def middle_stage(gpus: int, layout: str) -> StagePlan:
         pricer = LayoutPricer(
@@ -148,17 +146,17 @@ def test_what_recomputation_costs_and_saves_gpt_3() -> None:
 def test_activations_of_a_layer_are_korthikanti_s(layout: str, per_token: float) -> None:
     """Bytes a token and unit of width (2022, table 2), attention fused: 34 / t with tensor and sequence parallelism, 10 + 24
     / t without the latter, 2 of the input alone; less two one-byte masks of dropout, which this model has not."""
-    model = trace_model(load_workload(str(EXAMPLES / "gpt.py"), size="175B", layers=4), dtype="bf16")
+    model = trace_model(example_workload("gpt", size="175B", layers=4), dtype="bf16")
     gpus = 32 if "tp=8" in layout else 4
     pricer = LayoutPricer(
         model, cluster=load_cluster("dgx-a100"), gpus=gpus, global_batch=4, memory_gib=None, optimizer="adamw"
     )
     stage = pricer.plan(pricer.price(parse_layout(f"pp=4,mbs=1,{layout}")), 0.0).stages[1]
-    held = stage.memory.saved_activations_bytes / stage.in_flight / len(stage.blocks)
-    assert held == pytest.approx(per_token * 2048 * 12288, rel=0.01)
+    per_layer_bytes = stage.memory.saved_activations_bytes / stage.in_flight / len(stage.blocks)
+    assert per_layer_bytes == pytest.approx(per_token * 2048 * 12288, rel=0.01)
 
 
-def test_gpu_hours_of_llama_3_405b() -> None:
+def test_gpu_hours_of_llama_3_405b_are_near_the_published_ones() -> None:
     """15T tokens at 6 FLOPs a parameter and token, 400 TFLOP/s a GPU: 25.3 M GPU hours, 66 days on 16,000 H100."""
     gpus, tokens_per_s = 16_000, 16_000 * 400e12 / (6 * 405e9)
     training = TrainingTime.of(15e12, tokens_per_s, gpus)
@@ -166,7 +164,7 @@ def test_gpu_hours_of_llama_3_405b() -> None:
     assert round(training.days) == 66
 
 
-def test_latency_of_a_pipeline() -> None:
+def test_a_pipeline_s_latency_follows_the_published_formula() -> None:
     """T = sum t_i + (B - 1) max t_j: exactly so for a flow line (forward only) of any stages, and for equal stages that
     also run backward."""
     times, B = (3.0, 1.0, 4.0, 1.5), 7

@@ -1,9 +1,8 @@
-"""Blocks: where models are cut, which blocks are equal, and what crosses between them."""
+"""Blocks: where models are split, which blocks are equal, and what crosses between them."""
 
 import dataclasses
 import itertools
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,15 +13,15 @@ from autopar.graph.boundary_values import boundary_values
 from autopar.graph.ir import Block, Graph, Op
 from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
 from autopar.graph.trace import trace
-from autopar.workload import Workload, load_workload
+from autopar.workload import Workload
+from tests.conftest import example_workload
 
 torch.set_num_threads(1)
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TINY = {"hidden": 32, "heads": 4, "vocab": 64, "seq": 16}
 
 
 def example(name: str, **settings: object) -> Graph:
-    return trace(load_workload(str(EXAMPLES / f"{name}.py"), **settings), dtype="bfloat16").graph
+    return trace(example_workload(name, **settings), dtype="bfloat16").graph
 
 
 def of_module(build: type[nn.Module], *shape: int) -> Graph:
@@ -43,7 +42,7 @@ def names(blocks: tuple[Block, ...]) -> list[str]:
 
 
 def check(graph: Graph, blocks: tuple[Block, ...]) -> None:
-    """What must hold of any cut: blocks cover the ops in order, and inputs, outputs and crossings say what is read."""
+    """What is true of any split: blocks cover the ops in order, and inputs, outputs and crossings are what is read."""
     assert [block.first_op for block in blocks] == [0, *(block.end_op for block in blocks[:-1])]
     assert blocks[-1].end_op == len(graph.ops)
     assert [op.id for op in graph.ops] == list(range(len(graph.ops)))
@@ -124,7 +123,7 @@ def test_moe_every_second_layer_gives_two_kinds_of_layers() -> None:
     check(graph, blocks)
 
 
-def test_wide_resnet_is_cut_at_residual_units_not_at_stages_or_convolutions() -> None:
+def test_wide_resnet_is_split_at_residual_units_not_at_stages_or_convolutions() -> None:
     graph = example("wide_resnet", layers=50, base_channels=16, width_factor=2, image_size=64)
     blocks = split_into_blocks(graph)
     sizes = {f"stages.{stage}.{unit}" for stage, units in enumerate((3, 4, 6, 3)) for unit in range(units)}
@@ -220,7 +219,7 @@ class Recalled(nn.Module):
         return x
 
 
-def test_a_layer_called_again_begins_a_new_block() -> None:
+def test_a_second_call_of_a_layer_begins_a_new_block() -> None:
     graph = of_module(Recalled, 8)
     blocks = split_into_blocks(graph)
     assert [name for name in names(blocks) if name.startswith("layers")] == [
@@ -275,7 +274,7 @@ class Flat(nn.Module):
         return x
 
 
-def test_a_flat_model_is_cut_at_narrow_points_into_balanced_parts() -> None:
+def test_a_flat_model_is_split_at_narrow_points_into_balanced_parts() -> None:
     graph = of_module(Flat, 8)
     blocks = split_into_blocks(graph)
     check(graph, blocks)

@@ -130,7 +130,7 @@ def tensors(functions: Sequence[Callable[[], Tensor]]) -> list[tuple[Callable[[t
 
 
 def boxes(shape: torch.Size, choose: random.Random) -> list[tuple[slice, ...]]:
-    """The whole tensor, single elements, and others."""
+    """The full tensor, single elements, and others."""
 
     def span(size: int, longest: int) -> slice:
         first = choose.randrange(size)

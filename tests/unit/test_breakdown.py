@@ -1,7 +1,5 @@
 """What an estimate is made of: it adds up to the step, and agrees with arithmetic done by hand from the cluster's tables."""
 
-from pathlib import Path
-
 import pytest
 
 from autopar.cluster import load_cluster
@@ -11,16 +9,15 @@ from autopar.core.plan import Plan, TimeItem
 from autopar.graph.traced_model import trace_model
 from autopar.manual.layout_pricer import LayoutPricer
 from autopar.report.json_document import plan_document
-from autopar.workload import load_workload
+from tests.conftest import example_workload
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 LAYERS, HIDDEN, SEQ, BATCH = 8, 2048, 1024, 64
 
 
 @pytest.fixture(scope="module")
 def pricer() -> LayoutPricer:
     settings = {"layers": LAYERS, "hidden": HIDDEN, "heads": 16, "vocab": 51200, "seq": SEQ}
-    model = trace_model(load_workload(str(EXAMPLES / "gpt.py"), **settings), dtype="bf16")
+    model = trace_model(example_workload("gpt", **settings), dtype="bf16")
     return LayoutPricer(
         model, cluster=load_cluster("dgx-a100"), gpus=16, global_batch=BATCH, memory_gib=None, optimizer="adamw"
     )
@@ -75,14 +72,14 @@ def test_gathers_of_zero_3_are_two_of_every_weight_per_micro_batch(pricer: Layou
 
 
 def test_recomputation_runs_forward_kernels_twice(pricer: LayoutPricer) -> None:
-    once, again, core = (
+    once, recomputed, core = (
         item(priced(pricer, f"recompute={mode}"), "attention").total_s for mode in ("none", "full", "selective")
     )
-    assert again == core > once
-    matmul_once, matmul_again = (
+    assert recomputed == core > once
+    matmul_once, recomputed_matmul = (
         item(priced(pricer, f"recompute={mode}"), "matmul").total_s for mode in ("none", "full")
     )
-    assert 1.25 < matmul_again / matmul_once < 1.4  # 4 / 3: forward is a third of forward and backward
+    assert 1.25 < recomputed_matmul / matmul_once < 1.4  # 4 / 3: forward is a third of forward and backward
 
 
 def test_a_pipeline_waits_as_long_as_its_bubble(pricer: LayoutPricer) -> None:

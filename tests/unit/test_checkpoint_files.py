@@ -53,7 +53,9 @@ def test_every_tensor_is_checked_by_one_rank(tmp_path: Path) -> None:
         at = whole.index(value.numpy().tobytes(), place.offset)
         file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         (complaint,) = complaints(reader)
-        assert complaint.endswith(f"in {index.fqn} at byte {place.offset}: record archive/data/0 has another CRC-32")
+        assert complaint.endswith(
+            f"in {index.fqn} at byte {place.offset}: record archive/data/0 does not match its CRC-32"
+        )
         file.write_bytes(whole)
     assert complaints(reader) == []
 

@@ -189,8 +189,8 @@ def tensor(metadata: Metadata) -> Any:
 
 
 FAULTS: dict[str, tuple[Callable[[Metadata], object], str]] = {
-    "a box is missing": (lambda data: tensor(data).chunks.pop(), "do not fill it"),
-    "a box is there twice": (lambda data: tensor(data).chunks.append(tensor(data).chunks[0]), "do not fill it"),
+    "a box is missing": (lambda data: tensor(data).chunks.pop(), "do not cover it"),
+    "a box is there twice": (lambda data: tensor(data).chunks.append(tensor(data).chunks[0]), "do not cover it"),
     "a box is too large": (lambda data: setattr(tensor(data), "size", torch.Size([999, 4])), "reaches beyond"),
     "a box has too few dims": (lambda data: setattr(tensor(data), "size", torch.Size([4000])), "damaged"),
     "a box is in no file": (lambda data: data.storage_data.pop(index(data)), "in no file"),

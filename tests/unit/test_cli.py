@@ -86,7 +86,7 @@ def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Library:
     return fake
 
 
-def test_frozen_command_line() -> None:
+def test_no_command_or_option_is_lost() -> None:
     """Names and options that users' scripts rely on; later work adds to them."""
     options = {
         name: sorted(o for p in command.params if isinstance(p, click.Option) for o in p.opts)
@@ -124,7 +124,7 @@ def test_every_command_has_examples_that_parse(capsys: pytest.CaptureFixture[str
         assert code in help_text
 
 
-def test_plan_passes_everything_on(library: Library, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_passes_every_option_to_the_library(library: Library, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = (
         "plan models/gpt.py --gpus 64 --cluster dgx-a100 --cluster-set inter_node_gbits_per_s=800 "
         "--cluster-set device=X --set layers=96 --set tied=false --set rate=1e-3 --set size=39B --global-batch 1024 "
@@ -195,7 +195,7 @@ def test_the_batch_is_the_flag_then_the_layout_then_the_file(library: Library) -
         assert library.calls["estimate" if "--layout" in words else "plan"]["global_batch"] == batch
 
 
-def test_show(library: Library, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_prints_a_plan_file(library: Library, capsys: pytest.CaptureFixture[str]) -> None:
     save_plan(sample_plan(), "p.json")
     assert run(["show", "p.json"]) == 0
     assert "layers.*.attn.qkv.weight" in capsys.readouterr().out
@@ -217,7 +217,7 @@ def plan_with_model(tmp_path: Path) -> Path:
     return source
 
 
-def test_compare(library: Library, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_prints_both_plans(library: Library, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan_with_model(tmp_path)
     assert run(["compare", "p.json", "--against", "megatron", "-q"]) == 0
     assert library.calls["load_workload"]["layers"] == 4
@@ -250,14 +250,17 @@ def test_a_changed_model_or_cluster_is_refused(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--gpus", "0"], "0 is no whole number of at least 1"),
-        (["--gpus", "x"], "x is no whole number"),
+        (["--gpus", "0"], "gpus (--gpus) must be a whole number of at least 1, not 0"),
+        (["--gpus", "x"], "gpus (--gpus) must be a whole number of at least 1, not 'x'"),
         ([], "Missing option '--gpus'"),
-        (["--gpus", "8"], "no global batch: give --global-batch, or set GLOBAL_BATCH"),
-        (["--gpus", "8", "--memory", "-1"], "-1 is no number above 0"),
-        (["--gpus", "8", "--memory", "nan"], "nan is no number above 0"),
-        (["--gpus", "8", "--time-limit", "0"], "0 is no number above 0"),
-        (["--gpus", "8", "--dtype", "int8"], "'int8' is not one of"),
+        (
+            ["--gpus", "8"],
+            "no global batch: give --global-batch (global_batch=), or set GLOBAL_BATCH = 1024 (say) in gpt.py",
+        ),
+        (["--gpus", "8", "--memory", "-1"], "memory_gib (--memory) must be a finite number above 0, not -1"),
+        (["--gpus", "8", "--memory", "nan"], "memory_gib (--memory) must be a finite number above 0, not nan"),
+        (["--gpus", "8", "--time-limit", "0"], "time_limit_s (--time-limit) must be a finite number above 0, not 0"),
+        (["--gpus", "8", "--dtype", "int8"], "dtype (--dtype) must be one of bf16, fp16, fp32, not 'int8'"),
         (["--gpus", "8", "--set", "layers"], "is not KEY=VALUE"),
         (["--gpus", "8", "--set", "layers=1", "--set", "layers=2"], "--set layers is given twice, as 1 and as 2"),
         (["--gpus", "8", "--pin", "a=Q"], "'Q' at position 0 is none of"),
@@ -269,7 +272,7 @@ def test_a_changed_model_or_cluster_is_refused(
         (["--gpu", "8", "--nodes", "2"], "No such option"),
     ],
 )
-def test_usage_errors(
+def test_a_usage_error_exits_2_with_one_short_message(
     library: Library, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
     assert run(["plan", "gpt.py", "-q", *words]) == 2
@@ -302,7 +305,7 @@ def test_usage_errors(
         (AutoparError("other"), 1),
     ],
 )
-def test_endings(
+def test_every_error_has_its_exit_code(
     library: Library, tmp_path: Path, capsys: pytest.CaptureFixture[str], error: BaseException, code: int
 ) -> None:
     library.error = error
@@ -320,7 +323,9 @@ def test_endings(
     assert list(tmp_path.iterdir()) == []  # nothing half-written
 
 
-def test_bad_plan_files_exit_6(library: Library, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_truncated_or_missing_plan_file_exits_6(
+    library: Library, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_plan(sample_plan(), "p.json")
     content = Path("p.json").read_bytes()
     Path("p.json").write_bytes(content[: len(content) // 2])
@@ -331,7 +336,7 @@ def test_bad_plan_files_exit_6(library: Library, tmp_path: Path, capsys: pytest.
         assert len(err.splitlines()) <= 3
 
 
-def test_cluster_commands(library: Library, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cluster_list_and_show_print_tables(library: Library, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["cluster", "list"]) == 0
     assert capsys.readouterr().out == "dgx-a100\ndgx-h100\n"
     assert run(["cluster", "list", "--json"]) == 0
@@ -363,11 +368,11 @@ def test_reading_a_plan_imports_no_torch(tmp_path: Path) -> None:
     assert out.splitlines()[-1] == "False"
 
 
-def test_the_package_is_lazy() -> None:
+def test_importing_the_package_imports_no_torch() -> None:
     assert python("import sys, autopar; print('torch' in sys.modules, 'msgspec' in sys.modules)") == "False False\n"
 
 
-def test_plan_can_be_called(library: Library) -> None:
+def test_the_verb_plan_is_a_function_not_a_module(library: Library) -> None:
     workload: Any = None
     vars(autopar).pop("plan", None)  # loaded on first use
     assert autopar.plan(workload, cluster="dgx-h100", gpus=8, progress=lambda *news: None) == sample_plan()

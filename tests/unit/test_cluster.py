@@ -15,8 +15,8 @@ import pytest
 from autopar.cluster import Cluster, RankGroup, cluster_names, load_cluster, save_cluster
 from autopar.cluster.cost_tables import device_names, load_device
 from autopar.core.errors import PlanFileError, UsageError
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 MEASURED = ROOT / "../shared/measurements"
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 needs_measurements = pytest.mark.skipif(not MEASURED.is_dir(), reason="no folder of measurements beside the checkout")
@@ -40,7 +40,7 @@ def test_every_shipped_table_loads() -> None:
     assert [load_device(name).name for name in device_names()] == list(device_names())
 
 
-def test_published_sizes() -> None:
+def test_shipped_devices_have_the_published_sizes() -> None:
     v100, a100, cpu = (load_cluster(name) for name in ("p3.16xlarge", "dgx-a100", "cpu-gloo"))
     assert (v100.device.default_dtype, a100.device.default_dtype, cpu.device.default_dtype) == (
         "float16", "bfloat16", "float32")  # fmt: skip
@@ -51,7 +51,7 @@ def test_published_sizes() -> None:
     assert 300 < a100.communication_buffer_bytes(1) / 2**20 < 450
 
 
-def test_overrides() -> None:
+def test_overridden_keys_reach_cluster_and_device() -> None:
     cluster = load_cluster(
         "dgx-a100", inter_node_gbits_per_s=800, device="V100-SXM-32GB", memory_gib=20, devices_per_node=4, launch_s=1e-6
     )
@@ -137,9 +137,9 @@ def test_a_torn_file_is_refused(tmp_path: Path) -> None:
 def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
     cluster = load_cluster("p3.16xlarge", inter_node_gbits_per_s=100)
     save_cluster(cluster, tmp_path / "mine.json")
-    again = load_cluster(str(tmp_path / "mine.json"))
-    assert again == cluster
-    assert again.fingerprint == cluster.fingerprint
+    reloaded = load_cluster(str(tmp_path / "mine.json"))
+    assert reloaded == cluster
+    assert reloaded.fingerprint == cluster.fingerprint
 
 
 def groups_by_hand(

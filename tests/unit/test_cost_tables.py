@@ -1,4 +1,4 @@
-"""What ``cost_tables/`` may hold, read as plain JSON: the loader's own checks are tested in ``test_cluster``."""
+"""What ``cost_tables/`` may contain, read as plain JSON: the loader's own checks are tested in ``test_cluster``."""
 
 import datetime
 import itertools
@@ -14,8 +14,9 @@ from autopar.cluster.cluster import CollectiveCurve
 from autopar.cluster.cost_tables import load_device
 from autopar.cluster.software import Software, load_software
 from autopar.cluster.uncertainty import Uncertainty, load_uncertainty
+from tests.conftest import ROOT
 
-TABLES = sorted((Path(__file__).resolve().parents[2] / "cost_tables").glob("*.json"))
+TABLES = sorted((ROOT / "cost_tables").glob("*.json"))
 STATUSES = {"measured", "published", "recalled", "modelled", "assumed"}
 FRACTIONS = (
     "efficiency",
@@ -84,7 +85,7 @@ def test_more_work_takes_no_less_time_along_every_axis_of_a_matmul_table(name: s
     for i, j, o in itertools.product(*(range(size) for size in shape)):
         for a, b, c in ((i + 1, j, o), (i, j + 1, o), (i, j, o + 1)):
             if a < shape[0] and b < shape[1] and c < shape[2]:
-                assert time_s[a][b][c] >= time_s[i][j][o] * (1 - 2e-3)  # tables hold four digits
+                assert time_s[a][b][c] >= time_s[i][j][o] * (1 - 2e-3)  # tables have four digits
 
 
 @pytest.mark.parametrize(("kind", "table"), [(Software, load_software("megatron")), (Uncertainty, load_uncertainty())])

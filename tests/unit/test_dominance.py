@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -15,9 +14,9 @@ from autopar.manual.layout_pricer import plan_layout
 from autopar.manual.megatron_grid import compare_megatron
 from autopar.planner.planner import plan
 from autopar.workload import load_workload
+from tests.conftest import ROOT
 
 torch.set_num_threads(1)
-ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 2e-3  # the outer search stops within 1e-3 of its bound
 MODELS = {
     "gpt": {"layers": 4, "hidden": 1024, "heads": 8, "vocab": 4096, "seq": 512},

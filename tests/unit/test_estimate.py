@@ -1,7 +1,5 @@
 """Manual layouts: priced by the model of the search, and never better than it."""
 
-from pathlib import Path
-
 import pytest
 
 from autopar.core.errors import LayoutError
@@ -9,8 +7,8 @@ from autopar.core.invariants import check_plan
 from autopar.manual.layout_pricer import plan_layout
 from autopar.planner.planner import plan
 from autopar.workload import load_workload
+from tests.conftest import example_workload
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 LAYOUTS = [
     "",
     "zero=1",
@@ -26,7 +24,7 @@ LAYOUTS = [
 
 def small():
     settings = {"layers": 4, "hidden": 1024, "heads": 8, "vocab": 4096, "seq": 512}
-    return load_workload(str(EXAMPLES / "gpt.py"), **settings)
+    return example_workload("gpt", **settings)
 
 
 def test_the_plan_is_no_slower_than_any_layout_that_fits():
@@ -48,7 +46,7 @@ def test_sequence_parallelism_and_recompute_move_memory_the_way_they_should():
     assert saved("tp=8,recompute=full") < saved("tp=8,recompute=selective") <= saved("tp=8")
 
 
-def test_zero_cuts_state_as_published():
+def test_zero_shards_state_as_published():
     """Rajbhandari et al., 2020: 4 + 12 bytes a parameter on 8 ranks become 2 + 2 (+ fp32 gradients) + 12 / 8."""
 
     def state(text):
@@ -85,9 +83,9 @@ def test_similarities_of_a_batch_with_itself_grow_twice(tmp_path) -> None:
         "    return {k: torch.empty(batch_size, 8, device='meta') for k in 'xy'}\n"
     )
     workload = load_workload(str(model))
-    held = [
+    saved_bytes = [
         plan_layout(workload, cluster="dgx-h100", gpus=1, layout=f"mbs={b},gbs={b}").estimate.peak_tensor_bytes
         for b in (4096, 8192)
     ]
-    assert held[0] > 4 * 4096**2 * 2  # the scores in half precision, at least twice
-    assert held[1] / held[0] == pytest.approx(4, rel=0.02)
+    assert saved_bytes[0] > 4 * 4096**2 * 2  # the scores in half precision, at least twice
+    assert saved_bytes[1] / saved_bytes[0] == pytest.approx(4, rel=0.02)

@@ -1,7 +1,5 @@
 """Model FLOPs and parameters against published arithmetic."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -9,14 +7,13 @@ from autopar.graph.flops import flops_at_batch, model_flops, num_parameters
 from autopar.graph.ir import Graph, TracedBatch
 from autopar.graph.op_profiles import profile_graph
 from autopar.graph.trace import trace
-from autopar.workload import load_workload
+from tests.conftest import example_workload
 
 torch.set_num_threads(1)
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def example(name: str, **settings: object) -> Graph:
-    return trace(load_workload(str(EXAMPLES / f"{name}.py"), **settings), dtype="bfloat16").graph
+    return trace(example_workload(name, **settings), dtype="bfloat16").graph
 
 
 @pytest.mark.parametrize(("size", "layers", "hidden"), [("125M", 12, 768), ("2.6B", 32, 2560)])

@@ -1,22 +1,20 @@
-"""Optima of price rows against the points of all rows: none is above any point's time and memory at its prices, and of a
-transformer's layer they are near."""
-
-from pathlib import Path
+"""Lagrangian optima against the frontier points of all memory prices: none is above the priced time and memory of any
+point, and for a transformer's layer they are near the lowest."""
 
 import numpy as np
 import pytest
 
 from autopar.cluster.cost_tables import load_cluster
 from autopar.cost.execution_model import ExecutionModel
+from autopar.graph.op_profiles import profile_graph
 from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
 from autopar.graph.trace import trace
 from autopar.inter.block_pricer import BlockPricer, StageMesh
-from autopar.inter.stage_costs import with_launch_time
+from autopar.inter.mesh_totals import with_launch_time
 from autopar.intra import block_totals as tt
 from autopar.intra.priced_objectives import memory_priced_objectives
-from autopar.workload import load_workload
+from tests.conftest import example_workload
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 MODELS = {
     "gpt": {"layers": 3, "hidden": 1024, "heads": 8, "vocab": 2048, "seq": 512},
     "llama": {"layers": 2, "hidden": 4096, "heads": 32, "kv_heads": 8, "ffn": 14336, "vocab": 2048, "seq": 2048},
@@ -28,10 +26,10 @@ MICRO_BATCH, NUM_MICROBATCHES = 8, 16
 
 
 def blocks_of(name: str) -> BlockPricer:
-    workload = load_workload(str(EXAMPLES / f"{name}.py"), **MODELS[name])
+    workload = example_workload(name, **MODELS[name])
     graph = hoist_light_ops(trace(workload, dtype="float16").graph)
     execution = ExecutionModel(dtype="float16", optimizer="adamw", fp32_grads=True, accumulates_gradients=True)
-    return BlockPricer(graph, split_into_blocks(graph), load_cluster("p3.16xlarge"), execution)
+    return BlockPricer(graph, split_into_blocks(graph), load_cluster("p3.16xlarge"), execution, profile_graph(graph))
 
 
 def values_and_bounds(
@@ -39,7 +37,7 @@ def values_and_bounds(
 ) -> list[tuple[str, str, np.ndarray, np.ndarray]]:
     """Family and mode of each row, what the points of its mode come to at its prices (points, boundaries), its bound."""
     rows = memory_priced_objectives(blocks.stream_s_per_byte, MODES, weight, gathers_can_bind=True)
-    points = blocks.frontier(kind, frozenset(), mesh, MICRO_BATCH, NUM_MICROBATCHES, rows, None)
+    points = blocks.frontier(kind, frozenset(), mesh, rows, micro_batch=MICRO_BATCH, num_microbatches=NUM_MICROBATCHES)
     found = []
     for at, row in enumerate(rows):
         same = points.totals[[other for other, one in enumerate(rows) if one.mode == row.mode]]

@@ -48,7 +48,7 @@ def random_problem(rng: Rng, *, rows: int, forbidden: float = 0.15) -> Problem:
 
 
 def brute_force(problem: Problem, *, rows: bool = True) -> float:
-    """The least cost over all choices, summed here term by term; inf when nothing is allowed."""
+    """The least cost over all choices, summed here one by one; inf when nothing is allowed."""
     best = math.inf
     for choices in itertools.product(*(range(len(costs)) for costs in problem.costs)):
         cost = sum(costs[choice] for costs, choice in zip(problem.costs, choices, strict=True))
@@ -114,7 +114,7 @@ def test_judge_sums_and_names_the_broken_row() -> None:
 # --- elimination
 
 
-def random_terms(rng: Rng) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...], list[Floats], list[Floats]]:
+def random_cost_tables(rng: Rng) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...], list[Floats], list[Floats]]:
     """Sizes, edges and integer costs for three prices, some of them the same for every price."""
     num_nodes = int(rng.integers(2, 7))
     sizes = tuple(int(size) for size in rng.integers(1, 5, num_nodes))
@@ -130,25 +130,25 @@ def random_terms(rng: Rng) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]
     return sizes, edges, nodes, pairs
 
 
-def cost_of_terms(
+def cost_of_choices(
     edges: tuple[tuple[int, int], ...], nodes: list[Floats], pairs: list[Floats], price: int, choices: tuple[int, ...]
 ) -> float:
-    terms = [costs[price % len(costs), choice] for costs, choice in zip(nodes, choices, strict=True)]
+    costs_of_parts = [costs[price % len(costs), choice] for costs, choice in zip(nodes, choices, strict=True)]
     for (one, two), costs in zip(edges, pairs, strict=True):
-        terms.append(costs[price % len(costs), choices[one], choices[two]])
-    return float(sum(terms))
+        costs_of_parts.append(costs[price % len(costs), choices[one], choices[two]])
+    return float(sum(costs_of_parts))
 
 
 def test_elimination_and_min_marginals_are_brute_force() -> None:
     rng = np.random.default_rng(7)
     for _ in range(150):
-        sizes, edges, nodes, pairs = random_terms(rng)
+        sizes, edges, nodes, pairs = random_cost_tables(rng)
         keep = tuple(int(node) for node in rng.permutation(len(sizes))[: rng.integers(0, min(len(sizes), 3) + 1)])
         table = Eliminator(sizes, edges, keep).solve(nodes, pairs)
         every = table.backtrack_all()
         marginals = Eliminator(sizes, edges).min_marginals(nodes, pairs)
         for price in range(3):
-            cost_of = partial(cost_of_terms, edges, nodes, pairs, price)
+            cost_of = partial(cost_of_choices, edges, nodes, pairs, price)
             best = np.full(tuple(sizes[node] for node in keep), np.inf)
             given = [np.full(size, np.inf) for size in sizes]
             for choices in itertools.product(*map(range, sizes)):
@@ -171,18 +171,18 @@ def test_elimination_and_min_marginals_are_brute_force() -> None:
 
 
 def test_elimination_in_slabs_is_the_minimum_of_the_whole_table() -> None:
-    """Tables of 60**3 cells are cut along prices and along the first node; here the sum over all is one array."""
+    """Tables of 60**3 cells are split over prices and along the first node; here the sum over all is one array."""
     rng = np.random.default_rng(3)
     sizes, edges = (60, 60, 60, 2), ((0, 1), (1, 2), (0, 2), (2, 3))
     nodes = [rng.random((3, size)) for size in sizes]
     pairs = [rng.random((1, sizes[one], sizes[two])) for one, two in edges]
-    kept = Eliminator(sizes, edges, (3,)).solve(nodes, pairs)
+    eliminated = Eliminator(sizes, edges, (3,)).solve(nodes, pairs)
     marginals = Eliminator(sizes, edges).min_marginals(nodes, pairs)
     a, b, c, d = (costs[:, :, None, None, None] for costs in nodes)
     whole = a + b.transpose(0, 2, 1, 3, 4) + pairs[0][:, :, :, None, None]
     whole = whole + c.transpose(0, 2, 3, 1, 4) + pairs[1][:, None, :, :, None] + pairs[2][:, :, None, :, None]
     whole = whole + d.transpose(0, 2, 3, 4, 1) + pairs[3][:, None, None, :, :]
-    np.testing.assert_allclose(kept.values, whole.min(axis=(1, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(eliminated.values, whole.min(axis=(1, 2, 3)), rtol=1e-12)
     for node in range(4):
         others = tuple(axis + 1 for axis in range(4) if axis != node)
         np.testing.assert_allclose(marginals[node], whole.min(axis=others), rtol=1e-12)
@@ -213,7 +213,7 @@ def test_a_block_sized_problem_is_eliminated_in_milliseconds() -> None:
     assert min(seconds) < 0.1  # about 5 ms; a loaded machine is not a failure
 
 
-# --- the whole solver against brute force
+# --- the complete solver against brute force
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -253,9 +253,9 @@ def test_the_filter_keeps_every_solution_up_to_the_incumbent() -> None:
         dual = search_prices(problem, relaxation)
         if dual.solution.status != "feasible":
             continue
-        reduced, kept = filter_choices(problem, relaxation, dual.prices, dual.solution.cost)
+        reduced, remaining = filter_choices(problem, relaxation, dual.prices, dual.solution.cost)
         assert close(brute_force(reduced), brute_force(problem))
-        dropped += sum(len(costs) - len(of) for costs, of in zip(problem.costs, kept, strict=True))
+        dropped += sum(len(costs) - len(of) for costs, of in zip(problem.costs, remaining, strict=True))
     assert dropped > 0
 
 
@@ -336,13 +336,13 @@ def test_cutoff_and_warm_start_do_not_change_the_optimum() -> None:
         plain = solve_ilp(problem)
         if plain.status == "infeasible":
             continue
-        for again in [
+        for second in [
             solve_ilp(problem, warm_start=plain.choices),
             solve_ilp(problem, cutoff=plain.cost),
             solve_ilp(problem, cutoff=plain.cost * 1.5 + 1e-9),
         ]:
-            assert again.status == "optimal"
-            assert close(again.cost, plain.cost)
+            assert second.status == "optimal"
+            assert close(second.cost, plain.cost)
 
 
 def test_a_problem_without_choice_is_its_own_optimum() -> None:

@@ -1,7 +1,6 @@
 """Interleaved pipelines: the bounds against simulated steps, the search against all of its pipelines, memory shared."""
 
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,17 +8,18 @@ import pytest
 from autopar.cluster.cost_tables import load_cluster
 from autopar.core.invariants import check_plan
 from autopar.cost.execution_model import ExecutionModel
+from autopar.graph.op_profiles import profile_graph
 from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
 from autopar.graph.trace import trace
 from autopar.inter.block_pricer import BlockPricer
 from autopar.inter.interleaved_search import InterleavedSearch, min_max_partition
+from autopar.inter.micro_batch_setting import MicroBatchSetting
 from autopar.inter.stage_cost_tables import StageCostTables
 from autopar.inter.stage_costs import StageCosts
 from autopar.pipeline.simulate import StageTimes, simulate
 from autopar.planner.planner import plan
-from autopar.workload import load_workload
+from tests.conftest import example_workload
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SMALL = {"layers": 8, "hidden": 512, "heads": 8, "vocab": 2048, "seq": 256}
 
 
@@ -45,7 +45,7 @@ def test_backwards_in_time_the_schedule_is_itself(seed):
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_no_cut_has_a_shorter_longest_stage(seed):
+def test_no_partition_has_a_shorter_longest_stage(seed):
     rng = random.Random(seed)
     count, stages = rng.randint(3, 8), rng.randint(1, 3)
     time = [[rng.random() + j - i if j > i else float("inf") for j in range(count + 1)] for i in range(count + 1)]
@@ -53,22 +53,22 @@ def test_no_cut_has_a_shorter_longest_stage(seed):
     def longest(ends):
         return max(time[first][end] for first, end in zip((0, *ends), ends, strict=False))
 
-    def cuts(first, left):
+    def boundaries(first, left):
         if left == 1:
             yield (count,)
         else:
             for end in range(first + 1, count):
-                yield from ((end, *rest) for rest in cuts(end, left - 1))
+                yield from ((end, *rest) for rest in boundaries(end, left - 1))
 
     ends = min_max_partition(np.array(time), stages)
-    assert longest(ends) == min(longest(other) for other in cuts(0, stages))
+    assert longest(ends) == min(longest(other) for other in boundaries(0, stages))
 
 
 @pytest.fixture(scope="module", params=["p3.16xlarge", "dgx-h100"])
 def blocks(request):
-    graph = hoist_light_ops(trace(load_workload(str(EXAMPLES / "gpt.py"), **SMALL), dtype="float16").graph)
+    graph = hoist_light_ops(trace(example_workload("gpt", **SMALL), dtype="float16").graph)
     execution = ExecutionModel(dtype="float16", optimizer="adamw", fp32_grads=True, accumulates_gradients=True)
-    return BlockPricer(graph, split_into_blocks(graph), load_cluster(request.param), execution)
+    return BlockPricer(graph, split_into_blocks(graph), load_cluster(request.param), execution, profile_graph(graph))
 
 
 @pytest.mark.parametrize("budget_mib", [1060, 1120, 1300, 16000])
@@ -77,7 +77,14 @@ def blocks(request):
 def test_bounds_are_not_above_any_pipeline_and_the_search_finds_the_best(
     blocks, budget_mib, num_microbatches, gpus, sizes
 ):
-    book = StageCosts(blocks, gpus, num_microbatches, budget_mib * 2**20, ("none", "selective", "full"), gpus)
+    setting = MicroBatchSetting(
+        micro_batch=gpus,
+        num_microbatches=num_microbatches,
+        num_devices=gpus,
+        budget_bytes=budget_mib * 2**20,
+        recompute_modes=("none", "selective", "full"),
+    )
+    book = StageCosts(blocks, setting)
     tables = StageCostTables(book, sizes)
     search = InterleavedSearch(tables, book.transfers.stage_boundary_bounds_s(sizes))
     steps = []
@@ -116,18 +123,21 @@ def test_bounds_are_not_above_any_pipeline_and_the_search_finds_the_best(
 
 
 def test_what_runs_on_other_nodes_is_known_to_be_farther(blocks):
-    """Four runs of four devices on nodes of eight: cuts 1 | 2 and 3 | 0 lie between nodes."""
-    book = StageCosts(blocks, 16, 16, float("inf"), ("none",), 16)
+    """Four submeshes of four devices on nodes of eight: boundaries 1 | 2 and 3 | 0 are between nodes."""
+    setting = MicroBatchSetting(
+        micro_batch=16, num_microbatches=16, num_devices=16, budget_bytes=float("inf"), recompute_modes=("none",)
+    )
+    book = StageCosts(blocks, setting)
     search = InterleavedSearch(StageCostTables(book, (4,)), book.transfers.stage_boundary_bounds_s((4,)))
-    inside, between, inside_again, around = (search._boundary_s(3, 4, chunk) for chunk in range(4))
-    assert inside == inside_again < between == around
+    inside, between, inside_reversed, around = (search._boundary_s(3, 4, chunk) for chunk in range(4))
+    assert inside == inside_reversed < between == around
     assert search._boundary_s(3, 4, 5) == between
 
 
 @pytest.mark.parametrize("memory_gib", [None, 1.12, 1.09])
 def test_an_interleaved_plan_holds_every_invariant_and_the_judge_agrees(memory_gib):
     found = plan(
-        load_workload(str(EXAMPLES / "gpt.py"), **SMALL),
+        example_workload("gpt", **SMALL),
         cluster="p3.16xlarge",
         gpus=4,
         global_batch=16,

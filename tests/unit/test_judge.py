@@ -1,16 +1,18 @@
 """The judge: hand-worked prices, agreement with the planner, and plans that were tampered with."""
 
-from pathlib import Path
+import itertools
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 
 from autopar.cluster.cost_tables import load_cluster
 from autopar.core.dtypes import LONG_NAMES
 from autopar.core.errors import CheckError
-from autopar.core.placement import parse_placements
+from autopar.core.placement import PARTIAL, REPLICATE, Shard, parse_placements
 from autopar.core.plan import BlockProgram, Execution, OpPlan, Plan, ValuePlan
+from autopar.cost.redistribution_time import MeshLinks, redistribute_s
 from autopar.graph.ir import Block, Graph, InputRef, Op, TracedBatch, Value
 from autopar.graph.op_profiles import profile_graph
 from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
@@ -22,10 +24,9 @@ from autopar.judge.judge_mesh import JudgeMesh, local_shape
 from autopar.judge.op_price import price_op
 from autopar.manual.layout_pricer import plan_layout
 from autopar.planner.planner import plan
-from autopar.workload import load_workload
+from tests.conftest import example_workload
 
 torch.set_num_threads(1)
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 MODELS = {
     "gpt": {"layers": 4, "hidden": 256, "heads": 4, "vocab": 512, "seq": 128},
     "llama": {"layers": 3, "hidden": 256, "heads": 8, "kv_heads": 2, "ffn": 512, "vocab": 1024, "seq": 256},
@@ -48,7 +49,7 @@ def graphs():
 
     def of(name, dtype):
         if (name, dtype) not in known:
-            workload = load_workload(str(EXAMPLES / f"{name.split()[-1]}.py"), **MODELS[name])
+            workload = example_workload(name.split()[-1], **MODELS[name])
             graph = hoist_light_ops(trace(workload, dtype=dtype).graph)
             known[name, dtype] = (workload, graph, split_into_blocks(graph))
         return known[name, dtype]
@@ -65,7 +66,7 @@ def workload(graphs, name: str):
     return graphs(name, "float16")[0]
 
 
-# --- routes -----------------------------------------------------------------------------------------------------------
+# --- redistribution paths ---------------------------------------------------------------------------------------------
 
 
 def test_local_shapes_are_those_of_the_fullest_rank():
@@ -86,10 +87,10 @@ def test_local_shapes_are_those_of_the_fullest_rank():
         ("RS(0)", "RS(1)", [("all_to_all", (1,), 32)]),  # half of 64 MiB before and after
         ("RR", "RS(1)", []),  # a slice
         ("PP", "RR", [("all_reduce", (0, 1), 64)]),  # one flattened collective, not two
-        ("S(0)S(0)", "RS(0)", None),  # the inner cut must go first: two steps at least
+        ("S(0)S(0)", "RS(0)", None),  # the inner shard must be gathered first: at least two steps
     ],
 )
-def test_routes_worked_by_hand(source, target, steps):
+def test_redistribution_paths_cost_what_was_worked_out_by_hand(source, target, steps):
     mesh = JudgeMesh(load_cluster("dgx-a100"), (2, 2), 0)
     route = mesh.redistribution_path((8192, 4096), 2, parse_placements(source), parse_placements(target))
     if steps is None:
@@ -99,7 +100,21 @@ def test_routes_worked_by_hand(source, target, steps):
         assert [(step.kind, step.axes, step.num_bytes / 2**20) for step in route.collectives] == steps
 
 
-def test_a_whole_tensor_becomes_a_partial_sum_for_nothing_and_a_cut_one_by_a_gather():
+def test_a_path_takes_as_long_as_in_the_table_of_all_placements_that_source_and_target_have():
+    cluster, shape, sizes = load_cluster("dgx-a100"), (4096, 1024), (2, 4)
+    mesh, links = JudgeMesh(cluster, sizes, 0), MeshLinks(cluster, 8, sizes, (0, 1))
+    pairs = itertools.product(itertools.product((REPLICATE, PARTIAL, Shard(0), Shard(1)), repeat=2), repeat=2)
+    for source, target in pairs:
+        placements = list(itertools.product(dict.fromkeys((*source, *target, REPLICATE)), repeat=2))
+        local_bytes = np.array([[mesh.local_bytes(shape, 2, placed) for placed in placements]], float)
+        table_s = redistribute_s(links, placements, local_bytes)[0]
+        expected_s = table_s[placements.index(source), placements.index(target)]
+        if np.isfinite(expected_s):  # the table does not make partial sums
+            path = mesh.redistribution_path(shape, 2, source, target)
+            assert path.time_s == pytest.approx(expected_s, rel=1e-9), (source, target)
+
+
+def test_a_replicated_tensor_becomes_partial_for_free_and_a_sharded_one_by_a_gather():
     mesh = JudgeMesh(load_cluster("dgx-a100"), (2, 2), 0)
     replicated, partial, sharded = map(parse_placements, ("RR", "RP", "RS(0)"))
     assert (
@@ -198,9 +213,9 @@ def test_an_op_whose_tensors_disagree_is_refused():
     assert price.forward_s == pytest.approx(float(device.matmul_s(8, 3, 4, 1, dtype="float16")))
     assert price.num_shards == 2
     for wrong in (
-        {"outputs": ("R",)},  # the weight's rows are cut, the result's columns are not
+        {"outputs": ("R",)},  # the weight's rows are sharded, the result's columns are not
         {"inputs": ("S(1)", "R"), "outputs": ("S(1)",)},  # half of a contraction, but no sum
-        {"input_gradients": ("R", "S(0)")},  # x is whole, so its gradient is a sum of terms
+        {"input_gradients": ("R", "S(0)")},  # x is replicated, so its gradient is partial
     ):
         with pytest.raises(CheckError):
             price_op(case, op, msgspec.structs.replace(good, **wrong))
@@ -251,10 +266,10 @@ def test_megatron_collectives_of_a_layer_as_published(graphs):
     assert listed(made, "microbatch")["all_reduce", tp, whole] >= 4 * 4  # four layers
 
 
-def test_sequence_parallelism_gathers_inputs_again_backward(graphs):
-    """Korthikanti et al., 2022, section 4.2.2: a layer gathers two inputs forward and two gradients backward, and the
-    two inputs again, as it keeps them cut; it scatters two sums each way. The vocabulary, cut by rows, scatters its sum
-    forward and gathers the gradient."""
+def test_sequence_parallelism_regathers_inputs_in_the_backward(graphs):
+    """Korthikanti et al., 2022, section 4.2.2: a layer gathers two inputs in the forward, and in the backward two gradients
+    and the same two inputs, which it saves sharded; it scatters two sums in each pass. The vocabulary, sharded by rows,
+    scatters its sum in the forward and gathers the gradient."""
     made = plan_layout(
         workload(graphs, "wide gpt"), cluster="dgx-a100", gpus=2, global_batch=8, layout="tp=2,mbs=2,sp=1"
     )
@@ -265,16 +280,16 @@ def test_sequence_parallelism_gathers_inputs_again_backward(graphs):
     assert ("all_reduce", ("tp",), whole) not in counts
 
 
-def test_where_memory_binds_gathered_inputs_are_kept_as_cut(graphs):
-    """The choice is the search's: with room for whole copies nothing is gathered twice."""
+def test_where_memory_binds_gathered_inputs_are_saved_as_shards(graphs):
+    """The choice is the search's: with room for full tensors nothing is gathered twice."""
     search = {"cluster": "p3.16xlarge", "gpus": 4, "global_batch": 1, "recompute": "none"}
-    kept = {}
+    regathered = {}
     for memory_gib in (16, 1.8):
         made = plan(workload(graphs, "wide gpt"), memory_gib=memory_gib, **search)
         assert list(differences(made, judged(graphs, "wide gpt", made))) == []
-        kept[memory_gib] = [op.name for program in made.programs for op in program.ops if op.regathered]
-    assert not kept[16]
-    assert kept[1.8]
+        regathered[memory_gib] = [op.name for program in made.programs for op in program.ops if op.regathered]
+    assert not regathered[16]
+    assert regathered[1.8]
 
 
 def test_zero_3_gathers_what_each_pass_reads_and_scatters_once(graphs):
@@ -291,11 +306,11 @@ def test_zero_3_gathers_what_each_pass_reads_and_scatters_once(graphs):
 
 
 def test_stages_that_hold_a_tied_table_pay_for_its_gradient(graphs):
-    """Two stages of 8 V100s, a node each: 512 x 256 in fp32, cut by tp=2 and, under ZeRO-1, by dp=4, over a node's NICs."""
+    """Two stages of 8 V100s, a node each: 512 x 256 in fp32, sharded by tp=2 and, under ZeRO-1, by dp=4, over a node's NICs."""
     cluster = load_cluster("p3.16xlarge")
     own = {}
     for tied in (True, False):
-        made = load_workload(str(EXAMPLES / "gpt.py"), **MODELS["gpt"], tied_embeddings=tied)
+        made = example_workload("gpt", **MODELS["gpt"], tied_embeddings=tied)
         for zero in (0, 1):
             layout = f"tp=2,pp=2,mbs=1,zero={zero}"
             priced = plan_layout(made, cluster=cluster, gpus=16, global_batch=32, layout=layout)
@@ -336,7 +351,7 @@ def test_a_lowered_memory_and_a_wrong_number_in_flight_are_found(graphs, pipelin
 
 
 def test_a_changed_placement_is_found(graphs, pipeline):
-    """Every op of a layer in turn is told to leave its result otherwise than it does."""
+    """In turn, the plan gives the result of every op of a layer another placement than the op's."""
     id = next(ref.program for ref in pipeline.stages[0].blocks if ref.name == "layers.0")
     program = pipeline.program(id)
     tried = 0
@@ -353,19 +368,19 @@ def test_a_changed_placement_is_found(graphs, pipeline):
         except CheckError:
             continue
         if op.name.startswith(("view", "unbind", "transpose", "reshape")):
-            continue  # no kernel and no memory of its own: cutting it again behind is free
+            continue  # no kernel and no memory of its own: sharding its result afterwards is free
         assert list(differences(tampered, verdict)) or verdict.collectives != pipeline.estimate.collectives, op.name
     assert tried >= 8
 
 
 def test_a_parameter_that_is_stored_otherwise_is_found(graphs, pipeline):
-    """The optimizer state of every replicated parameter in turn is cut over the data axis, unknown to the figures."""
+    """The optimizer state of every replicated parameter in turn is sharded over the data axis without a change of the figures."""
     tried = 0
     for program in pipeline.programs:
         for at, parameter in enumerate(program.parameters):
             if parameter.compute[0] == "R" and parameter.gradient[0] == "P" and parameter.optimizer[0] == "R":
-                cut = changed(parameter, optimizer="S(0)" + parameter.compute[1:])
-                parameters = (*program.parameters[:at], cut, *program.parameters[at + 1 :])
+                sharded = changed(parameter, optimizer="S(0)" + parameter.compute[1:])
+                parameters = (*program.parameters[:at], sharded, *program.parameters[at + 1 :])
                 programs = tuple(
                     changed(p, parameters=parameters) if p.id == program.id else p for p in pipeline.programs
                 )

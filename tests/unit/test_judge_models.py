@@ -1,7 +1,6 @@
 """Whatever the model, the judge prices a plan from its placements alone as the search did: no difference, no note."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +14,10 @@ from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
 from autopar.graph.trace import trace
 from autopar.judge.judge import differences, judge
 from autopar.planner.planner import plan
-from autopar.workload import Workload, load_workload
+from autopar.workload import Workload
+from tests.conftest import example_workload
 
 torch.set_num_threads(1)
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 class Pair(nn.Module):
@@ -93,8 +92,7 @@ MODELS: dict[str, Callable[[], Workload]] = {
             d_model=128, d_kv=16, d_ff=256, num_layers=2, num_heads=8, vocab_size=512, decoder_start_token_id=0,
         ),
     ),
-    "moe_odd": lambda: load_workload(
-        str(EXAMPLES / "moe.py"), layers=2, hidden=132, heads=4, vocab=1003, seq=128, experts=6, group_size=128,
+    "moe_odd": lambda: example_workload("moe", layers=2, hidden=132, heads=4, vocab=1003, seq=128, experts=6, group_size=128,
     ),
     "convolutions": of_tensors(Convolutions, (3, 32, 32), (3, 32, 32)),
     "pair": of_tensors(Pair, (256,), (512,)),

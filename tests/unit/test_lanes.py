@@ -1,8 +1,7 @@
-"""Two lanes, in one process and in two: the same plan; what happens when the second process fails or is lost."""
+"""Two workers, in one process and in two: the same plan; what happens when the second process fails or is lost."""
 
 import os
 import signal
-from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
@@ -12,9 +11,8 @@ from autopar.core.plan import Plan
 from autopar.inter import parallel_search as lanes
 from autopar.inter.worker_process import WorkerProcess
 from autopar.planner.planner import plan
-from autopar.workload import load_workload
+from tests.conftest import example_workload
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SMALL = {"layers": 3, "hidden": 256, "heads": 8, "vocab": 1024, "seq": 128}
 
 
@@ -47,7 +45,7 @@ def codes() -> list[int]:
 
 
 @pytest.fixture
-def beside(codes):
+def worker(codes):
     runner = WorkerProcess(Counter(), codes.append)
     yield runner
     runner.close()
@@ -58,32 +56,32 @@ def call(runner: WorkerProcess, method: str, *arguments: object) -> object:
     return runner.result()
 
 
-def test_calls_reach_one_object(beside):
-    assert [call(beside, "add", number) for number in (3, 4)] == [3, 7]
+def test_calls_reach_one_object(worker):
+    assert [call(worker, "add", number) for number in (3, 4)] == [3, 7]
 
 
-def test_an_error_is_raised_as_it_is(beside, codes):
-    assert call(beside, "add", 5) == 5
+def test_an_error_is_raised_as_it_is(worker, codes):
+    assert call(worker, "add", 5) == 5
     with pytest.raises(ValueError, match="no such thing"):
-        call(beside, "speak_and_fail")
+        call(worker, "speak_and_fail")
     assert codes == [1]
-    assert call(beside, "add", 1) == 6
+    assert call(worker, "add", 1) == 6
 
 
-def test_what_is_printed_is_no_result(beside, codes):
-    assert call(beside, "speak", 3) == 3
+def test_what_is_printed_is_no_result(worker, codes):
+    assert call(worker, "speak", 3) == 3
     assert codes == []
 
 
-def test_what_a_lost_process_did_is_done_again(beside, codes):
-    assert call(beside, "add", 5) == 5
-    assert call(beside, "add_once_then_die", 2, os.getpid()) == 7
+def test_the_work_of_a_lost_process_is_repeated(worker, codes):
+    assert call(worker, "add", 5) == 5
+    assert call(worker, "add_once_then_die", 2, os.getpid()) == 7
     assert codes == [-signal.SIGKILL]
-    assert call(beside, "add", 1) == 8
+    assert call(worker, "add", 1) == 8
 
 
 def found(**options: object) -> Plan:
-    workload = load_workload(str(EXAMPLES / "gpt.py"), **SMALL)
+    workload = example_workload("gpt", **SMALL)
     return plan(workload, cluster="p3.16xlarge", gpus=8, global_batch=16, **options)
 
 

@@ -16,14 +16,14 @@ def faults(text: str, gpus: int = 64, batch: int | None = 512, **heads: tuple[in
     return raised.value.faults
 
 
-def test_defaults() -> None:
+def test_an_empty_text_is_the_default_layout() -> None:
     layout = parse_layout("")
     assert (layout.tp, layout.pp, layout.cp, layout.ep, layout.vpp, layout.mbs, layout.zero) == (1,) * 6 + (0,)
     assert (layout.dp, layout.gbs, layout.sp, layout.recompute, layout.schedule) == (None, None, False, "none", "1f1b")
     assert (layout.attn, layout.overlap, layout.fusion, layout.grads) == ("flash", True, "megatron", None)
 
 
-def test_the_documented_example() -> None:
+def test_the_documented_example_resolves() -> None:
     text = "tp=8,pp=4,dp=2,mbs=1,gbs=512,sp=1,zero=1,recompute=selective,vpp=2"
     layout = parse_layout(text).resolve(64, 512)
     assert layout.schedule == "interleaved"
@@ -40,12 +40,12 @@ def test_open_keys_are_filled_in() -> None:
     assert parse_layout("gbs=16").resolve(4, None).num_microbatches == 4
 
 
-def test_ep_is_no_factor_of_the_gpus() -> None:
+def test_expert_parallelism_does_not_multiply_the_gpus() -> None:
     assert parse_layout("tp=2,ep=8").resolve(16, 64).dp == 8
     assert faults("tp=2,ep=3", 16) == ("ep=3 does not divide dp=8",)
 
 
-def test_unequal_stages() -> None:
+def test_stages_may_be_unequal() -> None:
     layout = parse_layout("stages=8@dp2+8@dp2+16@dp4").resolve(8, 64)
     assert layout.stages == (StageSpec(blocks=8, dp=2), StageSpec(blocks=8, dp=2), StageSpec(blocks=16, dp=4))
     assert (layout.num_stages, layout.pp, layout.dp, layout.num_microbatches) == (3, 3, 4, 16)
@@ -60,7 +60,7 @@ def test_unequal_stages() -> None:
 @pytest.mark.parametrize(
     "text", ["stages=8", "stages=8@", "stages=8@xp2", "stages=8@dp2*dp2", "stages=0@dp2", "stages="]
 )
-def test_bad_stages(text: str) -> None:
+def test_stages_that_cannot_be_read_are_refused(text: str) -> None:
     assert "is not blocks@axes" in faults(text)[0]
 
 
@@ -106,7 +106,7 @@ def test_all_faults_of_the_fit_at_once() -> None:
         ("vpp=2,pp=4", 8, 6, "vpp=2 needs a multiple of pp=4 micro-batches, gbs / (dp * mbs) = 3"),
     ],
 )
-def test_single_faults(text: str, gpus: int, batch: int | None, fault: str) -> None:
+def test_each_single_fault_is_reported(text: str, gpus: int, batch: int | None, fault: str) -> None:
     assert faults(text, gpus, batch) == (fault,)
 
 
@@ -162,5 +162,5 @@ def test_canonical_text_parses_back(layout: Layout) -> None:
         "overlap=0",
     ],
 )
-def test_canonical_texts(text: str) -> None:
+def test_equal_layouts_have_one_canonical_text(text: str) -> None:
     assert str(parse_layout(text)) == text

@@ -1,8 +1,7 @@
-"""What a layout leaves open, and that every layout a runtime can run has a price."""
+"""How a layout's open choices are made, and that every layout that a runtime can run has a price."""
 
 import itertools
 import json
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -14,18 +13,17 @@ from autopar.core.errors import LayoutError
 from autopar.core.invariants import check_plan
 from autopar.core.layout import parse_layout
 from autopar.graph.traced_model import trace_model
+from autopar.manual.layer_times import block_times
 from autopar.manual.layout_pricer import LayoutPricer, plan_layout
 from autopar.manual.megatron_restriction import layout_stages
 from autopar.pipeline.schedule import in_flight_by_chunk, rank_actions
-from autopar.workload import load_workload
-
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+from tests.conftest import example_workload
 
 
 @pytest.fixture(scope="module")
 def pricer():
     settings = {"layers": 8, "hidden": 1024, "heads": 16, "vocab": 50257, "seq": 1024}
-    model = trace_model(load_workload(str(EXAMPLES / "gpt.py"), **settings), dtype="bf16")
+    model = trace_model(example_workload("gpt", **settings), dtype="bf16")
     cluster = load_cluster("dgx-h100")
     return LayoutPricer(model, cluster=cluster, gpus=16, global_batch=64, memory_gib=None, optimizer="adamw")
 
@@ -47,7 +45,7 @@ def test_what_runs_is_priced_and_the_judge_agrees(pricer, text) -> None:
     layout = parse_layout(text)
     if "pp=3" in text:
         pricer = LayoutPricer(
-            _model_of(pricer), cluster=pricer.cluster, gpus=12, global_batch=60, memory_gib=None, optimizer="adamw"
+            pricer.model, cluster=pricer.cluster, gpus=12, global_batch=60, memory_gib=None, optimizer="adamw"
         )
     plan = pricer.plan(pricer.price(layout), 0.0)
     check_plan(plan)
@@ -56,31 +54,21 @@ def test_what_runs_is_priced_and_the_judge_agrees(pricer, text) -> None:
 
 
 @pytest.mark.parametrize("text", ["tp=8,pp=2,mbs=2", "tp=2,mbs=1,sp=1", "tp=4,pp=4,mbs=1,zero=1,sp=1"])
-def test_the_vocabulary_is_cut_by_rows_and_positions_are_whole(pricer, text) -> None:
-    """Shoeybi et al., 2019, section 3: the embedding is parallel along the vocabulary, with or without a head beside it."""
+def test_the_vocabulary_is_sharded_by_rows_and_positions_are_replicated(pricer, text) -> None:
+    """Shoeybi et al., 2019, section 3: the embedding is parallel along the vocabulary, with or without a head of its own."""
     plan = pricer.plan(pricer.price(parse_layout(text)), 0.0)
     placed = {one.name: one.compute for one in plan.program(plan.stages[0].blocks[0].program).parameters}
     assert placed["tokens.weight"].endswith("S(0)")
     assert placed["positions.weight"].endswith("R")
 
 
-def _model_of(pricer):
-    from autopar.graph.traced_model import TracedModel
-
-    return TracedModel(
-        workload=pricer.workload,
-        dtype=pricer.dtype,
-        graph=pricer.graph,
-    )
-
-
-def test_layers_are_cut_as_even_as_possible(pricer) -> None:
+def test_layers_are_split_as_evenly_as_possible(pricer) -> None:
     def layers(text, gpus):
         layout = parse_layout(text).resolve(gpus, 240)
-        found = layout_stages(pricer.blocks, layout, gpus)
-        assert [cut.end_block for cut in found[:-1]] == [cut.first_block for cut in found[1:]]
-        assert (found[0].first_block, found[-1].end_block) == (0, len(pricer.blocks))
-        sizes = [cut.end_block - cut.first_block for cut in found]
+        found = layout_stages(pricer.model.blocks, layout, gpus)
+        assert [stage.end_block for stage in found[:-1]] == [stage.first_block for stage in found[1:]]
+        assert (found[0].first_block, found[-1].end_block) == (0, len(pricer.model.blocks))
+        sizes = [stage.end_block - stage.first_block for stage in found]
         return [sizes[0] - 1, *sizes[1:-1], sizes[-1] - 1]
 
     assert layers("pp=4", 4) == [2, 2, 2, 2]
@@ -102,13 +90,13 @@ def test_layers_are_cut_as_even_as_possible(pricer) -> None:
 def test_chunks_hold_what_the_order_of_actions_says() -> None:
     for ranks, microbatches, chunks in itertools.product((1, 2, 4), (4, 8), (1, 2, 3)):
         schedule = "interleaved" if chunks > 1 else "1f1b"
-        held = in_flight_by_chunk(schedule, ranks, microbatches, chunks)
+        in_flight = in_flight_by_chunk(schedule, ranks, microbatches, chunks)
         for rank, order in enumerate(rank_actions(schedule, ranks, microbatches, chunks)):
             now = peak = 0
             for action in order:
                 now += 1 if action.kind == "F" else -1
                 peak = max(peak, now)
-            assert peak <= sum(held[rank::ranks]) <= peak + chunks - 1
+            assert peak <= sum(in_flight[rank::ranks]) <= peak + chunks - 1
 
 
 def test_the_model_knows_what_costs_time(pricer) -> None:
@@ -163,7 +151,7 @@ def test_every_shipped_table_names_its_sources() -> None:
 def test_blocking_launches_add_to_what_the_device_computes() -> None:
     """The host's calls cost in full, also where the device is the slower of the two."""
     settings = {"layers": 4, "hidden": 4096, "heads": 32, "ffn": 16384, "vocab": 1024, "seq": 2048}
-    workload = load_workload(str(EXAMPLES / "gpt.py"), **settings)
+    workload = example_workload("gpt", **settings)
     times = {}
     for launch in ("async", "blocking"):
         layout = f"mbs=2,gbs=2,launch={launch}"
@@ -177,10 +165,10 @@ def test_blocking_launches_add_to_what_the_device_computes() -> None:
 
 def test_backward_exchanges_hide_behind_the_products_of_their_linear_op() -> None:
     """By hand: full contention adds half of what could be hidden to half a contention. Two linear ops of a layer gather
-    their input, cut by sequence: the gather made again runs beside (m, k, n), the scatter beside (n, k, m)."""
+    their input, sharded by sequence: the second gather overlaps with (m, k, n), the scatter with (n, k, m)."""
     hidden, seq, tp = 6144, 2048, 8
     settings = {"layers": 1, "hidden": hidden, "heads": 48, "ffn": 4 * hidden, "vocab": 1024, "seq": seq}
-    model = trace_model(load_workload(str(EXAMPLES / "gpt.py"), **settings), dtype="bf16")
+    model = trace_model(example_workload("gpt", **settings), dtype="bf16")
     cluster = load_cluster("dgx-a100")
     group = cluster.axis_group(8, (tp,), (0,))
     num_bytes = 2.0 * seq * hidden
@@ -204,7 +192,7 @@ def test_backward_exchanges_hide_behind_the_products_of_their_linear_op() -> Non
             )
             plan = pricer.plan(priced := pricer.price(parse_layout(f"tp={tp},{layout}")), 0.0)
             assert not plan.notes  # the judge, which hides on its own, agrees
-            seconds.append(pricer.block_times(priced, "layers.0"))
+            seconds.append(block_times(priced, "layers.0"))
         assert seconds[0][0] == seconds[1][0]  # nothing of the forward
         return 2 * (seconds[1][1] - seconds[0][1])
 

@@ -15,10 +15,9 @@ from autopar.measure import profile_machine as profiling
 from autopar.measure.kernel_times import Stopwatch
 from autopar.measure.profile_machine import MeasurementSizes, profile_machine
 from autopar.planner.planner import plan
-from autopar.workload import load_workload
+from tests.conftest import example_workload
 
 torch.set_num_threads(1)
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TINY = MeasurementSizes(
     m=(16, 64), nk=(32, 128), seq=(32, 64), heads=(1, 2), stream_bytes=2**20, message_bytes=(2**10, 2**14),
     repeats=2, min_total_s=0.0, warm_s=0.0,
@@ -46,9 +45,9 @@ def test_this_machine_can_be_planned_for(tmp_path: Path) -> None:
     assert ours >= {"matmul", "flash_attention", "memory_bytes_per_s", "launch_s", "peak_flops_per_s"}
     assert f"torch {torch.__version__}" in sources["matmul"].source
     assert cluster.provenance["collectives"].status == "modelled"
-    assert cluster.provenance["collectives"].source.startswith("of cpu-gloo: ")
+    assert cluster.provenance["collectives"].source.startswith("copied from cpu-gloo: ")
     assert socket.gethostname() not in (tmp_path / "table.json").read_text()
-    workload = load_workload(str(EXAMPLES / "gpt.py"), layers=2, hidden=64, heads=2, vocab=512, seq=64)
+    workload = example_workload("gpt", layers=2, hidden=64, heads=2, vocab=512, seq=64)
     found = plan(workload, cluster=str(tmp_path / "table.json"), gpus=2, global_batch=4)
     assert found.execution.dtype == "fp32"
     assert found.estimate.step_time_s > 0
@@ -133,4 +132,4 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert run(["profile", "-o", str(tmp_path / "no" / "t.json")]) == 2
     if not torch.cuda.is_available():
         assert run(["profile", "-o", path, "--device", "cuda", "-q"]) == 2
-        assert "torch sees no GPU" in capsys.readouterr().err
+        assert "torch finds no GPU" in capsys.readouterr().err

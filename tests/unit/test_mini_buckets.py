@@ -1,7 +1,5 @@
 """Where elimination is too wide: bounds below and choices above the optimum, which elimination knows here."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -13,20 +11,20 @@ from autopar.choice.mini_buckets import MiniBuckets, make_eliminator
 from autopar.core.invariants import check_plan
 from autopar.manual.layout_pricer import plan_layout
 from autopar.planner.planner import plan
-from autopar.workload import Workload, load_workload
+from autopar.workload import Workload
+from tests.conftest import example_workload
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NUM_PRICES = 3
 
 
 @pytest.fixture(autouse=True)
-def _nothing_kept_from_other_limits():
+def _no_cache_of_other_limits():
     yield
     make_eliminator.cache_clear()
 
 
 def made_up(seed):
-    """Choices, edges, costs; some edges forbid pairs, some terms do not depend on the price."""
+    """Choices, edges, costs; some edges forbid pairs, some costs do not depend on the price."""
     rng = np.random.default_rng(seed)
     choices = tuple(int(count) for count in rng.integers(1, 6, rng.integers(4, 14)))
     edges = tuple((a, b) for a in range(len(choices)) for b in range(len(choices)) if a != b and rng.random() < 0.25)
@@ -42,7 +40,7 @@ def made_up(seed):
 
 
 def costs_of(choices, edges, node_costs, edge_costs):
-    """(P, kept nodes' choices ...) of solutions (nodes, P, ...)."""
+    """(P, remaining nodes' choices ...) of solutions (nodes, P, ...)."""
     price = np.indices(choices.shape[1:])[0]
 
     def at(table, *index):
@@ -89,7 +87,7 @@ def test_only_what_is_too_wide_is_relaxed(monkeypatch):
 
 
 def test_a_plan_of_relaxed_blocks_is_sound(monkeypatch):
-    workload = load_workload(str(EXAMPLES / "gpt.py"), layers=2, hidden=256, heads=4, vocab=512, seq=128)
+    workload = example_workload("gpt", layers=2, hidden=256, heads=4, vocab=512, seq=128)
     search = {"cluster": "p3.16xlarge", "gpus": 8, "global_batch": 32}
     exact = plan(workload, **search)
     monkeypatch.setattr(mini_buckets, "MAX_EXACT_CELLS", 100)
@@ -147,8 +145,6 @@ def test_a_densely_connected_model_is_planned(monkeypatch):
 
 
 def test_a_layout_of_experts_and_tensors_is_priced():
-    workload = load_workload(
-        str(EXAMPLES / "moe.py"), layers=2, hidden=256, heads=4, vocab=512, seq=128, experts=8, group_size=128
-    )
+    workload = example_workload("moe", layers=2, hidden=256, heads=4, vocab=512, seq=128, experts=8, group_size=128)
     found = plan_layout(workload, cluster="p3.16xlarge", gpus=8, global_batch=32, layout="tp=2,ep=2,mbs=4")
     assert found.estimate.step_time_s > 0

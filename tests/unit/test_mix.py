@@ -7,28 +7,29 @@ import numpy as np
 import pytest
 
 from autopar.inter.block_pricer import StageMesh
-from autopar.inter.stage_choice import StageFrontier, fastest_feasible, memory_bytes, sum_totals
+from autopar.inter.fastest_choice import fastest_feasible
+from autopar.inter.stage_choice import StageFrontier, sum_totals
 from autopar.inter.stage_ilp import best_frontier_mix
+from autopar.inter.stage_pricing import StagePricing
 from autopar.intra import block_totals as tt
+from autopar.intra.block_totals import memory_bytes
+
+NUM_MICROBATCHES = 4
+PRICING = StagePricing(
+    num_microbatches=NUM_MICROBATCHES,
+    overlap_contention=0.0,
+    microbatch_loop_s=0.0,
+    step_loop_s=0.0,
+    budget_bytes=math.inf,
+    fixed_bytes=2.0**30,
+)
 
 
-class Prices:
-    """Stage totals priced as a stage is, with 1 GiB of fixed share."""
-
-    num_microbatches = 4
-
-    def times_s(self, totals):
-        step = (
-            np.maximum(totals[..., tt.STEP_OVERLAPPABLE] - totals[..., tt.BACKWARD], 0.0) + totals[..., tt.STEP_EXPOSED]
-        )
-        return totals[..., tt.FORWARD], totals[..., tt.BACKWARD], step
-
-    def amortised_s(self, totals):
-        forward, backward, step = self.times_s(totals)
-        return forward + backward + step / self.num_microbatches
-
-    def fixed_bytes(self):
-        return 2.0**30
+def amortised_s(totals):
+    """Seconds per micro-batch with its share of the step, reductions overlapped with the backward."""
+    reduction_s = np.maximum(totals[..., tt.STEP_OVERLAPPABLE] - totals[..., tt.BACKWARD], 0.0)
+    step_s = reduction_s + totals[..., tt.STEP_EXPOSED]
+    return totals[..., tt.FORWARD] + totals[..., tt.BACKWARD] + step_s / NUM_MICROBATCHES
 
 
 def random_points(seed: int) -> tuple[StageFrontier, int, float]:
@@ -70,21 +71,20 @@ def every_mix(points: StageFrontier, boundary: int):
 @pytest.mark.parametrize("seed", range(40))
 def test_the_program_finds_the_best_of_all_mixes(seed):
     points, in_flight, room = random_points(seed)
-    prices = Prices()
     for boundary in range(2):
         fitting = [t for t in every_mix(points, boundary) if memory_bytes(t, in_flight) <= room]
-        expected = min((float(prices.amortised_s(totals)) for totals in fitting), default=math.inf)
-        found = best_frontier_mix(points, prices, in_flight, room, boundary, prices.num_microbatches, 0.0)
-        quick = fastest_feasible(points, prices, in_flight, room, boundary)
+        expected = min((float(amortised_s(totals)) for totals in fitting), default=math.inf)
+        found = best_frontier_mix(points, PRICING, in_flight, room, boundary)
+        quick = fastest_feasible(points, PRICING, in_flight, room, boundary)
         if math.isinf(expected):
             assert found is None
             assert quick is None
             continue
         assert found is not None
         assert found.amortised_s == pytest.approx(expected, rel=1e-6)
-        assert found.memory_bytes <= room + prices.fixed_bytes()
+        assert found.memory_bytes <= room + PRICING.fixed_bytes
         if quick is not None:
             assert quick.amortised_s >= expected * (1 - 1e-9)
-            assert quick.memory_bytes <= room + prices.fixed_bytes()
+            assert quick.memory_bytes <= room + PRICING.fixed_bytes
         taken = {column: sum(count for _, count in mix) for column, mix in found.choice.mixes}
         assert taken == dict(zip(points.variants, points.num_blocks, strict=True))

@@ -41,7 +41,7 @@ class Case:
                 self.room[i, j, k] = rng.choice([1, 2, 3, 8, 30]) * self.sizes[k] / (j - i)
         self.transfer = rng.choice([0.0, 0.1, 1.0])
         self.crossing = np.array([[rng.random() for _ in range(K)] for _ in range(K)])
-        self.cut_known = rng.random() < 0.5
+        self.truncate_known = rng.random() < 0.5
 
     def table(self, in_flight: int) -> StageTimeTable:
         allowed = self.room >= in_flight
@@ -57,8 +57,8 @@ class Case:
         times = []
         for index, (i, j, k) in enumerate(stages):
             place = len(stages) - index
-            held = min(place, self.num_microbatches) if self.schedule == "1f1b" else self.num_microbatches
-            table = self.table(held)
+            in_flight = min(place, self.num_microbatches) if self.schedule == "1f1b" else self.num_microbatches
+            table = self.table(in_flight)
             assert math.isfinite(table.forward_s[i, j, k]), "a stage that does not fit was proposed"
             after = stages[index + 1][2] if index + 1 < len(stages) else k
             before = stages[index - 1][2]
@@ -77,16 +77,16 @@ class Case:
         L, limit = self.num_blocks, self.max_stages or self.num_blocks
         for count in range(1, min(L, limit) + 1):
             for inner in itertools.combinations(range(1, L), count - 1):
-                cuts = (0, *inner, L)
+                boundaries = (0, *inner, L)
                 for classes in itertools.product(range(len(self.sizes)), repeat=count):
                     if sum(self.sizes[k] for k in classes) != self.num_devices:
                         continue
-                    stages = tuple((cuts[n], cuts[n + 1], classes[n]) for n in range(count))
-                    held = [
+                    stages = tuple((boundaries[n], boundaries[n + 1], classes[n]) for n in range(count))
+                    in_flight = [
                         min(count - n, self.num_microbatches) if self.schedule == "1f1b" else self.num_microbatches
                         for n in range(count)
                     ]
-                    if all(self.room[stage] >= number for stage, number in zip(stages, held, strict=True)):
+                    if all(self.room[stage] >= number for stage, number in zip(stages, in_flight, strict=True)):
                         yield stages
 
     def problem(self, **changes) -> PipelineProblem:
@@ -99,7 +99,7 @@ class Case:
             "schedule": self.schedule,
             "max_stages": self.max_stages,
         }
-        if self.cut_known:
+        if self.truncate_known:
             least = 2 * self.transfer * float(self.crossing.min())
             fields["stage_boundary_s"] = np.full(self.num_blocks + 1, least)
         return PipelineProblem(**(fields | changes))
@@ -153,7 +153,7 @@ def test_limits_leave_an_honest_bound():
     assert result.lower_bound_s <= times[0]
 
 
-def test_tolerance_is_kept_and_reported():
+def test_the_tolerance_is_met_and_reported():
     for case, times in feasible_cases(40):
         result = search_pipelines(case.problem(), evaluate=case.evaluate, tolerance=0.05)
         assert result.status == "optimal"
@@ -205,7 +205,7 @@ def test_impossible_device_counts_are_infeasible():
 
 
 class Ways(Case):
-    """Every stage can be run in three ways, of which none is the best in all of forward, backward and step."""
+    """Every stage has three variants, of which none is the best in all of forward, backward and step."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
@@ -236,7 +236,7 @@ class Ways(Case):
         )
 
     def evaluate_best(self, stages: tuple[SubmeshStage, ...]) -> float:
-        held = [
+        in_flight = [
             min(len(stages) - at, self.num_microbatches) if self.schedule == "1f1b" else self.num_microbatches
             for at in range(len(stages))
         ]
@@ -244,7 +244,7 @@ class Ways(Case):
         for picked in itertools.product(range(3), repeat=len(stages)):
             times = []
             for at, (stage, way) in enumerate(zip(stages, picked, strict=True)):
-                table = self.ways(held[at])[way]
+                table = self.ways(in_flight[at])[way]
                 times.append(
                     StageTimes(
                         forward_s=float(table.forward_s[stage]),

@@ -1,7 +1,5 @@
 """Pins: what they name, what they fix of a layout, and what is refused."""
 
-from pathlib import Path
-
 import pytest
 
 from autopar.cluster import load_cluster
@@ -13,15 +11,13 @@ from autopar.core.plan import Plan
 from autopar.graph.traced_model import TracedModel, trace_model
 from autopar.inter.block_pins import BlockPins
 from autopar.manual.layout_pricer import LayoutPricer
-from autopar.workload import load_workload
-
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+from tests.conftest import example_workload
 
 
 @pytest.fixture(scope="module")
 def model() -> TracedModel:
     settings = {"layers": 4, "hidden": 512, "heads": 8, "vocab": 2048, "seq": 128}
-    return trace_model(load_workload(str(EXAMPLES / "gpt.py"), **settings), dtype="bf16")
+    return trace_model(example_workload("gpt", **settings), dtype="bf16")
 
 
 def priced(model: TracedModel, layout: str, *pins: tuple[str, str]) -> Plan:
@@ -37,24 +33,24 @@ def priced(model: TracedModel, layout: str, *pins: tuple[str, str]) -> Plan:
     return pricer.plan(pricer.price(parse_layout(layout)), 0.0)
 
 
-def lies(plan: Plan, name: str) -> str:
+def placed_as(plan: Plan, name: str) -> str:
     return next(p.compute for program in plan.programs for p in program.parameters if p.name == name)
 
 
 @pytest.mark.parametrize("placements", ["RS(0)", "RS(1)", "RR"])
 def test_a_pin_decides_what_a_layout_leaves_open(model: TracedModel, placements: str) -> None:
     plan = priced(model, "tp=4", ("layers.*.mlp.fc1.weight", placements))
-    assert lies(plan, "layers.0.mlp.fc1.weight") == placements
+    assert placed_as(plan, "layers.0.mlp.fc1.weight") == placements
     free = priced(model, "tp=4")
-    assert lies(free, "layers.0.mlp.fc1.weight") == "RS(0)"  # Megatron-LM's columns, unpinned the fastest
+    assert placed_as(free, "layers.0.mlp.fc1.weight") == "RS(0)"  # Megatron-LM's columns, unpinned the fastest
     assert plan.estimate.step_time_s >= free.estimate.step_time_s * (1 - 1e-9)
     assert (plan.estimate.step_time_s == free.estimate.step_time_s) == (placements == "RS(0)")
 
 
 def test_any_name_of_a_tied_table_pins_it(model: TracedModel) -> None:
-    """The head multiplies by the table of the tokens: pinned by the second name, it lies so under the first."""
+    """The head multiplies by the table of the tokens: pinned by the second name, it is placed so under the first."""
     plan = priced(model, "tp=4", ("head.weight", "RS(0)"))
-    assert lies(plan, "tokens.weight") == "RS(0)"
+    assert placed_as(plan, "tokens.weight") == "RS(0)"
 
 
 def test_a_strided_shard_is_a_shard() -> None:
@@ -66,7 +62,7 @@ def test_a_strided_shard_is_a_shard() -> None:
     assert satisfies(REPLICATE, REPLICATE)
 
 
-def test_the_data_axis_says_what_is_cut_at_rest(model: TracedModel) -> None:
+def test_the_data_axis_says_what_is_stored_sharded(model: TracedModel) -> None:
     priced(model, "zero=3", ("layers.*.mlp.*.weight", "S(0)"))
     with pytest.raises(LayoutError, match=r"layers.0.mlp.fc1.weight is placed as R on \(dp\)"):
         priced(model, "zero=1", ("layers.*.mlp.*.weight", "S(0)"))
@@ -75,19 +71,19 @@ def test_the_data_axis_says_what_is_cut_at_rest(model: TracedModel) -> None:
 @pytest.mark.parametrize(
     ("glob", "placements", "message"),
     [
-        ("layer.*.qkv.weight", "RS(0)", r"no parameter has such a name; near it are .*layers\.\*"),
-        ("layers.2.mlp.fc1.weight", "RS(0)", "leaves out layers.0.mlp.fc1.weight"),
+        ("layer.*.qkv.weight", "RS(0)", r"no parameter matches; the closest names are .*layers\.\*"),
+        ("layers.2.mlp.fc1.weight", "RS(0)", "but not layers.0.mlp.fc1.weight in an equal block"),
         ("layers.*.mlp.fc1.weight", "RP", "a parameter is no partial sum"),
         ("layers.*.mlp.fc1.weight", "", "for each mesh axis"),
     ],
 )
-def test_pins_that_say_nothing_sound(model: TracedModel, glob: str, placements: str, message: str) -> None:
+def test_pins_that_make_no_sense_are_refused(model: TracedModel, glob: str, placements: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         BlockPins(model.graph, model.blocks, [(glob, placements)])
 
 
 def test_pins_that_contradict_each_other_or_the_mesh(model: TracedModel) -> None:
-    with pytest.raises(UsageError, match="both name"):
+    with pytest.raises(UsageError, match="both match"):
         BlockPins(model.graph, model.blocks, [("*fc1.weight", "RR"), ("layers.*.mlp.fc1.weight", "RS(0)")])
     with pytest.raises(LayoutError, match=r"1 placements, the mesh has 2 axes \(dp, tp\)"):
         priced(model, "tp=2", ("*fc1.weight", "S(0)"))

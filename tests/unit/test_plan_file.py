@@ -1,4 +1,4 @@
-"""Plan files come back as they were or are refused, and every way a plan can contradict itself is named."""
+"""Plan files come back as they were or are refused, and every contradiction between a plan's parts is named."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from tests.unit.sample_plan import GIB, embedding, estimate, head, layer, sample
 changed = msgspec.structs.replace
 
 
-def test_round_trip(tmp_path: Path) -> None:
+def test_a_plan_comes_back_from_its_file_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "gpt.plan.json"
     save_plan(sample_plan(), path)
     assert load_plan(path) == sample_plan()
@@ -79,7 +79,7 @@ def test_other_content_is_refused(tmp_path: Path, content: bytes) -> None:
         load_plan(path)
 
 
-def test_missing_file_and_folder(tmp_path: Path) -> None:
+def test_a_missing_file_or_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(PlanFileError, match="No such file"):
         load_plan(tmp_path / "none.json")
     with pytest.raises(PlanFileError, match="Is a directory"):
@@ -108,8 +108,8 @@ def test_an_unsound_plan_is_not_written(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_kill_leaves_a_whole_file(tmp_path: Path) -> None:
-    """A writer killed at any moment leaves the last plan whole."""
+def test_kill_leaves_a_complete_file(tmp_path: Path) -> None:
+    """A writer that is killed at any moment leaves a complete plan."""
     path = tmp_path / "p.json"
     save_plan(sample_plan(), path)
     program = (
@@ -138,11 +138,11 @@ def interleaved(**changes: Any) -> Plan:
     """The sample's blocks as 4 chunks on 2 runs: chunks 0 and 2 on GPU 0-3, chunks 1 and 3 on GPU 4-7."""
     plan = sample_plan()
     blocks = [block for stage in plan.stages for block in stage.blocks]
-    cuts = (blocks[:2], blocks[2:3], blocks[3:4], blocks[4:])
+    parts = (blocks[:2], blocks[2:3], blocks[3:4], blocks[4:])
     small = changed(plan.stages[0].memory, workspace_bytes=0, fixed_bytes=0)
     stages = tuple(
-        changed(plan.stages[i % 2], blocks=tuple(cut), chunk=i // 2, forward_s=0.03, backward_s=0.06, memory=small)
-        for i, cut in enumerate(cuts)
+        changed(plan.stages[i % 2], blocks=tuple(part), chunk=i // 2, forward_s=0.03, backward_s=0.06, memory=small)
+        for i, part in enumerate(parts)
     )
     peak = 2 * (2 + 2 + 3 + 2) * GIB  # two chunks of the same memory on each device
     figures = estimate(peak_memory_bytes=peak, peak_tensor_bytes=peak, budget_bytes=20 * GIB)
@@ -224,8 +224,8 @@ def wrong_plans() -> dict[str, tuple[str, Plan]]:
             ),
         ),
         "odd micro-batches": ("schedule-chunks", interleaved(microbatches=1, micro_batch_size=32)),
-        "nothing held": ("in-flight", with_stage(1, in_flight=0)),
-        "more held than there is": ("in-flight", with_stage(0, in_flight=9)),
+        "nothing in flight": ("in-flight", with_stage(1, in_flight=0)),
+        "more in flight than there is": ("in-flight", with_stage(0, in_flight=9)),
         "peak memory": ("memory-sums", with_estimate(peak_memory_bytes=10 * GIB)),
         "peak tensors": ("memory-sums", with_estimate(peak_tensor_bytes=11 * GIB)),
         "fits": ("fits-budget", with_estimate(fits=False)),

@@ -1,10 +1,9 @@
-"""The whole way from a model file to a plan, on small and real models."""
+"""From a model file to a plan, on small and real models."""
 
 import re
 import time
 from fnmatch import fnmatch
 from itertools import chain, repeat
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,16 +16,15 @@ from autopar.core.invariants import check_plan
 from autopar.inter import micro_batch_search as size_search
 from autopar.inter import parallel_search as lanes
 from autopar.inter.stage_cost_tables import StageCostTables
-from autopar.planner import planner
+from autopar.planner import planner, search_progress
 from autopar.planner.planner import micro_batch_sizes, plan, submesh_sizes
-from autopar.workload import Workload, load_workload
+from autopar.workload import Workload
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TINY = {"layers": 4, "hidden": 256, "heads": 4, "vocab": 512, "seq": 128}
 
 
 def tiny(**search):
-    return plan(load_workload(str(EXAMPLES / "gpt.py"), **TINY), gpus=8, global_batch=32, **search)
+    return plan(example_workload("gpt", **TINY), gpus=8, global_batch=32, **search)
 
 
 def test_every_invariant_holds_and_the_bound_is_not_above_the_step():
@@ -38,7 +36,7 @@ def test_every_invariant_holds_and_the_bound_is_not_above_the_step():
 
 
 def test_a_350m_gpt_on_8_h100_is_data_parallel():
-    found = plan(load_workload(str(EXAMPLES / "gpt.py"), size="350M"), cluster="dgx-h100", gpus=8)
+    found = plan(example_workload("gpt", size="350M"), cluster="dgx-h100", gpus=8)
     check_plan(found)
     assert [(axis.name, axis.size) for stage in found.stages for axis in stage.axes] == [("dp", 8)]
 
@@ -62,14 +60,14 @@ def test_less_memory_never_makes_the_step_faster_and_ends_in_an_error_that_names
 @pytest.mark.parametrize(
     ("model", "settings"),
     [
-        ("gpt.py", TINY),
-        ("gpt.py", {**TINY, "vocab": 51200}),
-        pytest.param("moe.py", {**TINY, "layers": 2, "experts": 8, "group_size": 128}, marks=pytest.mark.slow),
+        ("gpt", TINY),
+        ("gpt", {**TINY, "vocab": 51200}),
+        pytest.param("moe", {**TINY, "layers": 2, "experts": 8, "group_size": 128}, marks=pytest.mark.slow),
     ],
 )
 def test_the_budget_that_the_error_names_does_and_less_does_not(model, settings):
     search = {"cluster": "p3.16xlarge", "gpus": 8, "global_batch": 32}
-    workload = load_workload(str(EXAMPLES / model), **settings)
+    workload = example_workload(model, **settings)
     with pytest.raises(InfeasibleError) as error:
         plan(workload, memory_gib=0.9, **search)
     needed = float(re.search(r"needs (\d+\.\d\d) GiB", str(error.value)).group(1))
@@ -80,10 +78,10 @@ def test_the_budget_that_the_error_names_does_and_less_does_not(model, settings)
         plan(workload, memory_gib=needed - 0.02, **search)
 
 
-def test_past_the_time_limit_the_best_plan_so_far_is_kept_and_nothing_is_claimed_of_the_rest(monkeypatch):
+def test_past_the_time_limit_the_incumbent_is_the_plan_and_nothing_is_claimed_of_the_rest(monkeypatch):
     started = time.perf_counter()
     clock = chain([started], repeat(started + 1e6))  # of the planner and its lanes; the search of one size has time
-    for module in (planner, lanes):
+    for module in (planner, search_progress, lanes):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     found = tiny(cluster="p3.16xlarge", time_limit_s=1e3)
     check_plan(found)
@@ -101,7 +99,7 @@ def test_no_restriction_of_the_search_is_faster():
     ("glob", "placements", "axes"),
     [("*.qkv.weight", "RS(0)", 2), ("*.qkv.weight", "RR", 2), ("layers.*", "S(0)R", 2), ("*", "S(0)", 1)],
 )
-def test_pins_are_kept_and_the_rest_is_searched(glob, placements, axes):
+def test_pins_are_satisfied_and_the_rest_is_searched(glob, placements, axes):
     found = tiny(cluster="p3.16xlarge", pins=((glob, placements),))
     check_plan(found)
     assert found.estimate.step_time_s >= tiny(cluster="p3.16xlarge").estimate.step_time_s * (1 - 1e-3)
@@ -128,17 +126,17 @@ def test_a_pin_may_be_a_strided_shard_of_the_data_axis():
 @pytest.mark.parametrize(
     ("pin", "says"),
     [
-        (("nothing.*", "R"), "no parameter has such a name"),
+        (("nothing.*", "R"), "no parameter matches"),
         (("*", "S(0)S(0)S(0)"), "one or two axes"),
-        (("layers.0.*", "R"), "equal blocks are planned alike"),
+        (("layers.0.*", "R"), "equal blocks share one plan"),
     ],
 )
-def test_a_pin_that_cannot_be_kept_says_why(pin, says):
+def test_a_pin_that_cannot_be_satisfied_says_why(pin, says):
     with pytest.raises(AutoparError, match=says):
         tiny(pins=(pin,))
 
 
-def test_device_counts_of_stages_and_micro_batches():
+def test_stages_and_micro_batches_have_these_sizes():
     assert submesh_sizes(10, 8) == (1, 2, 4, 8, 10)
     assert submesh_sizes(64, 8) == (1, 2, 4, 8, 16, 32, 64)
     assert micro_batch_sizes(12) == [1, 2, 3, 4, 6, 12]
@@ -147,7 +145,7 @@ def test_device_counts_of_stages_and_micro_batches():
 @pytest.mark.parametrize("factor", [1e-3, 1e3, None])
 def test_the_guess_of_a_micro_batch_sets_the_order_not_the_plan(monkeypatch, factor):
     def found():
-        return plan(load_workload(str(EXAMPLES / "gpt.py"), **TINY), cluster="p3.16xlarge", gpus=4, global_batch=32)
+        return plan(example_workload("gpt", **TINY), cluster="p3.16xlarge", gpus=4, global_batch=32)
 
     own_s, own_guesses = found().estimate.step_time_s, StageCostTables.guess_even_pipelines
 
@@ -173,14 +171,14 @@ def test_a_capped_search_says_less_but_nothing_wrong(monkeypatch):
     whole = tiny(**search)
     monkeypatch.setattr(size_search, "MAX_SMALL_EVALUATIONS", 2)
     monkeypatch.setattr(size_search, "MAX_UNIFORM_EVALUATIONS", 2)
-    monkeypatch.setattr(planner, "NUM_SIMULATED_GUESSES", 0)
+    monkeypatch.setattr(search_progress, "NUM_SIMULATED_GUESSES", 0)
     capped = tiny(**search)
     check_plan(capped)
     assert capped.search.lower_bound_s <= whole.estimate.step_time_s <= capped.estimate.step_time_s * (1 + 1e-3)
 
 
 def test_a_model_that_the_host_binds_on_one_gpu_has_next_to_no_gap():
-    found = plan(load_workload(str(EXAMPLES / "gpt.py"), **TINY), cluster="dgx-h100", gpus=1, global_batch=8)
+    found = plan(example_workload("gpt", **TINY), cluster="dgx-h100", gpus=1, global_batch=8)
     assert {item.kind: item.exposed_s for item in found.estimate.items}["launches"] > found.estimate.step_time_s / 2
     assert found.search.gap < 1e-3
 

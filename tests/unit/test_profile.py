@@ -1,4 +1,4 @@
-"""Profiles against what autograd really keeps and runs on real tensors, and against published activation formulas."""
+"""Profiles against what autograd really saves and runs on real tensors, and against published activation formulas."""
 
 from collections.abc import Callable
 from math import prod
@@ -85,14 +85,14 @@ def graph_of(build: Callable[[], nn.Module], *, dtype: Any = "float32", **inputs
 
 
 def planned_saved_bytes(graph: Graph) -> int:
-    """Bytes kept for the backward by the profiles, parameters and buffers left out."""
+    """Bytes saved for the backward by the profiles, parameters and buffers left out."""
     profile = profile_graph(graph)
     owners = set()
     internal = 0
-    for op, kept in zip(graph.ops, profile.ops, strict=True):
-        owners |= {profile.storage_owner[op.inputs[position]] for position in kept.saved_inputs}
-        owners |= {profile.storage_owner[op.outputs[position]] for position in kept.saved_outputs}
-        internal += sum(prod(shape) * itemsize for shape, itemsize in kept.saved_internal_tensors)
+    for op, saved in zip(graph.ops, profile.ops, strict=True):
+        owners |= {profile.storage_owner[op.inputs[position]] for position in saved.saved_inputs}
+        owners |= {profile.storage_owner[op.outputs[position]] for position in saved.saved_outputs}
+        internal += sum(prod(shape) * itemsize for shape, itemsize in saved.saved_internal_tensors)
     values = [graph.values[owner] for owner in owners]
     return internal + sum(
         prod(value.shape) * value.itemsize for value in values if value.kind not in ("parameter", "buffer")
@@ -100,7 +100,7 @@ def planned_saved_bytes(graph: Graph) -> int:
 
 
 def real_run(load: Workload, dtype: torch.dtype = torch.float32) -> tuple[int, int, int]:
-    """(bytes autograd keeps, forward FLOPs, backward FLOPs) of the model on real tensors."""
+    """(bytes autograd saves, forward FLOPs, backward FLOPs) of the model on real tensors."""
     model = load.build_model().to(dtype)
     inputs = {
         name: torch.randint(0, 30, tensor.shape)
@@ -109,10 +109,10 @@ def real_run(load: Workload, dtype: torch.dtype = torch.float32) -> tuple[int, i
         for name, tensor in load.inputs(BATCH).items()
     }
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, Tensor] = {}
+    saved: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return tensor
 
     forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
@@ -120,7 +120,7 @@ def real_run(load: Workload, dtype: torch.dtype = torch.float32) -> tuple[int, i
         loss = load.loss_fn(model(**inputs), inputs)
     with backward:
         loss.backward()
-    size = sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in own)
+    size = sum(tensor.untyped_storage().nbytes() for address, tensor in saved.items() if address not in own)
     return size, forward.get_total_flops(), backward.get_total_flops()
 
 

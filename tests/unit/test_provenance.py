@@ -1,4 +1,4 @@
-"""Tags of priced terms: the borders of tables, and what an estimate counts."""
+"""Tags of prices: the limits of tables, and what an estimate counts."""
 
 import pytest
 
@@ -19,7 +19,7 @@ def test_a_matmul_is_measured_inside_the_table_of_its_device_only() -> None:
     assert matmul_tag(A100.device, 4096, 4096, 4096) == "measured"
     assert matmul_tag(V100.device, 4096, 4096, 4096) == "modelled"  # the curve of an A100, scaled
     assert matmul_tag(A100.device, 4096, 4096, 64) == "extrapolated"
-    assert matmul_tag(A100.device, 65536, 4096, 4096) == "measured"  # looked up lying on its side
+    assert matmul_tag(A100.device, 65536, 4096, 4096) == "measured"  # looked up transposed
     assert matmul_tag(A100.device, 65536, 65536, 4096) == "extrapolated"
     assert matmul_tag(A100.device, 4096, 4096, 4096, batch=8) == "modelled"
 
@@ -40,7 +40,7 @@ def test_a_collective_is_measured_among_the_ranks_of_a_curve_inside_a_node() -> 
 
 
 @pytest.mark.parametrize(("layout", "collectives"), [("dp=1", 0), ("tp=2", 2 * 2 * 2)])
-def test_terms_of_a_stage_are_counted_once(layout: str, collectives: int) -> None:
+def test_prices_of_a_stage_are_counted_once(layout: str, collectives: int) -> None:
     """Two layers with two all-reduces each way; all the rest of tp is in embedding and head."""
     workload = autopar.load_workload("examples/gpt.py", **SETTINGS)
     gpus = 2 if collectives else 1
@@ -49,7 +49,7 @@ def test_terms_of_a_stage_are_counted_once(layout: str, collectives: int) -> Non
     parts = found.time
     seconds = parts.matmul_s + parts.attention_s + parts.memory_bound_s + parts.optimizer_s
     seconds += sum(parts.communication_s.values())
-    # the additions of accumulated gradients are in the parts alone; small beside the rest
+    # the additions of accumulated gradients are in the parts alone; small compared with the rest
     assert sum(found.provenance_s.values()) == pytest.approx(seconds, rel=0.05)
     listed = sum(one.count for one in found.collectives)
     assert listed >= collectives

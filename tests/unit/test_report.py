@@ -21,9 +21,9 @@ parameters  1.3 B
 cluster     8 GPUs of p3.16xlarge inter_node_gbits_per_s=100
 software    fp16, adamw, flash attention, fusion megatron, gradients fp32, overlap on
 
-stage  blocks                           GPUs  axes         forward  backward  per step  held  memory
-    0  embedding, layers.0 .. layers.1  0-3   dp 2 x tp 2  60.0 ms  120.0 ms   30.0 ms     2  #######... 11.00 GiB
-    1  layers.2 .. layers.3, head       4-7   dp 2 x tp 2  60.0 ms  120.0 ms   30.0 ms     1  ######.... 10.00 GiB
+stage  blocks                           GPUs  axes         forward  backward  per step  in flight  memory
+    0  embedding, layers.0 .. layers.1  0-3   dp 2 x tp 2  60.0 ms  120.0 ms   30.0 ms          2  #######... 11.00 GiB
+    1  layers.2 .. layers.3, head       4-7   dp 2 x tp 2  60.0 ms  120.0 ms   30.0 ms          1  ######.... 10.00 GiB
 
 batch                  32 samples in 8 micro-batches of 4 samples
 schedule               1f1b, selective recompute
@@ -33,7 +33,7 @@ MFU                    43.2 %
 bubble                 12.5 %
 exposed communication  250.0 ms
 memory                 11.00 GiB of 16.00 GiB, fits (tensors 10.00 GiB)
-cost basis             62.0 % of the priced time measured (40 terms), 38.0 % modelled (17)
+cost basis             62.0 % of the priced time measured (40 prices), 38.0 % modelled (17)
 search                 feasible, gap 5.0 % (bound 1.90 s), 12.5 s
 runner-up              dp 8, 2.10 s: more exposed reduction
 
@@ -42,8 +42,8 @@ Where the step goes on the devices of the busiest stage
   attention                          200.0 ms  ##..................  10.0 %
   memory-bound kernels               100.0 ms  #...................   5.0 %
   all_reduce over tp, activations    200.0 ms  ##..................  10.0 %
-  reduce_scatter over dp, gradients   50.0 ms  ....................   2.5 %  of 100.0 ms, the rest hidden
-  transfers between stages            10.0 ms  ....................   0.5 %  of 16.0 ms, the rest hidden
+  reduce_scatter over dp, gradients   50.0 ms  ....................   2.5 %  of 100.0 ms, the rest overlapped
+  transfers between stages            10.0 ms  ....................   0.5 %  of 16.0 ms, the rest overlapped
   optimizer                           50.0 ms  ....................   2.5 %
   idle (bubble)                      490.0 ms  #####...............  24.5 %
 
@@ -57,7 +57,7 @@ Collectives
   reduce_scatter  over dp  1 per step, stage 1         1,024.00 MiB
 
 Parameters
-  wte.weight                S(0) on tp, ZeRO-1 over dp, gradients kept partial over dp
+  wte.weight                S(0) on tp, ZeRO-1 over dp, gradients partial over dp
   layers.*.attn.qkv.weight  _S(0,3) on tp, ZeRO-1 over dp
   layers.*.norm.weight      ZeRO-3 over dp
   norm.weight               replicated
@@ -108,16 +108,16 @@ def comparison() -> Comparison:
     return Comparison(plan=sample_plan(), best=slower_plan(), num_layouts=240, num_fit=31, layout="tp=8,zero=1")
 
 
-def test_golden_plan() -> None:
+def test_a_plan_s_report_is_the_golden_text() -> None:
     assert plan_text(sample_plan()) == PLAN_TEXT
 
 
-def test_golden_comparison() -> None:
+def test_a_comparison_s_report_is_the_golden_text() -> None:
     assert comparison_text(comparison()) == COMPARISON_TEXT
 
 
 @pytest.mark.parametrize("width", [72, 80, 100, 120, 200])
-def test_no_figure_is_cut_at_any_width(width: int) -> None:
+def test_no_figure_is_truncated_at_any_width(width: int) -> None:
     text = plan_text(sample_plan(), width=width, verbose=True)
     assert max(map(len, text.splitlines())) <= width
     for figure in ("11.00 GiB", "10.00 GiB", "60.0 ms", "120.0 ms", "dp 2", "4 per micro-batch", "1,024.00 MiB"):
@@ -132,12 +132,12 @@ def test_a_plan_that_does_not_fit_says_so() -> None:
     assert "11.00 GiB of 8.00 GiB, DOES NOT FIT" in text
     assert "#########! 11.00 GiB" in text
     best = sample_plan(estimate=figures)
-    beside = comparison_text(Comparison(plan=sample_plan(), best=best, num_layouts=1, num_fit=0, layout="tp=8"))
-    assert "1 layout priced, 0 of them fit" in beside
-    assert "The layout needs 11.00 GiB of 8.00 GiB." in beside
+    side_by_side = comparison_text(Comparison(plan=sample_plan(), best=best, num_layouts=1, num_fit=0, layout="tp=8"))
+    assert "1 layout priced, 0 of them fit" in side_by_side
+    assert "The layout needs 11.00 GiB of 8.00 GiB." in side_by_side
 
 
-def test_nothing_to_compare_with() -> None:
+def test_a_comparison_says_where_no_layout_fits() -> None:
     none = Comparison(plan=sample_plan(), best=None, num_layouts=240, num_fit=0, layout="")
     assert "240 layouts priced, 0 of them fit in memory: nothing to compare with" in comparison_text(none)
     assert comparison_document(none, None)["speedup"] is None
@@ -154,7 +154,7 @@ def test_nothing_to_compare_with() -> None:
         (("RR", "RS(0)", "RS(0)", "S(0)S(0)"), "ZeRO-1 over ep, ZeRO-3 over tp"),
     ],
 )
-def test_parameter_text(placements: tuple[str, str, str, str], text: str) -> None:
+def test_a_parameter_s_sharding_is_in_words(placements: tuple[str, str, str, str], text: str) -> None:
     compute, parameter, gradient, optimizer = placements
     line = ParameterPlan(name="w", compute=compute, parameter=parameter, gradient=gradient, optimizer=optimizer)
     mesh = (Axis(name="ep", size=2), Axis(name="tp", size=4))

@@ -1,4 +1,4 @@
-"""Every option of ops that the models lack, or have in one form only, against the whole op (see ``rule_oracle``)."""
+"""Every option of ops that the models lack, or have in one form only, against the unsharded op (see ``rule_oracle``)."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from autopar.graph.trace import TracedGraph, trace
 from autopar.rules.registry import sharding_rule
 from autopar.workload import Workload
-from tests.unit.test_rules_models import wrong_options
+from tests.unit.option_faults import wrong_options
 
 torch.set_num_threads(1)
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

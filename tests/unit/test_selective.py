@@ -129,16 +129,16 @@ def contexts() -> Any:
 
 
 def run(module: ModuleType, num_layers: int) -> tuple[int, int]:
-    """Bytes that layers keep for the backward, and products in the backward."""
+    """Bytes that layers save for the backward, and products in the backward."""
     torch.manual_seed(0)
     layers = [module.Block() for _ in range(num_layers)]
     x = torch.randn(BATCH, SEQ, HIDDEN, requires_grad=True)
     with Seen([one for layer in layers for one in layer.parameters()]) as seen:
         for layer in layers:
             x = checkpoint(layer, x, use_reentrant=False, context_fn=contexts, preserve_rng_state=False)
-        kept, before = seen.alive_bytes, seen.products
+        saved, before = seen.alive_bytes, seen.products
         x.sum().backward()
-    return kept, seen.products - before
+    return saved, seen.products - before
 
 
 def pricer(path: Path, num_layers: int) -> LayoutPricer:
@@ -156,7 +156,7 @@ def pricer(path: Path, num_layers: int) -> LayoutPricer:
 LAYOUT = f"dp=2,mbs={BATCH},zero=3,recompute=selective"
 
 
-def test_what_a_layer_keeps_and_computes_again_is_what_torch_does(model_file: Path) -> None:
+def test_what_a_layer_saves_and_recomputes_is_what_torch_does(model_file: Path) -> None:
     spec = importlib.util.spec_from_file_location("measured", model_file)
     assert spec is not None
     assert spec.loader is not None
@@ -176,14 +176,17 @@ def test_what_a_layer_keeps_and_computes_again_is_what_torch_does(model_file: Pa
 
     graph = prices.graph
     blocks, profile = split_into_blocks(graph), profile_graph(graph)
-    kept = SelectiveSaved.by_operation(
+    selective_saved = SelectiveSaved.by_operation(
         graph, profile, blocks, ExecutionModel(dtype="float32", selective_policy="products")
     )
     layer = next(block for block in blocks if block.name == "layers.1")
-    again = Recomputation.of_block(
-        build_block_space(graph, layer, graph.parameter_free()), profile, whole_block=False, saved_ops=kept.saved_ops
+    recomputed = Recomputation.of_block(
+        build_block_space(graph, layer, graph.parameter_free()),
+        profile,
+        whole_block=False,
+        saved_ops=selective_saved.saved_ops,
     )
-    products = [op for op in graph.ops if op.id in again.ops and op.target.startswith("aten.linear")]
+    products = [op for op in graph.ops if op.id in recomputed.ops and op.target.startswith("aten.linear")]
     assert [op.module_path.split(".")[-1] for op in products] == ["k", "o", "up"]
     assert three_products - two_products == 2 * 7 + len(products)
 

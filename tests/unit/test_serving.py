@@ -1,7 +1,6 @@
 """Inference of traced models: cache and weights by arithmetic, bandwidth as a bound, and what is refused."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,16 +15,16 @@ from autopar.manual.layout_pricer import plan_layout
 from autopar.serving.decode_step import DecodeMatmul, largest_batch, matmul_time
 from autopar.serving.serve import ServingEstimate, estimate_serving
 from autopar.workload import load_workload
+from tests.conftest import EXAMPLES, example_workload
 
 torch.set_num_threads(1)
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 LAYERS, HIDDEN, HEADS, VOCAB, SEQ = 4, 2048, 16, 51200, 1024
 MATRICES = 12 * LAYERS * HIDDEN**2 + HIDDEN * VOCAB
 
 
 def gpt(layout: str = "", gpus: int = 1, mode: Any = "decode", **options: Any) -> ServingEstimate:
     settings = {"layers": LAYERS, "hidden": HIDDEN, "heads": HEADS, "vocab": VOCAB, "seq": SEQ}
-    workload = load_workload(str(EXAMPLES / "gpt.py"), **settings)
+    workload = example_workload("gpt", **settings)
     return estimate_serving(workload, gpus=gpus, layout=layout, mode=mode, **options)
 
 
@@ -34,22 +33,22 @@ def read_bytes(serving: ServingEstimate) -> float:
     return serving.mbu * serving.time_s * load_cluster(serving.cluster).device.memory_bytes_per_s
 
 
-def test_gemma_7b_by_the_course_notes() -> None:
-    """28 layers, 16 heads of 256, 2K tokens: about 939 MB of keys and values; beside 14 GB of weights 121 sequences fill
+def test_gemma_7b_has_the_figures_of_the_course_notes() -> None:
+    """28 layers, 16 heads of 256, 2K tokens: about 939 MB of keys and values; with 14 GB of weights 121 sequences fill
     128 GB. A GPT of hidden 4096 = 16 * 256 has such a cache."""
-    workload = load_workload(str(EXAMPLES / "gpt.py"), layers=28, hidden=4096, heads=16, vocab=VOCAB, seq=2048)
+    workload = example_workload("gpt", layers=28, hidden=4096, heads=16, vocab=VOCAB, seq=2048)
     serving = estimate_serving(workload, gpus=1, layout="", mode="decode", batch=1, context=2048)
     assert serving.cache_bytes == 2 * 28 * 16 * 256 * 2048 * 2 == 939_524_096
     assert largest_batch(128e9, 14e9, serving.cache_bytes) == 121
 
 
-@pytest.mark.parametrize(("tp", "heads_held"), [(1, 8), (2, 4), (8, 1)])
-def test_grouped_queries_have_the_small_cache_of_the_trace(tp: int, heads_held: int) -> None:
+@pytest.mark.parametrize(("tp", "local_heads"), [(1, 8), (2, 4), (8, 1)])
+def test_grouped_queries_have_the_small_cache_of_the_trace(tp: int, local_heads: int) -> None:
     """Llama 3 8B repeats 8 key heads for 32 query heads before it attends; the cache is of the 8."""
-    workload = load_workload(str(EXAMPLES / "llama.py"), size="8B", layers=2, seq=1024)
+    workload = example_workload("llama", size="8B", layers=2, seq=1024)
     serving = estimate_serving(workload, gpus=tp, layout=f"tp={tp}", mode="decode", batch=1)
     assert serving.kv_heads == (8,)
-    assert serving.cache_bytes_per_token == 2 * 2 * heads_held * 128 * 2
+    assert serving.cache_bytes_per_token == 2 * 2 * local_heads * 128 * 2
 
 
 def test_a_step_reads_all_weights_and_the_cache() -> None:
@@ -62,7 +61,7 @@ def test_a_step_reads_all_weights_and_the_cache() -> None:
     assert bound_s < serving.time_s < 3 * bound_s
 
 
-def test_quantised_weights_and_cache() -> None:
+def test_quantised_weights_and_cache_take_fewer_bytes() -> None:
     """int8 halves what is read, int4 with a 2-byte scale per 128 weights leaves 0.2578; the tied table, which is looked up and
     is the head, stays as it is."""
     plain, int8, int4 = (gpt(batch=1, context=1, weights=stored) for stored in ("same", "int8", "int4"))
@@ -106,7 +105,7 @@ def test_the_largest_batch_fits_and_one_more_does_not() -> None:
     assert (tight.largest_batch, tight.batch, tight.fits) == (0, 1, False)
 
 
-def test_replicas_and_ranks() -> None:
+def test_replicas_share_the_sequences() -> None:
     alone, pair, replicas = gpt(batch=8), gpt("tp=2", 2, batch=8), gpt("tp=2", 8, batch=32)
     assert pair.weights_bytes == pytest.approx(alone.weights_bytes / 2, rel=0.01)
     assert pair.cache_bytes * 2 == alone.cache_bytes
@@ -133,7 +132,7 @@ def test_prefill_counts_one_row_of_logits_a_sequence() -> None:
 
 def test_ranks_share_no_key_head() -> None:
     """Megatron-LM: the tensor-parallel degree divides the number of query groups; in training as in inference."""
-    workload = load_workload(str(EXAMPLES / "llama.py"), size="8B", layers=2, seq=1024)
+    workload = example_workload("llama", size="8B", layers=2, seq=1024)
     with pytest.raises(LayoutError, match="tp=16 does not divide 8 key/value heads"):
         estimate_serving(workload, gpus=16, layout="tp=16", mode="decode")
     with pytest.raises(LayoutError, match="tp=16 does not divide 8 key/value heads"):
@@ -156,9 +155,9 @@ def test_layouts_that_inference_does_not_take(layout: str, gpus: int, faults: li
         assert any(fault in one for one in caught.value.faults), caught.value.faults
 
 
-def test_models_that_do_not_generate() -> None:
+def test_models_that_do_not_generate_are_refused() -> None:
     with pytest.raises(UsageError, match="calls no scaled_dot_product_attention"):
-        estimate_serving(load_workload(str(EXAMPLES / "wide_resnet.py"), size="250M"), gpus=1, layout="", mode="decode")
+        estimate_serving(example_workload("wide_resnet", size="250M"), gpus=1, layout="", mode="decode")
 
     class Crossing(nn.Module):
         def __init__(self) -> None:
@@ -173,7 +172,7 @@ def test_models_that_do_not_generate() -> None:
         return {name: torch.empty(batch_size, size, 64, device="meta") for name, size in (("x", 16), ("y", 32))}
 
     workload = autopar.Workload(build_model=Crossing, example_inputs=inputs)
-    with pytest.raises(UsageError, match=r"from one sequence to another .16 and 32 tokens"):
+    with pytest.raises(UsageError, match=r"cross-attention .16 and 32 tokens"):
         estimate_serving(workload, gpus=1, layout="", mode="prefill")
 
 
@@ -196,11 +195,11 @@ def test_encoders_read_but_do_not_generate() -> None:
 
 def test_encoder_decoders_of_equal_sequences_are_seen() -> None:
     workload = load_workload(str(EXAMPLES.parent / "tests/distributed/models/t5.py"))
-    with pytest.raises(UsageError, match="from one sequence to another"):
+    with pytest.raises(UsageError, match="cross-attention"):
         estimate_serving(workload, gpus=1, layout="", mode="decode")
 
 
-def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_prints_the_estimate(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["estimate", str(EXAMPLES / "gpt.py"), "--gpus", "4", "--layout", "tp=2", "-q", "--set", "layers=2"]
     words += ["--set", "hidden=512", "--set", "heads=8", "--mode"]
     assert run([*words, "decode", "--weights", "int8", "--context", "100", "--global-batch", "6", "--json"]) == 0

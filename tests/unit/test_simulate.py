@@ -87,9 +87,9 @@ def test_in_flight_is_counted():
     for num_ranks in range(1, 7):
         for num_microbatches in range(1, 10):
             for schedule in ("1f1b", "gpipe"):
-                held = in_flight_by_rank(schedule, num_ranks, num_microbatches)
+                in_flight = in_flight_by_rank(schedule, num_ranks, num_microbatches)
                 places = range(num_ranks, 0, -1)
-                assert held == tuple(max_in_flight(schedule, num_microbatches, place) for place in places)
+                assert in_flight == tuple(max_in_flight(schedule, num_microbatches, place) for place in places)
             assert in_flight_by_rank("1f1b", num_ranks, num_microbatches) == tuple(
                 min(place, num_microbatches) for place in range(num_ranks, 0, -1)
             )
@@ -105,7 +105,7 @@ def test_in_flight_is_counted():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("interleaved", 4, 6, 2), "6 is no multiple of 4"),
+        (("interleaved", 4, 6, 2), "6 is not a multiple of 4"),
         (("1f1b", 4, 6, 2), "1 model chunk"),
         (("1f1b", 4, 0, 1), "at least 1"),
         (("zigzag", 4, 4, 1), "unknown schedule"),
@@ -214,7 +214,7 @@ def test_bound_is_never_above_the_simulation(schedule):
         bound = pipeline_lower_bound_s(schedule, stages, num_microbatches, num_chunks)
         assert bound <= simulated * (1 + 1e-12)
         if num_chunks == 1:
-            # The plain form: the way to a stage, and the stage's work.
+            # The plain form: the transfers to a stage, and the stage's work.
             times = [stage.forward_s + stage.backward_s for stage in stages]
             plain = max(sum(times[:s]) + num_microbatches * times[s] for s in range(num_ranks))
             assert bound >= max(plain, sum(times)) * (1 - 1e-12)

@@ -1,13 +1,11 @@
-"""Memory at the fullest moment of a backward: what is searched keeps to it, and chunks of a device share what passes."""
-
-from pathlib import Path
+"""Memory at the fullest moment of a backward: the search respects it, and chunks of a device share the workspace."""
 
 import pytest
 
 import autopar
 from autopar.core.plan import MemoryParts, memory_of_chunks
+from tests.conftest import example_workload
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 RESNET = {"size": "250M", "base_channels": 16, "width_factor": 2, "classes": 64, "image_size": 64}
 
 
@@ -15,7 +13,7 @@ RESNET = {"size": "250M", "base_channels": 16, "width_factor": 2, "classes": 64,
 def test_a_plan_of_one_micro_batch_keeps_to_the_budget(share: float) -> None:
     """A convolutional net saves most in its first blocks and has its parameters in the last: gradients come long before
     the saved tensors are gone."""
-    workload = autopar.load_workload(EXAMPLES / "wide_resnet.py", **RESNET)
+    workload = example_workload("wide_resnet", **RESNET)
 
     def plan(memory_gib: float | None) -> autopar.Plan:
         return autopar.plan(

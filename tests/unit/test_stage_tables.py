@@ -1,41 +1,54 @@
-"""Bounds of stages against ways to run them: no random mix of frontier points that fits is below its bound."""
-
-from pathlib import Path
+"""Bounds of stages against their variants: no random mix of frontier points that fits is below its bound."""
 
 import numpy as np
 import pytest
 
 from autopar.cluster.cost_tables import load_cluster
 from autopar.cost.execution_model import ExecutionModel
+from autopar.graph.op_profiles import profile_graph
 from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
 from autopar.graph.trace import trace
 from autopar.inter.block_pricer import BlockPricer
+from autopar.inter.frontier_cache import PRICED, UNPRICED
+from autopar.inter.micro_batch_setting import MicroBatchSetting
 from autopar.inter.stage_choice import sum_totals
 from autopar.inter.stage_cost_tables import StageCostTables
-from autopar.inter.stage_costs import FREE, PRICED, StageCosts
+from autopar.inter.stage_costs import StageCosts
 from autopar.intra import block_totals as tt
-from autopar.workload import load_workload
+from tests.conftest import example_workload
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SIZES = (1, 2, 4, 8)
 MODES = ("none", "selective", "full")
 
 
 @pytest.fixture(scope="module", params=["p3.16xlarge", "dgx-h100"])
 def blocks(request):
-    workload = load_workload(str(EXAMPLES / "gpt.py"), layers=5, hidden=512, heads=8, vocab=2048, seq=256)
+    workload = example_workload("gpt", layers=5, hidden=512, heads=8, vocab=2048, seq=256)
     graph = hoist_light_ops(trace(workload, dtype="float16").graph)
     execution = ExecutionModel(dtype="float16", optimizer="adamw", fp32_grads=True, accumulates_gradients=True)
-    return BlockPricer(graph, split_into_blocks(graph), load_cluster(request.param), execution)
+    return BlockPricer(graph, split_into_blocks(graph), load_cluster(request.param), execution, profile_graph(graph))
+
+
+def stage_costs(blocks, gpus, budget_mib, num_microbatches=16):
+    setting = MicroBatchSetting(
+        micro_batch=8,
+        num_microbatches=num_microbatches,
+        num_devices=gpus,
+        budget_bytes=budget_mib * 2**20,
+        recompute_modes=MODES,
+    )
+    return StageCosts(blocks, setting)
 
 
 def ways(book, kind, mesh, in_flight, rng):
     """Random choices for a stage: a boundary placement, and a random point for every block of it."""
-    phases = [FREE, PRICED]
+    phases = [UNPRICED, PRICED]
     columns = np.flatnonzero(book.num_blocks[kind])
-    points = {(column, phase): book.frontier(int(column), mesh, phase) for column in columns for phase in phases}
+    points = {
+        (column, phase): book.frontiers.frontier(int(column), mesh, phase) for column in columns for phase in phases
+    }
     for _ in range(60):
-        boundary = int(rng.integers(points[columns[0], FREE].totals.shape[1]))
+        boundary = int(rng.integers(points[columns[0], UNPRICED].totals.shape[1]))
         parts = []
         for column in columns:
             for _ in range(int(book.num_blocks[kind, column])):
@@ -50,7 +63,7 @@ def ways(book, kind, mesh, in_flight, rng):
 @pytest.mark.parametrize("num_microbatches", [2, 16])
 def test_no_way_to_run_a_stage_is_below_its_bound(blocks, budget_mib, num_microbatches):
     rng = np.random.default_rng(budget_mib + num_microbatches)
-    book = StageCosts(blocks, 8, num_microbatches, budget_mib * 2**20, MODES, 16)
+    book = stage_costs(blocks, 16, budget_mib, num_microbatches)
     tables = StageCostTables(book, SIZES)
     compared = 0
     for size in SIZES:
@@ -60,11 +73,11 @@ def test_no_way_to_run_a_stage_is_below_its_bound(blocks, budget_mib, num_microb
             bounds = tables.bounds(size, in_flight)
             possible = sorted(set(book.stage_kind_of[tables.possible_stages(size, in_flight)].tolist()) - {-1})
             for kind in possible[:: max(1, len(possible) // 4)]:
-                for mesh in book.meshes(size):
+                for mesh in book.frontiers.meshes(size):
                     for whole, memory in ways(book, kind, mesh, in_flight, rng):
-                        if memory > book.tensor_budget_bytes:
+                        if memory > book.pricing.tensor_budget_bytes:
                             continue
-                        forward, backward, step = (float(seconds) for seconds in book.times_s(whole))
+                        forward, backward, step = (float(seconds) for seconds in book.pricing.times_s(whole))
                         near = 1 + 1e-9
                         assert bounds.forward_s[kind] <= forward * near
                         assert bounds.forward_backward_s[kind] <= (forward + backward) * near
@@ -75,10 +88,9 @@ def test_no_way_to_run_a_stage_is_below_its_bound(blocks, budget_mib, num_microb
 
 
 def test_what_cannot_fit_is_known_before_any_price(blocks):
-    held = (4, 3, 2, 1)[::-1]
+    in_flight = (4, 3, 2, 1)[::-1]
     lean = [
-        StageCostTables(StageCosts(blocks, 8, 16, mib * 2**20, MODES, 8), SIZES).can_any_pipeline_fit(held)
-        for mib in (200, 900, 4000)
+        StageCostTables(stage_costs(blocks, 8, mib), SIZES).can_any_pipeline_fit(in_flight) for mib in (200, 900, 4000)
     ]
     assert not lean[0]
     assert lean[-1]
@@ -86,24 +98,24 @@ def test_what_cannot_fit_is_known_before_any_price(blocks):
 
 
 def test_a_guess_is_above_the_bound_of_work_and_none_where_nothing_fits(blocks):
-    roomy = StageCostTables(StageCosts(blocks, 8, 16, 16000 * 2**20, MODES, 8), SIZES)
+    roomy = StageCostTables(stage_costs(blocks, 8, 16000), SIZES)
     assert len(roomy.guess_even_pipelines()) > 1
     for seconds, stages in roomy.guess_even_pipelines():
         assert roomy.work_lower_bound_s() <= seconds
         assert sum(devices for _, _, devices in stages) == 8
         assert [end for _, end, _ in stages[:-1]] == [first for first, _, _ in stages[1:]]
     assert min(roomy.guess_even_pipelines())[0] < 10 * roomy.work_lower_bound_s()
-    assert StageCostTables(StageCosts(blocks, 8, 16, 200 * 2**20, MODES, 8), SIZES).guess_even_pipelines() == []
+    assert StageCostTables(stage_costs(blocks, 8, 200), SIZES).guess_even_pipelines() == []
 
 
 def test_a_block_with_an_auxiliary_loss_runs_between_any_boundaries():
-    """The scalar loss of a GShard layer is whole on every rank; where a boundary wants terms of a sum, that is free."""
+    """The scalar loss of a GShard layer is replicated; where a boundary wants it partial, that is free."""
     sizes = {"hidden": 256, "heads": 4, "vocab": 512, "seq": 128, "experts": 4, "group_size": 128}
-    workload = load_workload(str(EXAMPLES / "moe.py"), layers=4, **sizes)
+    workload = example_workload("moe", layers=4, **sizes)
     graph = hoist_light_ops(trace(workload, dtype="float16").graph)
     execution = ExecutionModel(dtype="float16", optimizer="adamw", fp32_grads=True, accumulates_gradients=True)
-    blocks = BlockPricer(graph, split_into_blocks(graph), load_cluster("p3.16xlarge"), execution)
-    book = StageCosts(blocks, 8, 4, 16 * 2**30, MODES, 8)
-    for mesh in (mesh for mesh in book.meshes(8) if mesh.inner_sizes):
+    blocks = BlockPricer(graph, split_into_blocks(graph), load_cluster("p3.16xlarge"), execution, profile_graph(graph))
+    book = stage_costs(blocks, 8, 16 * 2**10, 4)
+    for mesh in (mesh for mesh in book.frontiers.meshes(8) if mesh.inner_sizes):
         for column in range(len(book.variants)):
-            assert np.isfinite(book.frontier(column, mesh, FREE).bound_s).all()
+            assert np.isfinite(book.frontiers.frontier(column, mesh, UNPRICED).bound_s).all()

@@ -1,4 +1,4 @@
-"""stdout carries the result and nothing else: whole processes, with a model that writes wherever it can."""
+"""Only the result reaches stdout: complete processes, with a model that writes wherever it can."""
 
 import json
 import subprocess

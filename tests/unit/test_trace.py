@@ -3,7 +3,6 @@
 import copy
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +13,9 @@ from torch import Tensor, nn
 from autopar.core.errors import ModelError
 from autopar.graph.ir import Graph, InputRef, Op
 from autopar.graph.trace import TracedGraph, trace
-from autopar.workload import Workload, load_workload
+from autopar.workload import Workload
+from tests.conftest import EXAMPLES, example_workload
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 torch.set_num_threads(1)
 
 
@@ -88,10 +87,6 @@ def real(workload: Workload, batch_size: int, high: int) -> tuple[nn.Module, dic
     return model.train(), inputs
 
 
-def example(name: str, **settings: Any) -> Workload:
-    return load_workload(EXAMPLES / f"{name}.py", **settings)
-
-
 def hugging_face(
     model: str, config: dict[str, Any], inputs: Callable[[int], dict[str, Tensor]]
 ) -> Callable[[], Workload]:
@@ -149,14 +144,14 @@ class Writer(nn.Module):
 
 
 TINY: dict[str, tuple[Callable[[], Workload], int, int]] = {  # name: (workload, batch, number of tokens or classes)
-    "gpt": (lambda: example("gpt", size="125M", layers=2, hidden=32, heads=4, vocab=64, seq=16), 3, 64),
+    "gpt": (lambda: example_workload("gpt", size="125M", layers=2, hidden=32, heads=4, vocab=64, seq=16), 3, 64),
     "gpt untied": (
-        lambda: example("gpt", layers=1, hidden=32, heads=4, vocab=64, seq=16, tied_embeddings=False), 1, 64),
+        lambda: example_workload("gpt", layers=1, hidden=32, heads=4, vocab=64, seq=16, tied_embeddings=False), 1, 64),
     "llama": (
-        lambda: example("llama", layers=2, hidden=32, heads=4, kv_heads=2, ffn=48, vocab=64, seq=16), 3, 64),
+        lambda: example_workload("llama", layers=2, hidden=32, heads=4, kv_heads=2, ffn=48, vocab=64, seq=16), 3, 64),
     "moe": (
-        lambda: example("moe", layers=2, hidden=32, heads=4, experts=4, vocab=64, seq=16, group_size=32), 4, 64),
-    "wide_resnet": (lambda: example("wide_resnet", base_channels=4, image_size=64, classes=10), 4, 10),
+        lambda: example_workload("moe", layers=2, hidden=32, heads=4, experts=4, vocab=64, seq=16, group_size=32), 4, 64),
+    "wide_resnet": (lambda: example_workload("wide_resnet", base_channels=4, image_size=64, classes=10), 4, 10),
     "conv": (
         lambda: Workload(build_model=ConvNet, example_inputs=images,
                          loss_fn=lambda output, inputs: F.cross_entropy(output, inputs["labels"])), 5, 10),
@@ -312,7 +307,7 @@ def test_nothing_without_effect_is_left() -> None:
 def test_the_fingerprint_knows_structure_not_batch() -> None:
     def small(**settings: Any) -> str:
         sizes = {"layers": 2, "hidden": 32, "heads": 4, "vocab": 64, "seq": 16, **settings}
-        return trace(example("gpt", **sizes), dtype="bfloat16").graph.fingerprint
+        return trace(example_workload("gpt", **sizes), dtype="bfloat16").graph.fingerprint
 
     assert small() == small()
     assert len({small(), small(layers=3), small(heads=8), small(tied_embeddings=False), small(vocab=65)}) == 5
@@ -326,7 +321,9 @@ def test_the_fingerprint_knows_structure_not_batch() -> None:
 
 
 def test_a_prime_is_chosen_that_no_size_contains() -> None:
-    graph = trace(example("gpt", layers=1, hidden=404, heads=4, vocab=103 * 8, seq=107), dtype="bfloat16").graph
+    graph = trace(
+        example_workload("gpt", layers=1, hidden=404, heads=4, vocab=103 * 8, seq=107), dtype="bfloat16"
+    ).graph
     assert graph.batch.prime not in (101, 103, 107)
 
 
@@ -480,5 +477,5 @@ def test_hugging_face_at_real_size(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "size"), [("gpt", "175B"), ("llama", "405B"), ("moe", "70B"), ("wide_resnet", "13B")])
 def test_examples_at_their_largest(name: str, size: str) -> None:
-    graph = trace(example(name, size=size), dtype="bfloat16").graph
+    graph = trace(example_workload(name, size=size), dtype="bfloat16").graph
     assert graph.values[graph.outputs[0]].shape == ()

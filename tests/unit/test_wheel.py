@@ -1,4 +1,4 @@
-"""The wheel holds every module and table, and an ordinary install of it finds its cost tables."""
+"""The wheel has every module and table and the mark of a typed package, and an ordinary install of it finds its tables."""
 
 import os
 import shutil
@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, so that what an earlier build left beside the sources gets into nothing."""
+    """Built from a copy, so that what an earlier build left among the sources does not get in."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("autopar", "cost_tables"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "-q", "-w", str(target)]
     subprocess.run(command, cwd=source, check=True)
@@ -30,10 +30,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_wheel_holds_every_module_and_table(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+        found = {name for name in archive.namelist() if ".dist-info/" not in name}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "autopar").rglob("*.py")}
     tables = {f"autopar/cost_tables/{path.name}" for path in (ROOT / "cost_tables").glob("*.json")}
-    assert held == modules | tables
+    assert found == modules | tables | {"autopar/py.typed"}
 
 
 @pytest.mark.slow

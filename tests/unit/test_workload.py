@@ -9,8 +9,7 @@ from torch import nn
 
 from autopar.core.errors import ModelError, UsageError
 from autopar.workload import Workload, load_workload, parse_setting
-
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+from tests.conftest import EXAMPLES
 
 GOOD = """
 import torch
@@ -40,7 +39,7 @@ MOE = {"380M": 0.38, "690M": 0.69, "1.3B": 1.3, "2.4B": 2.4, "10B": 10, "27B": 2
 
 
 @pytest.mark.parametrize("size", GPT)
-def test_gpt_sizes(size: str) -> None:
+def test_gpt_has_the_published_sizes(size: str) -> None:
     workload = load_workload(EXAMPLES / "gpt.py", size=size)
     count = parameters(workload.build())
     # Narayanan et al. SC'21, equation 2: P = 12 l h^2 (1 + 13 / 12h + (V + s) / 12lh), and the last norm's 2 h.
@@ -52,18 +51,18 @@ def test_gpt_sizes(size: str) -> None:
 
 
 @pytest.mark.parametrize("size", WIDE_RESNET)
-def test_wide_resnet_sizes(size: str) -> None:
+def test_wide_resnet_has_the_published_sizes(size: str) -> None:
     count = parameters(load_workload(EXAMPLES / "wide_resnet.py", size=size).build()) / 1e9
     assert float(f"{count:.4g}" if count > 10 else f"{count:.3f}") == WIDE_RESNET[size]
 
 
 @pytest.mark.parametrize("size", MOE)
-def test_moe_sizes(size: str) -> None:
+def test_moe_has_the_published_sizes(size: str) -> None:
     count = parameters(load_workload(EXAMPLES / "moe.py", size=size).build()) / 1e9
     assert count == pytest.approx(MOE[size], rel=0.04)
 
 
-def test_llama_sizes() -> None:
+def test_llama_has_the_published_sizes() -> None:
     pytest.importorskip("transformers")
     published = {"7B": 6.738, "8B": 8.030, "70B": 70.55, "405B": 405.85}
     for size, billions in published.items():
@@ -116,7 +115,7 @@ def test_unknown_setting_names_the_accepted_ones(tmp_path: Path) -> None:
         (GOOD.replace("64", "'many'"), "GLOBAL_BATCH is 'many'"),
     ],
 )
-def test_files_that_do_not_load(tmp_path: Path, text: str | None, message: str) -> None:
+def test_files_that_do_not_load_say_why(tmp_path: Path, text: str | None, message: str) -> None:
     path = tmp_path / "absent.py" if text is None else write(tmp_path, text)
     with pytest.raises(ModelError, match=message) as caught:
         load_workload(path)
@@ -138,7 +137,7 @@ def test_unknown_size_lists_the_sizes() -> None:
         load_workload(EXAMPLES / "gpt.py", size="40B").build()
 
 
-def test_a_workload_in_python() -> None:
+def test_a_workload_can_be_made_in_python() -> None:
     workload = Workload(
         build_model=lambda: nn.Linear(3, 2), example_inputs=lambda batch_size: {"input": torch.empty(batch_size, 3)}
     )

@@ -1,11 +1,13 @@
-"""Batch norm whose samples are cut: statistics are those of all ranks' samples, and nothing but the input is kept.
+"""Batch norm over sharded samples (SyncBatchNorm): the statistics are those of all ranks' samples, and no activation but
+the input is saved for the backward.
 
     m = sum x / n      v = sum (x - m)^2 / n      r = (v + eps)^-1/2      y = (x - m) r w + b
     dx = r w (g - sum g / n - (x - m) r^2 sum g (x - m) / n)      dw = r sum g (x - m)      db = sum g
 
-Sums over samples and positions are exchanged, each way two vectors of one number a channel; dw and db are this rank's
-terms. Everything is in fp32 at least. Differences are made again for the backward; operations marked ``overwriting``
-run in place in a lowered graph, so one tensor beside the result is alive at a time.
+Sums over samples and positions are all-reduced, two vectors of one number per channel in each of forward and backward; dw
+and db are this rank's addends. Everything is computed in fp32 at least. x - m is recomputed wherever it is needed;
+operations under ``annotate_in_place`` run in place in a lowered graph, so that one tensor besides the result is alive at a
+time.
 """
 
 from collections.abc import Sequence
@@ -19,9 +21,17 @@ from autopar.runtime.lower.redistribute_tensor import all_reduce
 
 
 def sync_batch_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, count: int, mesh: RankMesh, axes: Sequence[int]
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    count: int,
+    mesh: RankMesh,
+    axes: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, m, v) of (n, c, ...) local samples of ``count`` numbers a channel on all ranks of ``axes``."""
+    """(y, m, v) of (n, c, ...) local samples, sharded over ``axes``; ``count`` is the number of elements per channel on all
+    ranks of ``axes``, n in the formulas. m and v are (c,)."""
     y, mean, var = _SyncBatchNorm.apply(x, weight, bias, eps, count, mesh, tuple(axes))
     return y, mean, var
 
@@ -37,9 +47,9 @@ class _SyncBatchNorm(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
         mean = all_reduce(x.to(wide).sum(dims), mesh, axes) / count
-        difference = _centered(x, mean, shape)
+        centered = _centered(x, mean, shape)
         with annotate_in_place():
-            square = difference * difference
+            square = centered * centered
         var = all_reduce(square.sum(dims), mesh, axes) / count
         root = torch.rsqrt(var + eps)
         y = _centered(x, mean, shape)
@@ -58,20 +68,22 @@ class _SyncBatchNorm(torch.autograd.Function):
         x, weight, mean, root = ctx.saved_tensors
         dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
         wide = gradient.to(mean.dtype)
-        difference = _centered(x, mean, shape)
+        centered = _centered(x, mean, shape)
         with annotate_in_place():
-            product = difference * wide
-        along, total = product.sum(dims), wide.sum(dims)
-        weight_gradient = None if weight is None else (along * root).to(weight.dtype)
-        bias_gradient = total.to(weight.dtype if weight is not None else x.dtype) if ctx.bias else None
-        along_all, total_all = (all_reduce(each, ctx.mesh, ctx.axes) / ctx.count for each in (along, total))
-        back = _centered(x, mean, shape)
+            product = centered * wide
+        product_sum, gradient_sum = product.sum(dims), wide.sum(dims)
+        weight_gradient = None if weight is None else (product_sum * root).to(weight.dtype)
+        bias_gradient = gradient_sum.to(weight.dtype if weight is not None else x.dtype) if ctx.bias else None
+        product_mean, gradient_mean = (
+            all_reduce(each, ctx.mesh, ctx.axes) / ctx.count for each in (product_sum, gradient_sum)
+        )
+        correction = _centered(x, mean, shape)
         with annotate_in_place():
-            back = back * (along_all * root * root).view(shape)
+            correction = correction * (product_mean * root * root).view(shape)
         with annotate_in_place():
-            left = wide - total_all.view(shape)
+            x_gradient = wide - gradient_mean.view(shape)
         with annotate_in_place():
-            left = left - back
+            x_gradient = x_gradient - correction
         with annotate_in_place():
-            left = left * (root if weight is None else root * weight.to(root.dtype)).view(shape)
-        return left.to(x.dtype), weight_gradient, bias_gradient, None, None, None, None
+            x_gradient = x_gradient * (root if weight is None else root * weight.to(root.dtype)).view(shape)
+        return x_gradient.to(x.dtype), weight_gradient, bias_gradient, None, None, None, None

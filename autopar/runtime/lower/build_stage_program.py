@@ -1,346 +1,209 @@
-"""The program of one stage, built block by block from what the plan says.
+"""The program of one stage, built block by block from the plan.
 
-An activation moves as the plan says: from where its op leaves it to the ``shared`` placement of several readers, from
-there to every (placement, gradient) that some reader takes, and at a block's end to where blocks meet; its gradient
-goes the same way back. A plan that names no placements between ops (``shared``, ``inputs``, ``outputs``) leaves every
-value where its op does. What depends on no parameter (preparation of data) is made where it is read, whichever block
-holds it.
+An activation is redistributed as the plan says: from the placement that its op produces to the ``shared`` placement of a
+value with several readers, from there to each pair of placements (value, gradient) that some reader needs, and at the
+block's end to the boundary placement; its gradient takes the same path back. A plan that names no placements between ops
+(``shared``, ``inputs``, ``outputs``) leaves every value as its op produces it. Preparation of data (what depends on no
+parameter) is computed where it is read, whichever block it belongs to.
 """
 
-from dataclasses import replace
-
-import msgspec
-
-from autopar.core.local_shape import is_legal
-from autopar.core.placement import PARTIAL, REPLICATE, Placements, parse_placements
-from autopar.core.plan import BlockProgram, Recompute, ValuePlan
-from autopar.graph.ir import Block, Op
+from autopar.core.placement import REPLICATE, Placements
+from autopar.core.plan import Recompute, ValuePlan
+from autopar.graph.ir import Op
 from autopar.graph.random_ops import is_random
 from autopar.runtime.lower.local_op import scale_to_micro_batch
-from autopar.runtime.lower.op_sharding import OpShardingMatcher, gradient_placements, replicate_unit_axes
-from autopar.runtime.lower.planned_blocks import PlannedBlocks
+from autopar.runtime.lower.op_sharding import OpSharding, OpShardingMatcher, replicate_unit_axes
+from autopar.runtime.lower.planned_blocks import PlannedBlock, PlannedBlocks, PlannedOp
 from autopar.runtime.lower.redistribute_tensor import EdgeRedistribution
-from autopar.runtime.lower.stage_program import ParameterSharding, ProgramOp, ProgramRedistribution, StageProgram
+from autopar.runtime.lower.stage_inputs import StageInputs
+from autopar.runtime.lower.stage_program import NO_BLOCK, ProgramOp, ProgramRedistribution, StageProgram
+from autopar.runtime.lower.value_placements import ValuePlacements, edge_between, legal_placements
+from autopar.runtime.lower.value_slots import ValueSlots
 
 
 class StageProgramBuilder:
-    """Builds one stage's program; ``placed`` is where each slot's value lies, and where its gradient must go; ``at``
-    the slot of each value for the next reader, ``between`` where blocks meet."""
+    """Builds the program of the stage at ``index`` in the plan: ``build`` is called once."""
 
     def __init__(self, planned: PlannedBlocks, index: int) -> None:
         self.planned, self.graph, self.index = planned, planned.graph, index
         self.plan = planned.plan.stages[index]
         self.sizes = tuple(axis.size for axis in self.plan.axes)
         self.matcher = OpShardingMatcher(self.graph, planned.plan.micro_batch_size, self.sizes)
-        self.replicated: Placements = (REPLICATE,) * len(self.sizes)
-        self.slot_placements: dict[int, tuple[Placements, Placements]] = {}
-        self.block_slots: dict[int, int] = {}
-        self.boundary_slots: dict[int, int] = {}
-        self.num_slots = len(self.graph.values)
-        self.partial_gradient_passes: dict[int, tuple[bool, ...]] = {}
-        self.parameter_shardings: dict[int, ParameterSharding] = {}
-        self.received: dict[int, tuple[Placements, Placements]] = {}
-        self.inputs: dict[int, None] = {}
-        self.constants: dict[int, None] = {}
+        self.slots = ValueSlots(len(self.graph.values), len(self.sizes))
+        self.inputs = StageInputs(planned, self.slots, len(self.sizes))
         self.written_buffers: dict[int, None] = {}
         self.steps: list[ProgramOp | ProgramRedistribution] = []
 
     def build(self) -> StageProgram:
-        programs = {ref.index: self.planned.programs[ref.program] for ref in self.plan.blocks}
-        mine = [self.planned.blocks[ref.index] for ref in self.plan.blocks]
-        for block in mine:
-            for value, parameter in self.planned.parameter_shardings(block, programs[block.index]):
-                self.parameter_shardings[value] = (
-                    _merge_tied(self.parameter_shardings[value], parameter)
-                    if value in self.parameter_shardings
-                    else parameter
-                )
-        for block in mine:
-            self._add_block(block, programs[block.index])
-        sent = sorted(
-            value
-            for value, readers in self.planned.reading_stages.items()
-            if value in self.planned.parameter_dependent
-            and self.planned.producing_stage.get(value) == self.index
-            and any(reader != self.index for reader in readers)
-        )
+        """The stage's program; PlanFileError where the plan does not fit the model."""
+        blocks = [(self.planned.blocks[ref.index], self.planned.programs[ref.program]) for ref in self.plan.blocks]
+        self.inputs.add_parameters(blocks)
+        for block, program in blocks:
+            self._add_block(self.planned.planned_block(block, program))
+            self.slots.end_block(value for op in self.graph.ops[block.first_op : block.end_op] for value in op.outputs)
+        sent = self._sent_values()
         loss = self.graph.outputs[0]
-        makes_loss = self.planned.producing_stage[loss] == self.index
-        kept = [self.parameter_shardings[value] for value in sorted(self.parameter_shardings)]
-        steps = tuple(self.steps)
+        computes_loss = self.planned.producing_stage[loss] == self.index
+        received, steps = self.inputs.received, tuple(self.steps)
         return StageProgram(
             index=self.index,
             plan=self.plan,
             steps=steps,
-            parameters=tuple(p for p in kept if self.graph.values[p.value].kind == "parameter"),
-            buffers=tuple(p for p in kept if self.graph.values[p.value].kind == "buffer"),
+            parameters=self.inputs.parameters("parameter"),
+            buffers=self.inputs.parameters("buffer"),
             written_buffers=tuple(self.written_buffers),
-            constants=tuple(self.constants),
-            inputs=tuple(self.inputs),
-            received=tuple(self.received),
-            received_placements=tuple(replicate_unit_axes(lie[0], self.sizes) for lie in self.received.values()),
+            constants=tuple(self.inputs.constants),
+            inputs=tuple(self.inputs.inputs),
+            received=tuple(received),
+            received_placements=tuple(replicate_unit_axes(each.value, self.sizes) for each in received.values()),
             received_gradient_placements=tuple(
-                replicate_unit_axes(lie[1], self.sizes) for lie in self.received.values()
+                replicate_unit_axes(each.gradient, self.sizes) for each in received.values()
             ),
-            sent=tuple(sent),
-            send_slots=tuple(self._current_slot(value) for value in sent),
-            send_redistributions=tuple(self._send_redistribution(value) for value in sent),
-            loss_placements=replicate_unit_axes(self.slot_placements[self._current_slot(loss)][0], self.sizes)
-            if makes_loss
+            sent=sent,
+            send_slots=tuple(map(self.slots.current, sent)),
+            send_redistributions=tuple(map(self._send_redistribution, sent)),
+            loss_placements=replicate_unit_axes(self.slots.placements(loss).value, self.sizes)
+            if computes_loss
             else None,
-            loss_slot=self._current_slot(loss),
+            loss_slot=self.slots.current(loss),
             draws_random=any(is_random(step.op) for step in steps if isinstance(step, ProgramOp)),
-            global_shapes={value: self.matcher.global_shape(value) for value in (*self.inputs, *self.received, *sent)},
+            global_shapes={
+                value: self.matcher.global_shape(value) for value in (*self.inputs.inputs, *received, *sent)
+            },
         )
 
-    def _add_block(self, block: Block, program: BlockProgram) -> None:
-        begins, shared, ends = self.planned.placements_between_ops(block, program)
-        ops = self.graph.ops[block.first_op : block.end_op]
-        again_gathered = {
-            op.inputs[at] for op, planned in zip(ops, program.ops, strict=False) for at in planned.regathered
-        }
-        recompute, stays = self.planned.recomputation(block, program)
-        program = msgspec.structs.replace(program, recompute=recompute)
-        self.block_slots = {}
-        for value, planned in begins.items():
-            if value in self.planned.parameter_dependent:
-                lie = self._planned_placements(value, planned)
-                if (
-                    self._current_slot(value) not in self.slot_placements
-                ):  # an activation of another stage comes as the block wants it
-                    self._receive_activation(value, lie)
-                self._redistribute(value, lie, block, program)
-                if value in shared:
-                    self._redistribute(
-                        value,
-                        self._planned_placements(value, shared[value]),
-                        block,
-                        program,
-                        regathered=value in again_gathered,
-                    )
-        told = zip(self.planned.ops_with_placements(block, program), program.ops, strict=True)
-        for (op, inputs, outputs, passing), op_plan in told:
-            if self._is_needed(op):
-                again = op_plan.regathered
-                self._add_op(op, inputs, outputs, passing, block.index, recompute, again, saves_result=op.id in stays)
-                for value in op.outputs:
-                    if value in shared and value in self.planned.parameter_dependent:
-                        self._redistribute(
-                            value,
-                            self._planned_placements(value, shared[value]),
-                            block,
-                            program,
-                            regathered=value in again_gathered,
-                        )
-        for value, planned in ends.items():
-            if value in self.planned.parameter_dependent:
-                self._redistribute(value, self._planned_placements(value, planned), block, program)
-        for op in ops:
-            self.boundary_slots.update(
-                (value, self.block_slots[value]) for value in op.outputs if value in self.block_slots
-            )
-        self.block_slots = {}
-
-    def _current_slot(self, value: int) -> int:
-        """The slot that the next reader of a value finds it in."""
-        return self.block_slots.get(value, self.boundary_slots.get(value, value))
-
-    def _planned_placements(self, value: int, planned: ValuePlan) -> tuple[Placements, Placements]:
-        """The plan's placements and those of the gradient, replicated on axes where the value's sizes do not allow the
-        shard."""
-        placements, shape = parse_placements(planned.placement), self.matcher.global_shape(value)
-        gradient = parse_placements(planned.gradient) if planned.gradient else gradient_placements(placements)
-        for axis in reversed(range(len(self.sizes))):
-            if is_legal(shape, placements, self.sizes):
-                break
-            placements, gradient = (
-                tuple(REPLICATE if at == axis else each for at, each in enumerate(side))
-                for side in (placements, gradient)
-            )
-        return placements, gradient
-
-    def _receive_activation(self, value: int, placements: tuple[Placements, Placements]) -> None:
-        forward, backward = self.planned.crosses_as_partial(value)
-        self.received[value] = (
-            placements[0] if forward else gradient_placements(placements[0]),
-            placements[1] if backward else gradient_placements(placements[1]),
+    def _sent_values(self) -> tuple[int, ...]:
+        """The activations that this stage computes and others read, by id."""
+        return tuple(
+            value
+            for value, readers in sorted(self.planned.reading_stages.items())
+            if value in self.planned.parameter_dependent
+            and self.planned.producing_stage.get(value) == self.index
+            and any(reader != self.index for reader in readers)
         )
-        self.partial_gradient_passes[value] = (False,) * len(self.sizes)
-        self.slot_placements[value] = self.received[value]
+
+    def _add_block(self, block: PlannedBlock) -> None:
+        regathered = block.regathered
+
+        def redistribute(value: int, planned: ValuePlan, *, regather: bool = False) -> None:
+            self._redistribute(value, self._planned_placements(value, planned), block, regather=regather)
+
+        for value, planned in block.inputs.items():
+            if value in self.planned.parameter_dependent:
+                if not self.slots.is_available(value):  # received as the first block that reads it needs it
+                    self.inputs.receive(value, self._planned_placements(value, planned))
+                redistribute(value, planned)
+                if value in block.shared:
+                    redistribute(value, block.shared[value], regather=value in regathered)
+        for planned_op in block.ops:
+            if self._is_needed(planned_op.op):
+                self._add_op(planned_op, block=block.index, recompute=block.recompute)
+                for value in planned_op.op.outputs:
+                    if value in block.shared and value in self.planned.parameter_dependent:
+                        redistribute(value, block.shared[value], regather=value in regathered)
+        for value, planned in block.outputs.items():
+            if value in self.planned.parameter_dependent:
+                redistribute(value, planned)
+
+    def _planned_placements(self, value: int, planned: ValuePlan) -> ValuePlacements:
+        return legal_placements(planned, self.matcher.global_shape(value), self.sizes)
 
     def _redistribute(
-        self,
-        value: int,
-        placements: tuple[Placements, Placements],
-        block: Block,
-        program: BlockProgram,
-        *,
-        regathered: bool = False,
+        self, value: int, placements: ValuePlacements, block: PlannedBlock, *, regather: bool = False
     ) -> None:
-        """Bring a value to where the block's next readers find it."""
-        source = self._current_slot(value)
-        made, wanted = self.slot_placements[source]
-        conversion = self._edge(value, made, placements[0], placements[1], wanted)
-        target = source
-        if conversion.is_needed:
-            target = self._new_slot(placements)
+        """Redistribute a value for the next readers in a block, if they need other placements than it has."""
+        source = self.slots.current(value)
+        redistribution = self._edge(value, self.slots.placements(value), placements)
+        if redistribution.is_needed:
             self.steps.append(
                 ProgramRedistribution(
                     source=source,
-                    target=target,
-                    redistribution=conversion,
+                    target=self.slots.add(value, placements),
+                    redistribution=redistribution,
                     block=block.index,
-                    recompute=program.recompute,
-                    regathered=regathered,
+                    recompute=block.recompute,
+                    regathered=regather,
                 )
             )
-        self.block_slots[value] = target
-
-    def _new_slot(self, placements: tuple[Placements, Placements]) -> int:
-        self.num_slots += 1
-        self.slot_placements[self.num_slots - 1] = placements
-        return self.num_slots - 1
 
     def _is_needed(self, op: Op) -> bool:
-        """Preparation of data is made where it is read; what writes a buffer runs where it stands."""
-        writes = op.is_in_place
-        buffer = writes and self.graph.values[op.inputs[0]].kind == "buffer"
-        return buffer or not self.planned.parameter_dependent.isdisjoint(op.outputs)
+        """Whether an op runs in its own block: if it depends on a parameter, or writes a buffer."""
+        writes_buffer = op.is_in_place and self.graph.values[op.inputs[0]].kind == "buffer"
+        return writes_buffer or not self.planned.parameter_dependent.isdisjoint(op.outputs)
 
-    def _add_op(
-        self,
-        op: Op,
-        inputs: tuple[Placements, ...],
-        outputs: tuple[Placements, ...],
-        partial_through: frozenset[int] | None,
-        block: int,
-        recompute: Recompute,
-        regathered_inputs: tuple[int, ...] = (),
-        *,
-        saves_result: bool = False,
-    ) -> None:
+    def _add_op(self, planned: PlannedOp, *, block: int, recompute: Recompute) -> None:
+        """Add an op with the sharding that agrees best with its planned placements, and its inputs redistributed to it."""
+        op = planned.op
         for value in op.inputs:
-            self._ensure_available(value)
-        carriers = [
-            self.partial_gradient_passes[value] for value in op.inputs if self.graph.values[value].requires_grad
-        ]
-        pure = [all(each[axis] for each in carriers) for axis in range(len(self.sizes))]
-        through = pure if partial_through is None else [axis in partial_through for axis in range(len(self.sizes))]
-        usage = self.matcher.match(op, inputs, outputs, through)
-        conversions = []
-        for at, value in enumerate(op.inputs):
-            if (
-                self._current_slot(value) not in self.slot_placements
-            ):  # where the plan names no placements between blocks
-                self._receive_activation(value, (usage.inputs[at], usage.inputs[at]))
-            made, wanted = self.slot_placements[self._current_slot(value)]
-            conversions.append(self._edge(value, made, usage.inputs[at], usage.input_gradients[at], wanted))
-        reads = tuple(self._current_slot(value) for value in op.inputs)
+            self._make_available(value)
+        replicated_behind = self._partial_gradient_passes(op)
+        passes = (
+            replicated_behind
+            if planned.partial_gradient_axes is None
+            else [axis in planned.partial_gradient_axes for axis in range(len(self.sizes))]
+        )
+        sharding = self.matcher.match(op, planned.inputs, planned.outputs, passes)
+        redistributions = tuple(self._input_redistribution(sharding, at, value) for at, value in enumerate(op.inputs))
+        input_slots = tuple(map(self.slots.current, op.inputs))
         for at, value in enumerate(op.outputs):
-            self.block_slots[value] = self._new_slot((usage.outputs[at], usage.output_gradients[at]))
-            self.partial_gradient_passes[value] = tuple(
-                alone and not labels and placement == REPLICATE
-                for alone, labels, placement in zip(pure, usage.labels, usage.outputs[at], strict=True)
+            placements = ValuePlacements(value=sharding.outputs[at], gradient=sharding.output_gradients[at])
+            self.slots.add(value, placements, between_blocks=block == NO_BLOCK)
+            self.slots.partial_gradient_passes[value] = tuple(
+                passed and not labels and placement == REPLICATE
+                for passed, labels, placement in zip(
+                    replicated_behind, sharding.labels, sharding.outputs[at], strict=True
+                )
             )
-            if block < 0:
-                self.boundary_slots[value] = self.block_slots.pop(value)
         if op.packet == "batch_norm" or op.is_in_place:
             self.written_buffers.update(
                 (value, None) for value in op.inputs if self.graph.values[value].kind == "buffer"
             )
-        scaled = scale_to_micro_batch(op, self.graph.batch, self.planned.plan.micro_batch_size)
         self.steps.append(
             ProgramOp(
-                op=scaled,
-                sharding=usage,
-                input_slots=reads,
-                output_slots=tuple(self._current_slot(value) for value in op.outputs),
-                redistributions=tuple(conversions),
-                output_shapes=tuple(self.matcher.global_shape(value) for value in op.outputs),
+                op=scale_to_micro_batch(op, self.graph.batch, self.planned.plan.micro_batch_size),
+                sharding=sharding,
+                input_slots=input_slots,
+                output_slots=tuple(map(self.slots.current, op.outputs)),
+                redistributions=redistributions,
+                output_shapes=tuple(map(self.matcher.global_shape, op.outputs)),
                 block=block,
                 recompute=recompute,
-                regathered_inputs=regathered_inputs,
-                saves_result=saves_result,
+                regathered_inputs=planned.regathered_inputs,
+                saves_result=planned.saves_result,
             )
         )
 
-    def _ensure_available(self, value: int) -> None:
-        """Makes sure that a value is there: stored, to be received, an input, or prepared here from the inputs."""
-        if self._current_slot(value) in self.slot_placements:
-            return
-        found = self.graph.values[value]
-        self.partial_gradient_passes[value] = (True,) * len(self.sizes)
-        if found.kind in ("parameter", "buffer"):
-            stored = self.parameter_shardings.get(value)
-            if stored is None:
-                trained = found.kind == "parameter" and found.requires_grad
-                stored = ParameterSharding(
-                    value=value,
-                    shape=found.shape,
-                    compute_placements=self.replicated,
-                    gradient_placements=self.replicated,
-                    zero_stage=0,
-                    zero_axes=(),
-                    trained=trained,
-                )
-                self.parameter_shardings[value] = stored
-            self.slot_placements[value] = (stored.compute_placements, stored.gradient_placements)
-            if stored.trained:
-                self.partial_gradient_passes[value] = tuple(
-                    placement == PARTIAL for placement in stored.gradient_placements
-                )
-        elif found.kind == "activation" and value in self.planned.parameter_dependent:
-            if found.requires_grad:
-                self.partial_gradient_passes[value] = (False,) * len(self.sizes)
-        elif found.kind == "activation":
-            op = self.planned.producers[value]
-            self._add_op(
-                op, (self.replicated,) * len(op.inputs), (self.replicated,) * len(op.outputs), None, -1, "none"
+    def _make_available(self, value: int) -> None:
+        """Enter a value from outside, or compute it here, replicated, from the model's inputs."""
+        preparation = self.inputs.enter(value)
+        if preparation is not None:
+            replicated: Placements = (REPLICATE,) * len(self.sizes)
+            planned = PlannedOp(
+                op=preparation,
+                inputs=(replicated,) * len(preparation.inputs),
+                outputs=(replicated,) * len(preparation.outputs),
             )
-        else:
-            (self.inputs if found.kind == "input" else self.constants)[value] = None
-            self.slot_placements[value] = (self.replicated, self.replicated)
+            self._add_op(planned, block=NO_BLOCK, recompute="none")
+
+    def _partial_gradient_passes(self, op: Op) -> list[bool]:
+        """Per axis, whether partial gradients may reach all inputs of an op that need a gradient."""
+        passes = [
+            self.slots.passes_partial_gradient(value) for value in op.inputs if self.graph.values[value].requires_grad
+        ]
+        return [all(each[axis] for each in passes) for axis in range(len(self.sizes))]
+
+    def _input_redistribution(self, sharding: OpSharding, position: int, value: int) -> EdgeRedistribution:
+        """From a value's placements to those in which an op takes it as its input at ``position``."""
+        needed, gradient = sharding.inputs[position], sharding.input_gradients[position]
+        if not self.slots.is_available(value):  # where the plan names no placements between blocks
+            self.inputs.receive(value, ValuePlacements(value=needed, gradient=needed))
+        return self._edge(value, self.slots.placements(value), ValuePlacements(value=needed, gradient=gradient))
 
     def _send_redistribution(self, value: int) -> EdgeRedistribution:
-        made, wanted = self.slot_placements[self._current_slot(value)]
-        forward, backward = self.planned.crosses_as_partial(value)
-        sent, returned = (
-            made if forward else gradient_placements(made),
-            wanted if backward else gradient_placements(wanted),
-        )
-        return self._edge(value, made, sent, returned, wanted)
+        """From a value's placements at the end of its last block to those in which it is sent."""
+        placements = self.slots.placements(value)
+        return self._edge(value, placements, self.planned.transfer_placements(value, placements))
 
-    def _edge(
-        self,
-        value: int,
-        source: Placements,
-        target: Placements,
-        gradient_source: Placements,
-        gradient_target: Placements,
-    ) -> EdgeRedistribution:
-        """From the maker's placement to the reader's; the gradient from what the reader gives to what the maker
-        wants."""
-        grad = self.graph.values[value].requires_grad
-        return EdgeRedistribution(
-            shape=self.matcher.global_shape(value),
-            source=replicate_unit_axes(source, self.sizes),
-            target=replicate_unit_axes(target, self.sizes),
-            gradient_source=replicate_unit_axes(gradient_source, self.sizes) if grad else (),
-            gradient_target=replicate_unit_axes(gradient_target, self.sizes) if grad else (),
-        )
-
-
-def _merge_tied(first: ParameterSharding, other: ParameterSharding) -> ParameterSharding:
-    """A tied parameter is stored as its first block uses it. Where another block shards it, or leaves a partial
-    gradient, the gradient stays partial until the end of the step."""
-    gradient = tuple(
-        PARTIAL if stored == REPLICATE and (used != stored or {one, two} == {REPLICATE, PARTIAL}) else one
-        for stored, used, one, two in zip(
-            first.compute_placements,
-            other.compute_placements,
-            first.gradient_placements,
-            other.gradient_placements,
-            strict=True,
-        )
-    )
-    return replace(first, gradient_placements=gradient)
+    def _edge(self, value: int, source: ValuePlacements, target: ValuePlacements) -> EdgeRedistribution:
+        requires_grad = self.graph.values[value].requires_grad
+        return edge_between(source, target, self.matcher.global_shape(value), self.sizes, requires_grad=requires_grad)

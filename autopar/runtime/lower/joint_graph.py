@@ -1,12 +1,11 @@
-"""Lowers a stage: its forward and backward traced once into one graph of local ops, then cut in two.
+"""Lowers a stage: traces its forward and backward into one joint graph of local ops, and partitions it into two.
 
     joint(arguments, tangents) = stage.backward(stage.forward(arguments), tangents)
 
-The partition: the forward graph is what the outputs need. The backward needs what the gradients need, walking back
-until a forward node that is kept: every forward node is, except views, nodes whose block recomputes (the values that
-enter the block are kept), and gathered ZeRO-3 parameters. ``order`` says when each node of the two runs: a recomputed
-one right before its first reader, so one block at a time is computed again. Both graphs hold functional collectives by
-group name: each rank lowers its own.
+The forward graph is what the outputs need. The backward graph is what the gradients need, back to forward results that
+are saved: all are, except views, results of recomputed blocks (whose inputs are saved), and gathered ZeRO-3 parameters.
+``schedule_nodes`` orders the nodes of the two: a recomputed one runs right before its first reader, so that one block at a
+time is recomputed. Both graphs have functional collectives with the names of process groups: each rank lowers its own.
 """
 
 import operator
@@ -22,25 +21,23 @@ from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import _BoxedCodeGen  # private; tried on torch 2.13.0
 
-from autopar.runtime.lower.schedule_nodes import (
+from autopar.runtime.lower.fx_nodes import (
     SEND_PREPARATION,
     ZERO3_GATHER,
-    GraphPass,
-    TakeGradient,
+    ancestors_until,
     block_and_recompute,
     is_view,
-    schedule_pass,
     starts_collective,
 )
-from autopar.runtime.lower.stage_function import StageFunction
+from autopar.runtime.lower.schedule_nodes import GraphPass, TakeGradient, schedule_pass
+from autopar.runtime.lower.stage_function import StageFunction, StageOutputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LoweredStage:
-    """``run_forward(arguments)`` returns ``num_outputs`` outputs, then the tensors saved for ``run_backward``, which
-    takes the arguments ``kept_arguments``, those, and the tangents. It hands the gradients of parameters over as it
-    makes them and returns the others. Both empty the list they are given, so that a tensor lives until its last reader
-    has run."""
+    """The forward and backward graph of a stage on one rank. Both empty the list of arguments they are given, so that a
+    tensor lives until its last reader has run. ``saved_arguments`` are the positions, among the forward's arguments, of
+    those that the backward reads too; ``hands_over_gradients``: some parameter is trained."""
 
     forward: fx.GraphModule
     backward: fx.GraphModule
@@ -49,9 +46,12 @@ class LoweredStage:
     hands_over_gradients: bool
 
     def run_forward(self, arguments: list[Tensor]) -> list[Tensor]:
+        """``num_outputs`` outputs (see ``flatten_outputs``), then the tensors to save for the backward."""
         return list(self.forward.forward(arguments))
 
     def run_backward(self, arguments: list[Any], take_gradient: TakeGradient) -> list[Tensor]:
+        """The gradients of received activations; those of parameters are handed to ``take_gradient`` as they are computed.
+        ``arguments`` are the saved arguments, the saved tensors, and the tangents, in this order."""
         if self.hands_over_gradients:
             arguments.append(take_gradient)
         return list(self.backward.forward(arguments))
@@ -60,7 +60,7 @@ class LoweredStage:
 def lower_stage(
     stage: StageFunction, shapes: Sequence[tuple[tuple[int, ...], torch.dtype]], device: torch.device
 ) -> LoweredStage:
-    """Trace ``stage`` for arguments of these local shapes and dtypes; runs nothing and communicates nothing."""
+    """Lower ``stage`` for arguments of these local shapes and dtypes; no kernel and no collective runs."""
     num_arguments = len(shapes)
 
     def joint(*inputs: Tensor) -> list[Tensor]:
@@ -77,14 +77,14 @@ def lower_stage(
         num_outputs = len(flatten_outputs(outputs))
         with traceback.preserve_node_meta():
             graph = make_fx(joint)(*arguments, *tangents)
-            if any(_is_mutating(node) for node in graph.graph.nodes):  # a write has no place among what others need
-                written = functionalize(fx.Interpreter(graph).run, remove="mutations")
-                graph = make_fx(written)(*arguments, *tangents)
+            if any(_is_mutating(node) for node in graph.graph.nodes):  # the partition follows results, not writes
+                functional = functionalize(fx.Interpreter(graph).run, remove="mutations")
+                graph = make_fx(functional)(*arguments, *tangents)
     del mode
     assert not any(_is_mutating(node) for node in graph.graph.nodes), "a node of the lowered graph writes in place"
     _remove_redundant_views(graph.graph)
-    for at, node in enumerate(node for node in graph.graph.nodes if starts_collective(node)):
-        node.meta["collective"] = at  # the same one on all ranks
+    for number, node in enumerate(node for node in graph.graph.nodes if starts_collective(node)):
+        node.meta["collective"] = number  # the same on all ranks
     graph.graph.eliminate_dead_code()
     return partition_joint_graph(graph, num_arguments, num_outputs, stage.num_parameters)
 
@@ -94,13 +94,13 @@ def _is_mutating(node: fx.Node) -> bool:
     return node.op == "call_function" and schema is not None and schema.is_mutable
 
 
-def flatten_outputs(outputs: Any) -> list[Tensor]:
-    """Sent activations, the loss, buffers."""
+def flatten_outputs(outputs: StageOutputs) -> list[Tensor]:
+    """The outputs of ``StageFunction.forward`` as a list: sent activations, the loss if there is one, buffers."""
     return [*outputs.sent, *([outputs.loss] if outputs.loss is not None else []), *outputs.buffers]
 
 
 def _remove_redundant_views(graph: fx.Graph) -> None:
-    """Without views that change nothing where no autograd runs: ``detach``, and a transpose of a transpose."""
+    """Remove views that change nothing where no autograd runs: ``detach``, and a transpose of a transpose."""
     aten = torch.ops.aten
     for node in list(graph.nodes):
         source = node.args[0] if node.op == "call_function" and node.args else None
@@ -117,73 +117,63 @@ def _remove_redundant_views(graph: fx.Graph) -> None:
 def partition_joint_graph(
     module: fx.GraphModule, num_arguments: int, num_outputs: int, num_parameters: int
 ) -> LoweredStage:
-    """Cut a joint graph whose first ``num_outputs`` results are the forward's and the others gradients, of which the
-    first ``num_parameters`` are handed over."""
+    """Partition a joint graph. Its placeholders are ``num_arguments`` arguments, then the tangents; its results are
+    ``num_outputs`` outputs of the forward, then gradients, the first ``num_parameters`` of parameters."""
     graph = module.graph
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     results = list(next(reversed(graph.nodes)).args[0])
-    forward = _ancestors(node for node in results[:num_outputs] if isinstance(node, fx.Node))
+    forward = ancestors_until((node for node in results[:num_outputs] if isinstance(node, fx.Node)), ())
     arguments = {node: at for at, node in enumerate(placeholders[:num_arguments])}
     saved: dict[fx.Node, None] = {}
-    wanted: set[fx.Node] = set()
+    backward: set[fx.Node] = set()
     stack = [node for node in results[num_outputs:] if isinstance(node, fx.Node)]
     while stack:
         node = stack.pop()
-        if node in wanted or node in saved:
+        if node in backward or node in saved:
             continue
         if node.target is operator.getitem and node.args[0] in forward:
             forward.add(node)
         if node.op == "placeholder" or (node in forward and not _is_recomputed(node, forward)):
             saved[node] = None
             continue
-        wanted.add(node)
+        backward.add(node)
         stack.extend(node.all_input_nodes)
     order = {node: at for at, node in enumerate(graph.nodes)}
-    kept = sorted((node for node in saved if node in arguments), key=order.__getitem__)
-    held = sorted((node for node in saved if node.op != "placeholder"), key=order.__getitem__)
-    ahead = GraphPass(
+    saved_arguments = sorted((node for node in saved if node in arguments), key=order.__getitem__)
+    saved_results = sorted((node for node in saved if node.op != "placeholder"), key=order.__getitem__)
+    forward_pass = GraphPass(
         inputs=list(arguments),
-        results=[*results[:num_outputs], *held],
+        results=[*results[:num_outputs], *saved_results],
         gradients={},
         recomputable=(),
         is_backward=False,
     )
     gradients = results[num_outputs:]
-    back = GraphPass(
-        inputs=[*kept, *held, *placeholders[num_arguments:]],
+    backward_pass = GraphPass(
+        inputs=[*saved_arguments, *saved_results, *placeholders[num_arguments:]],
         results=gradients[num_parameters:],
         gradients=dict(enumerate(gradients[:num_parameters])),
         recomputable=forward,
         is_backward=True,
     )
     return LoweredStage(
-        forward=_boxed_module(module, ahead),
-        backward=_boxed_module(module, back),
+        forward=_boxed_module(module, forward_pass),
+        backward=_boxed_module(module, backward_pass),
         num_outputs=num_outputs,
-        saved_arguments=tuple(arguments[node] for node in kept),
+        saved_arguments=tuple(arguments[node] for node in saved_arguments),
         hands_over_gradients=num_parameters > 0,
     )
 
 
 def _boxed_module(module: fx.GraphModule, graph_pass: GraphPass) -> fx.GraphModule:
+    """The module of one pass, called with a list of arguments that it empties."""
     graph = schedule_pass(module.graph, graph_pass)
     graph.set_codegen(_BoxedCodeGen())
     return fx.GraphModule(module, graph)
 
 
-def _ancestors(nodes: Any) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
-
-
 def _is_recomputed(node: fx.Node, forward: set[fx.Node]) -> bool:
-    """Whether the backward computes a forward node again rather than find it saved."""
+    """Whether the backward recomputes a forward node rather than read its saved result."""
     if node.op == "get_attr":
         return True
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
@@ -197,8 +187,8 @@ def _is_recomputed(node: fx.Node, forward: set[fx.Node]) -> bool:
 
 
 def _leaves_block(node: fx.Node, block: int, forward: set[fx.Node]) -> bool:
-    """Whether another block of the stage reads a node, or a view of all of it (views hold no memory of their own);
-    what brings it to another stage keeps nothing."""
+    """Whether another block of the stage reads a node or a full view of it, which has the same memory. Sending it to another
+    stage does not count: nothing is saved for that."""
     for user in node.users:
         reader = block_and_recompute(user)[0]
         if user not in forward or reader == SEND_PREPARATION:
@@ -209,6 +199,6 @@ def _leaves_block(node: fx.Node, block: int, forward: set[fx.Node]) -> bool:
 
 
 def _is_full_view(user: fx.Node, node: fx.Node) -> bool:
-    """Whether a user is a view that shows every element; a slice counts as a copy whether or not it is one."""
+    """Whether a user is a view of all elements; a slice counts as a tensor of its own, whether or not it is one."""
     sizes = [found.numel() for each in (user, node) if isinstance(found := each.meta.get("val"), Tensor)]
     return is_view(user) and len(set(sizes)) == 1

@@ -1,7 +1,7 @@
-"""How an op runs on what one rank holds, so that the result is what its usage says.
+"""How an op runs on one rank's shards, so that its result is placed as its sharding says.
 
-Most ops are their own local function. The table below lists the others: those with sizes among their literals, those
-that average, and those whose kernel must know which part of a dim it holds or must exchange something along it.
+Most ops are called on the local tensors as they are. ``LOCAL_KERNELS`` lists the others: those with sizes among their
+literals, those that average, and those that must know which part of a dim the rank has or must communicate along it.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ REDUCE_NONE, REDUCE_MEAN, REDUCE_SUM = 0, 1, 2  # torch's reductions
 
 
 def run_op(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) -> Any:
-    """The op's local result: a tensor, a tuple of tensors, or ``Written``."""
+    """The op's local result: a tensor, a tuple of tensors, or ``ResultAndBuffers``."""
     kernel = LOCAL_KERNELS.get(local.packet)
     if kernel is not None:
         return kernel(local, tensors, context)
@@ -34,13 +34,13 @@ def run_op(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) ->
 
 
 def _run_in_place_op(local: LocalOp, tensors: Sequence[Tensor]) -> ResultAndBuffers:
-    """An in-place op on a buffer, by its functional twin; a copy takes the source's value in the buffer's dtype."""
+    """An in-place op on a buffer, by its functional form; ``copy_`` converts its source to the buffer's dtype."""
     if local.packet == "copy_":
         result = tensors[1].to(tensors[0].dtype).expand_as(tensors[0])
     else:
         namespace, name, overload = local.op.target.split(".")
-        twin = replace(local.op, target=f"{namespace}.{name.removesuffix('_')}.{overload}")
-        result = replace(local, op=twin).call(tensors).to(tensors[0].dtype)
+        functional = replace(local.op, target=f"{namespace}.{name.removesuffix('_')}.{overload}")
+        result = replace(local, op=functional).call(tensors).to(tensors[0].dtype)
     return ResultAndBuffers(result=result, new_buffers={0: result})
 
 
@@ -53,7 +53,7 @@ def _expand(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) -
 
 
 def _copy(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) -> Tensor:
-    """The second tensor in the place of the first; torch's own form has no derivative."""
+    """The second tensor with shape and dtype of the first; torch's own op has no derivative."""
     return tensors[1].to(tensors[0].dtype).expand(local.local_output_shape())
 
 
@@ -70,13 +70,13 @@ def _linear(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) -
 
 
 def _add_bias_once(bias_position: int) -> "LocalKernel":
-    """The bias, input ``at``, is added on the first rank of those that share the sum."""
+    """A kernel that adds the bias, the input at ``bias_position``, on the first rank of those whose results are summed."""
 
-    def run(local: LocalOp, tensors: Sequence[Tensor], around: KernelContext) -> Any:
-        axes = local.sharding.partial_axes()
-        return local.call(
-            [local.zero_except_first(t, axes) if i == bias_position else t for i, t in enumerate(tensors)]
-        )
+    def run(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) -> Any:
+        inputs = list(tensors)
+        if bias_position < len(inputs):
+            inputs[bias_position] = local.zero_except_first(inputs[bias_position], local.sharding.partial_axes())
+        return local.call(inputs)
 
     return run
 
@@ -85,22 +85,23 @@ def _convolution(local: LocalOp, tensors: Sequence[Tensor], context: KernelConte
     groups = local.op.argument(6, "groups", 1)
     if len(tensors) > 2:
         tensors = (*tensors[:2], local.zero_except_first(tensors[2], local.sharding.partial_axes()))
-    if groups > 1:  # depthwise: as many groups as this rank holds channels
+    if groups > 1:  # depthwise: as many groups as this rank has channels
         return local.call(tensors, groups=groups * local.local_output_shape()[1] // local.output_shapes[0][1])
     return local.call(tensors)
 
 
 def _mean(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) -> Tensor:
-    """A mean over a cut dim is this rank's term of the sum: its mean weighed by its share of the elements."""
+    """Over a sharded dim, this rank's addend: its mean, weighted by its share of the elements."""
     result = local.call(tensors)
     if not local.sharding.partial_axes():
         return result
-    reduced = tensors[0].numel() / max(result.numel(), 1)
+    local_count = tensors[0].numel() / max(result.numel(), 1)
     count = prod(local.input_shapes[0]) / prod(local.output_shapes[0])
-    return result * (reduced / count)
+    return result * (local_count / count)
 
 
 def _elementwise_loss(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) -> Tensor:
+    """Of sharded elements, this rank's addend: a mean is weighted by its share of the elements."""
     result = local.call(tensors)
     reduction = local.op.argument(_REDUCTION_POSITION.get(local.packet, 2), "reduction", REDUCE_MEAN)
     if reduction != REDUCE_MEAN or not local.sharding.partial_axes():
@@ -112,33 +113,34 @@ _REDUCTION_POSITION = {"binary_cross_entropy": 3, "binary_cross_entropy_with_log
 
 
 def _embedding(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) -> Tensor:
-    """A shard of the vocabulary looks up what it has, zeros otherwise."""
+    """With the vocabulary sharded, this rank's addend: the rows that it has, zeros for the others."""
     weight, ids = tensors
     padding = local.op.argument(2, "padding_idx", -1)
     if not nested_shards(local.sharding.inputs[0], 0):
         return local.call(tensors)
-    rows, mine = local.to_local_index(ids, 0, 0)
+    local_ids, is_local = local.to_local_index(ids, 0, 0)
     if padding >= 0:  # the row of the padding gets no gradient
-        counted = mine & (ids != padding)
-        looked_up = F.embedding(rows, weight)
-        looked_up = torch.where(counted.unsqueeze(-1), looked_up, looked_up.detach())
+        is_trained = is_local & (ids != padding)
+        rows = F.embedding(local_ids, weight)
+        rows = torch.where(is_trained.unsqueeze(-1), rows, rows.detach())
     else:
-        looked_up = F.embedding(rows, weight)
-    return torch.where(mine.unsqueeze(-1), looked_up, 0.0)
+        rows = F.embedding(local_ids, weight)
+    return torch.where(is_local.unsqueeze(-1), rows, 0.0)
 
 
 def _grouped_mm(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) -> Tensor:
-    """torch's kernel has no fp64: there every expert takes all rows, and a row keeps its own expert's result."""
-    rows, weights, *ends = tensors
-    if rows.dtype != torch.float64 or len(ends) != 1 or rows.dim() != 2 or weights.dim() != 3:
+    """torch's kernel has no fp64: there every expert multiplies all rows, and each row's own expert is selected."""
+    rows, weights, *offsets = tensors
+    if rows.dtype != torch.float64 or len(offsets) != 1 or rows.dim() != 2 or weights.dim() != 3:
         return local.call(tensors)
-    expert = torch.searchsorted(ends[0], torch.arange(len(rows), device=local.device, dtype=ends[0].dtype), right=True)
-    chosen = expert.unsqueeze(0) == torch.arange(len(weights), device=local.device).unsqueeze(1)
-    return (torch.matmul(rows, weights) * chosen.unsqueeze(-1).to(rows.dtype)).sum(0)
+    (ends,) = offsets
+    expert = torch.searchsorted(ends, torch.arange(len(rows), device=local.device, dtype=ends.dtype), right=True)
+    is_own = expert.unsqueeze(0) == torch.arange(len(weights), device=local.device).unsqueeze(1)
+    return (torch.matmul(rows, weights) * is_own.unsqueeze(-1).to(rows.dtype)).sum(0)
 
 
 def _attention(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) -> Tensor:
-    """With the queries cut, a causal mask starts at the position of this rank's first query."""
+    """With the queries sharded, the causal mask has the global positions of this rank's queries."""
     dropout = local.op.argument(4, "dropout_p", 0.0)
     if dropout > 0.0:
         return _attention_with_dropout(local, tensors, context, dropout)
@@ -153,7 +155,7 @@ def _attention(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext
 def _attention_with_dropout(
     local: LocalOp, tensors: Sequence[Tensor], context: KernelContext, probability: float
 ) -> Tensor:
-    """Attention written out, as its weights are dropped by their global position (sample, head, query, key)."""
+    """Attention written out, because its weights are dropped by their global index (sample, head, query, key)."""
     query, key, value = tensors[:3]
     heads, positions = query.dim() - 3, query.dim() - 2
     if key.shape[heads] != query.shape[heads]:
@@ -183,7 +185,7 @@ def _dropout(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) 
 
 
 def _feature_dropout(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) -> Tensor:
-    """Whole channels (n, c) are dropped."""
+    """Dropout of all elements of a channel (n, c) together."""
     probability, training = local.op.args[1], local.op.args[2]
     if not training or probability == 0.0:
         return tensors[0]
@@ -193,7 +195,7 @@ def _feature_dropout(local: LocalOp, tensors: Sequence[Tensor], context: KernelC
 
 
 def _random_tensor(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) -> Tensor:
-    """rand, randn and their like forms, and bernoulli of a tensor of probabilities."""
+    """rand, randn, their ``_like`` forms, and bernoulli of a tensor of probabilities."""
     shape = local.output_shapes[0]
     if tensors:
         indices = [local.global_indices(0, dim) for dim in range(len(shape))]
@@ -205,13 +207,13 @@ def _random_tensor(local: LocalOp, tensors: Sequence[Tensor], context: KernelCon
         drawn = uniform(indices, shape, context.random_key, local.op.id)
     if local.packet == "bernoulli":
         return (drawn < tensors[0].detach()).to(tensors[0].dtype)
-    named = dict(local.op.kwargs).get("dtype")
-    return drawn.to(getattr(torch, named) if named else tensors[0].dtype if tensors else torch.get_default_dtype())
+    dtype = dict(local.op.kwargs).get("dtype")
+    return drawn.to(getattr(torch, dtype) if dtype else tensors[0].dtype if tensors else torch.get_default_dtype())
 
 
 def _cross_entropy(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) -> Tensor:
-    """Tokens may be cut (this rank's term of the mean over all that are not ignored, or over their classes' weights), and
-    so may the vocabulary (see ``cross_entropy``)."""
+    """Tokens may be sharded, and the vocabulary (see ``cross_entropy``). With sharded tokens, this rank's addend: its losses
+    over the number of all ranks' tokens that are not ignored, or over the sum of their classes' weights."""
     logits, target, *weights = tensors
     reduction = local.op.argument(3, "reduction", REDUCE_MEAN)
     ignored = local.op.argument(4, "ignore_index", -100)
@@ -219,8 +221,16 @@ def _cross_entropy(local: LocalOp, tensors: Sequence[Tensor], context: KernelCon
     tokens = local.sharding.partial_axes()
     smoothing = local.op.argument(5, "label_smoothing", 0.0)
     if logits.dim() == 2 and not (weights and smoothing) and not target.is_floating_point():
-        rows, mine = local.to_local_index(target.clamp(min=0), 0, 1)
-        losses = token_losses(logits, rows, mine, smoothing, local.input_shapes[0][1], local.mesh, vocabulary)
+        local_targets, is_local = local.to_local_index(target.clamp(min=0), 0, 1)
+        losses = token_losses(
+            logits,
+            local_targets,
+            is_local,
+            smoothing=smoothing,
+            num_classes=local.input_shapes[0][1],
+            mesh=local.mesh,
+            vocab_axes=vocabulary,
+        )
         losses = torch.where(target == ignored, 0.0, losses)
         for weight in weights:
             losses = losses * weight[target.clamp(min=0)]
@@ -234,23 +244,23 @@ def _cross_entropy(local: LocalOp, tensors: Sequence[Tensor], context: KernelCon
     if reduction == REDUCE_SUM:
         return total
     targets = context.full_input(1) if tokens else target
-    counted: Tensor = targets != ignored
+    weight_of_token: Tensor = targets != ignored
     for weight in weights:
-        counted = torch.where(counted, weight[targets.clamp(min=0)], 0.0)
-    return total / counted.sum().to(total.dtype)
+        weight_of_token = torch.where(weight_of_token, weight[targets.clamp(min=0)], 0.0)
+    return total / weight_of_token.sum().to(total.dtype)
 
 
 def _nll_loss(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) -> Tensor:
-    """This rank's term: of its tokens, and of targets that lie in its part of the classes."""
-    logs, target = tensors[:2]
+    """With tokens or classes sharded, this rank's addend: the losses of its tokens whose targets are among its classes."""
+    log_probabilities, target = tensors[:2]
     reduction = local.op.argument(3, "reduction", REDUCE_MEAN)
     ignored = local.op.argument(4, "ignore_index", -100)
     if reduction == REDUCE_NONE or not local.sharding.partial_axes():
         return local.call(tensors)
     if nested_shards(local.sharding.inputs[0], 1):
-        rows, mine = local.to_local_index(target.clamp(min=0), 0, 1)
-        own = logs.gather(1, rows.unsqueeze(1)).squeeze(1)
-        total = -torch.where(mine & (target != ignored), own, 0.0).sum()
+        local_targets, is_local = local.to_local_index(target.clamp(min=0), 0, 1)
+        at_target = log_probabilities.gather(1, local_targets.unsqueeze(1)).squeeze(1)
+        total = -torch.where(is_local & (target != ignored), at_target, 0.0).sum()
     else:
         total = local.call(tensors, reduction=REDUCE_SUM)
     if reduction == REDUCE_SUM:
@@ -259,28 +269,28 @@ def _nll_loss(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext)
 
 
 def _batch_norm(local: LocalOp, tensors: Sequence[Tensor], context: KernelContext) -> Any:
-    """Statistics are over the whole micro-batch: with samples cut, sums are exchanged. Variance by two passes."""
+    """Statistics are those of all samples of the micro-batch: with samples sharded, ``sync_batch_norm`` all-reduces sums."""
     op = local.op
     training, momentum, eps = op.args[5], op.args[6], op.args[7]
-    places = {name: op.args[at].index for at, name in _BATCH_NORM_TENSORS if op.args[at] is not None}
+    positions = {name: op.args[at].index for at, name in _BATCH_NORM_TENSORS if op.args[at] is not None}
     if not training:
         return local.call(tensors)
     axes = local.sharding.axes_sharding(local.sharding.rule.input_labels[0][0])
-    running = {name: tensors[places[name]] for name in ("mean", "var") if name in places}
+    running = {name: tensors[positions[name]] for name in ("mean", "var") if name in positions}
     if not axes:
-        written = {places[name] for name in running}
+        written = [positions[name] for name in running]
         copies = [tensor.clone() if at in written else tensor for at, tensor in enumerate(tensors)]
         result = local.call(copies)
-        return ResultAndBuffers(result=result, new_buffers={places[name]: copies[places[name]] for name in running})
+        return ResultAndBuffers(result=result, new_buffers={at: copies[at] for at in written})
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
     count = prod(size for dim, size in enumerate(local.input_shapes[0]) if dim != 1)
-    weight, bias = (tensors[places[name]] if name in places else None for name in ("weight", "bias"))
-    result, mean, var = sync_batch_norm(tensors[0], weight, bias, eps, count, local.mesh, axes)
+    weight, bias = (tensors[positions[name]] if name in positions else None for name in ("weight", "bias"))
+    result, mean, var = sync_batch_norm(tensors[0], weight, bias, eps=eps, count=count, mesh=local.mesh, axes=axes)
     latest = {"mean": mean, "var": var * (count / max(count - 1, 1))}
     return ResultAndBuffers(
         result=result,
         new_buffers={
-            places[name]: torch.lerp(old.to(wide), latest[name], momentum).to(old.dtype)
+            positions[name]: torch.lerp(old.to(wide), latest[name], momentum).to(old.dtype)
             for name, old in running.items()
         },
     )
@@ -289,6 +299,8 @@ def _batch_norm(local: LocalOp, tensors: Sequence[Tensor], context: KernelContex
 _BATCH_NORM_TENSORS = ((1, "weight"), (2, "bias"), (3, "mean"), (4, "var"))
 
 LocalKernel = Callable[[LocalOp, Sequence[Tensor], KernelContext], Any]
+"""(op, its local input tensors, context) -> what ``run_op`` returns."""
+
 LOCAL_KERNELS: dict[str, LocalKernel] = {
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"), _reshape),
     **dict.fromkeys(("expand", "broadcast_to", "expand_as"), _expand),
@@ -323,3 +335,4 @@ LOCAL_KERNELS: dict[str, LocalKernel] = {
     "feature_dropout": _feature_dropout,
     **dict.fromkeys(("rand", "rand_like", "randn", "randn_like", "bernoulli"), _random_tensor),
 }
+"""By the op's name without namespace and overload."""

@@ -1,6 +1,6 @@
 """The collectives of a lowered stage, read off its graphs: kind, axes, bytes and how often a micro-batch runs each.
 
-Bytes are of the whole tensor as one group sees it: a gather's output, a reduce-scatter's input.
+Bytes are those of the full tensor as one group sees it: a gather's output, a reduce-scatter's input.
 """
 
 from collections import Counter
@@ -24,7 +24,7 @@ _COLLECTIVE_KINDS: dict[str, CollectiveKind] = {
 
 @dataclass(frozen=True, slots=True, order=True)
 class LoweredCollective:
-    """One sort of collective."""
+    """A collective of one kind and size over the group of some mesh axes."""
 
     kind: CollectiveKind
     axes: tuple[str, ...]
@@ -35,47 +35,42 @@ class LoweredCollective:
 
 
 def count_lowered_collectives(lowered: LoweredStage, mesh: RankMesh) -> Counter[LoweredCollective]:
-    """How many of each sort one micro-batch runs, forward and backward."""
-    return Counter(
-        [*_collectives_of_graph(lowered.forward.graph, mesh), *_collectives_of_graph(lowered.backward.graph, mesh)]
-    )
+    """How often one micro-batch runs each collective, forward and backward."""
+    return Counter(_collectives_in_order(lowered, mesh))
 
 
 def collective_order(lowered: LoweredStage, mesh: RankMesh) -> list[str]:
-    """All collectives in the order they run, each with its place in the trace, kind and axes, and which gradients are
-    complete in between: what all ranks of a stage must agree on."""
-    found = []
+    """All collectives in the order in which they run, each with its number in the trace, kind and axes, and between them
+    the gradients that become complete: what all ranks of a stage must agree on."""
+    order = []
     for graph in (lowered.forward.graph, lowered.backward.graph):
         for node in graph.nodes:
             if node.target is hand_over_gradient and node.args[4]:
-                found.append(f"gradient {node.args[1]}")
-            found += [f"{node.meta['collective']}: {one.kind} {one.axes}" for one in _collective_of_node(node, mesh)]
-    return found
+                order.append(f"gradient {node.args[1]}")
+            collectives = _collective_of_node(node, mesh)
+            order += [f"{node.meta['collective']}: {each.kind} {each.axes}" for each in collectives]
+    return order
 
 
 def collective_order_by_group(lowered: LoweredStage, mesh: RankMesh) -> dict[str, list[str]]:
-    """Per group of the rank, its collectives in the order they run: what the members of the group must agree on. Ranks
-    of one stage may differ in bytes: where an axis cuts a dim unevenly, the groups across it move tensors of other
-    sizes."""
+    """Per process group of the rank, its collectives in the order in which they run: what the members of the group must
+    agree on. Ranks of one stage may differ in bytes: where an axis shards a dim unevenly, the groups of the other axes
+    communicate tensors of different sizes."""
     group_of = {tuple(mesh.names[axis] for axis in axes): name for axes, name in mesh.group_names.items()}
-    found: dict[str, list[str]] = {name: [] for name in group_of.values()}
-    for counted in _collectives_in_order(lowered, mesh):
-        found[group_of[counted.axes]].append(str(counted))
-    return found
+    by_group: dict[str, list[str]] = {name: [] for name in group_of.values()}
+    for collective in _collectives_in_order(lowered, mesh):
+        by_group[group_of[collective.axes]].append(str(collective))
+    return by_group
 
 
 def _collectives_in_order(lowered: LoweredStage, mesh: RankMesh) -> Iterator[LoweredCollective]:
     for graph in (lowered.forward.graph, lowered.backward.graph):
-        yield from _collectives_of_graph(graph, mesh)
-
-
-def _collectives_of_graph(graph: fx.Graph, mesh: RankMesh) -> Iterator[LoweredCollective]:
-    for node in graph.nodes:
-        yield from _collective_of_node(node, mesh)
+        for node in graph.nodes:
+            yield from _collective_of_node(node, mesh)
 
 
 def _collective_of_node(node: fx.Node, mesh: RankMesh) -> Iterator[LoweredCollective]:
-    """The collective that a node starts, if it does."""
+    """The collective that a node starts, if it starts one."""
     name = str(node.target)
     kind = (
         _COLLECTIVE_KINDS.get(name.split(".")[1])

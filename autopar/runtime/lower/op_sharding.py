@@ -1,16 +1,16 @@
 """What an op's planned placements mean by its sharding rule, axis by axis.
 
-On each axis an op does one of three things, and the placements of all its tensors and their gradients follow:
+On each axis an op does one of three things, from which the placements of all its tensors and their gradients follow:
 
-    sharded      along labels of its rule: inputs with a label are sharded, those without replicated with a partial
-                 gradient; outputs with a label are sharded, those without partial (or replicated, where the kernel
-                 exchanges by itself)
-    passing      linear in its inputs: partial sums in, partial sums out
-    replicated   every rank computes the same; where everything behind it is replicated too, up to parameters whose
-                 gradient may be partial, a partial gradient goes through it (a backward is linear in the gradient)
+    sharded            along labels of its rule: inputs with such a label are sharded, inputs without replicated with a
+                       partial gradient; outputs with such a label are sharded, outputs without partial (or replicated,
+                       where the kernel communicates itself)
+    partial            linear in its inputs: partial sums in, partial sums out
+    replicated         every rank computes the same. A backward is linear in the gradient: where all that the op depends
+                       on is replicated too, up to parameters whose gradients may be partial, its gradients may be partial
 
-The candidate that agrees with most planned placements is taken. So an op never runs on placements under which its local
-result would be wrong, whatever a plan says: what differs from the plan is converted.
+The candidate that agrees with most planned placements is taken, and the inputs are redistributed to it. So an op never
+runs on placements for which its local result would be wrong, whatever a plan says.
 """
 
 from collections.abc import Iterable, Sequence
@@ -33,8 +33,8 @@ _LINEAR_IN_ONE = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AxisSharding:
-    """What an op does on one axis: the placement of each input and output, and of their gradients; ``labels`` it
-    shards."""
+    """What an op does on one axis: the placements of its inputs and outputs and of their gradients. ``labels`` are those of
+    its rule that the axis shards."""
 
     inputs: tuple[Placement, ...]
     input_gradients: tuple[Placement, ...]
@@ -42,15 +42,11 @@ class AxisSharding:
     output_gradients: tuple[Placement, ...]
     labels: frozenset[int]
 
-    @property
-    def replicated(self) -> bool:
-        return not self.labels and PARTIAL not in self.inputs
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpSharding:
-    """What an op does on a mesh: the placements it takes and gives, of its tensors and their gradients. ``labels[a]``
-    are the labels of its rule sharded on axis a; ``exchanges`` whether some of them are exchanged inside the kernel."""
+    """The placements with which an op runs on a mesh, of its inputs and outputs and of their gradients. ``labels[a]`` are
+    the labels of its rule that axis a shards."""
 
     rule: OpShardingRule
     inputs: tuple[Placements, ...]
@@ -60,23 +56,23 @@ class OpSharding:
     labels: tuple[frozenset[int], ...]
 
     def axes_sharding(self, label: int) -> tuple[int, ...]:
-        """The axes that shard a label."""
+        """The axes that shard a label of the rule."""
         return tuple(axis for axis, labels in enumerate(self.labels) if label in labels)
 
     def partial_axes(self, output: int = 0) -> tuple[int, ...]:
-        """The axes on which an output is a partial sum of the op's own making."""
+        """The axes on which an output is partial because the op shards a label there, not because its inputs are partial."""
         placements = self.outputs[output]
         return tuple(axis for axis, labels in enumerate(self.labels) if labels and placements[axis] == PARTIAL)
 
 
 class OpShardingMatcher:
-    """Reads usages of ops of one graph at ``micro_batch`` samples on a mesh of ``sizes``."""
+    """Finds the shardings with which ops of a graph run, at ``micro_batch`` samples on a mesh of ``sizes``."""
 
     def __init__(self, graph: Graph, micro_batch: int, sizes: Sequence[int]) -> None:
         self.graph, self.micro_batch, self.sizes = graph, micro_batch, tuple(sizes)
 
     def global_shape(self, value: int) -> tuple[int, ...]:
-        """The global shape of a value."""
+        """The global shape of a value at the micro-batch's size."""
         return tuple(self.graph.batch.scale(size, self.micro_batch) for size in self.graph.values[value].shape)
 
     def match(
@@ -86,52 +82,55 @@ class OpShardingMatcher:
         outputs: Sequence[Placements],
         partial_gradient_passes: Sequence[bool],
     ) -> OpSharding:
-        """The usage of ``op`` planned with these placements; ``pure[a]``: on axis a a partial gradient may go through
-        it when it is replicated."""
+        """The valid sharding of ``op`` that agrees with most of the planned placements of its inputs and outputs.
+
+        ``partial_gradient_passes[a]``: the gradients of the op may be partial on axis a where it is replicated. Axes,
+        the innermost first, are replicated until every tensor's shape allows its shards."""
         rule = sharding_rule(op, self.graph.values)
-        call = _AxisCandidates(rule, op, self)
-        uses = [
-            call.best_match(
+        candidates = _AxisCandidates(rule, op, self)
+        per_axis = [
+            candidates.best_match(
                 axis,
                 [placements[axis] for placements in inputs],
                 [placements[axis] for placements in outputs],
                 partial_gradient_passes[axis],
             )
             if size > 1
-            else call.replicated(partial_gradient_passes[axis])
+            else candidates.replicated(partial_gradient_passes[axis])
             for axis, size in enumerate(self.sizes)
         ]
         for axis in reversed(range(len(self.sizes))):
-            if self._is_legal(op, uses):
+            if self._is_legal(op, per_axis):
                 break
-            uses[axis] = call.replicated(partial_gradient_passes[axis])
+            per_axis[axis] = candidates.replicated(partial_gradient_passes[axis])
         return OpSharding(
             rule=rule,
-            inputs=_placements_per_tensor(use.inputs for use in uses),
-            input_gradients=_placements_per_tensor(use.input_gradients for use in uses),
-            outputs=_placements_per_tensor(use.outputs for use in uses),
-            output_gradients=_placements_per_tensor(use.output_gradients for use in uses),
-            labels=tuple(use.labels for use in uses),
+            inputs=_placements_per_tensor(each.inputs for each in per_axis),
+            input_gradients=_placements_per_tensor(each.input_gradients for each in per_axis),
+            outputs=_placements_per_tensor(each.outputs for each in per_axis),
+            output_gradients=_placements_per_tensor(each.output_gradients for each in per_axis),
+            labels=tuple(each.labels for each in per_axis),
         )
 
     def _is_legal(self, op: Op, per_axis: Sequence[AxisSharding]) -> bool:
         sides = (
-            (op.inputs, _placements_per_tensor(use.inputs for use in per_axis)),
-            (op.outputs, _placements_per_tensor(use.outputs for use in per_axis)),
+            (op.inputs, _placements_per_tensor(each.inputs for each in per_axis)),
+            (op.outputs, _placements_per_tensor(each.outputs for each in per_axis)),
         )
         return all(
             is_legal(self.global_shape(value), placements, self.sizes)
-            for values, placed in sides
-            for value, placements in zip(values, placed, strict=True)
+            for values, placements_of_values in sides
+            for value, placements in zip(values, placements_of_values, strict=True)
         )
 
 
 def _placements_per_tensor(per_axis: Iterable[Sequence[Placement]]) -> tuple[Placements, ...]:
+    """Transposes placements by axis and tensor to placements by tensor and axis."""
     return tuple(zip(*per_axis, strict=True))
 
 
 class _AxisCandidates:
-    """One op with its rule: makes and compares what it may do on an axis."""
+    """What one op may do on an axis by its rule, and how well that agrees with a plan."""
 
     def __init__(self, rule: OpShardingRule, op: Op, matcher: OpShardingMatcher) -> None:
         self.rule, self.op, self.matcher = rule, op, matcher
@@ -155,6 +154,7 @@ class _AxisCandidates:
     def best_match(
         self, axis: int, inputs: Sequence[Placement], outputs: Sequence[Placement], partial_gradient_passes: bool
     ) -> AxisSharding:
+        """Of all that the op may do on ``axis``, what agrees with most of these placements of its inputs and outputs."""
         candidates = [self.replicated(partial_gradient_passes)]
         if PARTIAL in inputs and self._is_linear():
             candidates.append(self._partial_through())
@@ -165,14 +165,14 @@ class _AxisCandidates:
             if factors is not None and can_run_sharded(self.op, self.rule, factors):
                 candidates.append(self._sharded(factors))
 
-        def agreeing(use: AxisSharding) -> int:
-            return sum(
-                have == planned for have, planned in zip((*use.inputs, *use.outputs), (*inputs, *outputs), strict=True)
-            )
+        def num_agreeing(candidate: AxisSharding) -> int:
+            placements = (*candidate.inputs, *candidate.outputs)
+            return sum(own == planned for own, planned in zip(placements, (*inputs, *outputs), strict=True))
 
-        return max(candidates, key=agreeing)
+        return max(candidates, key=num_agreeing)
 
     def replicated(self, partial_gradient_passes: bool) -> AxisSharding:
+        """The op replicated on an axis, with replicated or partial gradients."""
         gradient: Placement = PARTIAL if partial_gradient_passes else REPLICATE
         return AxisSharding(
             inputs=(REPLICATE,) * len(self.inputs),
@@ -203,7 +203,8 @@ class _AxisCandidates:
         )
 
     def _split_factors(self, dims: Sequence[int], shard: Shard, degree: int) -> dict[int, int] | None:
-        """label -> split factor, when the tensor of ``dims`` is sharded so; None where the op cannot run like that."""
+        """Label -> split factor of all labels that are sharded when a tensor whose dims have the labels ``dims`` is sharded
+        as ``shard`` over ``degree`` ranks; None where the op cannot run so."""
         label = dims[shard.dim] if shard.dim < len(dims) else NO_LABEL
         if label == NO_LABEL or self._is_unshardable(label):
             return None
@@ -211,42 +212,43 @@ class _AxisCandidates:
         if group is None:
             divides = self.label_sizes[label] % shard.split_factor == 0
             return {label: shard.split_factor} if divides and self.label_sizes[label] >= degree else None
-        here = next(side for side in group if label in side)
-        start = shard.split_factor * prod(self.label_sizes[other] for other in here[: here.index(label)])
+        own_side = next(side for side in group if label in side)
+        num_pieces = shard.split_factor * prod(self.label_sizes[other] for other in own_side[: own_side.index(label)])
         factors: dict[int, int] = {}
         for side in group:
-            found = self._label_at(side, start, degree)
-            if found is None or self._is_unshardable(found[0]):
+            label_and_factor = self._label_at(side, num_pieces, degree)
+            if label_and_factor is None or self._is_unshardable(label_and_factor[0]):
                 return None
-            factors[found[0]] = found[1]
-        # A label that no tensor shows stands for whole outputs of a split, which a shard would give to different ranks.
+            factors[label_and_factor[0]] = label_and_factor[1]
+        # A label that no tensor shows counts the outputs of a split, which a shard would give to different ranks.
         shown = {label for dims in (*self.rule.input_labels, *self.rule.output_labels) for label in dims}
         return factors if self.rule.compute == "attention" or shown.issuperset(factors) else None
 
-    def _label_at(self, side: Sequence[int], start: int, degree: int) -> tuple[int, int] | None:
-        """The label of a side, and its split factor, that a shard of the flattened side in ``start`` pieces is of."""
-        before = 1
+    def _label_at(self, side: Sequence[int], num_pieces: int, degree: int) -> tuple[int, int] | None:
+        """The label of one side of a view, and its split factor, that are sharded when the flattened side is sharded in
+        ``num_pieces`` pieces; None where the pieces, or their ``degree`` chunks, do not divide it."""
+        outer_size = 1
         for label in side:
             size = self.label_sizes[label]
-            if before <= start < before * size:
-                factor, rest = divmod(start, before)
-                if rest or size % factor or (size // factor) % degree:
+            if outer_size <= num_pieces < outer_size * size:
+                factor, remainder = divmod(num_pieces, outer_size)
+                if remainder or size % factor or (size // factor) % degree:
                     return None
                 return label, factor
-            before *= size
+            outer_size *= size
         return None
 
     def _is_unshardable(self, label: int) -> bool:
         return label < len(self.rule.label_kinds) and self.rule.label_kinds[label] == "replicated"
 
     def _sharded(self, factors: dict[int, int]) -> AxisSharding:
-        inside = any(
+        in_kernel = any(
             label < len(self.rule.label_kinds) and self.rule.label_kinds[label] == "collective" for label in factors
         )
         shown = any(label in dims for dims in self.rule.output_labels for label in factors)
-        lacking = REPLICATE if inside and not shown else PARTIAL
+        unlabelled = REPLICATE if in_kernel and not shown else PARTIAL
         inputs = [_shard(dims, factors) for dims in self.rule.input_labels]
-        outputs = tuple(_shard(dims, factors) or lacking for dims in self.rule.output_labels)
+        outputs = tuple(_shard(dims, factors) or unlabelled for dims in self.rule.output_labels)
         return AxisSharding(
             inputs=tuple(shard or REPLICATE for shard in inputs),
             input_gradients=tuple(
@@ -254,13 +256,14 @@ class _AxisCandidates:
                 for shard, value in zip(inputs, self.inputs, strict=True)
             ),
             outputs=outputs,
-            output_gradients=gradient_placements(outputs),
+            output_gradients=replicate_partial_axes(outputs),
             labels=frozenset(factors),
         )
 
 
 def _shard(dims: Sequence[int], factors: dict[int, int]) -> Shard | None:
-    """Of a tensor with labels ``dims``, that of the first with a split factor; None where none has."""
+    """The shard of a tensor whose dims have the labels ``dims``: of the first dim with a split factor; None where none
+    has one."""
     for dim, label in enumerate(dims):
         if label in factors:
             return Shard(dim, factors[label])
@@ -268,10 +271,11 @@ def _shard(dims: Sequence[int], factors: dict[int, int]) -> Shard | None:
 
 
 def replicate_unit_axes(placements: Placements, sizes: Sequence[int]) -> Placements:
-    """``placements`` with those of axes of one rank, where all mean the same, as ``REPLICATE``."""
+    """``placements`` with Replicate on axes of one rank, where all placements mean the same."""
     return tuple(REPLICATE if size == 1 else each for each, size in zip(placements, sizes, strict=True))
 
 
-def gradient_placements(placements: Placements) -> Placements:
-    """Where the gradient of a tensor is whose readers want nothing else: partial sums have replicated gradients."""
+def replicate_partial_axes(placements: Placements) -> Placements:
+    """``placements`` with Replicate for Partial: of a sum after its reduction, and of the gradient of a value whose
+    readers need no other."""
     return tuple(REPLICATE if placement == PARTIAL else placement for placement in placements)

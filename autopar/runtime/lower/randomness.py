@@ -2,7 +2,7 @@
 
     u(i) = splitmix64(key + op * A + i * B) mod 2^24 / 2^24;  dropout keeps where u(i) >= p, and scales by 1 / (1 - p)
 
-``key`` holds the seed, the step and the micro-batch. Computing it again gives the same mask, so recomputation is exact.
+``key`` is made of the seed, the step and the micro-batch. The same key gives the same mask, so recomputation is exact.
 Hash: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
 """
 
@@ -22,9 +22,9 @@ def _as_int64(number: int) -> int:
 
 
 def micro_batch_key(seed: int, step: int, microbatch: int) -> int:
-    """The number that all random ops of one micro-batch start from.
+    """The key, an int64, of all random ops of one micro-batch.
 
-    >>> step_key(0, 1, 2) == step_key(0, 1, 2), step_key(0, 1, 2) == step_key(0, 2, 1)
+    >>> micro_batch_key(0, 1, 2) == micro_batch_key(0, 1, 2), micro_batch_key(0, 1, 2) == micro_batch_key(0, 2, 1)
     (True, False)
     """
     return _as_int64(
@@ -33,48 +33,49 @@ def micro_batch_key(seed: int, step: int, microbatch: int) -> int:
 
 
 def splitmix64(number: Tensor) -> Tensor:
-    """splitmix64's finaliser, element by element, on int64 that wraps around."""
+    """splitmix64's finaliser, elementwise, on int64 that wraps around."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         number = (number ^ _logical_shift_right(number, shift)) * _as_int64(factor)
     return number ^ _logical_shift_right(number, 31)
 
 
 def _logical_shift_right(number: Tensor, bits: int) -> Tensor:
-    """A logical shift to the right."""
+    """``number >> bits`` with zeros shifted in."""
     return (number >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def uniform(indices: Sequence[Tensor], sizes: Sequence[int], key: Tensor | None, op: int, draw: int = 0) -> Tensor:
-    """u(i) in [0, 1), fp32, of an op's ``draw``-th number per element; ``indices`` are the global indices per dim of a
-    tensor of global ``sizes``."""
+    """u(i) in [0, 1), fp32, one number per element of the local tensor whose global indices, per dim of a tensor of global
+    ``sizes``, are ``indices``. ``op`` is the op's id in the graph, ``draw`` tells its several numbers per element apart."""
     assert key is not None
-    place = torch.zeros((), dtype=torch.int64, device=key.device)
+    flat_index = torch.zeros((), dtype=torch.int64, device=key.device)
     for dim, (index, size) in enumerate(zip(indices, sizes, strict=True)):
         shape = [1] * len(sizes)
         shape[dim] = len(index)
-        place = place * size + index.view(shape)
+        flat_index = flat_index * size + index.view(shape)
     start = splitmix64(key + _as_int64(op * _GOLDEN)) + draw
-    number = splitmix64(start + place * _as_int64(_GOLDEN))
+    number = splitmix64(start + flat_index * _as_int64(_GOLDEN))
     return (number & ((1 << _BITS) - 1)).to(torch.float32) / (1 << _BITS)
 
 
 def normal(indices: Sequence[Tensor], sizes: Sequence[int], key: Tensor | None, op: int) -> Tensor:
-    """N(0, 1) of two uniform numbers (Box and Muller, 1958), fp32."""
-    radius = torch.sqrt(-2 * torch.log(1 - uniform(indices, sizes, key, op)))  # of numbers in (0, 1]
+    """N(0, 1), fp32, from two numbers of ``uniform`` per element (Box and Muller, 1958)."""
+    radius = torch.sqrt(-2 * torch.log(1 - uniform(indices, sizes, key, op)))  # the logarithm is of numbers in (0, 1]
     return radius * torch.cos(2 * torch.pi * uniform(indices, sizes, key, op, 1))
 
 
 def dropout_mask(
     indices: Sequence[Tensor], sizes: Sequence[int], probability: float, key: Tensor | None, op: int
 ) -> Tensor:
-    """Which elements a dropout keeps."""
+    """True for the elements that dropout keeps; arguments as of ``uniform``."""
     return uniform(indices, sizes, key, op) >= probability
 
 
 def apply_dropout(
     tensor: Tensor, indices: Sequence[Tensor], sizes: Sequence[int], probability: float, key: Tensor | None, op: int
 ) -> Tensor:
-    """``tensor`` with dropout; ``indices`` and ``sizes`` may end before its dims do."""
+    """``tensor`` with dropout. Where ``indices`` and ``sizes`` are of its first dims only, elements along the other dims
+    are dropped together."""
     mask = dropout_mask(indices, sizes, probability, key, op)
     mask = mask.view(*mask.shape, *[1] * (tensor.dim() - len(sizes)))
     return tensor * mask.to(tensor.dtype) / (1.0 - probability)

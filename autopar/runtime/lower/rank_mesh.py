@@ -1,12 +1,12 @@
-"""The process groups of a stage's mesh, as one rank sees them.
+"""A stage's mesh and its process groups, as one rank sees them.
 
-Groups are made by all ranks of the world, for all stages, in one order (``new_group`` is collective), and are shared by
-stages on the same devices. A group over several axes is the flattened one: ranks in row-major order.
+Groups are created by all ranks of the world, for all stages, in one order (``new_group`` is collective), and are shared
+by stages on the same devices. A group over several axes is the flattened one: ranks in row-major order.
 """
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
@@ -17,8 +17,8 @@ from autopar.core.plan import StagePlan
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RankMesh:
-    """Axis ``names`` and ``sizes`` (outermost first), the rank's ``coordinate`` on them (that of the first rank where
-    it is not a member), and per set of axes the name of the group that the rank is in."""
+    """Axis ``names`` and ``sizes``, outermost first; the rank's ``coordinate`` on them, that of ``first_rank`` where it is not
+    a member; and per set of axes the name of the process group that the rank is in."""
 
     names: tuple[str, ...]
     sizes: tuple[int, ...]
@@ -28,30 +28,32 @@ class RankMesh:
 
     @property
     def num_ranks(self) -> int:
+        """The number of ranks on the mesh."""
         return prod(self.sizes)
 
     def contains(self, rank: int) -> bool:
+        """Whether a rank of the world is on the mesh."""
         return self.first_rank <= rank < self.first_rank + self.num_ranks
 
     def degree(self, axes: Sequence[int]) -> int:
-        """Ranks of a group over these axes."""
+        """The number of ranks of a group over these axes."""
         return prod(self.sizes[axis] for axis in axes)
 
     def rank_in_group(self, axes: Sequence[int]) -> int:
-        """The rank's place in its group over these axes."""
-        place = 0
+        """The rank's index in its group over these axes."""
+        index = 0
         for axis in axes:
-            place = place * self.sizes[axis] + self.coordinate[axis]
-        return place
+            index = index * self.sizes[axis] + self.coordinate[axis]
+        return index
 
     def coordinate_of(self, rank: int) -> tuple[int, ...]:
-        """Where a rank of the world lies on the mesh."""
-        rest = rank - self.first_rank
-        found = []
+        """The coordinate on the mesh of a rank of the world."""
+        remaining = rank - self.first_rank
+        coordinate = []
         for size in reversed(self.sizes):
-            rest, place = divmod(rest, size)
-            found.append(place)
-        return tuple(reversed(found))
+            remaining, index = divmod(remaining, size)
+            coordinate.append(index)
+        return tuple(reversed(coordinate))
 
 
 def axis_groups(first_rank: int, sizes: Sequence[int], axes: Sequence[int]) -> list[tuple[int, ...]]:
@@ -67,8 +69,9 @@ def axis_groups(first_rank: int, sizes: Sequence[int], axes: Sequence[int]) -> l
 
 
 def make_meshes(stages: Sequence[StagePlan], rank: int) -> tuple[RankMesh, ...]:
-    """The mesh of every stage; collective over the world. Groups of one rank are left out: nothing runs on them."""
-    known: dict[tuple[int, ...], str] = {}
+    """The mesh of every stage as ``rank`` sees it; collective over the world. Groups with an axis of one rank are left out:
+    collectives run over the axes above one."""
+    name_of: dict[tuple[int, ...], str] = {}
     meshes = []
     for stage in stages:
         sizes = tuple(axis.size for axis in stage.axes)
@@ -78,11 +81,11 @@ def make_meshes(stages: Sequence[StagePlan], rank: int) -> tuple[RankMesh, ...]:
                 if any(sizes[axis] == 1 for axis in axes):
                     continue
                 for ranks in axis_groups(stage.first_device, sizes, axes):
-                    if ranks not in known:
+                    if ranks not in name_of:
                         group = dist.new_group(list(ranks))
-                        known[ranks] = getattr(group, "group_name", "")
+                        name_of[ranks] = getattr(group, "group_name", "")
                     if rank in ranks:
-                        groups[axes] = known[ranks]
+                        groups[axes] = name_of[ranks]
         mesh = RankMesh(
             names=tuple(axis.name for axis in stage.axes),
             sizes=sizes,
@@ -90,13 +93,5 @@ def make_meshes(stages: Sequence[StagePlan], rank: int) -> tuple[RankMesh, ...]:
             coordinate=(0,) * len(sizes),
             group_names=groups,
         )
-        if mesh.contains(rank):
-            mesh = RankMesh(
-                names=mesh.names,
-                sizes=sizes,
-                first_rank=stage.first_device,
-                coordinate=mesh.coordinate_of(rank),
-                group_names=groups,
-            )
-        meshes.append(mesh)
+        meshes.append(replace(mesh, coordinate=mesh.coordinate_of(rank)) if mesh.contains(rank) else mesh)
     return tuple(meshes)

@@ -1,14 +1,15 @@
-"""Redistributes a local tensor from some placements on a mesh to others, and its gradient back.
+"""Redistributes a tensor inside a mesh: from this rank's shard in one placement to its shard in another, differentiable.
 
-One step changes one axis (an all-reduce, all axes that it concerns):
+One step changes one axis (an all-reduce all partial axes at once):
 
     P -> R  all_reduce     P -> S  reduce_scatter     S -> R  all_gather     S -> S'  all_to_all
     R -> S  a local slice  R -> P  zeros everywhere but on the first rank of the axis
-    S -> P  the rank's part among zeros
+    S -> P  the rank's shard, padded with zeros to the full extent
 
-Slices come first, gathers last, so that collectives move as little as they can. Where several axes shard alike (the
-same dim and split factor), only the innermost may leave or join: the ones inside are gathered first and sliced again.
-Functional collectives are called by the name of their group, so a trace of ``move`` holds them as nodes.
+Slices come first and gathers last, so that collectives communicate as little as possible. Of several axes with the same
+shard (dim and split factor) only the innermost can be changed; to change another, those inside it are gathered first and
+sliced anew afterwards. Functional collectives are called with the name of their process group, so that a trace of
+``redistribute`` has them as nodes.
 """
 
 from collections.abc import Sequence
@@ -28,30 +29,33 @@ from autopar.runtime.lower.shards import Shape
 
 
 def redistribute(local: Tensor, shape: Shape, source: Placements, target: Placements, mesh: RankMesh) -> Tensor:
-    """``local`` of a tensor of global ``shape`` in ``source``, redistributed to ``target``; contiguous unless nothing
-    changes."""
+    """This rank's shard of a tensor of global ``shape``, redistributed from ``source`` to ``target``. Contiguous; ``local``
+    itself where the two are equal."""
     if source == target:
         return local
-    mover = _Redistributor(local, shape, source, target, mesh)
+    redistributor = _Redistributor(local, shape, source, target, mesh)
     with annotate_redistribution():
-        mover.run()
-        moved = mover.local.contiguous()
-    assert mover.current == list(target), (source, target, mover.current)
-    return moved
+        redistributor.run()
+        redistributed = redistributor.local.contiguous()
+    assert redistributor.current == list(target), (source, target, redistributor.current)
+    return redistributed
 
 
 def annotate_redistribution() -> AbstractContextManager[Any]:
-    """Nodes traced inside bring a tensor to a collective or from it; what they are may differ from rank to rank."""
-    return traceback.annotate({"moves": True}) if traceback.has_preserved_node_meta() else nullcontext()
+    """Nodes traced inside prepare a tensor for a collective or take one from it; they may differ from rank to rank."""
+    return traceback.annotate({"redistribution": True}) if traceback.has_preserved_node_meta() else nullcontext()
 
 
 class _Redistributor:
+    """One redistribution under way: ``local`` is placed as ``current``, which ``run`` changes step by step to ``target``."""
+
     def __init__(self, local: Tensor, shape: Shape, source: Placements, target: Placements, mesh: RankMesh) -> None:
         self.local, self.shape, self.mesh = local, tuple(shape), mesh
         self.current: list[Placement] = list(source)
         self.target = target
 
     def run(self) -> None:
+        """Change every axis to its target."""
         axes = range(len(self.target))
         for axis in axes:
             if self.current[axis] == REPLICATE and self._can_shard(axis) and self._would_stay_sharded(axis):
@@ -59,10 +63,10 @@ class _Redistributor:
         for axis in axes:
             if self.current[axis] == PARTIAL and isinstance(self.target[axis], Shard) and self._can_shard(axis):
                 self._reduce_scatter(axis)
-        summed = tuple(axis for axis in axes if self.current[axis] == PARTIAL and self.target[axis] != PARTIAL)
-        if summed:
-            self.local = all_reduce(self.local, self.mesh, summed)
-            for axis in summed:
+        reduced = tuple(axis for axis in axes if self.current[axis] == PARTIAL and self.target[axis] != PARTIAL)
+        if reduced:
+            self.local = all_reduce(self.local, self.mesh, reduced)
+            for axis in reduced:
                 self.current[axis] = REPLICATE
         for axis in reversed(axes):
             shard = self.current[axis]
@@ -77,39 +81,41 @@ class _Redistributor:
             if self.current[axis] != self.target[axis] and isinstance(self.target[axis], Shard):
                 assert self._can_shard(axis), (self.current, self.target)
                 self._slice(axis)
-        first = [axis for axis in axes if self.current[axis] == REPLICATE and self.target[axis] == PARTIAL]
-        if any(self.mesh.coordinate[axis] for axis in first):
+        made_partial = [axis for axis in axes if self.current[axis] == REPLICATE and self.target[axis] == PARTIAL]
+        if any(self.mesh.coordinate[axis] for axis in made_partial):
             self.local = torch.zeros_like(self.local)
-        for axis in first:
+        for axis in made_partial:
             self.current[axis] = PARTIAL
 
     def _inner_axes(self, axis: int, placement: Placement) -> list[int]:
-        """Axes that shard just as ``placement`` does on ``axis``, inside it."""
+        """The axes inside ``axis`` whose placement is the same shard, ``placement``."""
         return [other for other in range(axis + 1, len(self.current)) if self.current[other] == placement]
 
     def _with_placement(self, axis: int, placement: Placement) -> Placements:
         return tuple(placement if at == axis else old for at, old in enumerate(self.current))
 
     def _can_shard(self, axis: int) -> bool:
+        """Whether ``axis`` can take its target shard now: legal, and no axis inside has the same shard already."""
         shard = self.target[axis]
         if not isinstance(shard, Shard) or self._inner_axes(axis, shard):
             return False
         return is_legal(self.shape, self._with_placement(axis, shard), self.mesh.sizes)
 
     def _would_stay_sharded(self, axis: int) -> bool:
-        """Whether a shard of ``axis`` would stay: those of its dim that are there already do not leave."""
+        """Whether the target shard of ``axis``, once made, need not be gathered: no other shard of its dim changes."""
         dim = self.target[axis].shard_dim
         return not any(old.shard_dim == dim and old != new for old, new in zip(self.current, self.target, strict=True))
 
     def _can_all_to_all(self, axis: int) -> bool:
-        """Whether one all_to_all may bring the axis from its shard to another."""
+        """Whether one all_to_all can change ``axis`` from its shard to the target's, of another dim."""
         old, new = self.current[axis], self.target[axis]
         if not (isinstance(old, Shard) and isinstance(new, Shard)) or old.dim == new.dim:
             return False
         return not self._inner_axes(axis, old) and self._can_shard(axis)
 
     def _axes_to_gather(self) -> list[int]:
-        """Axes that must be gathered, in order: those whose shard changes, and those inside them."""
+        """The axes that must be gathered, in order: those whose shard changes, those inside them with the same shard, and
+        those that no new shard of their dim can nest with."""
         leaving = {
             axis
             for axis, (old, new) in enumerate(zip(self.current, self.target, strict=True))
@@ -122,28 +128,30 @@ class _Redistributor:
             more = {inner for axis in leaving for inner in self._inner_axes(axis, self.current[axis])}
             more |= {inner for axis in joining for inner in self._inner_axes(axis, self.target[axis])}
             for axis in joining:  # a shard that is not legal inside those that stay
-                stays = tuple(REPLICATE if at in leaving else old for at, old in enumerate(self.current))
-                joined = tuple(self.target[axis] if at == axis else old for at, old in enumerate(stays))
+                staying = tuple(REPLICATE if other in leaving else old for other, old in enumerate(self.current))
+                joined = (*staying[:axis], self.target[axis], *staying[axis + 1 :])
                 if not is_legal(self.shape, joined, self.mesh.sizes):
                     dim = self.target[axis].shard_dim
-                    more |= {at for at, old in enumerate(stays) if old.shard_dim == dim}
+                    more |= {other for other, old in enumerate(staying) if old.shard_dim == dim}
             if more <= leaving:
                 break
             leaving |= more
 
-        def inside(axis: int, other: int) -> bool:
-            """Whether ``other`` shards the dim of ``axis`` further in."""
-            mine, theirs = self.current[axis], self.current[other]
-            assert isinstance(mine, Shard)
-            assert isinstance(theirs, Shard)
-            return mine.dim == theirs.dim and (mine.split_factor, axis) < (theirs.split_factor, other)
+        def is_inside(other: int, axis: int) -> bool:
+            """Whether the shard of ``other`` nests inside the one of ``axis``."""
+            outer, inner = self.current[axis], self.current[other]
+            assert isinstance(outer, Shard)
+            assert isinstance(inner, Shard)
+            return outer.dim == inner.dim and (outer.split_factor, axis) < (inner.split_factor, other)
 
-        left = [axis for axis in sorted(leaving) if isinstance(self.current[axis], Shard)]
-        found = []
-        while left:  # the outermost that may: its links are the slowest, and what it brings the least
-            found.append(next(axis for axis in left if not any(inside(axis, other) for other in left)))
-            left.remove(found[-1])
-        return found
+        remaining = [axis for axis in sorted(leaving) if isinstance(self.current[axis], Shard)]
+        order = []
+        while (
+            remaining
+        ):  # first the outermost axis that can: its links are the slowest, and the first gather the smallest
+            order.append(next(axis for axis in remaining if not any(is_inside(other, axis) for other in remaining)))
+            remaining.remove(order[-1])
+        return order
 
     def _slice(self, axis: int) -> None:
         shard = self.target[axis]
@@ -155,7 +163,7 @@ class _Redistributor:
         self.current[axis] = shard
 
     def _shard_to_partial(self, axis: int, shard: Shard) -> None:
-        """A sharded tensor is the sum of its parts, each among zeros."""
+        """A sharded tensor is the sum of its shards, each padded with zeros to the full extent."""
         pieces = local_split_factor(tuple(self.current), axis, self.mesh.sizes)
         extent = self._unsharded_extent(axis, shard, pieces)
         start, length = chunk_bounds(extent, self.mesh.sizes[axis], self.mesh.coordinate[axis])
@@ -169,9 +177,9 @@ class _Redistributor:
         self.current[axis] = PARTIAL
 
     def _unsharded_extent(self, axis: int, shard: Shard, split_factor: int) -> int:
-        """Elements of one local piece when ``axis`` does not shard it."""
-        whole = local_shape(self.shape, self._with_placement(axis, REPLICATE), self.mesh.sizes, self.mesh.coordinate)
-        return whole[shard.dim] // split_factor
+        """Elements of one local piece (of ``split_factor``) of the shard's dim when ``axis`` does not shard it."""
+        gathered = local_shape(self.shape, self._with_placement(axis, REPLICATE), self.mesh.sizes, self.mesh.coordinate)
+        return gathered[shard.dim] // split_factor
 
     def _all_gather(self, axis: int) -> None:
         shard = self.current[axis]
@@ -206,15 +214,16 @@ class _Redistributor:
         split = _split_pieces(received, old.dim + 1, old_pieces).movedim(
             0, old.dim + 1
         )  # (.., pieces, degree, chunk, ..)
-        whole = split.flatten(old.dim + 1, old.dim + 2).narrow(old.dim + 1, 0, old_extent).flatten(old.dim, old.dim + 1)
+        gathered = split.flatten(old.dim + 1, old.dim + 2).narrow(old.dim + 1, 0, old_extent)
+        gathered = gathered.flatten(old.dim, old.dim + 1)
         _, length = chunk_bounds(new_extent, degree, self.mesh.coordinate[axis])
-        mine = _split_pieces(whole, new.dim, new_pieces).narrow(new.dim + 1, 0, length)
-        self.local = mine.flatten(new.dim, new.dim + 1)
+        own = _split_pieces(gathered, new.dim, new_pieces).narrow(new.dim + 1, 0, length)
+        self.local = own.flatten(new.dim, new.dim + 1)
         self.current[axis] = new
 
 
 def _split_pieces(tensor: Tensor, dim: int, split_factor: int) -> Tensor:
-    """``dim`` as (pieces, rest), also of an empty tensor."""
+    """``dim`` unflattened to two dims, (pieces, elements of a piece); also of an empty tensor."""
     shape = list(tensor.shape)
     return tensor.reshape(*shape[:dim], split_factor, shape[dim] // split_factor, *shape[dim + 1 :])
 
@@ -222,7 +231,8 @@ def _split_pieces(tensor: Tensor, dim: int, split_factor: int) -> Tensor:
 def all_gather_shards(
     local: Tensor, dim: int, split_factor: int, extent: int, mesh: RankMesh, axes: Sequence[int]
 ) -> Tensor:
-    """All-gather chunks of ``pieces`` pieces of ``extent`` elements along ``dim`` over the flattened ``axes``."""
+    """All-gather along ``dim`` over the flattened ``axes``: the dim is ``split_factor`` pieces of ``extent`` elements, and
+    ``local`` has this rank's chunk of each."""
     degree = mesh.degree(axes)
     if degree == 1:
         return local
@@ -233,7 +243,8 @@ def all_gather_shards(
 
 
 def reduce_scatter_shards(local: Tensor, dim: int, split_factor: int, mesh: RankMesh, axes: Sequence[int]) -> Tensor:
-    """Reduce-scatter: the inverse of ``gather_pieces`` on sums."""
+    """Reduce-scatter along ``dim``: this rank's chunk of each of ``split_factor`` pieces of the sum over the flattened
+    ``axes``; placed as ``all_gather_shards`` takes it."""
     degree = mesh.degree(axes)
     if degree == 1:
         return local
@@ -256,12 +267,12 @@ def _pad_end(tensor: Tensor, dim: int, size: int) -> Tensor:
 
 
 def all_reduce(local: Tensor, mesh: RankMesh, axes: Sequence[int], reduction: str = "sum") -> Tensor:
-    """Over the flattened group of ``axes``."""
+    """The sum (or other ``reduction``, as torch names it) over the flattened group of ``axes``."""
     return _run_collective("all_reduce", local, reduction, mesh=mesh, axes=axes)
 
 
 def all_gather(local: Tensor, mesh: RankMesh, axes: Sequence[int]) -> Tensor:
-    """(degree, *local.shape)."""
+    """The local tensors of the flattened group of ``axes``, stacked by rank: (degree, *local.shape)."""
     degree = mesh.degree(axes)
     if degree == 1:
         return local.unsqueeze(0)
@@ -270,34 +281,36 @@ def all_gather(local: Tensor, mesh: RankMesh, axes: Sequence[int]) -> Tensor:
 
 
 def reduce_scatter(parts: Tensor, mesh: RankMesh, axes: Sequence[int]) -> Tensor:
-    """(degree, ...) -> what this rank keeps of the sum."""
+    """(degree, ...) -> (...): part k of the sum over the flattened group of ``axes`` for its rank k."""
     degree = mesh.degree(axes)
     flat = _run_collective("reduce_scatter_tensor", parts.reshape(-1), "sum", degree, mesh=mesh, axes=axes)
     return flat.view(parts.shape[1:])
 
 
 def all_to_all(parts: Tensor, mesh: RankMesh, axes: Sequence[int]) -> Tensor:
-    """(degree, ...) -> (degree, ...): part k goes to rank k of the group, and comes from it."""
+    """(degree, ...) -> (degree, ...): part k is sent to rank k of the flattened group of ``axes``, and received from it."""
     flat = parts.reshape(parts.shape[0], -1)
     sizes = [1] * parts.shape[0]
     return _run_collective("all_to_all_single", flat, sizes, sizes, mesh=mesh, axes=axes).view(parts.shape)
 
 
 def _run_collective(name: str, local: Tensor, *args: object, mesh: RankMesh, axes: Sequence[int]) -> Tensor:
-    real = tuple(axis for axis in axes if mesh.sizes[axis] > 1)
-    if not real:
+    """Run a functional collective of torch and wait for it; axes of one rank do not take part."""
+    axes_above_one = tuple(axis for axis in axes if mesh.sizes[axis] > 1)
+    if not axes_above_one:
         return local
-    functional, given, group = torch.ops._c10d_functional, local.contiguous(), mesh.group_names[real]
-    if name == "all_gather_into_tensor" and not is_fake(given):  # given its memory: see ``order.arranged``
-        whole = given.new_empty(mesh.degree(axes) * given.shape[0])
-        return functional.wait_tensor(functional.all_gather_into_tensor_out(given, *args, group, out=whole))
-    return functional.wait_tensor(getattr(functional, name)(given, *args, group))
+    functional, contiguous, group = torch.ops._c10d_functional, local.contiguous(), mesh.group_names[axes_above_one]
+    if name == "all_gather_into_tensor" and not is_fake(contiguous):  # see ``schedule_nodes._copy_node``
+        gathered = contiguous.new_empty(mesh.degree(axes) * contiguous.shape[0])
+        return functional.wait_tensor(functional.all_gather_into_tensor_out(contiguous, *args, group, out=gathered))
+    return functional.wait_tensor(getattr(functional, name)(contiguous, *args, group))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EdgeRedistribution:
-    """How one reader takes a value: from ``source`` to ``target``, and the gradient from ``gradient_source`` (as the
-    reader gives it) to ``gradient_target`` (as the maker wants it). ``shape`` is global."""
+    """The redistribution of a value of global ``shape`` on the edge from its producer to one reader: from ``source`` to
+    ``target``, and its gradient's from ``gradient_source``, as the reader's backward leaves it, to ``gradient_target``, as
+    the producer's takes it; () where it has no gradient."""
 
     shape: tuple[int, ...]
     source: Placements
@@ -307,11 +320,12 @@ class EdgeRedistribution:
 
     @property
     def is_needed(self) -> bool:
+        """Whether the value or its gradient changes its placements."""
         return self.source != self.target or self.gradient_source != self.gradient_target
 
 
 def redistribute_with_gradient(local: Tensor, edge: EdgeRedistribution, mesh: RankMesh) -> Tensor:
-    """``local`` as the reader wants it, differentiable."""
+    """``local`` redistributed for the reader of an edge, so that autograd redistributes the gradient back."""
     if not edge.is_needed:
         return local
     if not (local.requires_grad and torch.is_grad_enabled()):
@@ -322,12 +336,12 @@ def redistribute_with_gradient(local: Tensor, edge: EdgeRedistribution, mesh: Ra
 class _RedistributeWithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, local, edge, mesh):  # type: ignore[no-untyped-def]
-        ctx.conversion, ctx.mesh = edge, mesh
-        moved = redistribute(local, edge.shape, edge.source, edge.target, mesh)
-        return moved.view_as(moved) if moved is local else moved
+        ctx.edge, ctx.mesh = edge, mesh
+        redistributed = redistribute(local, edge.shape, edge.source, edge.target, mesh)
+        return redistributed.view_as(redistributed) if redistributed is local else redistributed
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        made: EdgeRedistribution = ctx.conversion
-        back = redistribute(gradient, made.shape, made.gradient_source, made.gradient_target, ctx.mesh)
-        return back, None, None
+        edge: EdgeRedistribution = ctx.edge
+        redistributed = redistribute(gradient, edge.shape, edge.gradient_source, edge.gradient_target, ctx.mesh)
+        return redistributed, None, None

@@ -1,15 +1,15 @@
 """The order in which the nodes of a lowered graph run.
 
-    as traced      all but what follows
-    when read      views, waits for collectives, and what the backward computes again: right before the first reader
-    when made      a collective starts, and a gradient is handed over, as soon as what it takes is there
-    beside         what the backward gathers again for an op starts as soon as the op's gradient is there
-    one ahead      gathers of a block's ZeRO-3 parameters start where the block before begins to read its own
-    one behind     a gradient's reduce-scatter is waited for where the next one has started
+    as traced       all but what follows
+    when read       views, waits for collectives, and what the backward recomputes: right before the first reader
+    when ready      a collective starts, and a gradient is handed over, as soon as its inputs are computed
+    with gradient   a regather for the backward of an op starts as soon as the gradient of the op's result is computed
+    prefetch        the gathers of a block's ZeRO-3 parameters start when the block before it first waits for its own
+    delayed wait    a gradient's reduce-scatter is waited for only after the next one has started
 
-So a rank holds the gathered parameters of two blocks at most, and computes while its gradients and its next parameters
-are on their way. A gradient that is a sum is handed over term by term. What brings a tensor to a collective differs
-from rank to rank (padding, zeros): no rule looks at it, so that the collectives of all ranks pair.
+So at most two blocks' parameters are gathered at a time, and communication of gradients and of the next parameters overlaps
+with compute. A gradient that is a sum is handed over addend by addend. The nodes that prepare a tensor for a collective
+differ from rank to rank (padding, zeros): no rule depends on them, so that the collectives of all ranks match.
 """
 
 import operator
@@ -21,22 +21,27 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from autopar.runtime.lower.fx_nodes import (
+    WAIT,
+    ZERO3_GATHER,
+    ancestors_until,
+    block_and_recompute,
+    is_view,
+    starts_collective,
+)
 from autopar.runtime.lower.in_place import IN_PLACE_FORM, in_place_nodes
-
-ZERO3_GATHER = -2  # the block of what gathers ZeRO-3 parameters
-SEND_PREPARATION = -3  # the block of what brings activations to how they are sent
+from autopar.runtime.lower.prefetch_gathers import prefetch_zero3_gathers
 
 TakeGradient = Callable[[int, Tensor, bool, bool], None]
-"""Takes (which gradient, a term of it, whether nobody else holds the term's memory, whether it is the last term)."""
+"""Called with (position of the gradient, an addend of it, whether its memory may be taken over, whether it is the last)."""
 
-_WAIT = torch.ops._c10d_functional.wait_tensor.default
 _ALL_GATHER = torch.ops._c10d_functional.all_gather_into_tensor.default
 _ALL_GATHER_OUT = torch.ops._c10d_functional.all_gather_into_tensor_out.default
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradientHandOver:
-    """Gives a term of gradient ``at`` to who takes it; ``owned``: nobody else holds its memory."""
+    """Hands an addend of the gradient at a position over; ``owns_memory``: nothing else uses the addend's memory."""
 
     gradient: int
     addend: fx.Node
@@ -45,9 +50,9 @@ class GradientHandOver:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphPass:
-    """One pass over a joint graph: from ``inputs`` to ``results``, and gradients that are handed over (which ->
-    result). ``again`` are nodes of the other pass that this one computes again; ``backwards``: it comes from the last
-    block to the first."""
+    """One pass over a joint graph: from ``inputs`` to ``results``, and to ``gradients`` (position -> node) that are handed
+    over. ``recomputable`` are the nodes of the other pass that this one may recompute; ``is_backward``: it runs the last
+    block first."""
 
     inputs: Sequence[fx.Node]
     results: Sequence[Any]
@@ -57,35 +62,36 @@ class GraphPass:
 
 
 def schedule_pass(graph: fx.Graph, graph_pass: GraphPass) -> fx.Graph:
-    """The graph of one pass. Where gradients are handed over, its last input is a ``Take``."""
-    made = fx.Graph()
-    copies = {node: made.placeholder(node.name) for node in graph_pass.inputs}
+    """The graph of one pass of a joint graph. Where gradients are handed over, its last input is a ``TakeGradient``."""
+    new_graph = fx.Graph()
+    copies = {node: new_graph.placeholder(node.name) for node in graph_pass.inputs}
     for old, new in copies.items():
         new.meta = dict(old.meta)
-    take = made.placeholder("take") if graph_pass.gradients else None
-    order = _prefetch_zero3_gathers(_NodeScheduler(graph, graph_pass).run(), graph_pass)
+    take = new_graph.placeholder("take") if graph_pass.gradients else None
+    order = _NodeScheduler(graph, graph_pass).run()
+    order = prefetch_zero3_gathers(order, graph_pass.inputs, is_backward=graph_pass.is_backward)
     last = {item.gradient: item for item in order if isinstance(item, GradientHandOver)}
-    terms = [item.addend for item in order if isinstance(item, GradientHandOver)]
+    addends = [item.addend for item in order if isinstance(item, GradientHandOver)]
     in_place = in_place_nodes(
-        [item for item in order if isinstance(item, fx.Node)], graph_pass.inputs, [*graph_pass.results, *terms]
+        [item for item in order if isinstance(item, fx.Node)], graph_pass.inputs, [*graph_pass.results, *addends]
     )
     for item in order:
         if isinstance(item, GradientHandOver):
-            made.call_function(
+            new_graph.call_function(
                 hand_over_gradient,
                 (take, item.gradient, copies[item.addend], item.owns_memory, last[item.gradient] is item),
             )
         else:
-            copies[item] = _copy_node(made, item, copies)
+            copies[item] = _copy_node(new_graph, item, copies)
             if item in in_place:
                 copies[item].target = IN_PLACE_FORM[item.target]
-    made.output([copies[node] if isinstance(node, fx.Node) else node for node in graph_pass.results])
-    return made
+    new_graph.output([copies[node] if isinstance(node, fx.Node) else node for node in graph_pass.results])
+    return new_graph
 
 
 def _copy_node(new_graph: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
-    """A node in the graph that is made; a gather is given its result's memory. Without, it works on lists of tensors, and
-    gloo then corrupts the heap (torch 2.13.0: ``allgather_into_tensor_coalesced``)."""
+    """A node copied to the new graph. An all-gather is given the memory of its result: without, it works on lists of
+    tensors, and gloo then corrupts the heap (torch 2.13.0: ``allgather_into_tensor_coalesced``)."""
     if node.target is not _ALL_GATHER:
         return new_graph.node_copy(node, lambda old: copies[old])
     local = copies[node.all_input_nodes[0]]
@@ -96,20 +102,26 @@ def _copy_node(new_graph: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, fx.N
 
 
 def hand_over_gradient(take: TakeGradient, gradient: int, addend: Tensor, owns_memory: bool, last: bool) -> None:
-    """What a graph calls to give a gradient away."""
+    """The function that a scheduled graph calls to hand an addend of a gradient over."""
     take(gradient, addend, owns_memory, last)
 
 
 class _NodeScheduler:
-    """Finds the order of one pass; ``early`` maps a node to what may run, when it and others are made, out of turn."""
+    """Finds the order of one pass. ``needed`` are its nodes; ``waiting`` maps a node to the items that run out of turn, as
+    soon as it and their other prerequisites are scheduled; ``pending_hand_over`` is the one whose wait is delayed."""
 
     def __init__(self, graph: fx.Graph, graph_pass: GraphPass) -> None:
         self.graph, self.graph_pass = graph, graph_pass
         self.addends = [
-            (at, term) for at, node in graph_pass.gradients.items() for term in _addends(node, graph_pass.inputs)
+            (position, addend)
+            for position, node in graph_pass.gradients.items()
+            for addend in _addends(node, graph_pass.inputs)
         ]
-        self.needed = _ancestors_until(
-            [*(node for node in graph_pass.results if isinstance(node, fx.Node)), *(term for _, term in self.addends)],
+        self.needed = ancestors_until(
+            [
+                *(node for node in graph_pass.results if isinstance(node, fx.Node)),
+                *(addend for _, addend in self.addends),
+            ],
             graph_pass.inputs,
         )
         self.scheduled: set[fx.Node] = set(graph_pass.inputs)
@@ -118,8 +130,9 @@ class _NodeScheduler:
         self.pending_hand_over: GradientHandOver | None = None
 
     def run(self) -> list[fx.Node | GradientHandOver]:
-        at_once = [item for item in self._early_items() if self._register(item)]
-        for item in at_once:
+        """The pass's nodes and hand-overs in the order in which they run."""
+        ready = [item for item in self._early_items() if self._register(item)]
+        for item in ready:
             self._run_ready(item)
         for node in self.graph.nodes:
             if node in self.needed and not self._runs_when_read(node):
@@ -128,36 +141,40 @@ class _NodeScheduler:
             if isinstance(node, fx.Node):
                 self._schedule_with_inputs(node)
         self._flush_pending()
-        handed = {(item.gradient, item.addend) for item in self.order if isinstance(item, GradientHandOver)}
-        for at, term in self.addends:  # what hangs on nodes that are made when read
-            if (at, term) not in handed:
-                self._append_hand_over(self._hand_over_of(at, term))
+        handed_over = {(item.gradient, item.addend) for item in self.order if isinstance(item, GradientHandOver)}
+        for position, addend in self.addends:  # those that depend on nodes which run when read
+            if (position, addend) not in handed_over:
+                self._append_hand_over(self._hand_over_of(position, addend))
         return self.order
 
     def _early_items(self) -> Iterable["_EarlyItem"]:
+        """What runs out of turn: the collectives and hand-overs of the pass."""
         for node in self.graph.nodes:
             if node in self.needed and starts_collective(node):
-                before: Iterable[fx.Node] = node.all_input_nodes
-                if node in self.graph_pass.recomputable and node.meta.get("custom", {}).get("beside"):
-                    before = self._other_inputs_of_reader(node)
+                inputs: Iterable[fx.Node] = node.all_input_nodes
+                if node in self.graph_pass.recomputable and node.meta.get("custom", {}).get("regather"):
+                    inputs = self._other_inputs_of_reader(node)
                 elif self._runs_when_read(node):
                     continue
                 yield _EarlyItem(
-                    node=node, hand_over=None, prerequisites=self._prerequisites(before, [])[0], awaits_collective=False
+                    node=node, hand_over=None, prerequisites=self._prerequisites(inputs, [])[0], awaits_collective=False
                 )
-        for at, term in self.addends:
-            anchors, starts = self._prerequisites([term], [])
+        for position, addend in self.addends:
+            prerequisites, collectives = self._prerequisites([addend], [])
             yield _EarlyItem(
-                node=None, hand_over=self._hand_over_of(at, term), prerequisites=anchors, awaits_collective=bool(starts)
+                node=None,
+                hand_over=self._hand_over_of(position, addend),
+                prerequisites=prerequisites,
+                awaits_collective=bool(collectives),
             )
 
     def _other_inputs_of_reader(self, start: fx.Node) -> list[fx.Node]:
-        """What the first op that reads a gather reads besides."""
+        """The other inputs of the first op that reads the gather started by ``start``."""
         inside, stack = {start}, [start]
         while stack:
             for user in stack.pop().users:
                 if user in self.needed and user not in inside:
-                    if user not in self.graph_pass.recomputable and user.target is not _WAIT and not is_view(user):
+                    if user not in self.graph_pass.recomputable and user.target is not WAIT and not is_view(user):
                         return [node for node in user.all_input_nodes if node not in inside]
                     inside.add(user)
                     stack.append(user)
@@ -167,14 +184,14 @@ class _NodeScheduler:
         return GradientHandOver(gradient=gradient, addend=addend, owns_memory=self._owns_memory(addend))
 
     def _owns_memory(self, addend: fx.Node) -> bool:
-        """Whether the memory of a term is its own: of no input, read by no other node, and all of it the term's."""
-        held = [*(other for _, other in self.addends), *self.graph_pass.results, *self.graph_pass.inputs]
-        node, readers = addend, 0
+        """Whether an addend's memory is its own: not an input's, read by no other node, and all of it the addend's."""
+        outlives = [*(other for _, other in self.addends), *self.graph_pass.results, *self.graph_pass.inputs]
+        node, num_users = addend, 0
         while is_view(node):
-            if held.count(node) > (node is addend) or self._num_users(node) > readers:
+            if outlives.count(node) > (node is addend) or self._num_users(node) > num_users:
                 return False
-            node, readers = node.all_input_nodes[0], 1
-        if node.op != "call_function" or held.count(node) > (node is addend) or self._num_users(node) > readers:
+            node, num_users = node.all_input_nodes[0], 1
+        if node.op != "call_function" or outlives.count(node) > (node is addend) or self._num_users(node) > num_users:
             return False
         source = node.args[0] if node.target is operator.getitem else None
         if isinstance(source, fx.Node) and is_view(source):
@@ -184,38 +201,41 @@ class _NodeScheduler:
     def _num_users(self, node: fx.Node) -> int:
         return sum(user in self.needed for user in node.users)
 
-    def _prerequisites(self, nodes: Iterable[fx.Node], starts: list[fx.Node]) -> tuple[set[fx.Node], list[fx.Node]]:
-        """What must be there before these can be made of it by views and what brings a tensor to a collective, and the
-        collectives that are waited for on the way."""
+    def _prerequisites(
+        self, nodes: Iterable[fx.Node], collectives: list[fx.Node]
+    ) -> tuple[set[fx.Node], list[fx.Node]]:
+        """The unscheduled nodes from which these can be computed by nothing but views, redistributions and waits; and
+        ``collectives`` with those added that are waited for."""
         found: set[fx.Node] = set()
         for node in nodes:
             if node in self.scheduled:
                 continue
-            if node.target is _WAIT:
-                starts += node.all_input_nodes
+            if node.target is WAIT:
+                collectives += node.all_input_nodes
                 found.update(node.all_input_nodes)
             elif is_view(node) or _is_redistribution(node):
-                found |= self._prerequisites(node.all_input_nodes, starts)[0]
+                found |= self._prerequisites(node.all_input_nodes, collectives)[0]
             else:
                 found.add(node)
-        return found, starts
+        return found, collectives
 
     def _register(self, item: "_EarlyItem") -> bool:
-        """Whether an item has nothing to wait for; else it is filed under all that it waits for."""
-        for anchor in item.prerequisites:
-            self.waiting.setdefault(anchor, []).append(item)
+        """Register an item under each of its prerequisites; returns whether it has none and can run now."""
+        for prerequisite in item.prerequisites:
+            self.waiting.setdefault(prerequisite, []).append(item)
         return not item.prerequisites
 
     def _runs_when_read(self, node: fx.Node) -> bool:
         return (
-            node.target is _WAIT
+            node.target is WAIT
             or is_view(node)
             or block_and_recompute(node)[0] == ZERO3_GATHER
             or node in self.graph_pass.recomputable
         )
 
-    def _schedule_with_inputs(self, wanted: fx.Node) -> None:
-        stack = [wanted]
+    def _schedule_with_inputs(self, target: fx.Node) -> None:
+        """Schedule a node after those of its inputs, and of theirs, that are not scheduled yet."""
+        stack = [target]
         while stack:
             node = stack[-1]
             missing = [source for source in node.all_input_nodes if source not in self.scheduled]
@@ -229,7 +249,7 @@ class _NodeScheduler:
     def _schedule(self, node: fx.Node) -> None:
         self.scheduled.add(node)
         self.order.append(node)
-        for user in node.users:  # a tuple would keep all its parts
+        for user in node.users:  # unpacked at once: a tuple would keep all its elements alive
             if user.target is operator.getitem and user in self.needed:
                 self._schedule_with_inputs(user)
         for item in self.waiting.pop(node, ()):
@@ -247,9 +267,9 @@ class _NodeScheduler:
             self._append_hand_over(item.hand_over)
 
     def _flush_pending(self) -> None:
-        before, self.pending_hand_over = self.pending_hand_over, None
-        if before is not None:
-            self._append_hand_over(before)
+        pending, self.pending_hand_over = self.pending_hand_over, None
+        if pending is not None:
+            self._append_hand_over(pending)
 
     def _append_hand_over(self, hand_over: GradientHandOver) -> None:
         self._schedule_with_inputs(hand_over.addend)
@@ -258,7 +278,8 @@ class _NodeScheduler:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _EarlyItem:
-    """A collective or a hand-over that runs when its ``anchors`` are there; ``behind``: it waits for a collective."""
+    """A collective (``node``) or a hand-over that runs as soon as its ``prerequisites``, those not yet scheduled, are
+    empty. ``awaits_collective``: the hand-over waits for one, and is delayed."""
 
     node: fx.Node | None
     hand_over: GradientHandOver | None
@@ -266,83 +287,8 @@ class _EarlyItem:
     awaits_collective: bool
 
 
-def _prefetch_zero3_gathers(
-    order: list[fx.Node | GradientHandOver], graph_pass: GraphPass
-) -> list[fx.Node | GradientHandOver]:
-    """The order with the gathers of each block's parameters where the block before it begins to wait for its own."""
-    place = {item: at for at, item in enumerate(order) if isinstance(item, fx.Node)}
-    starts = [
-        item
-        for item in order
-        if isinstance(item, fx.Node) and starts_collective(item) and block_and_recompute(item)[0] == ZERO3_GATHER
-    ]
-    groups: dict[int, list[fx.Node]] = {}
-    first: dict[int, int] = {}
-    for start in starts:
-        blocks = _reading_blocks(start)
-        block = (max(blocks) if graph_pass.is_backward else min(blocks)) if blocks else ZERO3_GATHER
-        groups.setdefault(block, []).append(start)
-        waits = [place[user] for user in start.users if user in place]
-        first[block] = min([*waits, first.get(block, len(order))])
-    moved: set[fx.Node] = set()
-    inserted: dict[int, list[fx.Node]] = {}
-    blocks_in_turn = sorted(groups, key=lambda block: first[block])
-    for before, block in zip([blocks_in_turn[:1], *([b] for b in blocks_in_turn)], blocks_in_turn, strict=False):
-        for start in groups[block]:
-            there = first[before[0]]
-            preparation = _ancestors_until(
-                [start], [*graph_pass.inputs, *moved], lambda node: block_and_recompute(node)[0] == ZERO3_GATHER
-            )
-            preparation = {node for node in preparation if place[node] >= there}  # others may read what comes before
-            if any(place[node] >= there for node in _outside_inputs(preparation) - moved if node in place):
-                continue
-            inserted.setdefault(there, []).extend(sorted(preparation, key=place.__getitem__))
-            moved |= preparation
-    found: list[fx.Node | GradientHandOver] = []
-    for at, item in enumerate(order):
-        found += inserted.get(at, [])
-        if not (isinstance(item, fx.Node) and item in moved):
-            found.append(item)
-    return found
-
-
-def _outside_inputs(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """What a set of nodes reads from outside."""
-    inside = set(nodes)
-    return {source for node in inside for source in node.all_input_nodes} - inside
-
-
-def _reading_blocks(start: fx.Node) -> set[int]:
-    """The blocks whose ops read what a gather brings."""
-    found, stack, seen = set(), [start], set()
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        block = block_and_recompute(node)[0]
-        if block == ZERO3_GATHER or node.target is _WAIT:
-            stack.extend(node.users)
-        elif block >= 0:
-            found.add(block)
-    return found
-
-
-def _ancestors_until(
-    nodes: Iterable[fx.Node], ends: Iterable[fx.Node], follow: Callable[[fx.Node], bool] = lambda node: True
-) -> set[fx.Node]:
-    """These and all that they are made of, as far as ``ends``."""
-    stop, found, stack = set(ends), set(), list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found and node not in stop and follow(node):
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
-
-
 def _addends(gradient: fx.Node, inputs: Sequence[fx.Node]) -> list[fx.Node]:
-    """The terms of a gradient that is a sum nobody else reads."""
+    """The addends of a gradient that is a sum which nothing else reads; else the gradient itself."""
     if (
         gradient.target is not torch.ops.aten.add.Tensor
         or len(gradient.users) > 1
@@ -350,35 +296,15 @@ def _addends(gradient: fx.Node, inputs: Sequence[fx.Node]) -> list[fx.Node]:
         or gradient in inputs
     ):
         return [gradient]
-    terms = [term for term in gradient.args if isinstance(term, fx.Node)]
-    if len(terms) < 2 or any(_shape(term) != _shape(gradient) for term in terms):
+    operands = [operand for operand in gradient.args if isinstance(operand, fx.Node)]
+    if len(operands) < 2 or any(_shape(operand) != _shape(gradient) for operand in operands):
         return [gradient]
-    return [part for term in terms for part in _addends(term, inputs)]
+    return [addend for operand in operands for addend in _addends(operand, inputs)]
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(node.meta["val"].shape)
 
 
-def starts_collective(node: fx.Node) -> bool:
-    """Whether a node starts a collective."""
-    return node.op == "call_function" and "_c10d_functional" in str(node.target) and node.target is not _WAIT
-
-
-def block_and_recompute(node: fx.Node) -> tuple[int, bool]:
-    """The block that a node was traced in (-1: none), and whether the backward is to compute it again."""
-    custom = node.meta.get("custom", {})
-    return custom.get("block", -1), custom.get("recompute", False)
-
-
 def _is_redistribution(node: fx.Node) -> bool:
-    return bool(node.meta.get("custom", {}).get("moves")) and not starts_collective(node)
-
-
-def is_view(node: fx.Node) -> bool:
-    """Whether a node's result is memory of its input."""
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None or not schema.returns:
-        return False
-    alias = schema.returns[0].alias_info
-    return alias is not None and not alias.is_write
+    return bool(node.meta.get("custom", {}).get("redistribution")) and not starts_collective(node)

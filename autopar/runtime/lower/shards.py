@@ -1,4 +1,4 @@
-"""Which elements of a tensor a rank stores: `plan.local_shape` as indices."""
+"""Which elements of a tensor a rank stores: ``core.local_shape`` as indices."""
 
 from collections.abc import Sequence
 
@@ -26,9 +26,9 @@ def global_indices(
 
 
 def local_shard(full: Tensor, placements: Placements, sizes: Sequence[int], coordinate: Sequence[int]) -> Tensor:
-    """What the rank at ``coordinate`` stores of a full tensor."""
-    part = full
+    """The shard of a full tensor that the rank at ``coordinate`` stores."""
+    shard = full
     for dim, index in enumerate(global_indices(full.shape, placements, sizes, coordinate)):
         if len(index) != full.shape[dim]:
-            part = part.index_select(dim, index.to(full.device))
-    return part
+            shard = shard.index_select(dim, index.to(full.device))
+    return shard

@@ -1,7 +1,7 @@
 """A stage as a function of local tensors, differentiable by torch's own autograd.
 
-Called eagerly it is the reference mode; ``joint`` traces it. ZeRO-3 parameters come cut and are gathered first, outside
-of autograd, so that the gradient is taken where the ops use them and cut again afterwards.
+Called eagerly it is the reference mode; ``joint_graph`` traces it. ZeRO-3 parameters come in sharded and are gathered
+first, outside of autograd: gradients are taken with respect to the gathered ones and reduce-scattered afterwards.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.fx import traceback
 
 from autopar.core.local_shape import chunk_bounds, local_shape
-from autopar.core.placement import REPLICATE
+from autopar.core.placement import REPLICATE, Placements
+from autopar.core.plan import Recompute
 from autopar.graph.from_fx import output_tensors
 from autopar.graph.ir import Graph
+from autopar.runtime.lower.fx_nodes import SEND_PREPARATION, ZERO3_GATHER
 from autopar.runtime.lower.local_kernels import run_op
 from autopar.runtime.lower.local_op import KernelContext, LocalOp, ResultAndBuffers
 from autopar.runtime.lower.rank_mesh import RankMesh
@@ -28,16 +30,16 @@ from autopar.runtime.lower.redistribute_tensor import (
     redistribute_with_gradient,
     reduce_scatter_shards,
 )
-from autopar.runtime.lower.schedule_nodes import SEND_PREPARATION, ZERO3_GATHER
 from autopar.runtime.lower.stage_program import ParameterSharding, ProgramOp, ProgramRedistribution, StageProgram
 
-RANDOM_KEY = -1  # stands among values for the number that random ops start from
+RANDOM_KEY = -1
+"""Stands among the values' ids for the random key of the micro-batch, an int64 scalar (see ``randomness``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StageLeaves:
-    """The tensors that a micro-batch's gradients are taken of, in the order of ``StageFunction.differentiated``, and
-    all values by id."""
+    """The inputs of a micro-batch's forward: all ``values`` by id, and among them the leaves that gradients are taken with
+    respect to, in the order of ``StageFunction.differentiated``."""
 
     values: dict[int, Tensor]
     differentiated: tuple[Tensor, ...]
@@ -45,17 +47,55 @@ class StageLeaves:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StageOutputs:
-    """What a stage makes of a micro-batch: ``sent`` activations, the loss (last), and new values of ``written``
-    buffers."""
+    """The results of a micro-batch's forward: ``sent`` activations, the loss where this stage computes it, and the new
+    values of the program's ``written_buffers``."""
 
     sent: tuple[Tensor, ...]
     loss: Tensor | None
     buffers: tuple[Tensor, ...]
 
 
+class _SlotTensors:
+    """The local tensors of one micro-batch's forward by slot, and the copies of them in the placements that ops read."""
+
+    def __init__(self, leaves: StageLeaves, zero3_parameters: frozenset[int], mesh: RankMesh) -> None:
+        self.by_slot = dict(leaves.values)
+        self._zero3_parameters, self._mesh = zero3_parameters, mesh
+        self._copies: dict[tuple[int, int, EdgeRedistribution], Tensor] = {}
+
+    def read(self, slot: int, redistribution: EdgeRedistribution, block: int) -> Tensor:
+        """A slot's tensor, redistributed; ops of one block that read it alike share one copy."""
+        if not redistribution.is_needed:
+            return self.by_slot[slot]
+        key = (block, slot, redistribution)
+        if key not in self._copies:
+            # A copy of a gathered ZeRO-3 parameter is recomputed along with the gather.
+            of_parameter = annotate_block(ZERO3_GATHER, "full") if slot in self._zero3_parameters else nullcontext()
+            with of_parameter:
+                self._copies[key] = redistribute_with_gradient(self.by_slot[slot], redistribution, self._mesh)
+        return self._copies[key]
+
+    def read_full(self, slot: int, redistribution: EdgeRedistribution, block: int) -> Tensor:
+        """The full tensor of a slot that ``redistribution`` starts from, without a gradient."""
+        everywhere: Placements = (REPLICATE,) * len(self._mesh.sizes)
+        replicated = EdgeRedistribution(
+            shape=redistribution.shape,
+            source=redistribution.source,
+            target=everywhere,
+            gradient_source=(),
+            gradient_target=(),
+        )
+        return self.read(slot, replicated, block)
+
+
 class StageFunction:
-    """Runs one stage's program on one rank. ``values`` of the graph are addressed by id. ``fp32_sums``: gradients in
-    bf16 are summed over ranks in fp32, as they then are over micro-batches."""
+    """Runs one stage's program on one rank; all values are addressed by their ids in ``graph``.
+
+    ``constants`` are the full tensors of the model's literal constants. ``reduces_in_fp32``: bf16 gradients are summed over
+    ranks in fp32, as they then are over micro-batches. ``arguments`` are the values whose local tensors a micro-batch needs:
+    parameters, buffers, inputs, received activations and the random key; ``differentiated`` those that gradients are taken
+    with respect to, the first ``num_parameters`` of them parameters. ``sent_requiring_grad`` are the positions in the
+    program's ``sent`` of the activations that a gradient comes back for."""
 
     def __init__(
         self,
@@ -80,8 +120,7 @@ class StageFunction:
             *(parameter.value for parameter in program.parameters if parameter.trained),
             *(value for value in program.received if graph.values[value].requires_grad),
         )
-        self.num_parameters = sum(parameter.trained for parameter in program.parameters)  # first of ``differentiated``
-        # Outputs that a gradient comes back for, in the order of ``tangents``.
+        self.num_parameters = sum(parameter.trained for parameter in program.parameters)
         self.sent_requiring_grad = tuple(
             at for at, value in enumerate(program.sent) if graph.values[value].requires_grad
         )
@@ -92,34 +131,32 @@ class StageFunction:
             op=op.op,
             sharding=op.sharding,
             mesh=self.mesh,
-            input_shapes=tuple(conversion.shape for conversion in op.redistributions),
+            input_shapes=tuple(redistribution.shape for redistribution in op.redistributions),
             output_shapes=op.output_shapes,
             device=self.device,
         )
 
     def argument_shape(self, value: int) -> tuple[int, ...]:
-        """The local shape of an argument."""
+        """The local shape of one of the ``arguments``."""
         if value == RANDOM_KEY:
             return ()
-        found = self.graph.values[value]
-        if value in self.parameters or found.kind == "buffer":
-            stored = self.sharding_of(value)
-            return self.stored_shape(stored)
-        at = self.program.received.index(value) if value in self.program.received else None
-        placement = self.program.received_placements[at] if at is not None else (REPLICATE,) * len(self.mesh.sizes)
-        return local_shape(self.program.global_shapes[value], placement, self.mesh.sizes, self.mesh.coordinate)
+        if value in self.parameters or self.graph.values[value].kind == "buffer":
+            return self.stored_shape(self.sharding_of(value))
+        received = dict(zip(self.program.received, self.program.received_placements, strict=True))
+        placements = received.get(value, (REPLICATE,) * len(self.mesh.sizes))
+        return local_shape(self.program.global_shapes[value], placements, self.mesh.sizes, self.mesh.coordinate)
 
     def sharding_of(self, value: int) -> ParameterSharding:
-        """How a parameter or buffer is stored."""
+        """How a parameter or buffer of the stage is stored."""
         found = self.parameters.get(value)
         return found or next(buffer for buffer in self.program.buffers if buffer.value == value)
 
     def compute_shape(self, sharding: ParameterSharding) -> tuple[int, ...]:
-        """The local shape of a parameter as ops use it."""
+        """The local shape of a parameter or buffer as ops use it."""
         return local_shape(sharding.shape, sharding.compute_placements, self.mesh.sizes, self.mesh.coordinate)
 
     def stored_shape(self, sharding: ParameterSharding) -> tuple[int, ...]:
-        """The local shape of a parameter between uses: cut by ZeRO-3."""
+        """The local shape of a parameter or buffer between uses: a shard of ``compute_shape`` under ZeRO-3."""
         return (
             zero_shard_shape(self.compute_shape(sharding), sharding.zero_axes, self.mesh)
             if sharding.zero_stage == 3
@@ -127,7 +164,8 @@ class StageFunction:
         )
 
     def make_leaves(self, arguments: Sequence[Tensor]) -> StageLeaves:
-        """Gathers what ZeRO-3 cut, and makes leaves of what is differentiated."""
+        """The inputs of ``forward`` from the local tensors of ``arguments``: ZeRO-3 parameters gathered, those that gradients
+        are taken with respect to detached."""
         values = dict(zip(self.arguments, arguments, strict=True))
         values.update(self.constants)
         with torch.no_grad(), annotate_block(ZERO3_GATHER, "full"):
@@ -141,92 +179,65 @@ class StageFunction:
         return StageLeaves(values=values, differentiated=tuple(values[value] for value in self.differentiated))
 
     def forward(self, leaves: StageLeaves) -> StageOutputs:
-        """The outputs, attached to the leaves."""
-        slots = dict(leaves.values)
-        taken: dict[tuple[int, int, EdgeRedistribution], Tensor] = {}
-
-        def take(slot: int, conversion: EdgeRedistribution, block: int) -> Tensor:
-            """What a block reads of a slot, the same copy whenever it reads it like that."""
-            if not conversion.is_needed:
-                return slots[slot]
-            key = (block, slot, conversion)
-            if key not in taken:
-                gathered = slot in self.parameters and self.parameters[slot].zero_stage == 3
-                with (
-                    annotate_block(ZERO3_GATHER, "full") if gathered else nullcontext()
-                ):  # made again with what it is a part of
-                    taken[key] = redistribute_with_gradient(slots[slot], conversion, self.mesh)
-            return taken[key]
-
+        """The outputs of a micro-batch, attached to the leaves in torch's autograd graph."""
+        zero3_parameters = frozenset(value for value, each in self.parameters.items() if each.zero_stage == 3)
+        tensors = _SlotTensors(leaves, zero3_parameters, self.mesh)
+        program = self.program
         with torch.enable_grad():
-            for step, local in zip(self.program.steps, self._local_ops, strict=True):
-                again = "full" if step.recompute == "full" else "none"
-                if local is None or not isinstance(step, ProgramOp):
-                    assert isinstance(step, ProgramRedistribution)
-                    with (
-                        annotate_regather(step.block)
-                        if step.regathered and again == "none"
-                        else annotate_block(step.block, again)
-                    ):
-                        slots[step.target] = redistribute_with_gradient(
-                            slots[step.source], step.redistribution, self.mesh
-                        )
-                    continue
-                tensors = []
-                for at, (slot, made) in enumerate(zip(step.input_slots, step.redistributions, strict=True)):
-                    # selective recomputation redoes core attention, not the moves before it
-                    repeats = at in step.regathered_inputs and again == "none"
-                    with annotate_regather(step.block) if repeats else annotate_block(step.block, again):
-                        tensors.append(take(slot, made, step.block))
-                with annotate_block(
-                    step.block, "none" if step.saves_result else step.recompute if _is_core_attention(step) else again
-                ):
-                    self._run_step(step, local, slots, tensors, take)
+            for step, local in zip(program.steps, self._local_ops, strict=True):
+                if isinstance(step, ProgramRedistribution):
+                    self._run_redistribution(step, tensors)
+                else:
+                    assert local is not None
+                    self._run_op(step, local, tensors)
             with annotate_block(SEND_PREPARATION, "none"):
                 sent = tuple(
-                    take(slot, conversion, SEND_PREPARATION)
-                    for slot, conversion in zip(self.program.send_slots, self.program.send_redistributions, strict=True)
+                    tensors.read(slot, redistribution, SEND_PREPARATION)
+                    for slot, redistribution in zip(program.send_slots, program.send_redistributions, strict=True)
                 )
-        loss = slots[self.program.loss_slot] if self.program.loss_placements is not None else None
-        return StageOutputs(
-            sent=sent, loss=loss, buffers=tuple(slots[value].detach() for value in self.program.written_buffers)
-        )
+        loss = tensors.by_slot[program.loss_slot] if program.loss_placements is not None else None
+        buffers = tuple(tensors.by_slot[value].detach() for value in program.written_buffers)
+        return StageOutputs(sent=sent, loss=loss, buffers=buffers)
 
-    def _run_step(
-        self, step: ProgramOp, local: LocalOp, slots: dict[int, Tensor], tensors: Sequence[Tensor], take: Any
-    ) -> None:
-        def whole(at: int) -> Tensor:
-            made = step.redistributions[at]
-            everywhere = (REPLICATE,) * len(self.mesh.sizes)
-            return take(
-                step.input_slots[at],
-                EdgeRedistribution(
-                    shape=made.shape, source=made.source, target=everywhere, gradient_source=(), gradient_target=()
-                ),
-                step.block,
+    def _run_redistribution(self, step: ProgramRedistribution, tensors: _SlotTensors) -> None:
+        with _annotate_redistributed(step, regathered=step.regathered):
+            tensors.by_slot[step.target] = redistribute_with_gradient(
+                tensors.by_slot[step.source], step.redistribution, self.mesh
             )
 
-        result = run_op(local, tensors, KernelContext(full_input=whole, random_key=slots.get(RANDOM_KEY)))
-        if isinstance(result, ResultAndBuffers):
-            for at, tensor in result.new_buffers.items():
-                made = step.redistributions[at]  # back to where the buffer is stored
-                slots[step.input_slots[at]] = redistribute(
-                    tensor.detach(), made.shape, made.target, made.source, self.mesh
-                )
-            result = result.result
-        for slot, value, (_, tensor) in zip(step.output_slots, step.op.outputs, output_tensors(result), strict=True):
-            slots[slot] = tensor if self.graph.values[value].requires_grad else tensor.detach()
+    def _run_op(self, step: ProgramOp, local: LocalOp, tensors: _SlotTensors) -> None:
+        inputs = []
+        for position, (slot, redistribution) in enumerate(zip(step.input_slots, step.redistributions, strict=True)):
+            with _annotate_redistributed(step, regathered=position in step.regathered_inputs):
+                inputs.append(tensors.read(slot, redistribution, step.block))
+
+        def full_input(position: int) -> Tensor:
+            return tensors.read_full(step.input_slots[position], step.redistributions[position], step.block)
+
+        slots = tensors.by_slot
+        with annotate_block(step.block, _recompute_of_result(step)):
+            result = run_op(local, inputs, KernelContext(full_input=full_input, random_key=slots.get(RANDOM_KEY)))
+            if isinstance(result, ResultAndBuffers):
+                for position, tensor in result.new_buffers.items():
+                    edge = step.redistributions[position]  # back to the placements in which the buffer is stored
+                    slots[step.input_slots[position]] = redistribute(
+                        tensor.detach(), edge.shape, edge.target, edge.source, self.mesh
+                    )
+                result = result.result
+            outputs = zip(step.output_slots, step.op.outputs, output_tensors(result), strict=True)
+            for slot, value, (_, tensor) in outputs:
+                slots[slot] = tensor if self.graph.values[value].requires_grad else tensor.detach()
 
     def backward(self, leaves: StageLeaves, outputs: StageOutputs, tangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Gradients of what is differentiated, parameters' as ZeRO keeps them; ``tangents`` of sent activations, then
-        of the loss."""
+        """The gradients with respect to ``differentiated``, those of parameters reduce-scattered under ZeRO-2 and 3.
+        ``tangents`` are the gradients of the sent activations that require one, then that of the loss."""
         roots = [outputs.sent[at] for at in self.sent_requiring_grad]
         if outputs.loss is not None:
             roots.append(outputs.loss)
         gradients: Sequence[Tensor | None] = [None] * len(self.differentiated)
         if leaves.differentiated and roots:
             gradients = torch.autograd.grad(roots, leaves.differentiated, list(tangents), allow_unused=True)
-        found = []
+        results = []
         with torch.no_grad():
             for value, leaf, gradient in zip(self.differentiated, leaves.differentiated, gradients, strict=True):
                 gradient = torch.zeros_like(leaf) if gradient is None else gradient
@@ -235,38 +246,50 @@ class StageFunction:
                     gradient = reduce_scatter_gradient(
                         gradient, parameter, self.mesh, reduces_in_fp32=self.reduces_in_fp32
                     )
-                found.append(gradient)
-        return tuple(found)
+                results.append(gradient)
+        return tuple(results)
 
 
-def annotate_block(block: int, recompute: str) -> AbstractContextManager[Any]:
-    """Nodes traced inside carry the block they belong to and whether the backward is to compute them again."""
+def _annotate_redistributed(
+    step: ProgramOp | ProgramRedistribution, *, regathered: bool
+) -> AbstractContextManager[Any]:
+    """Annotates the redistribution of a step's input: selective recomputation recomputes core attention, not the
+    redistributions before it, unless they are regathered."""
+    if step.recompute == "full":
+        return annotate_block(step.block, "full")
+    return annotate_regather(step.block) if regathered else annotate_block(step.block, "none")
+
+
+def _recompute_of_result(step: ProgramOp) -> Recompute:
+    """How the backward gets an op's result: selective recomputation recomputes core attention alone."""
+    if step.saves_result:
+        return "none"
+    return step.recompute if step.recompute == "full" or step.op.is_attention else "none"
+
+
+def annotate_block(block: int, recompute: Recompute) -> AbstractContextManager[Any]:
+    """Nodes traced inside carry their block, and whether the backward recomputes them."""
     if not traceback.has_preserved_node_meta():
         return nullcontext()
     return traceback.annotate({"block": block, "recompute": recompute != "none"})
 
 
 def annotate_regather(block: int) -> AbstractContextManager[Any]:
-    """Nodes traced inside gather what the backward gathers again, beside what else its readers do there."""
+    """Nodes traced inside gather what the backward regathers, while it computes the other inputs of the gather's reader."""
     if not traceback.has_preserved_node_meta():
         return nullcontext()
-    return traceback.annotate({"block": block, "recompute": True, "beside": True})
-
-
-def _is_core_attention(op: ProgramOp) -> bool:
-    """Whether selective recomputation redoes the op: core attention."""
-    return op.op.is_attention
+    return traceback.annotate({"block": block, "recompute": True, "regather": True})
 
 
 def zero_shard_shape(shape: tuple[int, ...], axes: Sequence[int], mesh: RankMesh) -> tuple[int, ...]:
-    """The shape of the rank's part of dim 0, cut over the flattened ``axes``."""
+    """The shape of this rank's shard of a tensor of local ``shape``: a chunk of dim 0 over the flattened ``axes``."""
     return (chunk_bounds(shape[0], mesh.degree(axes), mesh.rank_in_group(axes))[1], *shape[1:])
 
 
 def gather_zero3_parameter(
     shard: Tensor, sharding: ParameterSharding, shape: tuple[int, ...], mesh: RankMesh
 ) -> Tensor:
-    """What the ops use, from this rank's part of its dim 0; ``shape`` is the local shape they use."""
+    """A parameter as ops use it, of local ``shape``, gathered from the ZeRO-3 shards of its dim 0."""
     with annotate_redistribution():
         return all_gather_shards(shard, 0, 1, shape[0], mesh, sharding.zero_axes)
 
@@ -274,7 +297,7 @@ def gather_zero3_parameter(
 def reduce_scatter_gradient(
     gradient: Tensor, sharding: ParameterSharding, mesh: RankMesh, *, reduces_in_fp32: bool
 ) -> Tensor:
-    """This rank's part of the sum of all ranks' terms."""
+    """This rank's ZeRO shard of the sum of all ranks' gradients; fp32 if ``reduces_in_fp32`` and they are bf16."""
     with annotate_redistribution():
         gradient = gradient.float() if reduces_in_fp32 and gradient.dtype == torch.bfloat16 else gradient
         return reduce_scatter_shards(gradient, 0, 1, mesh, sharding.zero_axes)

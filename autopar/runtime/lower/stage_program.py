@@ -1,8 +1,10 @@
-"""The nouns of a stage's computation: its ops with their usages, the moves between them, and what crosses stages.
+"""The nouns of a stage's computation: its ops with their shardings, the redistributions between them, and the transfers
+between stages.
 
-A value in one of its places is a *slot*: as its op leaves it, as several readers share it, as one (placement, gradient)
-of a reader, and as it lies where blocks meet; where nothing changes, two places are one slot. ``build`` makes the
-programs of all stages, ``build_stage`` that of one.
+A *slot* is one copy of a value: as its op produces it, as several readers share it, in the placements (of value and
+gradient) that one reader needs, or at a block boundary; where nothing changes, two of these are one slot. What comes from
+outside the stage is in the slot of the value's own id. ``build_programs`` makes the programs of all stages,
+``build_stage_program`` that of one.
 """
 
 from dataclasses import dataclass
@@ -13,13 +15,18 @@ from autopar.graph.ir import Op
 from autopar.runtime.lower.op_sharding import OpSharding
 from autopar.runtime.lower.redistribute_tensor import EdgeRedistribution
 
+NO_BLOCK = -1
+"""The block of ops that prepare data for whichever block reads it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgramOp:
-    """An op of a stage: the slots it reads and makes; ``conversions`` say how it takes each of its inputs, shapes are
-    global. ``block`` is the block that runs it, -1 for the preparation of data that another block holds. Inputs
-    (positions) in ``gathers_again`` stay as they were before they were gathered, and the backward gathers them again.
-    ``stays``: what it makes is kept although its block is computed again."""
+    """An op of a stage, at the micro-batch's sizes; ``output_shapes`` are global.
+
+    It reads ``input_slots``, each through its entry of ``redistributions``, and fills ``output_slots``. ``block`` is the
+    block that runs it, ``NO_BLOCK`` for preparation of data. Inputs (positions) in ``regathered_inputs`` are saved as
+    they were before they were gathered, and regathered in the backward. ``saves_result``: its result is saved although
+    the block is recomputed."""
 
     op: Op
     sharding: OpSharding
@@ -35,7 +42,8 @@ class ProgramOp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgramRedistribution:
-    """Brings what slot ``source`` holds to slot ``target``; ``again``: once more in the backward, where ops need it."""
+    """Fills slot ``target`` with the value of slot ``source``, redistributed. ``regathered``: ``source`` is what is saved
+    for the backward, which redistributes it anew where ops need it."""
 
     source: int
     target: int
@@ -47,9 +55,11 @@ class ProgramRedistribution:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterSharding:
-    """A parameter or buffer of a stage. ``compute`` is where its ops use it, ``gradient`` where one micro-batch leaves
-    its gradient before ZeRO cuts it; ``zero`` (0 to 3) is the stage of ZeRO over ``zero_axes``, which cut dim 0 of what
-    ``compute`` leaves to a rank."""
+    """How a stage stores a parameter or buffer of global ``shape``.
+
+    ``compute_placements`` are those in which ops use it, ``gradient_placements`` those in which one micro-batch's backward
+    leaves its gradient, before ZeRO. ``zero_stage`` is ZeRO's, 0 to 3; it shards dim 0 of a rank's compute shard over the
+    flattened ``zero_axes``. ``trained``: it gets a gradient and is stepped by the optimizer."""
 
     value: int
     shape: tuple[int, ...]
@@ -62,9 +72,9 @@ class ParameterSharding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BoundaryTransfer:
-    """An activation on its way from stage ``maker``, which makes it or passes it on, to the next, ``reader``, with its
-    placement on either's mesh; ``returned`` is how the reader gives the gradient, ``taken_back`` how the maker takes
-    it."""
+    """An activation (of one micro-batch, global ``shape``) sent from stage ``sender``, which computes it or passes it on,
+    to the next stage, ``receiver``, and its gradient sent back; with its placements, and the gradient's, on the mesh of
+    either."""
 
     value: int
     shape: tuple[int, ...]
@@ -80,11 +90,12 @@ class BoundaryTransfer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageProgram:
-    """A stage's computation on one micro-batch. ``received`` and ``sent`` are activations, by value;
-    ``send_conversions`` bring a value from where blocks meet (its ``send_slots``) to its ``sent`` placement. A value's
-    own id is the slot of what comes from outside. ``loss`` is how the loss lies in its ``loss_slot``, None where
-    another stage makes it; ``random``: some op drops out; ``shapes`` are the global shapes of inputs and of what
-    crosses stages."""
+    """A stage's computation on one micro-batch.
+
+    ``received`` and ``sent`` are activations from and for other stages, by value; ``send_redistributions`` bring those in
+    ``send_slots`` to the placements in which they are sent. ``written_buffers`` are the buffers that some op updates.
+    ``loss_placements`` is None where another stage computes the loss. ``draws_random``: some op draws random numbers.
+    ``global_shapes`` are those of ``inputs``, ``received`` and ``sent``."""
 
     index: int
     plan: StagePlan
@@ -107,4 +118,5 @@ class StageProgram:
 
     @property
     def ops(self) -> tuple[ProgramOp, ...]:
+        """The steps that are ops, in order."""
         return tuple(step for step in self.steps if isinstance(step, ProgramOp))
