@@ -19,6 +19,7 @@ from autopar.inter.stage_cost_tables import StageCostTables
 from autopar.planner import planner, search_progress
 from autopar.planner.planner import micro_batch_sizes, plan, submesh_sizes
 from autopar.workload import Workload
+from tests.conftest import example_workload
 
 TINY = {"layers": 4, "hidden": 256, "heads": 4, "vocab": 512, "seq": 128}
 
