@@ -230,7 +230,10 @@ def _attention_s(sharded: ShardedOp, device: Device, execution: ExecutionModel) 
     op, graph = sharded.op, sharded.graph
     roles = sharded.local_role_sizes(sharded.ones)
     query, key = graph.values[op.inputs[0]], graph.values[op.inputs[1]]
-    kv_heads = np.maximum(roles["h"] * key.shape[-3] / max(query.shape[-3], 1), 1)
+    one = np.ones_like(roles["q"])
+    batch, heads = roles.get("b", one), roles.get("h", one)
+    query_heads, key_heads = (value.shape[-3] if len(value.shape) > 2 else 1 for value in (query, key))
+    kv_heads = np.maximum(heads * key_heads / max(query_heads, 1), 1)
     causal = any(argument is True for argument in op.args[3:]) or bool(dict(op.kwargs).get("is_causal", False))
     shards_queries = roles["q"] < query.shape[-2]  # sequences do not grow with the batch
 
@@ -238,8 +241,8 @@ def _attention_s(sharded: ShardedOp, device: Device, execution: ExecutionModel) 
         """The device's curve at the local shape."""
         return np.asarray(
             device.attention_s(
-                roles["b"],
-                roles["h"],
+                batch,
+                heads,
                 kv_heads,
                 roles["q"],
                 roles["k"],

@@ -15,8 +15,8 @@ from autopar.graph.ir import Graph, Op, TracedBatch, Value
 def may_break_batch_scaling(graph: Graph) -> bool:
     """Whether the rule may fail for some size: one of a result that is neither near nor a divisor of a size known to be
     independent of the batch, one that is divisible by the prime but not by the batch though no size of its op's inputs
-    is, a literal that may be a multiple of the batch, or a number of equal calls that is divisible by the prime (a
-    Python loop over the samples).
+    is, a literal that may be a multiple of the batch, or a number that is divisible by the prime: of equal calls (a
+    Python loop over the samples), of the tensors that a call reads or returns, or of elements of a literal list.
 
     Example: a capacity of ceil(2 * 808 * 1024 / 60) = 27580 slots grows with the batch, yet 101 does not divide it."""
     batch = graph.batch
@@ -47,6 +47,8 @@ def may_break_batch_scaling(graph: Graph) -> bool:
                     and not any(other % size == 0 for other in products | known)
                 ):
                     return True
+        if any(map(batch.is_proportional, (len(inputs), len(outputs), *_lengths_in((op.args, op.kwargs))))):
+            return True
         if any(_may_be_batch_literal(literal, batch) for literal in _numbers_in((op.args, op.kwargs))):
             return True
     return False
@@ -73,6 +75,14 @@ def _numbers_in(literal: object) -> Iterator[float]:
         yield literal  # type: ignore[misc]
 
 
+def _lengths_in(literal: object) -> Iterator[int]:
+    """Lengths of all nested tuples."""
+    if isinstance(literal, tuple):
+        yield len(literal)
+        for element in literal:
+            yield from _lengths_in(element)
+
+
 def check_batch_scaling(graph: Graph, retraced: Graph) -> None:
     """Raises ModelError unless ``retraced``, traced at another batch, is ``graph`` scaled to that batch."""
     for op, retraced_op in zip(graph.ops, retraced.ops, strict=False):
@@ -81,17 +91,35 @@ def check_batch_scaling(graph: Graph, retraced: Graph) -> None:
     if len(graph.ops) != len(retraced.ops):
         raise _different_ops_error(graph.ops[-1], graph, retraced)
     for op, retraced_op in zip(graph.ops, retraced.ops, strict=True):
+        _check_same_lengths(op, retraced_op, graph, retraced)
         for value, other in zip(_outputs_of(graph, op), _outputs_of(retraced, retraced_op), strict=True):
             if tuple(_scaled(size, graph.batch, retraced.batch) for size in value.shape) != other.shape:
                 at = f"at batch {graph.batch.traced_size} and {other.shape} at batch {retraced.batch.traced_size}"
                 raise _not_proportional_error(op, f"its result is {value.shape} {at}")
-        retraced_literals = (retraced_op.args, retraced_op.kwargs)
-        numbers = zip(_numbers_in((op.args, op.kwargs)), _numbers_in(retraced_literals), strict=True)
-        for number, other_number in numbers:
+        numbers, other_numbers = (list(_numbers_in((call.args, call.kwargs))) for call in (op, retraced_op))
+        if len(numbers) != len(other_numbers):
+            raise _different_ops_error(op, graph, retraced)
+        for number, other_number in zip(numbers, other_numbers, strict=True):
             expected = _scaled(number, graph.batch, retraced.batch) if type(number) is int else number
             if expected != other_number:
                 at = f"at batch {graph.batch.traced_size} and {other_number} at batch {retraced.batch.traced_size}"
                 raise _not_proportional_error(op, f"its literal argument is {number} {at}")
+
+
+def _check_same_lengths(op: Op, retraced_op: Op, graph: Graph, retraced: Graph) -> None:
+    """Raises ModelError unless an op reads and returns as many tensors in both traces, and its literal lists are as
+    long."""
+    at, retraced_at = (f"at batch {traced.batch.traced_size}" for traced in (graph, retraced))
+    for what, here, there in (
+        ("reads", len(op.inputs), len(retraced_op.inputs)),
+        ("returns", len(op.outputs), len(retraced_op.outputs)),
+    ):
+        if here != there:
+            raise _per_sample_error(op, f"{what} {here} tensors {at} and {there} {retraced_at}")
+    lengths = [tuple(_lengths_in((call.args, call.kwargs))) for call in (op, retraced_op)]
+    if lengths[0] != lengths[1]:
+        here, there = (max(found, default=0) for found in lengths)
+        raise _per_sample_error(op, f"has a list of {here} elements {at} and of {there} {retraced_at}")
 
 
 def _outputs_of(graph: Graph, op: Op) -> list[Value]:
@@ -115,4 +143,11 @@ def _not_proportional_error(op: Op, what: str) -> ModelError:
     return ModelError(
         f"cannot plan {op.target}{place}: {what}, which does not scale with the batch\n"
         "  make this size independent of the batch (for example per group or per sample), or proportional to it"
+    )
+
+
+def _per_sample_error(op: Op, what: str) -> ModelError:
+    place = f" at {op.source_location}" if op.source_location else ""
+    return ModelError(
+        f"cannot plan {op.target}{place}: it {what}\n  replace a list with an entry per sample by one tensor of the batch"
     )

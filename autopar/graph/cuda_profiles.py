@@ -24,32 +24,34 @@ NORM_KERNELS = (1, 2)  # _fused_rms_norm: backward is one kernel for the input a
 def flash_attention_profile(op: Op, inputs: list[Value], outputs: list[Value]) -> HandwrittenProfile:
     """Scaled dot product attention as flash attention, whatever the CPU would run (Dao et al. 2022, algorithms 1, 4).
 
-    q (b, h, sq, d), k and v (b, hk, skv, d) are saved, with the result and the fp32 log-sum-exp (b, h, sq). The
+    q (b, h, sq, d), k and v (b, hk, skv, d), with any number of leading dims, are saved, with the result and the fp32 log-sum-exp (b, h, sq). The
     kernel's own memory traffic is not counted, as matmul-like kernels are priced by their FLOPs; that of a mask tensor
     is: read in each pass and, if it has a gradient, written. Dropout inside saves two numbers (seed and offset) instead
     of a mask. The result is laid out as (b, sq, h, d), so its transpose back is a view.
 
     Example: b=1, h=2, s=8, d=4 gives 2,048 FLOPs forward and 5,120 backward, and saves 64 bytes of log-sum-exp.
     """
-    query, key, value = inputs[:3]
+    query, key, value = (tensor.shape for tensor in inputs[:3])
+    query = (*outputs[0].shape[:-1], query[-1])  # with the leading dims that it broadcasts to
     mask = inputs[3] if len(inputs) > 3 else None
     grad = outputs[0].requires_grad
     mask_bytes = prod(mask.shape) * mask.itemsize if mask is not None else 0
     profile = OpProfile(
-        forward_flops=attention_flops(query.shape, key.shape, value.shape),
-        backward_flops=attention_flops(query.shape, key.shape, value.shape, backward=True) if grad else 0,
+        forward_flops=attention_flops(query, key, value),
+        backward_flops=attention_flops(query, key, value, backward=True) if grad else 0,
         forward_bytes=mask_bytes,
         backward_bytes=mask_bytes * (2 if mask is not None and mask.requires_grad else 1) if grad else 0,
         forward_kernels=ATTENTION_KERNELS[0],
         backward_kernels=ATTENTION_KERNELS[1] if grad else 0,
         saved_inputs=tuple(range(len(inputs))) if grad else (),
         saved_outputs=(0,) if grad else (),
-        saved_internal_tensors=((query.shape[:-1], 4),) if grad else (),
+        saved_internal_tensors=((query[:-1], 4),) if grad else (),
     )
-    *batch, heads, length, width = outputs[0].shape
+    *lead, length, width = outputs[0].shape
+    *batch, heads = lead or [1]
     inner = (width, heads * width, 1)  # heads, length, width
     steps = [prod(batch[i + 1 :]) * heads * length * width for i in range(len(batch))]
-    return profile, ((*steps, *inner),)
+    return profile, ((*steps, *inner)[-len(outputs[0].shape) :],)
 
 
 def rms_norm_profile(op: Op, inputs: list[Value], outputs: list[Value]) -> HandwrittenProfile:

@@ -2,7 +2,7 @@
 
 Counted: matmuls, convolutions, attention over the full s^2 square, forward and backward, 2 FLOPs per multiply-add. Not
 counted: recomputation, the scores that flash attention recomputes (its backward is twice its forward here), gathers,
-element-wise work. For a GPT of L layers, width h, sequence s and vocabulary V (Narayanan et al. SC'21, appendix,
+element-wise work, products with a vector. A convolution counts the taps of its kernel that fall on padding. For a GPT of L layers, width h, sequence s and vocabulary V (Narayanan et al. SC'21, appendix,
 without recomputation) a step of B samples is
 
     72 B s L h^2 (1 + s / 6h + V / 12Lh)
@@ -45,8 +45,8 @@ def model_flops(graph: Graph, batch_size: int, profiles: Sequence[OpProfile]) ->
         kind = arithmetic_kind(op)
         op_forward = flops_at_batch(profile.forward_flops, graph.batch, batch_size)
         op_backward = flops_at_batch(profile.backward_flops, graph.batch, batch_size)
-        if kind == "attention":
-            op_backward = op_backward * 4 // 5  # of five matmuls, one recomputes the scores
+        if kind == "attention" and op_backward:
+            op_backward = 2 * op_forward  # the kernel's fifth matmul recomputes the scores
         forward += op_forward
         backward += op_backward
         parts[kind] += op_forward + op_backward

@@ -18,6 +18,12 @@ from autopar.graph.source_location import location_of_node
 aten = torch.ops.aten
 _SCATTER_OF_VIEW = {"aten.slice.Tensor": aten.slice_scatter.default, "aten.select.int": aten.select_scatter.default}
 
+_WAY_OUT = "change parameters in the optimizer step, and register what the forward pass updates as a buffer"
+_WAYS_OUT = {
+    "aten.embedding_renorm_.default": "build the embedding without max_norm, which rescales rows of its weight in place, "
+    "and limit the norm of the rows that it returns"
+}
+
 
 def functionalize_in_place_ops(graph: fx.Graph, buffers: frozenset[str], inputs: frozenset[Any]) -> bool:
     """Turns every in-place op into its functional variant, except on buffers, where it stays (running statistics).
@@ -40,8 +46,7 @@ def functionalize_in_place_ops(graph: fx.Graph, buffers: frozenset[str], inputs:
         if root.op == "placeholder" and root.name not in buffers | inputs:
             raise ModelError(
                 f"{node.target}{location_of_node(node, ' at ')} modifies a parameter, or a tensor that is not a buffer, "
-                "in the forward pass\n"
-                "  change parameters in the optimizer step, and register what the forward pass updates as a buffer"
+                f"in the forward pass\n  {_WAYS_OUT.get(str(node.target), _WAY_OUT)}"
             )
         if root.op == "placeholder" and root.name in buffers and written is not root:
             return False

@@ -3,8 +3,9 @@
 Below autograd every aten call that is not a view launches kernels. ``KernelRecorder`` intercepts these calls on fake
 tensors and adds up
 
-    flops       of matmul-like calls (matmul, convolution, attention), by ``torch.utils.flop_counter`` and
-                ``EXTRA_FLOPS``
+    flops       of matmul-like calls (matmul, convolution, attention), by ``FLOP_FORMULAS`` and
+                ``torch.utils.flop_counter``. A product with a vector (mv, dot) reads as many elements as it multiplies,
+                so it is one of the other calls
     num_bytes   of all other calls: every tensor read once and every result written once. A broadcast dim (stride 0) is
                 read once. Calls that touch only rows of a table (gathers, scatters) count those rows: see
                 ``TRAFFIC_RULES``
@@ -139,15 +140,15 @@ def attention_flops(
     """FLOPs of a flash attention kernel over the full (sq, skv) square; ``query`` is (b, h, sq, d), ``key`` (b, hk,
     skv, d), ``value`` (b, hk, skv, dv).
 
-    The forward is two matmuls, 2 b h sq skv (d + dv); the backward five, 2.5 times as much, as it recomputes the scores
-    (Dao et al. 2022, section 3.1). A causal mask is not discounted.
+    The forward is two matmuls, 2 b h sq skv (d + dv); the backward five, 2 b h sq skv (3 d + 2 dv), as it recomputes the
+    scores (Dao et al. 2022, section 3.1). A causal mask is not discounted.
 
     >>> attention_flops((1, 2, 8, 4), (1, 2, 8, 4), (1, 2, 8, 4))
     2048
     """
     batch_heads, (length, width) = prod(query[:-2]), query[-2:]
-    forward = 2 * batch_heads * length * key[-2] * (width + value[-1])
-    return forward * 5 // 2 if backward else forward
+    scores, sums = (3, 2) if backward else (1, 1)
+    return 2 * batch_heads * length * key[-2] * (scores * width + sums * value[-1])
 
 
 def grouped_matmul_flops(left: tuple[int, ...], right: tuple[int, ...]) -> int:
@@ -176,16 +177,46 @@ def _grouped_mm_flops(left: Tensor, right: Tensor, *_: Any, **__: Any) -> int:
     return grouped_matmul_flops(tuple(left.shape), tuple(right.shape))
 
 
-EXTRA_FLOPS: dict[str, Callable[..., int]] = {  # what torch.utils.flop_counter misses
+def _convolution_backward_flops(
+    output_gradient: Tensor, hidden: Tensor, weight: Tensor, *settings: Any, out_val: Any = None
+) -> int:
+    """``settings``: bias sizes, stride, padding, dilation, transposed, output padding, groups, output mask. Each gradient
+    takes the multiply-adds of the forward: every window (a position of the output, or of the input of a transposed
+    convolution) reads every element of the weight, (c_out, c_in / groups, ...) or (c_in, c_out / groups, ...), once."""
+    transposed, wanted = settings[4], settings[-1]
+    windows = (hidden if transposed else output_gradient).shape[2:]
+    return 2 * hidden.shape[0] * prod(windows) * prod(weight.shape) * sum(wanted[:2])
+
+
+def _addbmm_flops(_: Tensor, left: Tensor, right: Tensor, *__: Any, **___: Any) -> int:
+    return 2 * prod(left.shape) * right.shape[2]
+
+
+def _trilinear_flops(first: Tensor, second: Tensor, third: Tensor, *settings: Any, **_: Any) -> int:
+    """``settings`` are the dims along which each of the three is expanded, and those that are summed; one multiply-add per
+    element of the product of all three."""
+    expanded = []
+    for tensor, dims in zip((first, second, third), settings, strict=False):
+        shape = list(tensor.shape)
+        for dim in sorted(dims):
+            shape.insert(dim, 1)
+        expanded.append(shape)
+    return 2 * prod(max(sizes) for sizes in zip(*expanded, strict=True))
+
+
+FLOP_FORMULAS: dict[str, Callable[..., int]] = {  # what torch.utils.flop_counter misses, or counts without its groups
     "aten::_scaled_dot_product_flash_attention_for_cpu": _cpu_flash_flops,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _cpu_flash_backward_flops,
     "aten::_grouped_mm": _grouped_mm_flops,
     "transformers::grouped_mm_fallback": _grouped_mm_flops,
+    "aten::convolution_backward": _convolution_backward_flops,
+    "aten::addbmm": _addbmm_flops,
+    "aten::_trilinear": _trilinear_flops,
 }
 
 
 def _flop_formula(func: Any) -> Callable[..., int] | None:
-    return flop_registry.get(func.overloadpacket) or EXTRA_FLOPS.get(func._schema.name)
+    return FLOP_FORMULAS.get(func._schema.name) or flop_registry.get(func.overloadpacket)
 
 
 def _is_view(func: Any, read: Tensors, written: Tensors) -> bool:

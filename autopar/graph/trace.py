@@ -114,11 +114,14 @@ def _names_of_same_tensor(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 def _unused_primes(workload: Workload, model: nn.Module) -> Iterator[int]:
     """Primes that divide no size of a parameter, buffer or input (the batch apart), nor the end of an open slice, which
-    is 2^63 - 1; raises ModelError where fewer than two are left."""
+    is 2^63 - 1; raises ModelError where fewer than two are left, or where the batch changes more than sizes of the
+    inputs."""
     sizes = {2**63 - 1}
     for tensor in (*model.parameters(), *model.buffers()):
         sizes.update(tensor.shape)
-    for at_8, at_16 in zip(input_tensors(workload.inputs(8)), input_tensors(workload.inputs(16)), strict=True):
+    inputs_at_8, inputs_at_16 = (input_tensors(workload.inputs(batch_size)) for batch_size in (8, 16))
+    _check_same_structure(inputs_at_8, inputs_at_16)
+    for at_8, at_16 in zip(inputs_at_8, inputs_at_16, strict=True):
         sizes.update(size for size, other in zip(at_8.shape, at_16.shape, strict=True) if size == other)
     unused = [prime for prime in _PRIMES if all(size % prime or not size for size in sizes)]
     if len(unused) < 2:
@@ -128,3 +131,19 @@ def _unused_primes(workload: Workload, model: nn.Module) -> Iterator[int]:
             "  change a size a little, for example pad a vocabulary"
         )
     yield from unused
+
+
+def _check_same_structure(at_8: list[Tensor], at_16: list[Tensor]) -> None:
+    """Raises ModelError unless the inputs at batches 8 and 16 are as many tensors with as many dims."""
+    if len(at_8) != len(at_16):
+        raise ModelError(
+            f"example_inputs returned {len(at_8)} tensors at batch 8 and {len(at_16)} at batch 16: their number must not "
+            "depend on the batch\n"
+            "  stack a list with a tensor per sample into one tensor whose first dim is the batch"
+        )
+    for first, second in zip(at_8, at_16, strict=True):
+        if first.dim() != second.dim():
+            raise ModelError(
+                f"example_inputs returned a tensor of shape {tuple(first.shape)} at batch 8 and {tuple(second.shape)} at "
+                "batch 16: the number of dims must not depend on the batch"
+            )

@@ -148,7 +148,8 @@ def _attention_s(placed: PlacedOp) -> tuple[float, float]:
     sizes = dict.fromkeys("bhqkd", 1)
     for label, role in placed.rule.roles:
         sizes[role] *= placed.local_sizes.get(label, 1)
-    heads, kv_heads = (graph.values[op.inputs[position]].shape[-3] for position in (0, 1))
+    shapes = [graph.values[op.inputs[position]].shape for position in (0, 1)]
+    heads, kv_heads = (shape[-3] if len(shape) > 2 else 1 for shape in shapes)
     causal = any(argument is True for argument in op.args[3:]) or dict(op.kwargs).get("is_causal") is True
     # a rank with some of the queries runs them against all keys under a mask, unless ranks take parts of equal work
     causal = causal and (context.is_megatron or sizes["q"] == graph.values[op.inputs[0]].shape[-2])

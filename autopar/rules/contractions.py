@@ -8,14 +8,18 @@ from autopar.rules.rule_builder import ShardingRuleBuilder, broadcast_labels, re
 
 
 def linear(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
-    """x[..., k], w[n, k], bias[n] -> [..., n]. Local form along k: the bias is added on the first rank only."""
+    """x[..., k], w[n, k], bias[n] -> [..., n]; a vector w[k] has no n, and the bias may broadcast. Local form along k: the
+    bias is added on the first rank only."""
     labels = ShardingRuleBuilder()
     rows = labels.labels_of(inputs[0].shape[:-1])
-    n, k = labels.new_label(), labels.new_label("sum")
-    roles = (*tuple((row, "m") for row in rows if row != NO_LABEL), (n, "n"), (k, "k"))
-    sides = [(*rows, k), (n, k), (n,)][: len(inputs)]
-    bias_once = (k,) if len(inputs) > 2 else ()
-    return labels.build(sides, [(*rows, n)], compute="matmul", roles=roles, local_form_labels=bias_once)
+    n = (labels.new_label(),) if len(inputs[1].shape) > 1 else ()
+    k = labels.new_label("sum")
+    roles = (*((row, "m") for row in rows if row != NO_LABEL), *((label, "n") for label in n), (k, "k"))
+    result = (*rows, *n)
+    biases = [broadcast_labels(value.shape, outputs[0].shape, result) for value in inputs[2:]]
+    bias_once = (k,) if biases else ()
+    sides = [(*rows, k), (*n, k), *biases]
+    return labels.build(sides, [result], compute="matmul", roles=roles, local_form_labels=bias_once)
 
 
 def addmm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
@@ -160,31 +164,44 @@ def grouped_mm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpS
 
 
 def attention(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
-    """q[..., h, q, d], k[..., g, s, d], v[..., g, s, d], mask: g key/value heads each serve h / g query heads.
+    """q[..., h, q, d], k[..., g, s, d], v[..., g, s, d], mask: g key/value heads each serve h / g query heads. Other leading
+    dims, heads included, may be missing or broadcast.
 
     Queries may be sharded by position: keys and values are then replicated, which prices the gather of context
     parallelism. Local form of sharded queries under a causal mask: the mask starts at the position of the rank's first
     query.
     """
-    query, key = inputs[0].shape, inputs[1].shape
+    query, key, result = inputs[0].shape, inputs[1].shape, outputs[0].shape
     labels = ShardingRuleBuilder()
-    lead = labels.labels_of(query[:-3])
-    heads, q = labels.new_label(), labels.new_label()
+    lead = labels.labels_of(result[:-3])
+    heads = (labels.new_label(),) if len(result) > 2 else ()
+    q = labels.new_label()
     s, d, dv = (labels.new_label("replicated") for _ in range(3))
     kv_heads = heads
     groups: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
     sizes: tuple[tuple[int, int], ...] = ()
-    if key[-3] != query[-3]:
-        kv_heads, repeat = labels.new_label(), labels.new_label()
-        groups = (((heads,), (kv_heads, repeat)),)
+    has_groups = bool(heads) and len(query) == len(key) and key[-3] < query[-3]
+    if has_groups:
+        kv_heads, repeat = (labels.new_label(),), labels.new_label()
+        groups = ((heads, (*kv_heads, repeat)),)
         sizes = ((repeat, query[-3] // key[-3]),)
-    sides = [(*lead, heads, q, d), (*lead, kv_heads, s, d), (*lead, kv_heads, s, dv)]
-    scores = (*query[:-1], key[-2])
-    sides += [broadcast_labels(mask.shape, scores, (*lead, heads, q, s)) for mask in inputs[3:]]
-    roles = (*((label, "b") for label in lead if label != NO_LABEL), (heads, "h"), (q, "q"), (s, "k"), (d, "d"))
+
+    def leading(shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Labels of all dims of a tensor but its last two."""
+        if shape[:-2] == result[:-2]:
+            return (*lead, *heads)
+        if has_groups and shape[-3:-2] == key[-3:-2]:
+            return (*broadcast_labels(shape[:-3], result[:-3], lead), *kv_heads)
+        return broadcast_labels(shape[:-2], result[:-2], (*lead, *heads))
+
+    sides = [(*leading(query), q, d), (*leading(key), s, d), (*leading(inputs[2].shape), s, dv)]
+    scores = (*result[:-1], key[-2])
+    sides += [broadcast_labels(mask.shape, scores, (*lead, *heads, q, s)) for mask in inputs[3:]]
+    batch_roles = (*((label, "b") for label in lead if label != NO_LABEL), *((label, "h") for label in heads))
+    roles = (*batch_roles, (q, "q"), (s, "k"), (d, "d"))
     return labels.build(
         sides,
-        [(*lead, heads, q, dv)],
+        [(*lead, *heads, q, dv)],
         compute="attention",
         roles=roles,
         view_groups=groups,
@@ -194,36 +211,39 @@ def attention(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpSh
 
 
 def convolution(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
-    """x[b, c_in, ...], w[c_out, c_in / groups, ...], bias[c_out] -> [b, c_out, ...]; space is not sharded (halos).
+    """x[b, c_in, ...], w[c_out, c_in / groups, ...], bias[c_out] -> [b, c_out, ...], or without b; space is not sharded
+    (halos).
 
-    Local form: along c_in the bias is added on the first rank only; along the channels of a depthwise convolution a rank
-    has as many groups as channels."""
+    Local form: along c_in the bias is added on the first rank only; along the channels of a depthwise convolution of
+    samples a rank has as many groups as channels."""
     num_groups = op.argument(6, "groups", 1)
+    num_spatial = len(inputs[1].shape) - 2
     local_form: tuple[int, ...]
     labels = ShardingRuleBuilder()
-    batch = labels.new_label()
-    space = labels.labels_of(inputs[0].shape[2:], "replicated")
-    out_space = labels.labels_of(outputs[0].shape[2:], "replicated")
+    batch = (labels.new_label(),) if len(inputs[0].shape) > num_spatial + 1 else ()
+    channels = inputs[0].shape[-num_spatial - 1]
+    space = labels.labels_of(inputs[0].shape[-num_spatial:], "replicated")
+    out_space = labels.labels_of(outputs[0].shape[-num_spatial:], "replicated")
     kernel = labels.labels_of(inputs[1].shape[2:], "replicated")
     c_out = labels.new_label()
     if num_groups == 1:
         c_in = labels.new_label("sum")
-        sides = [(batch, c_in, *space), (c_out, c_in, *kernel), (c_out,)]
+        sides = [(*batch, c_in, *space), (c_out, c_in, *kernel), (c_out,)]
         local_form = (c_in,) if len(inputs) > 2 else ()
-    elif num_groups == inputs[0].shape[1] == outputs[0].shape[1]:
+    elif batch and num_groups == channels == outputs[0].shape[1]:
         c_in = NO_LABEL
-        sides = [(batch, c_out, *space), (c_out, NO_LABEL, *kernel), (c_out,)]
+        sides = [(*batch, c_out, *space), (c_out, NO_LABEL, *kernel), (c_out,)]
         local_form = (c_out,)
     else:
         c_in = labels.new_label("replicated")
         labels.kinds[c_out] = "replicated"
-        sides = [(batch, c_in, *space), (c_out, labels.new_label("replicated"), *kernel), (c_out,)]
+        sides = [(*batch, c_in, *space), (c_out, labels.new_label("replicated"), *kernel), (c_out,)]
         local_form = ()
     ks = tuple((label, "k") for label in (c_in, *kernel) if label != NO_LABEL)
-    ms = tuple((label, "m") for label in (batch, *out_space) if label != NO_LABEL)
+    ms = tuple((label, "m") for label in (*batch, *out_space) if label != NO_LABEL)
     return labels.build(
         sides[: len(inputs)],
-        [(batch, c_out, *out_space)],
+        [(*batch, c_out, *out_space)],
         compute="matmul",
         roles=(*ms, (c_out, "n"), *ks),
         local_form_labels=local_form,

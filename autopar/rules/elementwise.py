@@ -6,7 +6,11 @@ from autopar.graph.ir import Op, Value
 from autopar.rules.op_sharding_rule import NO_LABEL, OpShardingRule
 from autopar.rules.rule_builder import ShardingRuleBuilder, broadcast_labels, replicated_rule
 
-_LINEAR_OPS = ("aten.mul", "aten.div", "aten.neg", "aten.to")
+# Linear in their only tensor; named with their overloads, as a division that rounds (div.Tensor_mode) is not.
+_LINEAR_OPS = frozenset(
+    {f"aten.{name}.{overload}" for name in ("mul", "multiply", "div", "divide") for overload in ("Tensor", "Scalar")}
+    | {"aten.true_divide.Tensor", "aten.true_divide.Scalar", "aten.neg.default", "aten.negative.default"}
+)
 
 
 def pointwise(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
@@ -22,7 +26,7 @@ def pointwise(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpSh
         [dims] * len(outputs),
         pointwise=True,
         passes_partial_gradient=single,
-        passes_partial=single and len(inputs) == 1 and op.target.startswith(_LINEAR_OPS),
+        passes_partial=single and len(inputs) == 1 and op.target in _LINEAR_OPS,
         linear_input=with_gradient[0] if single else 0,
     )
 

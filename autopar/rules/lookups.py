@@ -14,11 +14,14 @@ from autopar.rules.rule_builder import ShardingRuleBuilder, broadcast_labels, no
 
 def embedding(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
     """weight[v, h], ids[...] -> [..., h]. Local form along a sharded vocabulary v: a rank looks up the rows that it has
-    and gives zeros for those of other ranks."""
+    and gives zeros for those of other ranks.
+
+    With ``scale_grad_by_freq`` a row's gradient is divided by how often all ids name the row: only h is sharded."""
     labels = ShardingRuleBuilder()
-    ids = labels.labels_of(inputs[1].shape)
-    v, h = labels.new_label("sum"), labels.new_label()
-    return labels.build([(v, h), ids], [(*ids, h)], local_form_labels=(v,))
+    is_scaled = bool(op.argument(3, "scale_grad_by_freq", False))
+    ids = labels.labels_of(inputs[1].shape, "replicated" if is_scaled else "parallel")
+    v, h = labels.new_label("replicated" if is_scaled else "sum"), labels.new_label()
+    return labels.build([(v, h), ids], [(*ids, h)], local_form_labels=() if is_scaled else (v,))
 
 
 def index(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
@@ -134,8 +137,8 @@ def one_hot(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShar
 
 
 def flip_roll_or_tril(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
-    """flip, roll, tril, triu, repeat_interleave by a number: the dims acted on cannot be sharded, the others are
-    parallel."""
+    """flip, roll, tril, triu, repeat_interleave by a number or by a vector, which is replicated: the dims acted on cannot be
+    sharded, the others are parallel."""
     name = op.packet
     rank = len(inputs[0].shape)
     if name in ("tril", "triu"):
@@ -148,4 +151,5 @@ def flip_roll_or_tril(op: Op, inputs: Sequence[Value], outputs: Sequence[Value])
     labels = ShardingRuleBuilder()
     dims = labels.labels_of(inputs[0].shape, replicated=acted)
     out = labels.labels_like(outputs[0].shape, dims, replicated=acted)
-    return labels.build([dims], [out], passes_partial_gradient=True, passes_partial=True)
+    counts = [labels.labels_of(value.shape, "replicated") for value in inputs[1:]]
+    return labels.build([dims, *counts], [out], passes_partial_gradient=True, passes_partial=not counts)

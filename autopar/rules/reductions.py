@@ -88,13 +88,13 @@ def log_softmax(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> Op
 
 
 def sum_or_mean(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
-    """sum and mean: reduced dims give partial results. Local form of a mean: the sum of the rank's part divided by the
-    full count."""
+    """sum and mean: reduced dims, which are all where none is named, give partial results. Local form of a mean: the sum of
+    the rank's part divided by the full count."""
     shape = inputs[0].shape
     argument = op.argument(1, "dim", None)
     if isinstance(argument, str) or argument is None or isinstance(argument, bool):
         argument = tuple(range(len(shape)))
-    reduced = normalized_dims(argument, len(shape)) if shape else frozenset()
+    reduced = (normalized_dims(argument, len(shape)) if shape else frozenset()) or frozenset(range(len(shape)))
     labels = ShardingRuleBuilder()
     dims = tuple(
         labels.new_label("sum" if dim in reduced else "parallel") if size != 1 else NO_LABEL

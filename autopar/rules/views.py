@@ -66,11 +66,14 @@ def _movedim_order(rank: int, sources: int | tuple[int, ...], targets: int | tup
 
 
 def copy_or_cast(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
-    """clone, contiguous, alias, detach, to: the output has the dims of the input."""
+    """clone, contiguous, alias, detach, to: the output has the dims of the input. Partial sums pass where nothing is
+    rounded to an integer or a truth value."""
     labels = ShardingRuleBuilder()
     dims = labels.labels_of(inputs[0].shape)
     sides = [broadcast_labels(value.shape, inputs[0].shape, dims) for value in inputs]
-    linear = len(inputs) == 1 and inputs[0].dtype.startswith(("float", "bfloat"))
+    linear = len(inputs) == 1 and all(
+        value.dtype.startswith(("float", "bfloat", "complex")) for value in (*inputs, *outputs)
+    )
     passing = PASSES_PARTIAL if linear else {}
     return labels.build(sides, [dims], pointwise=op.target.startswith("aten.to"), **passing)
 
@@ -154,9 +157,9 @@ def split(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardi
     return labels.build([dims], parts, compute="free", **PASSES_PARTIAL)
 
 
-def slice_select_or_pad(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
-    """slice, narrow, pad: dims that change their size cannot be sharded, the others are parallel. select: the dim that
-    goes cannot be sharded."""
+def slice_or_select(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
+    """slice, narrow: dims that change their size cannot be sharded, the others are parallel. select: the dim that goes
+    cannot be sharded."""
     shape, target = inputs[0].shape, outputs[0].shape
     labels = ShardingRuleBuilder()
     if len(shape) == len(target):
@@ -168,6 +171,22 @@ def slice_select_or_pad(op: Op, inputs: Sequence[Value], outputs: Sequence[Value
         dims = labels.labels_of(shape, replicated={selected})
         out = (*dims[:selected], *dims[selected + 1 :])
     return labels.build([dims], [out], compute="free", **PASSES_PARTIAL)
+
+
+def pad(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
+    """pad(x, (before last, after last, before second to last, ...), mode, value): dims that are padded cannot be sharded,
+    even where what is added at one end equals what is removed at the other. Partial sums pass unless the padding is a
+    constant other than 0, which every rank would add."""
+    rank = len(inputs[0].shape)
+    amounts = op.argument(1, "pad", ())
+    padded = {rank - 1 - position // 2 for position, amount in enumerate(amounts) if amount}
+    is_constant = op.packet == "constant_pad_nd" or op.argument(2, "mode", "constant") == "constant"
+    value = op.argument(2 if op.packet == "constant_pad_nd" else 3, "value", None)
+    labels = ShardingRuleBuilder()
+    dims = labels.labels_of(inputs[0].shape, replicated=padded)
+    out = labels.labels_like(outputs[0].shape, dims, replicated=padded)
+    passes_partial = not (is_constant and value)
+    return labels.build([dims], [out], compute="free", passes_partial_gradient=True, passes_partial=passes_partial)
 
 
 def slice_scatter(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:

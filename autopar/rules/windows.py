@@ -63,23 +63,24 @@ def instance_norm(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> 
 
 
 def conv_transpose(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
-    """x[b, c_in, ...], w[c_in, c_out / groups, ...], bias[c_out] -> [b, c_out, ...]. Local form along c_in: the bias is
-    added on the first rank only."""
+    """x[b, c_in, ...], w[c_in, c_out / groups, ...], bias[c_out] -> [b, c_out, ...], or without b. Local form along c_in:
+    the bias is added on the first rank only."""
     labels = ShardingRuleBuilder()
-    batch = labels.new_label()
+    num_spatial = len(inputs[1].shape) - 2
+    batch = (labels.new_label(),) if len(inputs[0].shape) > num_spatial + 1 else ()
     grouped = op.argument(6, "groups", 1) != 1
-    space = labels.labels_of(inputs[0].shape[2:], "replicated")
-    out_space = labels.labels_of(outputs[0].shape[2:], "replicated")
+    space = labels.labels_of(inputs[0].shape[-num_spatial:], "replicated")
+    out_space = labels.labels_of(outputs[0].shape[-num_spatial:], "replicated")
     kernel = labels.labels_of(inputs[1].shape[2:], "replicated")
     c_in = labels.new_label("replicated" if grouped else "sum")
     c_out = labels.new_label("replicated" if grouped else "parallel")
     weight_out = labels.new_label("replicated") if grouped else c_out
-    sides = [(batch, c_in, *space), (c_in, weight_out, *kernel), (c_out,)]
+    sides = [(*batch, c_in, *space), (c_in, weight_out, *kernel), (c_out,)]
     ks = tuple((label, "k") for label in (c_in, *kernel) if label != NO_LABEL)
-    ms = tuple((label, "m") for label in (batch, *space) if label != NO_LABEL)
+    ms = tuple((label, "m") for label in (*batch, *space) if label != NO_LABEL)
     return labels.build(
         sides[: len(inputs)],
-        [(batch, c_out, *out_space)],
+        [(*batch, c_out, *out_space)],
         compute="matmul",
         roles=(*ms, (c_out, "n"), *ks),
         local_form_labels=(c_in,) if len(inputs) > 2 and not grouped else (),
@@ -100,6 +101,5 @@ def grid_sample(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> Op
 def channel_shuffle(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
     """Permutes the channels; samples and space are independent."""
     labels = ShardingRuleBuilder()
-    batch, channels, *space = labels.labels_of(inputs[0].shape)
-    labels.kinds[channels] = "replicated"
-    return labels.build([(batch, channels, *space)], [(batch, channels, *space)])
+    dims = labels.labels_of(inputs[0].shape, replicated={1})
+    return labels.build([dims], [dims])

@@ -7,6 +7,9 @@ from itertools import chain, repeat
 from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 from autopar.core.errors import AutoparError, InfeasibleError
 from autopar.core.invariants import check_plan
@@ -15,6 +18,7 @@ from autopar.inter import parallel_search as lanes
 from autopar.inter.stage_cost_tables import StageCostTables
 from autopar.planner import planner, search_progress
 from autopar.planner.planner import micro_batch_sizes, plan, submesh_sizes
+from autopar.workload import Workload
 from tests.conftest import example_workload
 
 TINY = {"layers": 4, "hidden": 256, "heads": 4, "vocab": 512, "seq": 128}
@@ -178,3 +182,20 @@ def test_a_model_that_the_host_binds_on_one_gpu_has_next_to_no_gap():
     found = plan(example_workload("gpt", **TINY), cluster="dgx-h100", gpus=1, global_batch=8)
     assert {item.kind: item.exposed_s for item in found.estimate.items}["launches"] > found.estimate.step_time_s / 2
     assert found.search.gap < 1e-3
+
+
+def test_a_model_that_attends_without_samples_or_without_heads_is_planned():
+    class Pool(nn.Module):
+        """A table that attends to itself scales sequences that attend to themselves."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(64, 64), nn.Linear(64, 64)
+            self.table = nn.Parameter(torch.empty(32, 64))
+
+        def forward(self, x):
+            x = self.first(x) * F.scaled_dot_product_attention(self.table, self.table, self.table).sum(0)
+            return self.last(F.scaled_dot_product_attention(x, x, x, is_causal=True)).sum()
+
+    workload = Workload(build_model=Pool, example_inputs=lambda batch_size: {"x": torch.empty(batch_size, 128, 64)})
+    check_plan(plan(workload, gpus=8, global_batch=64))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autopar.graph.trace import TracedGraph, trace
+from autopar.rules.registry import sharding_rule
 from autopar.workload import Workload
 from tests.unit.option_faults import wrong_options
 
@@ -55,9 +56,13 @@ CASES: dict[str, tuple[Forward, tuple[int, ...], tuple[int, ...], int]] = {
     "mse": (lambda x, t, w, b: F.mse_loss(x * b, (x * b).detach() + 1), (4, 8), (1,), 8),
     "mean": (lambda x, t, w, b: (x * b).mean((1, 2)), (4, 8), (1,), 8),
     "mean_all": (lambda x, t, w, b: (x * b).mean(), (4, 8), (1,), 8),
+    "mean_of_no_dim": (lambda x, t, w, b: x.mean(dim=()) * b, (4, 8), (1,), 8),
+    "sum_of_no_dim": (lambda x, t, w, b: x.sum(dim=()) * b + x.sum(dim=(), keepdim=True), (4, 8), (1,), 8),
     "mean_keep": (lambda x, t, w, b: x * x.mean(-1, keepdim=True), (4, 8), (1,), 8),
     "amax": (lambda x, t, w, b: x.amax(1) * b, (4, 8), (1,), 8),
     "bias": (lambda x, t, w, b: F.linear(x, w, b), (4, 8), (12, 8), 12),
+    "vector_weight": (lambda x, t, w, b: F.linear(x, b) * F.linear(x, b, w[0, 0]), (4, 8), (8, 8), 8),
+    "broadcast_bias": (lambda x, t, w, b: F.linear(x, w, b) + F.linear(x, w, w[0, 0]), (4, 8), (12, 8), 1),
     "matmul": (lambda x, t, w, b: x @ w, (4, 8), (8, 12), 1),
     "matmul_batched": (lambda x, t, w, b: (x @ x.transpose(-1, -2)).softmax(-1) @ x, (2, 4, 8), (1,), 1),
     "einsum": (lambda x, t, w, b: torch.einsum("bsk,ksn->bn", x, w), (4, 8), (8, 4, 12), 1),
@@ -89,10 +94,37 @@ CASES: dict[str, tuple[Forward, tuple[int, ...], tuple[int, ...], int]] = {
         ).transpose(1, 2).reshape(-1, 8, 16),
         (8, 12), (48, 12), 1,
     ),
+    "attention_without_batch": (lambda x, t, w, b: F.scaled_dot_product_attention(w, w, w).sum() * x, (8,), (6, 8), 1),
+    "attention_without_batch_masked": (
+        lambda x, t, w, b: F.scaled_dot_product_attention(w, w * 2, w, attn_mask=w @ w.T).sum() * x, (8,), (6, 8), 1,
+    ),
+    "attention_without_heads": (lambda x, t, w, b: F.scaled_dot_product_attention(x, x, x * b), (6, 8), (1,), 8),
+    "attention_of_more_dims": (
+        lambda x, t, w, b: F.scaled_dot_product_attention(x[:, None], x[:, None] * b, x[:, None], is_causal=True),
+        (4, 6, 8), (1,), 8,
+    ),
+    "attention_to_shared_keys": (
+        lambda x, t, w, b: F.scaled_dot_product_attention(
+            x.unflatten(-1, (4, 4)).transpose(1, 2), w[None, None], w[None, None] * b
+        ),
+        (8, 16), (6, 4), 4,
+    ),
+    "attention_of_shared_queries": (
+        lambda x, t, w, b: F.scaled_dot_product_attention(
+            w[None, None], *(x.unflatten(-1, (4, 4)).transpose(1, 2) * scale for scale in (2, b))
+        ),
+        (8, 16), (6, 4), 4,
+    ),
     "slice": (lambda x, t, w, b: x[:, 1:5] * b, (8, 8), (1,), 8),
     "slice_to_one": (lambda x, t, w, b: x[:, :1] + x, (8, 8), (1,), 8),
     "select": (lambda x, t, w, b: x[:, 0] * b, (8, 8), (1,), 8),
     "pad": (lambda x, t, w, b: F.pad(x, (0, 0, 1, 1)) * b, (8, 8), (1,), 8),
+    "pad_moves": (lambda x, t, w, b: F.pad(x, (0, 0, 1, -1)) * b, (8, 8), (1,), 8),
+    "pad_with_a_value": (lambda x, t, w, b: F.pad(x, (0, 0, 1, 1), value=2.0) * b, (8, 8), (1,), 8),
+    "pad_with_a_value_at_last": (lambda x, t, w, b: F.pad(x, (1, -1), value=-1.0) * b, (8, 8), (1,), 8),
+    "pad_reflected": (lambda x, t, w, b: F.pad(x, (1, 1, 2, 1), mode="reflect") * b, (4, 8, 8), (1,), 10),
+    "pad_replicated": (lambda x, t, w, b: F.pad(x, (1, -1), mode="replicate") * b, (8, 8), (1,), 8),
+    "pad_circular": (lambda x, t, w, b: F.pad(x, (2, -2), mode="circular") * b, (8, 8), (1,), 8),
     "expand": (lambda x, t, w, b: x.unsqueeze(1).expand(-1, 4, -1, -1) * b, (2, 8), (1,), 8),
     "cumsum": (lambda x, t, w, b: x.cumsum(1) * b, (4, 8), (1,), 8),
     "topk": (lambda x, t, w, b: x.topk(2, -1)[0] * x.sort(-1)[0][..., :2], (4, 8), (1,), 8),
@@ -100,6 +132,7 @@ CASES: dict[str, tuple[Forward, tuple[int, ...], tuple[int, ...], int]] = {
     "squeeze": (lambda x, t, w, b: x.mean(1, keepdim=True).squeeze(1) * b, (4, 8), (1,), 8),
     "rows": (lambda x, t, w, b: x * w[t], (8,), (8, 8), 1),
     "padded_embedding": (lambda x, t, w, b: x * F.embedding(t, w, padding_idx=1), (8,), (8, 8), 1),
+    "embedding_by_frequency": (lambda x, t, w, b: x * F.embedding(t, w, scale_grad_by_freq=True), (8,), (8, 8), 1),
     "one_hot": (lambda x, t, w, b: x * F.one_hot(t, 8), (8,), (1,), 1),
     "gather": (lambda x, t, w, b: x.gather(1, t.unsqueeze(1)), (8,), (1,), 1),
     "scatter": (lambda x, t, w, b: torch.zeros_like(x).scatter(2, x.argmax(-1, True), 1.0) * b + x, (4, 8), (1,), 8),
@@ -109,6 +142,9 @@ CASES: dict[str, tuple[Forward, tuple[int, ...], tuple[int, ...], int]] = {
     "masked": (lambda x, t, w, b: torch.where(x > 0, x, b) + x.masked_fill(x < 0, 0.0), (4, 8), (1,), 8),
     "flip": (lambda x, t, w, b: x.flip(1) * b, (4, 8), (1,), 8),
     "repeat": (lambda x, t, w, b: x.repeat_interleave(2, dim=1) * b, (4, 8), (1,), 8),
+    "repeat_by_counts": (
+        lambda x, t, w, b: x.repeat_interleave(torch.tensor([1, 2, 1, 1]), dim=1, output_size=5) * b, (4, 8), (1,), 8,
+    ),
     "triangle": (lambda x, t, w, b: x.tril() * b, (8, 8), (1,), 8),
     "logsumexp": (lambda x, t, w, b: x.logsumexp(-1) * b, (4, 8), (1,), 4),
     "logsumexp_two": (lambda x, t, w, b: x - x.logsumexp((1, 2), keepdim=True), (4, 8), (1,), 1),
@@ -142,6 +178,10 @@ CASES: dict[str, tuple[Forward, tuple[int, ...], tuple[int, ...], int]] = {
     "transposed": (lambda x, t, w, b: F.conv_transpose2d(x, w, b, stride=2), (4, 6, 6), (4, 8, 3, 3), 8),
     "transposed_groups": (lambda x, t, w, b: F.conv_transpose2d(x, w, b, groups=2), (4, 6, 6), (4, 4, 3, 3), 8),
     "conv_space": (lambda x, t, w, b: F.conv3d(x, w, b), (4, 4, 4, 4), (8, 4, 3, 3, 3), 8),
+    "conv_of_no_sample": (lambda x, t, w, b: F.conv1d(w, w.view(8, 4, 1), b).sum() * x, (8,), (4, 8), 8),
+    "depthwise_of_no_sample": (lambda x, t, w, b: F.conv1d(w, w[:, None, :3], groups=4).sum() * x, (8,), (4, 8), 1),
+    "transposed_of_no_sample": (lambda x, t, w, b: F.conv_transpose1d(w, w.view(4, 8, 1), b).sum() * x, (8,), (4, 8), 8),
+    "pools_of_no_sample": (lambda x, t, w, b: F.max_pool1d(w, 2).sum() * F.adaptive_avg_pool1d(w, 2).sum() * x, (8,), (4, 8), 1),
     "instance_norm": (lambda x, t, w, b: F.instance_norm(x, weight=b, bias=b), (8, 6), (1,), 8),
     "grid_sample": (
         lambda x, t, w, b: F.grid_sample(x, x[:, :2, :3, :3].permute(0, 2, 3, 1).tanh(), align_corners=False) * b,
@@ -176,6 +216,13 @@ CASES: dict[str, tuple[Forward, tuple[int, ...], tuple[int, ...], int]] = {
     "written": (
         lambda x, t, w, b: x.slice_scatter(x[:, :2] * b, 1, 0, 2) + x.select_scatter(x[:, 1] * b, 1, 0), (4, 8), (1,), 8,
     ),
+    "scaled": (lambda x, t, w, b: -(x * 2.0) * b + torch.true_divide(x, 3.0), (4, 8), (1,), 8),
+    "division_down": (lambda x, t, w, b: torch.div(x, 3.0, rounding_mode="floor") * b + x, (4, 8), (1,), 8),
+    "division_to_zero": (lambda x, t, w, b: torch.div(x, 0.3, rounding_mode="trunc") * b + x, (4, 8), (1,), 8),
+    "divided_by_floor": (lambda x, t, w, b: (x.detach() // 0.3) * b + x, (4, 8), (1,), 8),
+    "remainders": (lambda x, t, w, b: (x % 0.3) * b + x.fmod(0.3), (4, 8), (1,), 8),
+    "to_integer": (lambda x, t, w, b: x.to(torch.int32) * b + x, (4, 8), (1,), 8),
+    "to_truth": (lambda x, t, w, b: x.to(torch.bool).to(x.dtype) * b + x, (4, 8), (1,), 8),
     "logical": (lambda x, t, w, b: x * ((x > 0) & (x < 1) | x.isnan()).to(x.dtype) * b, (4, 8), (1,), 8),
 }  # fmt: skip
 
@@ -214,3 +261,11 @@ def test_every_option_of_the_op(name: str) -> None:
     assert tried > 5
     assert not faults, "\n".join(faults[:6])
     assert not unknown
+
+
+def test_a_shuffle_of_one_channel_shards_all_of_space() -> None:
+    graph = traced(lambda x, t, w, b: F.channel_shuffle(x[:, :1], 1) * b, (4, 6, 6), (1,), 6).graph
+    (op,) = [op for op in graph.ops if op.packet == "channel_shuffle"]
+    rule = sharding_rule(op, graph.values)
+    batch, _, *space = rule.output_labels[0]
+    assert [rule.label_kinds[label] for label in (batch, *space)] == ["parallel"] * 3

@@ -363,10 +363,18 @@ class Faulty(nn.Module):
         if self.kind == "loop":
             for _ in range(x.shape[0]):
                 x = x + 1
+        if self.kind == "unbind":
+            x = torch.stack(list(x.unbind(0)))
+        if self.kind == "sizes":
+            x = torch.cat(x.split([1] * x.shape[0]))
+        if self.kind == "repeated":
+            x = torch.cat([x] * x.shape[0])
         if self.kind == "cond":
             x = torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))
         if self.kind == "parameter":
             self.linear.weight.data.mul_(0.9)
+        if self.kind == "norm":
+            x = torch.nn.functional.embedding((x > 0).long(), self.linear.weight, max_norm=1.0)
         if self.kind == "random":
             x = x + torch.normal(0.0, x.abs() + 1)
         if self.kind == "alpha":
@@ -384,8 +392,12 @@ class Faulty(nn.Module):
         ("raise", ["the user's own complaint", "test_trace.py"]),
         ("vector", ["no loss", "loss_fn"]),
         ("loop", ["operations at batch 808", "loop over the samples", "test_trace.py"]),
+        ("unbind", ["returns 808 tensors at batch 808 and 824 at batch 824", "test_trace.py", "list"]),
+        ("sizes", ["808", "824", "test_trace.py", "list"]),
+        ("repeated", ["reads 808 tensors at batch 808 and 824 at batch 824", "test_trace.py", "list"]),
         ("cond", ["higher-order operation cond", "test_trace.py"]),
         ("parameter", ["modifies a parameter", "aten.mul_", "test_trace.py"]),
+        ("norm", ["modifies a parameter", "test_trace.py", "without max_norm"]),
         ("slots", ["proportion", "test_trace.py"]),
         ("random", ["aten.normal", "test_trace.py", "draws random numbers", "torch.nn.functional.dropout"]),
         ("alpha", ["aten.alpha_dropout", "test_trace.py", "draws random numbers"]),
@@ -401,6 +413,22 @@ def test_untraceable_models_give_one_short_error(kind: str, words: list[str]) ->
     assert all(word in text for word in words), text
     assert len(text.splitlines()) <= 4, text
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        (lambda batch: [torch.empty(4) for _ in range(batch)], ["8 tensors at batch 8 and 16 at batch 16", "stack"]),
+        (lambda batch: {str(at): torch.empty(4) for at in range(batch)}, ["8 tensors at batch 8 and 16 at batch 16"]),
+        (lambda batch: torch.empty((batch,) + (4,) * (batch // 8)), ["(8, 4)", "(16, 4, 4)", "number of dims"]),
+    ],
+)
+def test_inputs_whose_number_or_rank_follows_the_batch_give_one_short_error(inputs: Any, words: list[str]) -> None:
+    workload = Workload(build_model=lambda: Faulty(""), example_inputs=lambda batch_size: {"x": inputs(batch_size)})
+    with pytest.raises(ModelError) as caught:
+        trace(workload, dtype="float32")
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert len(str(caught.value).splitlines()) <= 2
 
 
 def test_models_that_want_another_divisibility_are_traced() -> None:
