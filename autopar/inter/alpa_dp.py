@@ -18,9 +18,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from autopar.inter.bound_tables import FeasibleBand, Floats, LevelTimes, true_range
-
-SubmeshStage = tuple[int, int, int]
-"""(first block, last block + 1, submesh class)"""
+from autopar.inter.stage_span import SubmeshStage
 
 
 def min_stage_sums(level_times: LevelTimes, band: FeasibleBand, max_stage_s: float) -> Floats:
@@ -59,7 +57,7 @@ def backtrack_stages(
         time_s = np.where((time_s <= max_stage_s) & (sizes <= devices), time_s, np.inf)
         remaining_s = stage_sums[s - 1][:, devices_after]
         j, k = np.unravel_index(int(np.argmin(time_s + remaining_s)), time_s.shape)
-        stages.append((i, int(j), int(k)))
+        stages.append(SubmeshStage(i, int(j), int(k)))
         i, devices = int(j), devices - level_times.submesh_sizes[k]
     assert (i, devices) == (level_times.num_blocks, 0), f"{stages} do not use up blocks and devices"
     return tuple(stages)
@@ -121,16 +119,17 @@ def neighbouring_pipelines(
         changed: list[tuple[SubmeshStage, ...]] = []
         for other, size in enumerate(level_times.submesh_sizes):
             if size == level_times.submesh_sizes[k] and other != k:
-                changed.append((*stages[:n], (i, j, other), *stages[n + 1 :]))
+                changed.append((*stages[:n], SubmeshStage(i, j, other), *stages[n + 1 :]))
         if n + 1 < len(stages):
             _, end, following = stages[n + 1]
             splits = [(boundary, k, following) for boundary in (j - 1, j + 1) if i < boundary < end]
             splits += [(j, following, k)] if following != k else []
             for boundary, first, second in splits:
-                changed.append((*stages[:n], (i, boundary, first), (boundary, end, second), *stages[n + 2 :]))
+                pair = SubmeshStage(i, boundary, first), SubmeshStage(boundary, end, second)
+                changed.append((*stages[:n], *pair, *stages[n + 2 :]))
             for other, size in enumerate(level_times.submesh_sizes):
                 if size == level_times.submesh_sizes[k] + level_times.submesh_sizes[following]:
-                    changed.append((*stages[:n], (i, end, other), *stages[n + 2 :]))
+                    changed.append((*stages[:n], SubmeshStage(i, end, other), *stages[n + 2 :]))
         for candidate in changed:
             if math.isfinite(_slowest_stage_s(level_times, candidate)):
                 yield candidate

@@ -20,11 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.choice.problem import SolveStatus
-from autopar.inter.alpa_dp import SubmeshStage, alpa_candidates, neighbouring_pipelines
+from autopar.inter.alpa_dp import alpa_candidates, neighbouring_pipelines
 from autopar.inter.bound_tables import LevelTimes, feasible_band, level_free_bounds, prefix_bounds, suffix_bounds
 from autopar.inter.partial_pipelines import Branches, PartialPipeline, SearchTree
 from autopar.inter.pipeline_bounds import own_order_bound_s, pipeline_lower_bound_s
 from autopar.inter.pipeline_problem import EvaluatedPipeline, PipelineProblem, PipelineResult, level_times_of
+from autopar.inter.stage_span import SubmeshStage
 from autopar.pipeline.simulate import StageTimes
 
 Floats = NDArray[np.float64]
@@ -229,7 +230,7 @@ def _relaxed_bound_s(level_times: LevelTimes, stages: tuple[SubmeshStage, ...]) 
     """A lower bound in seconds on every choice for these stages: the recursion of `pipeline_bounds` on relaxed times."""
     assert level_times.busy_s is not None
     trip = finish = total = np.zeros(())
-    devices_after, following = 0, stages[-1][2]
+    devices_after, following = 0, stages[-1].submesh
     for s, (i, j, k) in enumerate(reversed(stages), 1):
         forward, backward = (values[s, i, j, k] for values in (level_times.forward_s, level_times.backward_s))
         boundary = max(level_times.stage_boundary_s[side, j, devices_after] for side in (k, following))

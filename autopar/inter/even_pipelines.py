@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from autopar.inter.even_partition import even_ends, layers
 from autopar.inter.pipeline_bounds import max_in_flight
 from autopar.inter.stage_costs import StageCosts
-from autopar.inter.stage_transfers import DeviceStage
+from autopar.inter.stage_span import DeviceStage
 from autopar.inter.uniform_times import fastest_uniform_s
 
 
@@ -19,7 +19,7 @@ def even_pipelines(stage_costs: StageCosts, submesh_sizes: Sequence[int]) -> Ite
         num_stages, rest = divmod(stage_costs.num_devices, size)
         if not rest and num_stages <= min(stage_costs.max_stages, len(layers(blocks))):
             ends = even_ends(blocks, num_stages) if num_stages > 1 else [len(blocks)]
-            yield tuple((first, end, size) for first, end in itertools.pairwise((0, *ends)))
+            yield tuple(DeviceStage(first, end, size) for first, end in itertools.pairwise((0, *ends)))
 
 
 def guess_even_pipelines(

@@ -28,6 +28,7 @@ from autopar.inter.even_partition import even_ends
 from autopar.inter.pipeline_candidate import PipelineCandidate
 from autopar.inter.stage_cost_tables import StageCostTables
 from autopar.inter.stage_costs import StageCosts
+from autopar.inter.stage_span import DeviceStage
 from autopar.pipeline.simulate import StageTimes, simulate
 
 Floats = NDArray[np.float64]
@@ -39,10 +40,10 @@ GAP_TOLERANCE = 1e-3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _InterleavedCandidate:
-    """Stages (first block, last block + 1, devices) in model order, with ``num_chunks`` per submesh; ``bound_s`` is a
+    """Stages in model order, with ``num_chunks`` per submesh; ``bound_s`` is a
     lower bound on the step that ignores memory."""
 
-    stages: tuple[tuple[int, int, int], ...]
+    stages: tuple[DeviceStage, ...]
     num_chunks: int
     bound_s: float
 
@@ -108,7 +109,7 @@ class InterleavedSearch:
             if costs.num_devices % size or S < 2 or costs.max_stages < S or costs.num_microbatches % S:
                 continue
             for ends in self._partitions(S * num_chunks, size):
-                stages = tuple((first, end, size) for first, end in itertools.pairwise((0, *ends)))
+                stages = tuple(DeviceStage(first, end, size) for first, end in itertools.pairwise((0, *ends)))
                 through = [self._forward_backward_s[size][first, end] for first, end, _ in stages]
                 busy_s = [costs.num_microbatches * float(sum(through[submesh::S])) for submesh in range(S)]
                 bound_s = max(work_s, self._arrival_bound_s(stages, busy_s))
@@ -130,11 +131,11 @@ class InterleavedSearch:
         in_flight, S = candidate.in_flight(), candidate.num_submeshes
         kinds = [int(self.stage_costs.stage_kind_of[first, end]) for first, end, _ in candidate.stages]
         for submesh in range(S):
-            num_devices = candidate.stages[submesh][2]
+            num_devices = candidate.stages[submesh].num_devices
             yield self.tables.submesh_busy_s(num_devices, tuple(kinds[submesh::S]), in_flight[submesh::S])
 
     def _arrival_bound_s(
-        self, stages: tuple[tuple[int, int, int], ...], busy_s: Iterable[float], cutoff_s: float = np.inf
+        self, stages: tuple[DeviceStage, ...], busy_s: Iterable[float], cutoff_s: float = np.inf
     ) -> float:
         """The first bound of the module's docstring in seconds, over as many submeshes as it takes to reach
         ``cutoff_s``; ``busy_s`` of each submesh."""

@@ -13,6 +13,7 @@ from autopar.inter.pipeline_candidate import PipelineCandidate
 from autopar.inter.pipeline_problem import PipelineProblem, PipelineResult, StageTimeTable
 from autopar.inter.stage_cost_tables import StageCostTables
 from autopar.inter.stage_costs import StageCosts
+from autopar.inter.stage_span import DeviceStage, SubmeshStage
 from autopar.pipeline.schedule import Schedule
 
 UPPER_BOUND_FACTORS = (1.25, 1.6, 2.5, 6.0, math.inf)
@@ -106,8 +107,8 @@ class MicroBatchSearch:
             stage_boundary_s=self.stage_boundary_s,
         )
 
-    def _flat_candidate(self, stages: tuple[tuple[int, int, int], ...]) -> PipelineCandidate:
-        """The flat pipeline of stages (first block, last block + 1, devices)."""
+    def _flat_candidate(self, stages: tuple[DeviceStage, ...]) -> PipelineCandidate:
+        """The pipeline of these stages that is not interleaved."""
         return PipelineCandidate(stage_costs=self.stage_costs, stages=stages, schedule=self.stage_costs.schedule)
 
     def _simulate_below(self, candidate: PipelineCandidate, cutoff_s: float) -> float:
@@ -125,9 +126,9 @@ class MicroBatchSearch:
         """The branch and bound by some stage times, with simulated steps, below ``cutoff_s``."""
         best_s = cutoff_s
 
-        def evaluate(stages: tuple[tuple[int, int, int], ...]) -> float:
+        def evaluate(stages: tuple[SubmeshStage, ...]) -> float:
             nonlocal best_s
-            on_devices = tuple((first, end, self.submesh_sizes[k]) for first, end, k in stages)
+            on_devices = tuple(DeviceStage(first, end, self.submesh_sizes[k]) for first, end, k in stages)
             step_time_s = self._simulate_below(self._flat_candidate(on_devices), best_s)
             best_s = min(best_s, step_time_s)
             return step_time_s

@@ -14,6 +14,7 @@ from typing import Any
 from autopar.inter.micro_batch_search import MicroBatchSearch, SimulatedPipeline
 from autopar.inter.pipeline_candidate import PipelineCandidate
 from autopar.inter.stage_costs import StageCosts
+from autopar.inter.stage_span import DeviceStage
 from autopar.inter.worker_process import InProcessRunner, MethodRunner, WorkerProcess, can_use_worker_process
 from autopar.pipeline.schedule import Schedule
 
@@ -42,7 +43,7 @@ class FoundPipeline:
     worker process."""
 
     index: int
-    stages: tuple[tuple[int, int, int], ...]
+    stages: tuple[DeviceStage, ...]
     schedule: Schedule
     num_chunks: int
     step_time_s: float

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.inter.alpa_dp import SubmeshStage
 from autopar.inter.bound_tables import LevelTimes, PrefixBounds
 from autopar.inter.pipeline_bounds import own_order_bound_s
+from autopar.inter.stage_span import SubmeshStage
 
 Floats = NDArray[np.float64]
 
@@ -83,7 +83,7 @@ class Branches:
             step_time_s=step_time_s,
             slowest_forward_s=forward_s,
             slowest_backward_s=backward_s,
-            stage=(first_block, suffix.first_block, self.submesh[index]),
+            stage=SubmeshStage(first_block, suffix.first_block, self.submesh[index]),
             suffix=suffix,
         )
 
@@ -115,7 +115,7 @@ class SearchTree:
         forward, backward, step, time_s = forward[fits], backward[fits], step[fits], time_s[fits]
         boundary = levels.stage_boundary_s[classes, end, suffix.num_devices]
         if suffix.stage is not None:
-            boundary = np.maximum(boundary, levels.stage_boundary_s[suffix.stage[2], end, suffix.num_devices])
+            boundary = np.maximum(boundary, levels.stage_boundary_s[suffix.stage.submesh, end, suffix.num_devices])
         own = own_order_bound_s(
             levels.schedule,
             B,

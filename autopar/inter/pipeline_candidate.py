@@ -12,6 +12,7 @@ import numpy as np
 from autopar.core.plan import memory_of_chunks
 from autopar.inter.stage_choice import FrontierRef, StageChoice, StagePrice
 from autopar.inter.stage_costs import StageCosts
+from autopar.inter.stage_span import DeviceStage
 from autopar.inter.stage_transfers import first_devices
 from autopar.inter.tied_gradients import tied_gradient_s
 from autopar.pipeline.schedule import Schedule, in_flight_by_chunk
@@ -23,11 +24,11 @@ MAX_MEMORY_RETRIES = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineCandidate:
-    """Stages (first block, last block + 1, devices) in model order under a schedule; interleaved where ``num_chunks``,
+    """Stages in model order under a schedule; interleaved where ``num_chunks``,
     the chunks per submesh, is more than 1."""
 
     stage_costs: StageCosts
-    stages: tuple[tuple[int, int, int], ...]
+    stages: tuple[DeviceStage, ...]
     schedule: Schedule
     num_chunks: int = 1
 
@@ -127,9 +128,7 @@ class PipelineCandidate:
             room_bytes -= excess_bytes
         return None
 
-    def _peak_bytes(
-        self, stages: Sequence[tuple[int, int, int]], prices: Sequence[StagePrice], in_flight: Sequence[int]
-    ) -> int:
+    def _peak_bytes(self, stages: Sequence[DeviceStage], prices: Sequence[StagePrice], in_flight: Sequence[int]) -> int:
         """Peak bytes of tensors on a device, over all chunks of its submesh. The totals of `StageCosts` approximate it
         by a sum over blocks in any order."""
         memory = []

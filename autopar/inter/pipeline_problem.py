@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from autopar.choice.problem import SolveStatus
 from autopar.core.errors import UsageError
-from autopar.inter.alpa_dp import SubmeshStage
 from autopar.inter.bound_tables import LevelTimes, make_level_times
 from autopar.inter.pipeline_bounds import max_in_flight
+from autopar.inter.stage_span import SubmeshStage
 from autopar.pipeline.schedule import Schedule
 
 Floats = NDArray[np.float64]
@@ -66,7 +66,7 @@ class PipelineProblem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluatedPipeline:
-    """Stages (first block, last block + 1, submesh class), first to last, and their evaluated step in seconds."""
+    """Stages, first to last, and their evaluated step in seconds."""
 
     stages: tuple[SubmeshStage, ...]
     step_time_s: float

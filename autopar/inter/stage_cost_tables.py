@@ -17,7 +17,7 @@ from autopar.inter.mesh_bounds import MeshBounds, StageBounds
 from autopar.inter.pipeline_bounds import max_in_flight
 from autopar.inter.pipeline_problem import StageTimeTable
 from autopar.inter.stage_costs import StageCosts
-from autopar.inter.stage_transfers import DeviceStage
+from autopar.inter.stage_span import DeviceStage
 from autopar.inter.uniform_times import UniformTimes
 
 Floats = NDArray[np.float64]

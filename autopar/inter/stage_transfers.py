@@ -22,12 +22,11 @@ from autopar.graph.boundary_values import boundary_values
 from autopar.inter.block_pricer import StageMesh
 from autopar.inter.frontier_cache import UNPRICED, FrontierCache
 from autopar.inter.stage_choice import StageChoice
+from autopar.inter.stage_span import DeviceStage
 from autopar.intra.placement_text import PlacementWriter
 from autopar.rules.placement_pair import REPLICATED, PlacementPair
 
 Floats = NDArray[np.float64]
-DeviceStage = tuple[int, int, int]
-"""(first block, last block + 1, devices)"""
 
 
 def first_devices(num_devices: Sequence[int], per_node: int) -> tuple[int, ...]:
@@ -96,13 +95,15 @@ class StageTransfers:
         previous one; all arguments have an item per stage."""
         forward, backward = [0.0] * len(stages), [0.0] * len(stages)
         for index in range(len(stages) - 1):
-            boundary = stages[index][1]
+            boundary = stages[index].end_block
             same_node = are_in_one_node(self._pricer.cluster, first_devices, stages, (index, index + 1))
             for sender, receiver, times in ((index, index + 1, forward), (index + 1, index, backward)):
                 num_bytes = self._bytes_per_rank(
                     boundary, stages[receiver], choices[receiver], forward=times is forward
                 )
-                times[sender] = self._transfer_s(num_bytes, stages[sender][2], stages[receiver][2], same_node)
+                times[sender] = self._transfer_s(
+                    num_bytes, stages[sender].num_devices, stages[receiver].num_devices, same_node
+                )
         return tuple(forward), tuple(backward)
 
     def _transfer_s(self, part_bytes: float, senders: int, receivers: int, same_node: bool) -> float:
@@ -119,7 +120,7 @@ class StageTransfers:
         same_node = self._num_devices <= self._pricer.cluster.devices_per_node
         num_blocks = len(self._pricer.blocks)
         parts = [
-            self._bytes_per_rank(boundary, (*span, num_devices), choice, forward=forward)
+            self._bytes_per_rank(boundary, DeviceStage(*span, num_devices), choice, forward=forward)
             for boundary, forward in ((span[0], True), (span[1], False))
             if 0 < boundary < num_blocks
         ]
@@ -198,6 +199,6 @@ def are_in_one_node(
     """Whether all devices of the two stages ``pair`` are in one node."""
     nodes = set()
     for stage in pair:
-        last_device = first_devices[stage] + stages[stage][2] - 1
+        last_device = first_devices[stage] + stages[stage].num_devices - 1
         nodes |= {device // cluster.devices_per_node for device in (first_devices[stage], last_device)}
     return len(nodes) == 1

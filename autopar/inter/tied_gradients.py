@@ -10,7 +10,8 @@ from autopar.core.placement import parse_placements
 from autopar.inter.block_choice import block_choices
 from autopar.inter.frontier_cache import FrontierCache
 from autopar.inter.stage_choice import StageChoice
-from autopar.inter.stage_transfers import DeviceStage, are_in_one_node, part_transfer_s
+from autopar.inter.stage_span import DeviceStage
+from autopar.inter.stage_transfers import are_in_one_node, part_transfer_s
 
 MASTER_BYTES = 4
 """Bytes of an element of the optimizer's fp32 copy."""

@@ -7,6 +7,7 @@ from autopar.core.plan import MemoryParts, memory_of_chunks
 from autopar.inter.block_choice import BlockChoice, block_choices
 from autopar.inter.stage_choice import StagePrice
 from autopar.inter.stage_costs import StageCosts
+from autopar.inter.stage_span import DeviceStage
 from autopar.manual.megatron_restriction import LayoutStage
 from autopar.pipeline.simulate import StageTimes
 
@@ -22,9 +23,10 @@ class PricedStage:
     in_flight: int
 
     @property
-    def span(self) -> tuple[int, int, int]:
-        """(first block, last block + 1, devices)"""
-        return self.layout_stage.first_block, self.layout_stage.end_block, self.layout_stage.spec.num_gpus
+    def span(self) -> DeviceStage:
+        """The stage's blocks and number of devices."""
+        stage = self.layout_stage
+        return DeviceStage(stage.first_block, stage.end_block, stage.spec.num_gpus)
 
     def block_choices(self) -> list[BlockChoice]:
         """The choice of every block of the stage, in order."""

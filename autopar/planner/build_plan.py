@@ -31,6 +31,7 @@ from autopar.inter.block_choice import BlockChoice, block_choices
 from autopar.inter.block_pricer import StageMesh
 from autopar.inter.stage_choice import StagePrice
 from autopar.inter.stage_costs import StageCosts
+from autopar.inter.stage_span import DeviceStage
 from autopar.inter.stage_transfers import first_devices
 from autopar.intra.placement_text import PlacementWriter
 from autopar.judge.context import ModelContext
@@ -55,7 +56,7 @@ class ChosenPipeline:
     workload: Workload
     cluster: Cluster
     stage_costs: StageCosts
-    stages: tuple[tuple[int, int, int], ...]
+    stages: tuple[DeviceStage, ...]
     prices: tuple[StagePrice, ...]
     in_flight: tuple[int, ...]
     schedule: Schedule

@@ -24,22 +24,22 @@ from autopar.inter.frontier_cache import UNPRICED
 from autopar.inter.pipeline_bounds import max_in_flight
 from autopar.inter.stage_choice import StageChoice
 from autopar.inter.stage_costs import StageCosts
+from autopar.inter.stage_span import DeviceStage
 from autopar.intra import block_totals as tt
 from autopar.intra.block_totals import memory_bytes
 
 Floats = NDArray[np.float64]
 HUGE = 1e29
 """Bytes of a choice that cannot run, where inf times zero would be undefined."""
-_Stages = tuple[tuple[int, int, int], ...]
-"""First block, last block + 1, devices."""
+_Stages = tuple[DeviceStage, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MemoryBottleneck:
-    """The fullest stage (first block, last block + 1, devices) of a pipeline, and its peak memory on a device."""
+    """The fullest stage of a pipeline, and its peak memory on a device."""
 
     stage_costs: StageCosts
-    stage: tuple[int, int, int]
+    stage: DeviceStage
     memory: MemoryParts
 
     @property
@@ -65,7 +65,7 @@ def _fullest_stage(stage_costs: StageCosts, stages: _Stages) -> MemoryBottleneck
         if choice is None:
             return None
         memory = stage_costs.memory.peak(choice, first, end, in_flight)
-        filled.append(MemoryBottleneck(stage_costs=stage_costs, stage=(first, end, size), memory=memory))
+        filled.append(MemoryBottleneck(stage_costs=stage_costs, stage=DeviceStage(first, end, size), memory=memory))
     return max(filled, key=lambda bottleneck: bottleneck.num_bytes)
 
 
@@ -76,7 +76,7 @@ def _even_pipelines(stage_costs: StageCosts, submesh_sizes: tuple[int, ...]) -> 
         num_stages, remainder = divmod(stage_costs.num_devices, size)
         if not remainder and num_stages <= min(stage_costs.max_stages, len(layers(blocks))):
             ends = even_ends(blocks, num_stages) if num_stages > 1 else [len(blocks)]
-            yield tuple((first, end, size) for first, end in itertools.pairwise((0, *ends)))
+            yield tuple(DeviceStage(first, end, size) for first, end in itertools.pairwise((0, *ends)))
 
 
 def _leanest_pipeline(stage_costs: StageCosts, submesh_sizes: tuple[int, ...]) -> Iterator[_Stages]:
@@ -113,7 +113,7 @@ def _leanest_pipeline(stage_costs: StageCosts, submesh_sizes: tuple[int, ...]) -
             cost = np.maximum(tables[in_flight_of[s - 1]][i, :, k], needs[s - 1][:, devices - size])
             j = int(cost.argmin())
             if cost[j] <= goal:
-                stages.append((i, j, size))
+                stages.append(DeviceStage(i, j, size))
                 i, devices = j, devices - size
                 break
     yield tuple(stages)

@@ -10,9 +10,9 @@ import time
 
 import numpy as np
 
-from autopar.inter.alpa_dp import SubmeshStage
 from autopar.inter.branch_and_bound import search_pipelines
 from autopar.inter.pipeline_problem import PipelineProblem, StageTimeTable
+from autopar.inter.stage_span import SubmeshStage
 from autopar.pipeline.schedule import Schedule
 from autopar.pipeline.simulate import StageTimes, simulate
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from autopar.core.errors import UsageError
-from autopar.inter.alpa_dp import SubmeshStage
 from autopar.inter.branch_and_bound import search_pipelines
 from autopar.inter.pipeline_problem import PipelineProblem, StageTimeTable
+from autopar.inter.stage_span import SubmeshStage
 from autopar.pipeline.simulate import StageTimes, simulate
 
 
@@ -81,7 +81,7 @@ class Case:
                 for classes in itertools.product(range(len(self.sizes)), repeat=count):
                     if sum(self.sizes[k] for k in classes) != self.num_devices:
                         continue
-                    stages = tuple((boundaries[n], boundaries[n + 1], classes[n]) for n in range(count))
+                    stages = tuple(SubmeshStage(boundaries[n], boundaries[n + 1], classes[n]) for n in range(count))
                     in_flight = [
                         min(count - n, self.num_microbatches) if self.schedule == "1f1b" else self.num_microbatches
                         for n in range(count)

@@ -196,7 +196,9 @@ def test_the_judge_finds_the_same(model_file: Path, text: str) -> None:
     prices = pricer(model_file, 2)
     plan = prices.plan(prices.price(parse_layout(text)), 0.0)
     assert plan.execution.selective == "products"
-    assert not list(differences(plan, judge(plan, prices.model.graph, prices.model.blocks, prices.cluster, prices.model.profile)))
+    assert not list(
+        differences(plan, judge(plan, prices.model.graph, prices.model.blocks, prices.cluster, prices.model.profile))
+    )
 
 
 def test_only_layouts_of_fsdp_select_by_operation(model_file: Path) -> None:

@@ -14,6 +14,7 @@ from autopar.inter.frontier_cache import UNPRICED
 from autopar.inter.micro_batch_setting import MicroBatchSetting
 from autopar.inter.stage_choice import StageChoice
 from autopar.inter.stage_costs import StageCosts
+from autopar.inter.stage_span import DeviceStage
 from autopar.inter.stage_transfers import first_devices
 from autopar.planner.planner import submesh_sizes
 from tests.conftest import example_workload
@@ -50,7 +51,7 @@ def test_no_transfer_is_below_its_bound(blocks, gpus):
         if not 1 < len(devices) <= len(blocks.blocks):
             continue
         ends = [*sorted(rng.sample(range(1, len(blocks.blocks)), len(devices) - 1)), len(blocks.blocks)]
-        stages = tuple(zip([0, *ends[:-1]], ends, devices, strict=True))
+        stages = tuple(map(DeviceStage, [0, *ends[:-1]], ends, devices))
         meshes = [rng.choice(costs.frontiers.meshes(size)) for size in devices]
         choices = [
             StageChoice(
