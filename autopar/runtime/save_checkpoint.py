@@ -1,0 +1,118 @@
+"""Checkpoints with torch.distributed.checkpoint, under the model's own names and global shapes, so that any plan loads
+those of any other.
+
+    .metadata, *.distcp   model.NAME, optimizer.NAME.KEY (fp32 masters and the optimizer's state)
+    optimizer.json        settings of the optimizer's parameter groups (learning rate ...)
+    scale.json            the loss scale of an fp16 plan; without it the scale starts at its initial value
+    SHA256SUMS            hashes of the files above but *.distcp, which have CRCs (see ``checkpoint_integrity``)
+
+It is a folder, written under a temporary name and renamed when all ranks are done (``checkpoint_folder``).
+
+A rank's part of a tensor is a set of boxes (``checkpoint_shards``); of replicas only the first is written. Only tensors
+and JSON are stored, and only they are loaded: whatever else a checkpoint of another writer has is ignored, and never
+run.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
+
+from autopar.core.errors import AutoparError, CheckpointError, UsageError
+from autopar.core.write_file import write_atomically
+from autopar.runtime.checkpoint_folder import (
+    MAX_STEP,
+    checkpoint_path,
+    complete_checkpoint,
+    prepare_folder,
+    remove_old_checkpoints,
+    temporary_path,
+)
+from autopar.runtime.checkpoint_integrity import write_sums
+from autopar.runtime.checkpoint_state import is_setting, state_dict
+from autopar.runtime.training_state import TrainingState
+
+_Result = TypeVar("_Result")
+
+
+def save(state: TrainingState, folder: str | os.PathLike[str], step: int, *, keep: int = 2) -> Path:
+    """Write a checkpoint as ``step-STEP`` and point ``latest`` at it; returns its path. Collective.
+
+    Only the ``keep`` checkpoints of the highest steps remain, this one always; folders of other names are ignored.
+    Until it is complete ``latest`` names the one before. Where it fails on any rank, CheckpointError, the same on every
+    rank; UsageError where ``step`` is not a whole number from 0 on."""
+    root = Path(folder)
+    _check_step(step)
+    is_first_rank = dist.get_rank() == 0
+
+    def prepare() -> dict[str, Any]:
+        if is_first_rank:
+            prepare_folder(root, step)
+        return state_dict(state)
+
+    def complete() -> None:
+        if is_first_rank:
+            path = temporary_path(root, step)
+            write_atomically(path / "optimizer.json", json.dumps(_group_settings(state)).encode())
+            if state.loss_scale is not None:
+                write_atomically(path / "scale.json", json.dumps(state.loss_scale.state_dict()).encode())
+            write_sums(path)
+            complete_checkpoint(root, step)
+            remove_old_checkpoints(root, step, keep)
+
+    final = checkpoint_path(root, step)
+    shards = _run_on_all_ranks(prepare, final)
+    writer = FileSystemWriter(temporary_path(root, step), sync_files=True)
+    _run_on_all_ranks(lambda: write_tensors(shards, storage_writer=writer), final)
+    _run_on_all_ranks(complete, final)
+    return final
+
+
+def _check_step(step: int) -> None:
+    """UsageError where a step is not a whole number from 0 on, CheckpointError where the ranks save different steps.
+    Collective."""
+    steps: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(steps, step)
+    for each in steps:
+        if not isinstance(each, int) or not 0 <= each <= MAX_STEP:
+            raise UsageError(f"step must be a whole number from 0 to {MAX_STEP}, not {each!r}")
+    other = next((rank for rank, each in enumerate(steps) if each != steps[0]), None)
+    if other is not None:
+        raise CheckpointError(f"cannot save: rank 0 saves step {steps[0]}, rank {other} saves step {steps[other]}")
+
+
+def _run_on_all_ranks(action: Callable[[], _Result], path: Path) -> _Result:
+    """What ``action`` returns, a part of saving the checkpoint at ``path``; where it fails on any rank, the same
+    CheckpointError on every rank."""
+    result, message = None, None
+    cause: BaseException | None = None
+    try:
+        result = action()
+    except CheckpointException as error:  # torch has told all ranks
+        rank, (failure, _) = next(iter(error.failures.items()))
+        message, cause = _save_error_text(path, rank, failure), error
+    except Exception as error:  # of whatever kind: the other ranks wait for this one's outcome
+        message, cause = _save_error_text(path, dist.get_rank(), error), error
+    messages: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    first = next((each for each in messages if each is not None), None)
+    if first is not None:
+        raise CheckpointError(first) from cause
+    return result  # type: ignore[return-value]
+
+
+def _save_error_text(path: Path, rank: int, error: BaseException) -> str:
+    reason = str(error) if isinstance(error, AutoparError) else f"{type(error).__name__}: {error}"
+    return f"cannot save {path}: rank {rank}: {' '.join(reason.split())[:300]}; earlier checkpoints are as they were"
+
+
+def _group_settings(state: TrainingState) -> list[dict[str, Any]]:
+    """The settings of the optimizer's parameter groups that JSON can store."""
+    groups = state.optimizer.param_groups if state.optimizer is not None else []
+    return [{key: value for key, value in group.items() if is_setting(key, value)} for group in groups]
