@@ -3,6 +3,8 @@
     folder/latest          name of the newest complete checkpoint, replaced atomically
     folder/step-12/        a complete checkpoint
     folder/.step-12.tmp/   one that is being written, or whose writer was interrupted
+    folder/.step-12.old/   a complete one, while another of the same step takes its name: a folder cannot be replaced
+                           atomically. Where the writer was interrupted, this is the checkpoint of that step
 
 Whatever has another name is ignored. One rank at a time changes the folder; any rank may read it.
 """
@@ -25,17 +27,32 @@ def checkpoint_path(root: Path, step: int) -> Path:
     return root / f"step-{step}"
 
 
+def readable_path(root: Path, step: int) -> Path:
+    """Where the complete checkpoint of a step can be read now, also where the writer of another was interrupted."""
+    final, replaced = checkpoint_path(root, step), _replaced_path(root, step)
+    return replaced if replaced.is_dir() and not final.exists() else final
+
+
 def temporary_path(root: Path, step: int) -> Path:
     """Where the checkpoint of a step is written."""
     return root / f".step-{step}.tmp"
 
 
+def _replaced_path(root: Path, step: int) -> Path:
+    return root / f".step-{step}.old"
+
+
 def prepare_folder(root: Path, step: int) -> None:
-    """Create the folder, remove what interrupted saves left, and check that the checkpoint's name is free or that of an
-    earlier one. Raises OSError, CheckpointError."""
+    """Create the folder, finish or remove what interrupted saves left, and check that the checkpoint's name is free or
+    that of an earlier one. Raises OSError, CheckpointError."""
     root.mkdir(parents=True, exist_ok=True)
-    for path in root.glob(".step-*.tmp"):
-        if _NAME.fullmatch(path.name.removeprefix(".").removesuffix(".tmp")):
+    for path in sorted(root.iterdir()):
+        name = path.name.removeprefix(".").removesuffix(path.suffix)
+        if not path.name.startswith(".") or not _NAME.fullmatch(name):
+            continue
+        if path.suffix == ".old" and not (root / name).exists():
+            os.replace(path, root / name)
+        elif path.suffix in (".old", ".tmp"):
             shutil.rmtree(path)
     final = checkpoint_path(root, step)
     if final.exists() and not final.is_dir():
@@ -43,11 +60,14 @@ def prepare_folder(root: Path, step: int) -> None:
 
 
 def complete_checkpoint(root: Path, step: int) -> None:
-    """Give the written checkpoint of a step its name, and name it in ``latest``. Raises OSError, PlanFileError."""
-    final = checkpoint_path(root, step)
-    shutil.rmtree(final, ignore_errors=True)
+    """Give the written checkpoint of a step its name, and name it in ``latest``. At every moment the newest complete
+    checkpoint is at its ``readable_path``. Raises OSError, PlanFileError."""
+    final, replaced = checkpoint_path(root, step), _replaced_path(root, step)
+    if final.exists():
+        os.replace(final, replaced)
     os.replace(temporary_path(root, step), final)
     write_atomically(root / LATEST, final.name.encode())
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def remove_old_checkpoints(root: Path, step: int, keep: int) -> None:

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
 
 from autopar.core.errors import AutoparError, CheckpointError, PlanFileError
-from autopar.runtime.checkpoint_folder import LATEST, checkpoint_path, latest_step, saved_steps
+from autopar.runtime.checkpoint_folder import LATEST, checkpoint_path, latest_step, readable_path, saved_steps
 from autopar.runtime.checkpoint_integrity import CheckedReader, check_sums, check_tensors
 from autopar.runtime.checkpoint_metadata import METADATA, TensorIndex, read_metadata
 from autopar.runtime.checkpoint_state import is_setting, state_dict
@@ -134,7 +134,7 @@ def _check_newest(state: TrainingState, root: Path) -> _CheckedCheckpoint:
     """Check the newest checkpoint of a folder: all small files, and this rank's share of the tensors. Changes
     nothing."""
     step = latest_step(root)
-    path = checkpoint_path(root, step)
+    path = readable_path(root, step)
     try:
         index = read_metadata(path)
         check_sums(path)

@@ -45,8 +45,8 @@ def save(state: TrainingState, folder: str | os.PathLike[str], step: int, *, kee
     """Write a checkpoint as ``step-STEP`` and point ``latest`` at it; returns its path. Collective.
 
     Only the ``keep`` checkpoints of the highest steps remain, this one always; folders of other names are ignored.
-    Until it is complete ``latest`` names the one before. Where it fails on any rank, CheckpointError, the same on every
-    rank; UsageError where ``step`` is not a whole number from 0 on."""
+    Until it is complete the one before, also of the same step, can be loaded. Where it fails on any rank,
+    CheckpointError, the same on every rank; UsageError where ``step`` is not a whole number from 0 on."""
     root = Path(folder)
     _check_step(step)
     is_first_rank = dist.get_rank() == 0
