@@ -1,24 +1,12 @@
-"""Checkpoints with torch.distributed.checkpoint, under the model's own names and global shapes, so that any plan loads
-those of any other.
+"""Loads a checkpoint as ``save_checkpoint`` writes it, after all of it was checked.
 
-    folder/latest         name of the newest complete checkpoint, replaced atomically
-    folder/step-12/       one checkpoint, written as .step-12.tmp and renamed when all ranks are done
-        .metadata, *.distcp   model.NAME, optimizer.NAME.KEY (fp32 masters and the optimizer's state)
-        optimizer.json        settings of the optimizer's parameter groups (learning rate ...)
-        scale.json            the loss scale of an fp16 plan; without it the scale starts at its initial value
-        SHA256SUMS            hashes of the files above but *.distcp, which have CRCs (see ``checkpoint_integrity``)
-
-A rank's part of a tensor is a set of boxes (``checkpoint_shards``); of replicas only the first is written. Only tensors
-and JSON are stored, and only they are loaded: whatever else a checkpoint of another writer has is ignored, and never
-run.
+Only tensors and JSON are loaded: whatever else a checkpoint of another writer has is ignored, and never run.
 """
 
 import hashlib
 import json
 import os
-import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,111 +15,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
-from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
 
 from autopar.core.errors import AutoparError, CheckpointError, PlanFileError
-from autopar.core.placement import REPLICATE
-from autopar.core.write_file import write_atomically
-from autopar.runtime.checkpoint_integrity import CheckedReader, check_sums, check_tensors, write_sums
+from autopar.runtime.checkpoint_folder import LATEST, checkpoint_path, latest_step, readable_path, saved_steps
+from autopar.runtime.checkpoint_integrity import CheckedReader, check_sums, check_tensors
 from autopar.runtime.checkpoint_metadata import METADATA, TensorIndex, read_metadata
-from autopar.runtime.checkpoint_shards import CheckpointShard
+from autopar.runtime.checkpoint_state import is_setting, state_dict
 from autopar.runtime.loss_scale import LossScale
-from autopar.runtime.stored_parameters import StoredParameter, stored_indices
 from autopar.runtime.training_state import TrainingState
-from autopar.runtime.transfer import DimIndices
-
-LATEST = "latest"
-OptimizerStates = Mapping[Tensor, Mapping[str, Any]]
-"""The optimizer's state: by master, then key."""
-
-
-def state_dict(state: TrainingState, optimizer_states: OptimizerStates | None = None) -> dict[str, Any]:
-    """``model`` (by the model's names) and ``optimizer`` (by name, then key) as ``CheckpointShard``s that share the
-    state's memory, for ``torch.distributed.checkpoint`` to save and to load into. ``optimizer_states``: the optimizer's
-    tensors by master, where they are not those of its own state."""
-    if optimizer_states is None:
-        optimizer_states = state.optimizer.state if state.optimizer is not None else {}
-    model: dict[str, CheckpointShard] = {}
-    optimizer: dict[str, dict[str, CheckpointShard]] = {}
-    for parameter, indices, is_writer in _stored_parameters(state):
-        name = parameter.names[0]
-        if name in model:
-            continue
-        model[name] = CheckpointShard(parameter.master, parameter.sharding.shape, indices, is_writer)
-        entries = optimizer_states.get(parameter.master, {})
-        optimizer[name] = {
-            key: _optimizer_shard(entry, parameter, indices, is_writer)
-            for key, entry in entries.items()
-            if isinstance(entry, Tensor)
-        }
-    for name, shard in _buffer_shards(state):
-        model.setdefault(name, shard)
-    return {"model": model, "optimizer": optimizer}
-
-
-def _optimizer_shard(
-    entry: Tensor, parameter: StoredParameter, indices: DimIndices, is_writer: bool
-) -> CheckpointShard:
-    """A tensor of the optimizer's state is sharded as its master, or the same on all ranks, such as a step count."""
-    if entry.shape == parameter.master.shape and entry.dim():
-        return CheckpointShard(entry, parameter.sharding.shape, indices, is_writer)
-    full = tuple(torch.arange(size) for size in entry.shape)
-    has_first_element = all(len(index) and int(index[0]) == 0 for index in indices)
-    return CheckpointShard(entry, entry.shape, full, is_writer and has_first_element)
-
-
-def _stored_parameters(state: TrainingState) -> Iterator[tuple[StoredParameter, DimIndices, bool]]:
-    """(parameter, the indices of its master, whether this rank writes them) of this rank's stages."""
-    for stage_index, stage in state.stages.items():
-        for value, parameter in stage.parameters.items():
-            indices = stored_indices(parameter.sharding, stage.mesh, stage.mesh.coordinate, zero_sharded=True)
-            is_first_stage = state.first_stage_storing[value] == stage_index
-            yield parameter, indices, parameter.counts_in_norm and is_first_stage
-
-
-def _buffer_shards(state: TrainingState) -> Iterator[tuple[str, CheckpointShard]]:
-    """(name, this rank's shard) of the buffers that the model's own ``state_dict`` has."""
-    for stage_index, stage in state.stages.items():
-        for sharding in stage.buffer_shardings:
-            name = state.buffer_names.get(sharding.value)
-            if name is None:
-                continue
-            indices = stored_indices(sharding, stage.mesh, stage.mesh.coordinate, zero_sharded=False)
-            positions = zip(stage.mesh.coordinate, sharding.compute_placements, strict=True)
-            is_first_replica = all(position == 0 for position, placement in positions if placement == REPLICATE)
-            is_writer = is_first_replica and state.first_stage_storing[sharding.value] == stage_index
-            yield name, CheckpointShard(stage.buffers[sharding.value], sharding.shape, indices, is_writer)
-
-
-def save(state: TrainingState, folder: str | os.PathLike[str], step: int, *, keep: int = 2) -> Path:
-    """Write a checkpoint as ``step-STEP`` and point ``latest`` at it; returns its path. Collective.
-
-    Only the ``keep`` checkpoints of the highest steps remain, this one always. Until it is complete ``latest`` names
-    the one before; where the step was saved before, that checkpoint is removed just before this one takes its name."""
-    root = Path(folder)
-    temporary, final = root / f".step-{step}.tmp", root / f"step-{step}"
-    if dist.get_rank() == 0:
-        root.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-    dist.barrier()
-    write_tensors(state_dict(state), storage_writer=FileSystemWriter(temporary, sync_files=True))
-    dist.barrier()
-    if dist.get_rank() == 0:
-        write_atomically(temporary / "optimizer.json", json.dumps(_group_settings(state)).encode())
-        if state.loss_scale is not None:
-            write_atomically(temporary / "scale.json", json.dumps(state.loss_scale.state_dict()).encode())
-        write_sums(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        write_atomically(root / LATEST, final.name.encode())
-        steps = sorted(int(path.name.removeprefix("step-")) for path in root.glob("step-*"))
-        for old in [number for number in steps if number != step][: max(0, len(steps) - keep)]:
-            shutil.rmtree(root / f"step-{old}", ignore_errors=True)
-    dist.barrier()
-    return final
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +34,7 @@ class _CheckedCheckpoint:
     that see the same checkpoint."""
 
     path: Path
+    step: int
     reader: CheckedReader
     optimizer_states: dict[Tensor, dict[str, Tensor]]
     settings: list[dict[str, Any]] | None
@@ -169,8 +63,11 @@ def load(state: TrainingState, folder: str | os.PathLike[str]) -> int:
     torch.distributed.checkpoint itself may have written it, under these names. Without ``optimizer.json`` the optimizer
     keeps its settings."""
     checked = _check_on_all_ranks(lambda: _check_newest(state, Path(folder)))
+    has_state = torch.tensor(1)
+    training = {"has_optimizer_state": has_state} if _tells_optimizer_state(checked.reader.index) else {}
+    entries = {**state_dict(state, checked.optimizer_states), "training": training}
     try:
-        read_tensors(state_dict(state, checked.optimizer_states), storage_reader=checked.reader)
+        read_tensors(entries, storage_reader=checked.reader)
     except CheckpointException as error:
         rank, (failure, _) = next(iter(error.failures.items()))
         raise CheckpointError(
@@ -180,10 +77,10 @@ def load(state: TrainingState, folder: str | os.PathLike[str]) -> int:
         ) from None
     if state.optimizer is not None:
         for master, tensors in checked.optimizer_states.items():
-            entries = state.optimizer.state[master]
-            for key in [key for key, entry in entries.items() if isinstance(entry, Tensor)]:
-                del entries[key]
-            entries.update(tensors)
+            own = state.optimizer.state[master]
+            for key in [key for key, entry in own.items() if isinstance(entry, Tensor)]:
+                del own[key]
+            own.update(tensors if has_state else {})
         if checked.settings is not None and len(checked.settings) == len(state.optimizer.param_groups):
             for group, settings in zip(state.optimizer.param_groups, checked.settings, strict=True):
                 group.update(settings)
@@ -191,7 +88,7 @@ def load(state: TrainingState, folder: str | os.PathLike[str]) -> int:
         state.loss_scale = checked.scale
     for stage in state.stages.values():
         stage.update_weights()
-    state.num_steps = int(checked.path.name.removeprefix("step-"))
+    state.num_steps = checked.step
     return state.num_steps
 
 
@@ -239,17 +136,19 @@ def _raise_if_any_failed(outcomes: Sequence[_CheckOutcome]) -> None:
 def _check_newest(state: TrainingState, root: Path) -> _CheckedCheckpoint:
     """Check the newest checkpoint of a folder: all small files, and this rank's share of the tensors. Changes
     nothing."""
-    path = root / _latest_name(root)
+    step = latest_step(root)
+    path = readable_path(root, step)
     try:
         index = read_metadata(path)
         check_sums(path)
         optimizer_states = _optimizer_tensors(state, index)
         _check_shapes(state_dict(state, optimizer_states), index)
         reader = CheckedReader(path, index)
-        names = [name for name in index.tensors if name.startswith(("model.", "optimizer."))]
+        names = [name for name in index.tensors if name.startswith(("model.", "optimizer.", "training."))]
         check_tensors(reader, names, rank=dist.get_rank(), num_ranks=dist.get_world_size())
         return _CheckedCheckpoint(
             path=path,
+            step=step,
             reader=reader,
             optimizer_states=optimizer_states,
             settings=_read_settings(path),
@@ -257,22 +156,16 @@ def _check_newest(state: TrainingState, root: Path) -> _CheckedCheckpoint:
             digest=f"{path.name} ({hashlib.sha256((path / METADATA).read_bytes()).hexdigest()[:12]})",
         )
     except CheckpointError as error:
-        others = ", ".join(sorted(other.name for other in root.glob("step-*") if other != path))
+        others = ", ".join(checkpoint_path(root, other).name for other in saved_steps(root) if other != step)
         way_out = f"to load another ({others}), write its name to {root / LATEST}" if others else "there is no other"
         raise CheckpointError(f"cannot load {path}: {error}; nothing was loaded; {way_out}") from None
 
 
-def _latest_name(root: Path) -> str:
-    """The name of the newest checkpoint of a folder; PlanFileError where it names none."""
-    try:
-        name = (root / LATEST).read_text().strip()
-    except FileNotFoundError as error:
-        raise PlanFileError(f"no checkpoint in {root}: {error.strerror}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot read {root / LATEST}: {error}") from None
-    if not re.fullmatch(r"step-[0-9]{1,18}", name):
-        raise CheckpointError(f"{root / LATEST} has {name[:80]!r}, not the name of a checkpoint such as step-12")
-    return name
+def _tells_optimizer_state(index: TensorIndex) -> bool:
+    """Whether the checkpoint tells if the optimizer had taken a step; others than ours do not, and have its state only
+    then."""
+    tensor = index.tensors.get("training.has_optimizer_state")
+    return tensor is not None and not tensor.size and tensor.properties.dtype == torch.int64
 
 
 def _optimizer_tensors(state: TrainingState, index: TensorIndex) -> dict[Tensor, dict[str, Tensor]]:
@@ -332,7 +225,7 @@ def _read_settings(path: Path) -> list[dict[str, Any]] | None:
     if (
         not isinstance(groups, list)
         or not all(isinstance(group, dict) for group in groups)
-        or not all(_is_setting(key, value) for group in groups for key, value in group.items())
+        or not all(is_setting(key, value) for group in groups for key, value in group.items())
     ):
         raise CheckpointError("optimizer.json is damaged: it is not a list of parameter-group settings")
     return groups
@@ -348,15 +241,3 @@ def _read_scale(path: Path) -> LossScale | None:
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"scale.json is damaged: {error}") from None
     return scale if state is not None else None
-
-
-def _group_settings(state: TrainingState) -> list[dict[str, Any]]:
-    """The settings of the optimizer's parameter groups that JSON can store."""
-    groups = state.optimizer.param_groups if state.optimizer is not None else []
-    return [{key: value for key, value in group.items() if _is_setting(key, value)} for group in groups]
-
-
-def _is_setting(key: str, value: Any) -> bool:
-    """Whether a parameter group's entry is a setting of plain numbers or text, not its parameters."""
-    are_numbers = isinstance(value, (tuple, list)) and all(isinstance(each, (int, float)) for each in value)
-    return key != "params" and (are_numbers or isinstance(value, (bool, int, float, str, type(None))))
