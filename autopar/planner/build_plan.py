@@ -164,7 +164,8 @@ class _StageWriter:
         axes = _named_axes(costs, choice.mesh, of_blocks)
         refs = []
         for block, of_block in zip(costs.pricer.blocks[first:end], of_blocks, strict=True):
-            key = (of_block.variant, of_block.frontier_ref, choice.boundary, choice.mesh)
+            # a boundary and a frontier point are numbers among those that the stage's restriction leaves
+            key = (of_block.variant, of_block.frontier_ref, choice.boundary, choice.mesh, costs.restriction)
             if key not in self.programs:
                 self.programs[key] = _block_program(costs, of_block, f"p{len(self.programs)}")
             refs.append(BlockRef(index=block.index, name=block.name, program=self.programs[key].id))
