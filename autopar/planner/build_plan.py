@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from autopar.cluster.cluster import Cluster
+from autopar.cluster.cluster_reference import cluster_reference
 from autopar.core.dtypes import SHORT_NAMES
 from autopar.core.invariants import recompute_summary
 from autopar.core.mesh_axis import Axis
@@ -14,7 +15,6 @@ from autopar.core.plan import (
     FORMAT_VERSION,
     BlockProgram,
     BlockRef,
-    ClusterRef,
     Execution,
     ModelRef,
     OpPlan,
@@ -109,7 +109,7 @@ def build_plan(chosen: ChosenPipeline) -> Plan:
             graph_fingerprint=graph.fingerprint,
             num_parameters=num_parameters(graph),
         ),
-        cluster=ClusterRef(name=chosen.cluster.name, fingerprint=chosen.cluster.fingerprint, overrides={}),
+        cluster=cluster_reference(chosen.cluster),
         execution=plan_execution(costs.pricer.execution),
         gpus=chosen.gpus,
         global_batch=chosen.global_batch,

@@ -71,7 +71,7 @@ def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Library:
     modules: dict[str, dict[str, Any]] = {
         "autopar.cluster.cost_tables": {
             "load_cluster": fake.load_cluster,
-            "cluster_names": lambda: ("dgx-h100", "dgx-a100"),
+            "cluster_names": lambda: ("dgx-h100", "dgx-a100", "p3.16xlarge"),
         },
         "autopar.workload.model_file": {"load_workload": fake.load_workload},
         "autopar.planner.planner": {"plan": fake.plan},
@@ -97,7 +97,7 @@ def test_no_command_or_option_is_lost() -> None:
     search = "--pin --quiet --recompute --schedule --set --time-limit --verbose --force --output -o -q -v"
     assert options["plan"] == sorted(f"{shared} {search}".split())
     assert options["estimate"] == sorted(f"{shared} {search} --tokens --mode --context --weights --kv-cache".split())
-    assert options["compare"] == sorted(["--against", "--model", *output])
+    assert options["compare"] == sorted(["--against", "--cluster", "--model", *output])
     assert options["show"] == sorted(output)
     assert options["profile"] == sorted(
         ["--base", "--device", "--force", "--json", "--output", "--quick", "--quiet", "-o", "-q"]
@@ -244,7 +244,7 @@ def test_a_changed_model_or_cluster_is_refused(
         lambda name, **o: types.SimpleNamespace(fingerprint="00"),
     )
     assert run(["compare", "p.json", "--against", "megatron", "-q"]) == 6
-    assert "tables of cluster p3.16xlarge changed" in capsys.readouterr().err
+    assert "tables of cluster p3.16xlarge are not those that p.json was made with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -338,9 +338,9 @@ def test_a_truncated_or_missing_plan_file_exits_6(
 
 def test_cluster_list_and_show_print_tables(library: Library, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["cluster", "list"]) == 0
-    assert capsys.readouterr().out == "dgx-a100\ndgx-h100\n"
+    assert capsys.readouterr().out == "dgx-a100\ndgx-h100\np3.16xlarge\n"
     assert run(["cluster", "list", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"clusters": ["dgx-a100", "dgx-h100"]}
+    assert json.loads(capsys.readouterr().out) == {"clusters": ["dgx-a100", "dgx-h100", "p3.16xlarge"]}
     assert run(["cluster", "show", "nowhere"]) == 2
 
 
