@@ -389,3 +389,28 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     shell = f'set -o pipefail; "{sys.executable}" -c "{code}" | true'
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
     assert done.stderr == ""
+
+
+def test_run_takes_no_unknown_option_before_the_separator(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A misspelt option is not the script's."""
+    save_plan(sample_plan(), tmp_path / "p.json")
+    plan = str(tmp_path / "p.json")
+    for words in (
+        ["--laucher", "slurm", "--", "train.py"],
+        ["--rank-per-node=8", "--", "train.py"],
+        ["train.py", "--lr=3"],
+    ):
+        assert run(["run", plan, *words]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert words[0 if words[0] != "train.py" else 1].split("=")[0] in printed.err
+        assert "The options of the script go behind --" in printed.err
+
+
+@pytest.mark.parametrize("own", [["--plan", "other.json"], ["--plan=other.json"]])
+def test_run_leaves_the_plan_that_the_script_is_given(
+    own: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_plan(sample_plan(), tmp_path / "p.json")
+    assert run(["run", str(tmp_path / "p.json"), "--ranks-per-node", "8", "--", "train.py", *own]) == 0
+    assert capsys.readouterr().out.split()[-len(own) - 1 :] == ["train.py", *own]

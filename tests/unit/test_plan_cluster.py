@@ -91,3 +91,19 @@ def test_a_cluster_made_in_python_can_be_named(folder: Path, capsys) -> None:
     assert json.loads(capsys.readouterr().out)["speedup"] >= 1.0
     assert run(["compare", "p.json", *COMPARE, "--cluster", "dgx-a100"]) == 6
     assert "cluster dgx-a100 are not those that p.json was made with" in capsys.readouterr().err
+
+
+def test_run_starts_as_many_ranks_a_node_as_the_clusters_file_says(folder: Path, capsys) -> None:
+    """The file of the plan, which another folder has too; not that of a shipped cluster of the same name."""
+    halves = msgspec.structs.replace(load_cluster("dgx-a100"), devices_per_node=2)
+    save_cluster(halves, "table.json")
+    planned("table.json")
+    (folder / "moved").mkdir()
+    for name in ("table.json", "p.json"):
+        Path(name).rename(folder / "moved" / name)
+    assert run(["run", "moved/p.json", "--", "train.py"]) == 0
+    assert "--nnodes=2" in capsys.readouterr().out
+    planned(halves)
+    assert run(["run", "p.json", "--", "train.py"]) == 6
+    assert "--ranks-per-node" in capsys.readouterr().err
+    assert run(["run", "p.json", "--ranks-per-node", "2", "--", "train.py"]) == 0
