@@ -414,3 +414,12 @@ def test_run_leaves_the_plan_that_the_script_is_given(
     save_plan(sample_plan(), tmp_path / "p.json")
     assert run(["run", str(tmp_path / "p.json"), "--ranks-per-node", "8", "--", "train.py", *own]) == 0
     assert capsys.readouterr().out.split()[-len(own) - 1 :] == ["train.py", *own]
+
+
+def test_a_setting_is_the_number_or_bool_that_its_text_reads_as(library: Library, tmp_path: Path) -> None:
+    texts = ("layers=96", "rate=1e-3", "tied=False", "kv=none", "size=39B", "name=a=b", "most=inf", "least=nan")
+    settings = [word for text in texts for word in ("--set", text)]
+    assert run(["plan", "m.py", "--gpus", "8", "--global-batch", "8", "-q", *settings]) == 0
+    read = {"layers": 96, "rate": 1e-3, "tied": False, "kv": "none", "size": "39B", "name": "a=b"}
+    assert library.calls["load_workload"] == {"path": "m.py", **read, "most": "inf", "least": "nan"}
+    assert run(["plan", "m.py", "--gpus", "8", "--set", "layers"]) == 2
