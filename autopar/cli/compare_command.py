@@ -20,9 +20,10 @@ Examples:
 @click.argument("plan_file", metavar="PLAN", type=click.Path())
 @click.option("--against", required=True, metavar="megatron[:LAYOUT]", help="megatron, or megatron:tp=8,pp=2 for one.")
 @click.option("--model", type=click.Path(), metavar="MODEL.py", help="The model file, instead of the plan's own.")
+@click.option("--cluster", metavar="NAME|FILE", help="The cluster's name or file; else the one that the plan names.")
 @print_options
 def compare_command(
-    *, plan_file: str, against: str, model: str | None, as_json: bool, quiet: bool, verbose: bool
+    *, plan_file: str, against: str, model: str | None, cluster: str | None, as_json: bool, quiet: bool, verbose: bool
 ) -> None:
     """Print PLAN and the best Megatron layout side by side, under the same model, budget and judge."""
     from autopar.core.plan_file import load_plan
@@ -35,14 +36,14 @@ def compare_command(
     from autopar.cli.progress import progress_on_stderr
 
     with progress_on_stderr(quiet) as progress:
-        cluster = load_plan_cluster(plan, path)
+        target = load_plan_cluster(plan, path, cluster)
         progress("model", f"loading {model or plan.model.path}", None, None)
         workload = load_plan_workload(plan, path, model)
 
         from autopar.manual.megatron_grid import compare_megatron
 
         progress("compare", f"layout {layout}" if layout is not None else "the grid of layouts", None, None)
-        comparison = compare_megatron(plan, workload, cluster, layout)
+        comparison = compare_megatron(plan, workload, target, layout)
 
     if as_json:
         from autopar.cli.output import print_document

@@ -19,7 +19,7 @@ from autopar.cli.command_options import (
 from autopar.cli.inputs import layout_flags, plan_of_layout
 from autopar.cli.output_file import OutputFile
 from autopar.core.errors import UsageError
-from autopar.core.request import choose_global_batch, positive_number
+from autopar.core.request import SERVING_MODES, STORAGE_FORMATS, check_context, choose_global_batch, positive_number
 
 EXAMPLES = """\b
 Examples:
@@ -31,12 +31,12 @@ TRAINING_ONLY_OPTIONS = (
     "tokens", "output", "force", "micro_batch", "optimizer", "recompute", "schedule", "time_limit", "pins",
 )  # fmt: skip
 SERVING_ONLY_OPTIONS = ("context", "weights", "kv_cache")
-STORAGE_TYPE = click.Choice(["same", "int8", "int4"])
+STORAGE_TYPE = click.Choice(STORAGE_FORMATS)
 
 serving_options = combine_options(
     click.option(
         "--mode",
-        type=click.Choice(["train", "prefill", "decode"]),
+        type=click.Choice(["train", *SERVING_MODES]),
         default="train",
         show_default=True,
         help="Training, or inference on tensor-parallel replicas (layout keys tp, dp, gbs, fusion).",
@@ -189,8 +189,7 @@ def _estimate_serving(
 
     target = load_cluster(cluster, **unique_assignments("--cluster-set", cluster_set))
     model_settings = unique_assignments("--set", settings)
-    if mode == "prefill" and context is not None:
-        raise UsageError("--context is for --mode decode; a prefill runs the model's own sequence: --set seq=2048, say")
+    check_context(context, mode)
 
     from autopar.cli.progress import progress_on_stderr
     from autopar.workload.model_file import load_workload

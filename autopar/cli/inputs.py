@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from autopar.core.plan import Plan
     from autopar.workload.workload import Workload
 
+WAY_OUT = "name its file with --cluster (autopar.cluster.save_cluster writes one that was made in Python)"
+"""What to do where a plan's cluster is not found."""
+
 
 def layout_flags(**flags: str) -> dict[str, str]:
     """Flags that are also keys of a layout, those left at "auto" dropped."""
@@ -59,17 +62,28 @@ def _model_path(plan: "Plan", plan_path: Path) -> Path:
     raise PlanFileError(f"{plan_path} is for {plan.model.path}, which is not there; name it with --model")
 
 
-def load_plan_cluster(plan: "Plan", plan_path: Path) -> "Cluster":
-    """The cluster that a plan was made for, a table's file also in the folder of the plan's; PlanFileError where its tables
-    have changed since."""
-    from autopar.cluster.cost_tables import load_cluster
+def load_plan_cluster(plan: "Plan", plan_path: Path, cluster: str | None, way_out: str = WAY_OUT) -> "Cluster":
+    """The cluster that a plan was made for, by the plan's own name for it or from ``cluster`` (a name or a file).
+    PlanFileError, which ends with the ``way_out``, where it is not there or its tables are not the plan's."""
+    from autopar.cluster.cost_tables import cluster_names, load_cluster
 
-    neighbour = plan_path.parent / Path(plan.cluster.name).name
-    moved = plan.cluster.name.endswith(".json") and not Path(plan.cluster.name).is_file() and neighbour.is_file()
-    cluster = load_cluster(neighbour if moved else plan.cluster.name, **plan.cluster.overrides)
-    if cluster.fingerprint != plan.cluster.fingerprint:
+    name = plan.cluster.name if cluster is None else cluster
+    if cluster is None and name not in cluster_names():
+        name = _cluster_path(plan, plan_path, way_out)
+    found = load_cluster(name, **plan.cluster.overrides)
+    if found.fingerprint != plan.cluster.fingerprint:
         raise PlanFileError(
-            f"the tables of cluster {plan.cluster.name} changed since {plan_path} was made "
-            f"({plan.cluster.fingerprint[:12]} then, {cluster.fingerprint[:12]} now); plan again"
+            f"the tables of cluster {name} are not those that {plan_path} was made with (fingerprint "
+            f"{plan.cluster.fingerprint[:12]} then, {found.fingerprint[:12]} now): plan again, or {way_out}"
         )
-    return cluster
+    return found
+
+
+def _cluster_path(plan: "Plan", plan_path: Path, way_out: str) -> str:
+    """The file of the plan's cluster: at the path in the plan, or else in the folder of the plan's file."""
+    for path in (Path(plan.cluster.name), plan_path.parent / Path(plan.cluster.name).name):
+        if path.is_file():
+            return str(path)
+    raise PlanFileError(
+        f"{plan_path} is for cluster {plan.cluster.name!r}, which neither ships with autopar nor is a file here: {way_out}"
+    )

@@ -17,10 +17,20 @@ Examples:
   autopar run gpt.plan.json --exec -- train_gpt.py"""
 
 
+class RunCommand(ResultCommand):
+    """A command whose words behind ``--`` are a script's."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """The words that are left; click.UsageError for an option that the command lacks."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            raise click.UsageError(f"{error.format_message()} The options of the script go behind --.", ctx) from None
+
+
 @click.command(
     "run",
-    cls=ResultCommand,
-    context_settings={"ignore_unknown_options": True},
+    cls=RunCommand,
     short_help="Print or run a plan's launch command.",
     epilog=EXAMPLES,
 )
@@ -46,21 +56,22 @@ def run_command(
     execute: bool,
 ) -> None:
     """Print the command that runs train.py under PLAN, which it gets as --plan; with --exec, run it."""
-    from autopar.cluster.cost_tables import load_cluster
+    from autopar.cli.inputs import load_plan_cluster
     from autopar.core.plan_file import load_plan
 
     plan = load_plan(plan_file)
     if not script:
         raise UsageError("no training script; write it behind --, such as: autopar run gpt.plan.json -- train.py")
-    per_node = ranks_per_node or min(
-        plan.gpus, load_cluster(plan.cluster.name, **plan.cluster.overrides).devices_per_node
-    )
+    per_node = ranks_per_node
+    if per_node is None:
+        cluster = load_plan_cluster(plan, Path(plan_file), None, way_out="give --ranks-per-node")
+        per_node = min(plan.gpus, cluster.devices_per_node)
     nodes, rest = divmod(plan.gpus, per_node)
     if rest and nodes:
         raise UsageError(f"the plan's {plan.gpus} ranks do not fill nodes of {per_node}; give --ranks-per-node")
     nodes, per_node = max(nodes, 1), min(per_node, plan.gpus)
     arguments = list(script)
-    if "--plan" not in arguments:
+    if not any(word == "--plan" or word.startswith("--plan=") for word in arguments):
         arguments += ["--plan", str(Path(plan_file))]
     line = launch_command(launcher, nodes, per_node, arguments, rendezvous, max_restarts)
     if not execute:

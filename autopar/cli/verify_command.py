@@ -11,6 +11,7 @@ from autopar.core.dtypes import LONG_NAMES
 from autopar.core.errors import CheckError
 
 if TYPE_CHECKING:
+    from autopar.cluster.cluster import Cluster
     from autopar.core.plan import Collective, Plan
     from autopar.verify.verify_plan import VerifyReport
 
@@ -24,6 +25,7 @@ Examples:
 @click.command("verify", cls=ResultCommand, short_help="Check a plan's numbers against one process.", epilog=EXAMPLES)
 @click.argument("plan_file", metavar="PLAN", type=click.Path())
 @click.option("--model", type=click.Path(), metavar="MODEL.py", help="The model file; else the one the plan names.")
+@click.option("--cluster", metavar="NAME|FILE", help="The cluster's name or file; else the one that the plan names.")
 @click.option(
     "--ranks", type=count_option("--ranks"), default=8, show_default=True, metavar="N", help="CPU processes to use."
 )
@@ -35,6 +37,7 @@ def verify_command(
     *,
     plan_file: str,
     model: str | None,
+    cluster: str | None,
     ranks: int,
     settings: tuple[tuple[str, Any], ...],
     as_json: bool,
@@ -43,10 +46,11 @@ def verify_command(
 ) -> int:
     """Run PLAN, shrunk to fit, on CPU processes and compare loss, gradients and optimizer steps with one process. Exit 7
     on FAIL."""
-    from autopar.cli.inputs import load_plan_workload
+    from autopar.cli.inputs import load_plan_cluster, load_plan_workload
     from autopar.core.plan_file import load_plan
 
     plan = load_plan(plan_file)
+    target = load_plan_cluster(plan, Path(plan_file), cluster)
     workload = load_plan_workload(plan, Path(plan_file), model)
     changed = {**plan.model.settings, **unique_assignments("--set", settings)}
 
@@ -60,7 +64,7 @@ def verify_command(
             model=str(workload.path),
             settings=changed,
             max_ranks=ranks,
-            list_collectives=lambda shrunk: _list_collectives(shrunk, Path(plan_file), str(workload.path), changed),
+            list_collectives=lambda shrunk: _list_collectives(shrunk, target, str(workload.path), changed),
         )
     if as_json:
         from autopar.cli.output import print_document
@@ -77,10 +81,9 @@ def verify_command(
 
 
 def _list_collectives(
-    shrunk: "Plan", plan_file: Path, model: str, settings: dict[str, Any]
+    shrunk: "Plan", cluster: "Cluster", model: str, settings: dict[str, Any]
 ) -> "tuple[Collective, ...]":
     """The collectives of a shrunk plan, as the judge lists them on the plan's cluster."""
-    from autopar.cli.inputs import load_plan_cluster
     from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
     from autopar.graph.trace import trace
     from autopar.judge.judge import judge
@@ -88,7 +91,7 @@ def _list_collectives(
 
     traced = trace(load_workload(model, **settings), dtype=LONG_NAMES[shrunk.execution.dtype])
     graph = hoist_light_ops(traced.graph)
-    return judge(shrunk, graph, split_into_blocks(graph), load_plan_cluster(shrunk, plan_file), shrunk=True).collectives
+    return judge(shrunk, graph, split_into_blocks(graph), cluster, shrunk=True).collectives
 
 
 def _report_lines(report: "VerifyReport", verbose: bool) -> list[str]:

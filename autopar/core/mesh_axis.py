@@ -28,10 +28,10 @@ def num_ranks(axes: tuple[Axis, ...]) -> int:
     return product
 
 
-def axes_text(axes: tuple[Axis, ...]) -> str:
-    """A mesh for people; axes of one rank are left out.
+def axes_text(axes: tuple[Axis, ...], *, every: bool = False) -> str:
+    """A mesh for people; axes of one rank are left out unless it shows ``every`` one.
 
     >>> axes_text((Axis(name="dp", size=4), Axis(name="cp", size=1), Axis(name="tp", size=2)))
     'dp 4 x tp 2'
     """
-    return " x ".join(f"{axis.name} {axis.size}" for axis in axes if axis.size > 1) or "-"
+    return " x ".join(f"{axis.name} {axis.size}" for axis in axes if every or axis.size > 1) or "-"

@@ -1,6 +1,6 @@
 """What the arguments of a request may be: one rule and one message for each, whether Python or the command line gives it.
 
-``autopar.plan``, ``autopar.estimate`` and ``autopar.apply`` check all of their arguments before they load or trace
+``autopar.plan``, ``autopar.estimate``, ``autopar.apply`` and ``estimate_serving`` check all of their arguments before they load or trace
 anything; the command line checks each word as it parses it. Nothing is imported for it but our errors, since
 ``autopar --help`` lists the choices.
 """
@@ -18,9 +18,14 @@ DTYPES = tuple(LONG_NAMES)
 Optimizer = Literal["adamw", "sgd"]
 RecomputeChoice = Literal["auto", "none", "selective", "full"]
 ScheduleChoice = Literal["auto", "1f1b", "gpipe", "interleaved"]
+Mode = Literal["prefill", "decode"]
+StorageFormat = Literal["same", "int8", "int4"]
+"""How weights or the cache are stored: "same" as the model's dtype, or quantised."""
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 RECOMPUTE_MODES: tuple[RecomputeChoice, ...] = get_args(RecomputeChoice)
 SCHEDULES: tuple[ScheduleChoice, ...] = get_args(ScheduleChoice)
+SERVING_MODES: tuple[Mode, ...] = get_args(Mode)
+STORAGE_FORMATS: tuple[StorageFormat, ...] = get_args(StorageFormat)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +134,11 @@ ARGUMENT_RULES: dict[str, ArgumentRule] = {
     "recompute": one_of(RECOMPUTE_MODES, "--recompute"),
     "schedule": one_of(SCHEDULES, "--schedule"),
     "time_limit_s": positive_number("--time-limit", has_default=True),
+    "mode": one_of(SERVING_MODES, "--mode"),
+    "batch": whole_number("--global-batch", has_default=True),
+    "context": whole_number("--context", has_default=True),
+    "weights": one_of(STORAGE_FORMATS, "--weights"),
+    "kv_cache": one_of(STORAGE_FORMATS, "--kv-cache"),
     "progress": ArgumentRule(expects="a function of (stage, detail, best_s, gap)", allows=callable, has_default=True),
     "processes": whole_number(""),
     "plan": ArgumentRule(
@@ -144,7 +154,8 @@ ARGUMENT_RULES: dict[str, ArgumentRule] = {
         expects="a whole number", allows=lambda value: isinstance(value, int) and not isinstance(value, bool)
     ),
 }
-"""By keyword of ``autopar.plan``, ``autopar.estimate`` and ``autopar.apply``; apply's ``optimizer`` is ``make_optimizer``."""
+"""By keyword of ``autopar.plan``, ``autopar.estimate``, ``autopar.apply`` and ``serving.serve.estimate_serving``; apply's
+``optimizer`` is ``make_optimizer``."""
 
 
 def check_request(**arguments: object) -> None:
@@ -182,3 +193,14 @@ def check_micro_batch(micro_batch: int | None, global_batch: int) -> None:
         raise UsageError(
             f"micro_batch (--micro-batch) is {micro_batch} samples, which do not divide the global batch of {global_batch}"
         )
+
+
+def check_context(context: int | None, mode: str) -> None:
+    """UsageError for tokens in the cache of a prefill.
+
+    >>> check_context(64, "prefill")
+    Traceback (most recent call last):
+    autopar.core.errors.UsageError: context (--context) is for the mode decode; a prefill runs the model's own sequence
+    """
+    if context is not None and mode == "prefill":
+        raise UsageError("context (--context) is for the mode decode; a prefill runs the model's own sequence")

@@ -63,7 +63,7 @@ class LayoutRestriction:
     """What a manual layout fixes: the one mesh of every stage, the options that each inner axis allows, the ZeRO stage
     over the data axis, the boundary placement (a role per inner axis), and the names of the inner axes. Equality leaves
     ``option_filter`` out: cost tables are shared, so restrictions of equal ``boundary_roles`` and ``axis_names`` must
-    allow the same options."""
+    allow the same options on meshes that both name, or both leave out, a data axis."""
 
     mesh: StageMesh
     option_filter: OptionFilter = field(compare=False)
@@ -218,7 +218,8 @@ class BlockPricer:
             option_filter = self.pins.option_filter(mesh.has_data_axis)
         fixed: object = self.pins is not None and mesh.has_data_axis
         if restriction is not None:
-            fixed = (restriction.boundary_roles, restriction.axis_names)
+            # pins, which may be in its filter, count a data axis that the plan names
+            fixed = (restriction.boundary_roles, restriction.axis_names, mesh.has_data_axis)
         key = (kind, local_batch, mesh.inner_sizes, inner_groups, data_ranks, data_groups, fixed)
         if key not in self._tables:
             self._tables[key] = BlockTableBuilder(

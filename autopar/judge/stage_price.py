@@ -89,7 +89,8 @@ class JudgedStagePricer:
             outputs_read_later = frozenset()  # at most attention is recomputed, which needs no output of the block
         # links depend on where in a node the stage begins, not on which node
         place = mesh.first_device % mesh.cluster.devices_per_node
-        key = (program.id, mesh.sizes, place, stored_earlier, conflicting_axes, outputs_read_later)
+        has_data_axis = len(stage.axes) > 1 and stage.axes[0].name == "dp"
+        key = (program.id, mesh.sizes, has_data_axis, place, stored_earlier, conflicting_axes, outputs_read_later)
         if key not in self._price_cache:
             self._price_cache[key] = price_block(
                 BlockContext(
@@ -99,7 +100,7 @@ class JudgedStagePricer:
                     mesh=mesh,
                     micro_batch=plan.micro_batch_size,
                     accumulates_gradients=plan.microbatches > 1,
-                    has_data_axis=len(stage.axes) > 1 and stage.axes[0].name == "dp",
+                    has_data_axis=has_data_axis,
                     is_megatron=is_manual(plan),
                     stored_earlier=stored_earlier,
                     conflicting_axes=conflicting_axes,

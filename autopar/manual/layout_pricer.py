@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import inf
 
+import msgspec
+
 from autopar.cluster.cluster import Cluster
+from autopar.cluster.cluster_reference import named_as_given
 from autopar.cluster.cost_tables import load_cluster
 from autopar.core.errors import LayoutError
 from autopar.core.layout import Layout, parse_layout
@@ -237,4 +240,5 @@ def plan_layout(
         optimizer=optimizer,
         pins=pins,
     )
-    return pricer.plan(pricer.price(parsed), time.perf_counter() - started)
+    made = pricer.plan(pricer.price(parsed), time.perf_counter() - started)
+    return msgspec.structs.replace(made, cluster=named_as_given(made.cluster, cluster))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from autopar.cluster.cluster import Cluster
+from autopar.cluster.cluster_reference import cluster_reference
 from autopar.core.dtypes import SHORT_NAMES
 from autopar.core.invariants import recompute_summary
 from autopar.core.mesh_axis import Axis
@@ -14,7 +15,6 @@ from autopar.core.plan import (
     FORMAT_VERSION,
     BlockProgram,
     BlockRef,
-    ClusterRef,
     Execution,
     ModelRef,
     OpPlan,
@@ -110,7 +110,7 @@ def build_plan(chosen: ChosenPipeline) -> Plan:
             graph_fingerprint=graph.fingerprint,
             num_parameters=num_parameters(graph),
         ),
-        cluster=ClusterRef(name=chosen.cluster.name, fingerprint=chosen.cluster.fingerprint, overrides={}),
+        cluster=cluster_reference(chosen.cluster),
         execution=plan_execution(costs.pricer.execution),
         gpus=chosen.gpus,
         global_batch=chosen.global_batch,
@@ -165,7 +165,8 @@ class _StageWriter:
         axes = _named_axes(costs, choice.mesh, of_blocks)
         refs = []
         for block, of_block in zip(costs.pricer.blocks[first:end], of_blocks, strict=True):
-            key = (of_block.variant, of_block.frontier_ref, choice.boundary, choice.mesh)
+            # a boundary and a frontier point are numbers among those that the stage's restriction leaves
+            key = (of_block.variant, of_block.frontier_ref, choice.boundary, choice.mesh, costs.restriction)
             if key not in self.programs:
                 self.programs[key] = _block_program(costs, of_block, f"p{len(self.programs)}")
             refs.append(BlockRef(index=block.index, name=block.name, program=self.programs[key].id))

@@ -6,7 +6,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 
+import msgspec
+
 from autopar.cluster.cluster import Cluster
+from autopar.cluster.cluster_reference import named_as_given
 from autopar.cluster.cost_tables import load_cluster
 from autopar.core.dtypes import Dtype, ShortDtype, long_dtype
 from autopar.core.errors import InfeasibleError, TimeLimitError, UsageError
@@ -163,7 +166,7 @@ def plan(
     best = _plan_of_best(found, workload, machine, batch, int(budget_bytes), started)
     if faults := unsatisfied_pins(best, block_pins.pins):
         raise UsageError("no plan satisfies these pins: " + "; ".join(faults))
-    return best
+    return msgspec.structs.replace(best, cluster=named_as_given(best.cluster, cluster))
 
 
 def _stage_costs_by_size(

@@ -10,7 +10,6 @@ so need(S, 0, D) is about the memory of the fullest device of the leanest pipeli
 moments; the exact peak (`StageMemory`) of that pipeline, and of every even one, decides.
 """
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from autopar.core.plan import MemoryParts
 from autopar.inter.block_pricer import StageMesh
-from autopar.inter.even_partition import even_ends, layers
+from autopar.inter.even_pipelines import even_pipelines
 from autopar.inter.frontier_cache import UNPRICED
 from autopar.inter.pipeline_bounds import max_in_flight
 from autopar.inter.stage_choice import StageChoice
@@ -31,7 +30,6 @@ from autopar.intra.block_totals import memory_bytes
 Floats = NDArray[np.float64]
 HUGE = 1e29
 """Bytes of a choice that cannot run, where inf times zero would be undefined."""
-_Stages = tuple[DeviceStage, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -51,12 +49,12 @@ class MemoryBottleneck:
 def smallest_budget(stage_costs: StageCosts, submesh_sizes: tuple[int, ...]) -> MemoryBottleneck | None:
     """The bottleneck of the pipeline of least memory found for one micro-batch size, with stages of ``submesh_sizes``
     devices. None where no pipeline can run."""
-    pipelines = (*_leanest_pipeline(stage_costs, submesh_sizes), *_even_pipelines(stage_costs, submesh_sizes))
+    pipelines = (*_leanest_pipeline(stage_costs, submesh_sizes), *even_pipelines(stage_costs, submesh_sizes))
     bottlenecks = (_fullest_stage(stage_costs, stages) for stages in pipelines)
     return min((found for found in bottlenecks if found is not None), key=lambda found: found.num_bytes, default=None)
 
 
-def _fullest_stage(stage_costs: StageCosts, stages: _Stages) -> MemoryBottleneck | None:
+def _fullest_stage(stage_costs: StageCosts, stages: tuple[DeviceStage, ...]) -> MemoryBottleneck | None:
     """The fullest stage of a pipeline whose stages take their choices of least memory; None where one cannot run."""
     filled = []
     for num_from_last, (first, end, size) in zip(range(len(stages), 0, -1), stages, strict=True):
@@ -69,17 +67,7 @@ def _fullest_stage(stage_costs: StageCosts, stages: _Stages) -> MemoryBottleneck
     return max(filled, key=lambda bottleneck: bottleneck.num_bytes)
 
 
-def _even_pipelines(stage_costs: StageCosts, submesh_sizes: tuple[int, ...]) -> Iterator[_Stages]:
-    """Pipelines of equal submeshes whose layers are divided as evenly as possible."""
-    blocks = stage_costs.pricer.blocks
-    for size in submesh_sizes:
-        num_stages, remainder = divmod(stage_costs.num_devices, size)
-        if not remainder and num_stages <= min(stage_costs.max_stages, len(layers(blocks))):
-            ends = even_ends(blocks, num_stages) if num_stages > 1 else [len(blocks)]
-            yield tuple(DeviceStage(first, end, size) for first, end in itertools.pairwise((0, *ends)))
-
-
-def _leanest_pipeline(stage_costs: StageCosts, submesh_sizes: tuple[int, ...]) -> Iterator[_Stages]:
+def _leanest_pipeline(stage_costs: StageCosts, submesh_sizes: tuple[int, ...]) -> Iterator[tuple[DeviceStage, ...]]:
     """The leanest pipeline by the recurrence of the module's docstring, if any can run."""
     count, gpus = len(stage_costs.pricer.blocks), stage_costs.num_devices
     in_flight_of = stage_costs.max_in_flight_from_last()

@@ -21,14 +21,12 @@ Engineering", 2023).
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from autopar.cluster.cluster import Cluster, MeasuredCollective, RankGroup
 from autopar.cluster.device import Device
 from autopar.core.dtypes import ITEMSIZE
+from autopar.core.request import StorageFormat
 
-StorageFormat = Literal["same", "int8", "int4"]
-"""How weights or the cache are stored: "same" as the model's dtype, or quantised."""
 INT4_GROUP_SIZE, INT4_SCALE_BYTES = 128, 2
 
 

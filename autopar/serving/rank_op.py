@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.core.dtypes import ITEMSIZE
+from autopar.core.request import StorageFormat
 from autopar.cost.compute_time import label_sizes
 from autopar.graph.attention import AttentionCall
 from autopar.graph.flops import flops_at_batch
@@ -14,7 +15,7 @@ from autopar.graph.ir import OpProfile
 from autopar.inter.block_choice import BlockChoice
 from autopar.intra.block_space import OpNode
 from autopar.rules.axis_options import AxisOption
-from autopar.serving.decode_step import CachedAttention, DecodeMatmul, StorageFormat, bytes_per_element
+from autopar.serving.decode_step import CachedAttention, DecodeMatmul, bytes_per_element
 from autopar.serving.replica import Replica
 
 

@@ -11,11 +11,12 @@ from math import gcd, lcm
 from autopar.cluster.cluster import Cluster
 from autopar.core.layout import Layout
 from autopar.core.plan import Plan
+from autopar.core.request import StorageFormat
 from autopar.graph.ir import Graph, GraphProfile, Value
 from autopar.graph.traced_model import TracedModel
 from autopar.manual.layout_pricer import LayoutPricer
 from autopar.manual.priced_layout import PricedLayout, PricedStage
-from autopar.serving.decode_step import StorageFormat, bytes_per_element
+from autopar.serving.decode_step import bytes_per_element
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

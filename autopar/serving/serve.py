@@ -10,22 +10,21 @@ head, runs for the last token of a sequence only. With N the traced sequence:
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Literal
 
 from autopar.cluster.cluster import Cluster
 from autopar.cluster.cost_tables import load_cluster
 from autopar.core.errors import LayoutError, UsageError
 from autopar.core.layout import Layout, parse_layout
+from autopar.core.request import Mode, StorageFormat, check_context, check_request
 from autopar.graph.attention import AttentionCall, attention_calls
 from autopar.graph.flops import num_parameters
 from autopar.graph.traced_model import trace_model
-from autopar.serving.decode_step import ServedModel, StorageFormat, largest_batch, price_decode_step
+from autopar.serving.decode_step import ServedModel, largest_batch, price_decode_step
 from autopar.serving.prefill import price_prefill
 from autopar.serving.replica import Replica
 from autopar.serving.served_model import served_model
 from autopar.workload.workload import Workload
 
-Mode = Literal["prefill", "decode"]
 SERVING_KEYS = ("tp", "dp", "gbs", "fusion")
 """Keys of a layout that inference takes."""
 
@@ -103,10 +102,26 @@ def estimate_serving(
 ) -> ServingEstimate:
     """Price inference of a workload.
 
-    ``batch`` sequences over all replicas; None is the most that fit (decode) or the fewest that the model can run
-    (prefill). ``context`` tokens in the cache; None is the traced sequence. ``weights`` and ``kv_cache`` are storage
-    formats. LayoutError for a layout that inference does not take, UsageError for a model that it cannot price.
+    ``batch`` sequences over all replicas; None is the layout's ``gbs``, else the most that fit (decode) or the fewest that
+    the model can run (prefill). ``context`` tokens in the cache of a decode; None is the traced sequence. ``weights`` and
+    ``kv_cache`` are storage formats. UsageError for wrong arguments, before anything is traced, and for a model that
+    inference cannot price; LayoutError for a layout that it does not take.
     """
+    check_request(
+        workload=workload,
+        cluster=cluster,
+        gpus=gpus,
+        layout=layout,
+        mode=mode,
+        batch=batch,
+        context=context,
+        weights=weights,
+        kv_cache=kv_cache,
+        dtype=dtype,
+        memory_gib=memory_gib,
+    )
+    check_context(context, mode)
+    batch = parse_layout(layout).gbs if batch is None else batch
     machine = load_cluster(cluster)
     model = trace_model(workload, dtype=dtype or machine.device.default_dtype)
     calls = attention_calls(model.graph)
@@ -243,7 +258,7 @@ def _serving_layout(text: str, gpus: int, batch: int | None, calls: tuple[Attent
     ]
     faults = [f"{key}=: inference takes {', '.join(SERVING_KEYS)} only" for key in refused]
     accepted = replace(plain, **{key: getattr(layout, key) for key in SERVING_KEYS})
-    total = batch if batch is not None or layout.gbs is not None else layout.dp or max(gpus // layout.tp, 1)
+    total = batch if batch is not None else layout.dp or max(gpus // layout.tp, 1)
     heads, kv_heads = tuple({call.heads for call in calls}), tuple({call.kv_heads for call in calls})
     try:
         resolved = accepted.resolve(gpus, total, heads=heads, kv_heads=kv_heads)

@@ -2,12 +2,13 @@
 
 from collections import defaultdict
 
+from autopar.core.request import StorageFormat
 from autopar.cost.fusion import NO_SAVINGS, fused_kernel_of
 from autopar.graph.attention import AttentionCall
 from autopar.intra import op_metrics as om
 from autopar.judge.block_redistributions import find_redistributions
 from autopar.judge.judge_mesh import JudgeMesh
-from autopar.serving.decode_step import CachedAttention, DecodeCollective, DecodeMatmul, ServedModel, StorageFormat
+from autopar.serving.decode_step import CachedAttention, DecodeCollective, DecodeMatmul, ServedModel
 from autopar.serving.rank_op import RankOp
 from autopar.serving.replica import Replica
 

@@ -10,7 +10,7 @@ from math import prod
 from msgspec.structs import replace
 
 from autopar.core.errors import UsageError
-from autopar.core.mesh_axis import Axis, num_ranks
+from autopar.core.mesh_axis import Axis, axes_text, num_ranks
 from autopar.core.placement import Placement, Shard, format_placements, parse_placements
 from autopar.core.plan import BlockProgram, OpPlan, Plan, StagePlan, ValuePlan, stages_by_submesh
 
@@ -30,7 +30,7 @@ def shrink_plan(plan: Plan, max_ranks: int) -> tuple[Plan, tuple[str, ...]]:
     multiple = len(submeshes) if plan.schedule == "interleaved" else 1
     num_microbatches = min(plan.microbatches, -(-2 * len(plan.stages) // multiple) * multiple)
     changes = [
-        f"stage {index}: {_axes_text(before.axes)} -> {_axes_text(after.axes)}"
+        f"stage {index}: {axes_text(before.axes, every=True)} -> {axes_text(after.axes, every=True)}"
         for index, (before, after) in enumerate(zip(plan.stages, stages, strict=True))
         if before.axes != after.axes
     ]
@@ -75,10 +75,6 @@ def _shrink_stages(plan: Plan, max_ranks: int) -> tuple[StagePlan, ...]:
             replace(stage, axes=axes, num_devices=num_ranks(axes), first_device=first_device[stage.first_device])
         )
     return tuple(stages)
-
-
-def _axes_text(axes: tuple[Axis, ...]) -> str:
-    return " x ".join(f"{axis.name} {axis.size}" for axis in axes)
 
 
 def _shrunk_micro_batch(plan: Plan, stages: tuple[StagePlan, ...]) -> int:

@@ -61,27 +61,6 @@ def load_workload(path: str | Path, /, **settings: Any) -> Workload:
     )
 
 
-def parse_setting(text: str) -> tuple[str, Any]:
-    """Key and value of ``--set key=value``: the value as int, float, bool or None if it reads as one, else as text.
-    Raises UsageError for any other form.
-
-    >>> parse_setting("layers=96"), parse_setting("tied_embeddings=false"), parse_setting("size=39B")
-    (('layers', 96), ('tied_embeddings', False), ('size', '39B'))
-    """
-    key, equals, value = text.partition("=")
-    if not equals or not key.isidentifier():
-        raise UsageError(f"setting {text!r} is not of the form name=value, e.g. layers=96")
-    words = {"true": True, "false": False, "none": None}
-    if value.lower() in words:
-        return key, words[value.lower()]
-    for number in (int, float):
-        try:
-            return key, number(value)
-        except ValueError:
-            continue
-    return key, value
-
-
 def _run_model_file(path: Path) -> ModuleType:
     """Runs the file as a module of its own, with its folder on the import path so that it may import its neighbours;
     raises ModelError on failure."""

@@ -71,7 +71,7 @@ def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Library:
     modules: dict[str, dict[str, Any]] = {
         "autopar.cluster.cost_tables": {
             "load_cluster": fake.load_cluster,
-            "cluster_names": lambda: ("dgx-h100", "dgx-a100"),
+            "cluster_names": lambda: ("dgx-h100", "dgx-a100", "p3.16xlarge"),
         },
         "autopar.workload.model_file": {"load_workload": fake.load_workload},
         "autopar.planner.planner": {"plan": fake.plan},
@@ -97,7 +97,7 @@ def test_no_command_or_option_is_lost() -> None:
     search = "--pin --quiet --recompute --schedule --set --time-limit --verbose --force --output -o -q -v"
     assert options["plan"] == sorted(f"{shared} {search}".split())
     assert options["estimate"] == sorted(f"{shared} {search} --tokens --mode --context --weights --kv-cache".split())
-    assert options["compare"] == sorted(["--against", "--model", *output])
+    assert options["compare"] == sorted(["--against", "--cluster", "--model", *output])
     assert options["show"] == sorted(output)
     assert options["profile"] == sorted(
         ["--base", "--device", "--force", "--json", "--output", "--quick", "--quiet", "-o", "-q"]
@@ -244,7 +244,7 @@ def test_a_changed_model_or_cluster_is_refused(
         lambda name, **o: types.SimpleNamespace(fingerprint="00"),
     )
     assert run(["compare", "p.json", "--against", "megatron", "-q"]) == 6
-    assert "tables of cluster p3.16xlarge changed" in capsys.readouterr().err
+    assert "tables of cluster p3.16xlarge are not those that p.json was made with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -338,9 +338,9 @@ def test_a_truncated_or_missing_plan_file_exits_6(
 
 def test_cluster_list_and_show_print_tables(library: Library, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["cluster", "list"]) == 0
-    assert capsys.readouterr().out == "dgx-a100\ndgx-h100\n"
+    assert capsys.readouterr().out == "dgx-a100\ndgx-h100\np3.16xlarge\n"
     assert run(["cluster", "list", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"clusters": ["dgx-a100", "dgx-h100"]}
+    assert json.loads(capsys.readouterr().out) == {"clusters": ["dgx-a100", "dgx-h100", "p3.16xlarge"]}
     assert run(["cluster", "show", "nowhere"]) == 2
 
 
@@ -389,3 +389,37 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     shell = f'set -o pipefail; "{sys.executable}" -c "{code}" | true'
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
     assert done.stderr == ""
+
+
+def test_run_takes_no_unknown_option_before_the_separator(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A misspelt option is not the script's."""
+    save_plan(sample_plan(), tmp_path / "p.json")
+    plan = str(tmp_path / "p.json")
+    for words in (
+        ["--laucher", "slurm", "--", "train.py"],
+        ["--rank-per-node=8", "--", "train.py"],
+        ["train.py", "--lr=3"],
+    ):
+        assert run(["run", plan, *words]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert words[0 if words[0] != "train.py" else 1].split("=")[0] in printed.err
+        assert "The options of the script go behind --" in printed.err
+
+
+@pytest.mark.parametrize("own", [["--plan", "other.json"], ["--plan=other.json"]])
+def test_run_leaves_the_plan_that_the_script_is_given(
+    own: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_plan(sample_plan(), tmp_path / "p.json")
+    assert run(["run", str(tmp_path / "p.json"), "--ranks-per-node", "8", "--", "train.py", *own]) == 0
+    assert capsys.readouterr().out.split()[-len(own) - 1 :] == ["train.py", *own]
+
+
+def test_a_setting_is_the_number_or_bool_that_its_text_reads_as(library: Library, tmp_path: Path) -> None:
+    texts = ("layers=96", "rate=1e-3", "tied=False", "kv=none", "size=39B", "name=a=b", "most=inf", "least=nan")
+    settings = [word for text in texts for word in ("--set", text)]
+    assert run(["plan", "m.py", "--gpus", "8", "--global-batch", "8", "-q", *settings]) == 0
+    read = {"layers": 96, "rate": 1e-3, "tied": False, "kv": "none", "size": "39B", "name": "a=b"}
+    assert library.calls["load_workload"] == {"path": "m.py", **read, "most": "inf", "least": "nan"}
+    assert run(["plan", "m.py", "--gpus", "8", "--set", "layers"]) == 2

@@ -250,6 +250,26 @@ def test_searched_plans_weigh_what_their_placements_do(graphs, name, search):
     assert not any("judged" in note for note in made.notes)
 
 
+def test_stages_of_one_program_are_priced_by_their_own_axes(graphs):
+    """A rank awaits the hosts of those that share its samples: of all eight where no axis is the data axis."""
+    made = plan_layout(
+        workload(graphs, "gpt"), cluster="p3.16xlarge", gpus=16, global_batch=32, layout="pp=2,tp=2,launch=blocking"
+    )
+    other = tuple(
+        msgspec.structs.replace(axis, name={"dp": "cp"}.get(axis.name, axis.name)) for axis in made.stages[1].axes
+    )
+    first, second = made.stages
+    second = msgspec.structs.replace(second, blocks=first.blocks[:-1])  # the same programs
+    renamed = msgspec.structs.replace(second, axes=other)
+
+    def second_stage(*stages):
+        return judged(graphs, "gpt", msgspec.structs.replace(made, stages=stages)).stages[1]
+
+    alone = second_stage(msgspec.structs.replace(first, axes=other), renamed)
+    assert second_stage(first, renamed) == alone
+    assert alone.forward_s > second_stage(first, second).forward_s
+
+
 # --- the list of collectives ------------------------------------------------------------------------------------------
 
 

@@ -36,6 +36,7 @@ def pricer():
         "tp=2,cp=2,sp=1",
         "cp=4,zero=3",
         "stages=4@dp8+4@dp2*tp4",
+        "stages=4@cp8+4@tp8,sp=1",
         "pp=3,dp=4,gbs=60",
         "pp=4,schedule=gpipe",
         "attn=math,overlap=0,fusion=none,grads=same",
@@ -51,6 +52,14 @@ def test_what_runs_is_priced_and_the_judge_agrees(pricer, text) -> None:
     check_plan(plan)
     assert plan.estimate.step_time_low_s < plan.estimate.step_time_s < plan.estimate.step_time_high_s
     assert not plan.notes
+
+
+@pytest.mark.parametrize("other", ["4@cp8", "4@dp8", "4@dp2*cp4"])
+def test_stages_with_other_axes_have_other_programs(pricer, other) -> None:
+    """Of equal sizes or not: what is sharded over cp is sharded otherwise over tp."""
+    plan = pricer.plan(pricer.price(parse_layout(f"stages={other}+4@tp8,sp=1")), 0.0)
+    first, second = ({block.program for block in stage.blocks} for stage in plan.stages)
+    assert not first & second
 
 
 @pytest.mark.parametrize("text", ["tp=8,pp=2,mbs=2", "tp=2,mbs=1,sp=1", "tp=4,pp=4,mbs=1,zero=1,sp=1"])

@@ -47,6 +47,22 @@ def test_a_pin_decides_what_a_layout_leaves_open(model: TracedModel, placements:
     assert (plan.estimate.step_time_s == free.estimate.step_time_s) == (placements == "RS(0)")
 
 
+def test_a_pin_holds_for_every_layout_that_a_pricer_prices(model: TracedModel) -> None:
+    """The pin is of the tp axis without a data axis; with one it names that, and leaves tp open."""
+    pricer = LayoutPricer(
+        model,
+        cluster=load_cluster("dgx-h100"),
+        gpus=8,
+        global_batch=16,
+        memory_gib=None,
+        optimizer="adamw",
+        pins=[("layers.*.mlp.fc1.weight", "S(1)")],
+    )
+    pricer.price(parse_layout("tp=4"))
+    plan = pricer.plan(pricer.price(parse_layout("tp=4,pp=2")), 0.0)
+    assert placed_as(plan, "layers.0.mlp.fc1.weight") == "S(1)"
+
+
 def test_any_name_of_a_tied_table_pins_it(model: TracedModel) -> None:
     """The head multiplies by the table of the tokens: pinned by the second name, it is placed so under the first."""
     plan = priced(model, "tp=4", ("head.weight", "RS(0)"))

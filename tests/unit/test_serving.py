@@ -13,7 +13,7 @@ from autopar.cluster import load_cluster
 from autopar.core.errors import LayoutError, UsageError
 from autopar.manual.layout_pricer import plan_layout
 from autopar.serving.decode_step import DecodeMatmul, largest_batch, matmul_time
-from autopar.serving.serve import ServingEstimate, estimate_serving
+from autopar.serving.serve import Mode, ServingEstimate, estimate_serving
 from autopar.workload import load_workload
 from tests.conftest import EXAMPLES, example_workload
 
@@ -22,7 +22,7 @@ LAYERS, HIDDEN, HEADS, VOCAB, SEQ = 4, 2048, 16, 51200, 1024
 MATRICES = 12 * LAYERS * HIDDEN**2 + HIDDEN * VOCAB
 
 
-def gpt(layout: str = "", gpus: int = 1, mode: Any = "decode", **options: Any) -> ServingEstimate:
+def gpt(layout: str = "", gpus: int = 1, mode: Mode = "decode", **options: Any) -> ServingEstimate:
     settings = {"layers": LAYERS, "hidden": HIDDEN, "heads": HEADS, "vocab": VOCAB, "seq": SEQ}
     workload = example_workload("gpt", **settings)
     return estimate_serving(workload, gpus=gpus, layout=layout, mode=mode, **options)
@@ -112,6 +112,49 @@ def test_replicas_share_the_sequences() -> None:
     assert dict(pair.parts)["exchange"] > 0 == dict(alone.parts)["exchange"]
     assert (replicas.replicas, replicas.batch, replicas.time_s) == (4, 8, pair.time_s)
     assert replicas.tokens_per_s == pytest.approx(4 * pair.tokens_per_s)
+
+
+@pytest.mark.parametrize("mode", ["decode", "prefill"])
+def test_the_batch_of_a_layout_is_that_of_the_request(mode: Mode) -> None:
+    in_layout = gpt("tp=2,gbs=32", 8, mode)
+    assert in_layout == gpt("tp=2", 8, mode, batch=32) == gpt("tp=2,gbs=32", 8, mode, batch=32)
+    assert in_layout.batch == 8
+    with pytest.raises(LayoutError, match="gbs=32 in the layout, but the global batch is 16"):
+        gpt("tp=2,gbs=32", 8, mode, batch=16)
+    with pytest.raises(LayoutError, match="gbs=30 is no multiple"):
+        gpt("tp=2,gbs=30", 8, mode)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("workload", None, "workload must be a Workload"),
+        ("cluster", 8, "must be a Cluster, or a name or file of one, not 8"),
+        ("gpus", 0, "must be a whole number of at least 1, not 0"),
+        ("layout", None, "must be a text such as"),
+        ("mode", "train", "must be one of prefill, decode, not 'train'"),
+        ("mode", "generate", "must be one of prefill, decode, not 'generate'"),
+        ("batch", -4, "must be a whole number of at least 1, not -4"),
+        ("batch", 2.5, "must be a whole number of at least 1, not 2.5"),
+        ("context", 0, "must be a whole number of at least 1, not 0"),
+        ("weights", "int2", "must be one of same, int8, int4, not 'int2'"),
+        ("kv_cache", "fp8", "must be one of same, int8, int4, not 'fp8'"),
+        ("dtype", "int8", "must be one of bf16, fp16, fp32, not 'int8'"),
+        ("memory_gib", 0, "must be a finite number above 0, not 0"),
+    ],
+)
+def test_wrong_arguments_of_python_end_in_a_usage_error(argument: str, value: Any, message: str) -> None:
+    """Before anything is traced."""
+    untraceable = autopar.Workload(build_model=lambda: nn.Linear(2, 2), example_inputs=lambda batch_size: {})
+    right: dict[str, Any] = {"workload": untraceable, "gpus": 1, "layout": "", "mode": "decode"}
+    with pytest.raises(UsageError, match=message):
+        estimate_serving(**(right | {argument: value}))
+
+
+def test_a_prefill_takes_no_context() -> None:
+    """It reads the model's own sequence."""
+    with pytest.raises(UsageError, match="is for the mode decode"):
+        gpt(mode="prefill", context=64)
 
 
 def test_launches_bound_what_is_not_replayed() -> None:
@@ -212,7 +255,7 @@ def test_the_command_line_prints_the_estimate(capsys: pytest.CaptureFixture[str]
     assert "prefill time" in capsys.readouterr().out
     for extra, message in (
         (["decode", "--tokens", "1e9"], "--tokens belong to training"),
-        (["prefill", "--context", "10"], "--context is for --mode decode"),
+        (["prefill", "--context", "10"], "is for the mode decode"),
         (["train", "--kv-cache", "int8", "--global-batch", "4"], "--kv-cache belong to inference"),
     ):
         assert run([*words, *extra]) == 2

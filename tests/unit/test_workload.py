@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from autopar.core.errors import ModelError, UsageError
-from autopar.workload import Workload, load_workload, parse_setting
+from autopar.workload import Workload, load_workload
 from tests.conftest import EXAMPLES
 
 GOOD = """
@@ -88,13 +88,6 @@ def test_settings_reach_what_accepts_them(tmp_path: Path) -> None:
     assert workload.global_batch == 64
     assert workload.path is not None
     assert workload.source_hash != load_workload(write(tmp_path, GOOD + "\n#")).source_hash
-
-
-def test_settings_are_parsed() -> None:
-    texts = ("layers=96", "rate=1e-3", "tied_embeddings=False", "kv_heads=none", "size=39B", "name=a=b")
-    assert [parse_setting(text)[1] for text in texts] == [96, 1e-3, False, None, "39B", "a=b"]
-    with pytest.raises(UsageError, match="name=value"):
-        parse_setting("layers")
 
 
 def test_unknown_setting_names_the_accepted_ones(tmp_path: Path) -> None:
