@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode  # a private API; checked with torch 2.13.0
+from torch.utils._python_dispatch import TorchDispatchMode  # private; tried on torch 2.13.0
 
 from autopar.core.errors import AutoparError, UsageError
 from autopar.workload.user_code import describe_user_error, guard_user_code
