@@ -6,7 +6,7 @@ With all other nodes fixed, moving node v to choice k changes
     usage of row r by   u_rvk, likewise                                                               (_move_effects)
 
 where an entry adds up what the choice, and its edges to the others' present choices, cost and use. While a limit is
-exceeded, take the move with the least d_vk per relief of the total excess (find_repair_move); then, while there is one,
+exceeded, take the move with the least cost d_vk per unit by which the total excess falls (find_repair_move); then, while there is one,
 the move that saves most and exceeds no limit (find_saving_move).
 """
 
@@ -106,7 +106,7 @@ class _LocalSearch:
         ]
 
     def find_repair_move(self) -> tuple[int, int] | None:
-        """The (node, choice) that lowers the total excess at the least cost per relief, None where no move does."""
+        """The (node, choice) that lowers the total excess at the least cost per unit of excess, None where no move does."""
         delta, change = self._move_effects()
         after = np.maximum(
             (self.row_usages[:, None] + change - self.limits[:, None]) * self.inverse_limits[:, None], 0.0

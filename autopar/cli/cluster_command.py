@@ -44,7 +44,7 @@ def list_command(*, as_json: bool) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def show_cluster_command(*, name: str, cluster_set: tuple[tuple[str, Any], ...], as_json: bool) -> None:
-    """Print every number of a cluster, the unit in its key."""
+    """Print every number of a cluster; the keys name the units."""
     import msgspec
 
     from autopar.cluster.cost_tables import load_cluster

@@ -134,11 +134,11 @@ def combine_options(*options: Callable[[Function], Function]) -> Callable[[Funct
 print_options = combine_options(
     click.option("--json", "as_json", is_flag=True, help="Print one JSON document, errors included."),
     click.option("-q", "--quiet", is_flag=True, help="No progress."),
-    click.option("-v", "--verbose", is_flag=True, help="Every collective, not only their sums."),
+    click.option("-v", "--verbose", is_flag=True, help="List every collective, not only totals."),
 )
 
 cluster_options = combine_options(
-    click.option("--cluster", default="dgx-h100", show_default=True, metavar="NAME|FILE", help="What to plan for."),
+    click.option("--cluster", default="dgx-h100", show_default=True, metavar="NAME|FILE", help="The cluster."),
     click.option(
         "--cluster-set", multiple=True, type=Assignment(), metavar="K=V", help="Override a key of the cluster's table."
     ),
@@ -148,29 +148,31 @@ workload_options = combine_options(
     click.argument("model", type=click.Path()),
     click.option("--gpus", required=True, type=CheckedNumber(int, keyword="gpus"), metavar="N", help="GPUs to use."),
     cluster_options,
-    click.option("--set", "settings", multiple=True, type=Assignment(), metavar="K=V", help="A setting of the model."),
+    click.option(
+        "--set", "settings", multiple=True, type=Assignment(), metavar="K=V", help="Set a parameter of the model file."
+    ),
     click.option(
         "--global-batch",
         type=CheckedNumber(int, keyword="global_batch"),
         metavar="B",
-        help="Samples per step; else the file's own.",
+        help="Samples per optimizer step; else GLOBAL_BATCH of the model file.",
     ),
     click.option(
         "--micro-batch",
         type=CheckedNumber(int, keyword="micro_batch"),
         metavar="b",
-        help="Samples of a micro-batch, over all its ranks.",
+        help="Samples of a micro-batch, over all ranks of a stage.",
     ),
     click.option(
         "--dtype",
         type=CheckedChoice(DTYPES, keyword="dtype"),
-        help="Default bf16, fp16 where the device has none.",
+        help="Default: bf16, or fp16 on devices without bf16.",
     ),
     click.option(
         "--memory",
         type=CheckedNumber(float, keyword="memory_gib"),
         metavar="GIB",
-        help="Budget per GPU; else the device's usable memory.",
+        help="Memory budget per GPU; else the device's usable memory.",
     ),
     click.option(
         "--optimizer", type=CheckedChoice(OPTIMIZERS, keyword="optimizer"), default="adamw", show_default=True
@@ -184,7 +186,7 @@ search_options = combine_options(
         multiple=True,
         type=PinParameter(),
         metavar="GLOB=PLACEMENTS",
-        help="Fix the placements of parameters and search the rest.",
+        help="Fix the placements of matching parameters, one per mesh axis; search the rest.",
     ),
     click.option(
         "--recompute",
@@ -198,13 +200,13 @@ search_options = combine_options(
         type=CheckedChoice(SCHEDULES, keyword="schedule"),
         default="auto",
         show_default=True,
-        help="The order of the pipeline's micro-batches.",
+        help="Pipeline schedule.",
     ),
     click.option(
         "--time-limit",
         type=CheckedNumber(float, keyword="time_limit_s"),
         metavar="S",
-        help="Seconds to search; the result is the best plan found by then.",
+        help="Stop searching after S seconds, with the best plan found by then.",
     ),
 )
 
@@ -218,8 +220,8 @@ def output_file_options(result: str, *, required: bool = False) -> Callable[[Fun
             required=required,
             type=click.Path(dir_okay=False, readable=False, allow_dash=True),
             metavar="FILE",
-            help=f"The {result}'s file, which replaces nothing but an earlier {result}; - is stdout, the text then goes "
-            "to stderr.",
+            help=f"Write the {result} to FILE, which may exist only if it is a {result}; - is stdout, and the text then "
+            "goes to stderr.",
         ),
         click.option(
             "--force",

@@ -18,14 +18,19 @@ Examples:
     "compare", cls=ResultCommand, short_help="Compare a plan with the best Megatron layout.", epilog=EXAMPLES
 )
 @click.argument("plan_file", metavar="PLAN", type=click.Path())
-@click.option("--against", required=True, metavar="megatron[:LAYOUT]", help="megatron, or megatron:tp=8,pp=2 for one.")
+@click.option(
+    "--against",
+    required=True,
+    metavar="megatron[:LAYOUT]",
+    help="megatron for the best layout, megatron:tp=8,pp=2 for that one.",
+)
 @click.option("--model", type=click.Path(), metavar="MODEL.py", help="The model file, instead of the plan's own.")
 @click.option("--cluster", metavar="NAME|FILE", help="The cluster's name or file; else the one that the plan names.")
 @print_options
 def compare_command(
     *, plan_file: str, against: str, model: str | None, cluster: str | None, as_json: bool, quiet: bool, verbose: bool
 ) -> None:
-    """Print PLAN and the best Megatron layout side by side, under the same model, budget and judge."""
+    """Print PLAN and the best Megatron layout side by side, priced by the same cost model, budget and judge."""
     from autopar.core.plan_file import load_plan
 
     layout = _layout_text(against)

@@ -45,13 +45,17 @@ serving_options = combine_options(
         "--context",
         type=count_option("--context"),
         metavar="N",
-        help="Decode: tokens in the cache; else the model's own.",
+        help="Decode: tokens in the cache; else the model's own sequence length.",
     ),
     click.option(
         "--weights", type=STORAGE_TYPE, default="same", show_default=True, help="Inference: how weights are stored."
     ),
     click.option(
-        "--kv-cache", type=STORAGE_TYPE, default="same", show_default=True, help="Inference: how the cache is stored."
+        "--kv-cache",
+        type=STORAGE_TYPE,
+        default="same",
+        show_default=True,
+        help="Inference: how the key/value cache is stored.",
     ),
 )
 
@@ -65,7 +69,7 @@ serving_options = combine_options(
     "--tokens",
     type=CheckedNumber(float, rule=positive_number("--tokens")),
     metavar="N",
-    help="Tokens of the whole training: adds GPU hours and days.",
+    help="Tokens of the whole training run: prints its GPU hours and days.",
 )
 @serving_options
 @search_options
@@ -73,9 +77,9 @@ serving_options = combine_options(
 @print_options
 @click.pass_context
 def estimate_command(context_: click.Context, /, **arguments: Any) -> None:
-    """Price one manual layout of MODEL.py on N GPUs; with -o, write it as a plan. A time limit changes nothing here.
+    """Price one manual layout of MODEL.py on N GPUs; with -o, write it as a plan. --time-limit has no effect here.
 
-    Inference takes --global-batch as the sequences of all replicas; without it, decode takes the most that fit."""
+    For inference, --global-batch is the number of sequences over all replicas; without it, decode takes as many as fit."""
     serving = arguments["mode"] != "train"
     _refuse_options(context_, TRAINING_ONLY_OPTIONS if serving else SERVING_ONLY_OPTIONS, arguments["mode"])
     (_estimate_serving if serving else _estimate_training)(**arguments)

@@ -22,8 +22,8 @@ from autopar.core.errors import AutoparError, PlanFileError
 INTERRUPTED_EXIT_CODE = 130
 
 
-EPILOG = """Results go to stdout, progress and errors to stderr; --json prints one document, errors included, to whose keys later
-versions only add.
+EPILOG = """Results go to stdout, progress and errors to stderr; --json prints one document, errors included; later versions may
+add keys to it but remove none.
 
 \b
 Exit codes:

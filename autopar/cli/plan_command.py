@@ -28,7 +28,7 @@ Examples:
 
 @click.command("plan", cls=ResultCommand, short_help="Search the fastest plan and write it to a file.", epilog=EXAMPLES)
 @workload_options
-@click.option("--layout", metavar="TEXT", help="Search nothing: price this layout, such as tp=8,pp=4,zero=1.")
+@click.option("--layout", metavar="TEXT", help="Do not search: price this layout, such as tp=8,pp=4,zero=1.")
 @search_options
 @output_file_options("plan")
 @print_options

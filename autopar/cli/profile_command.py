@@ -21,15 +21,15 @@ Examples:
 
 
 @click.command(
-    "profile", cls=ResultCommand, short_help="Measure this machine into a table for --cluster.", epilog=EXAMPLES
+    "profile", cls=ResultCommand, short_help="Measure this machine and write a table for --cluster.", epilog=EXAMPLES
 )
 @output_file_options("table", required=True)
 @click.option("--quick", is_flag=True, help="A coarse table in seconds rather than minutes.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="What to measure; else a GPU where there is one.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="What to measure; else the GPU if there is one.")
 @click.option(
     "--base",
     metavar="NAME",
-    help="The cluster whose numbers stand for what is not measured; else the most similar one.",
+    help="The shipped cluster to take unmeasured numbers from; else the most similar one.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the table as one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
@@ -39,8 +39,8 @@ def profile_command(
     """Measure matmul, attention, bandwidth and launches of this machine; under torchrun, also collectives among its
     ranks.
 
-    Each number of the table says whether it was measured here or comes from a cluster that ships. On CPUs a rank is a
-    thread."""
+    Each number of the table says whether it was measured here or copied from a shipped cluster. On CPUs a rank is a
+    process of OMP_NUM_THREADS threads (default 1)."""
     from autopar.cluster.cost_tables import PROFILE_FILE_KIND, check_cluster_content, cluster_content
 
     file = OutputFile.checked(output, PROFILE_FILE_KIND, force=force, as_json=as_json)

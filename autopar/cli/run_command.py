@@ -38,13 +38,16 @@ class RunCommand(ResultCommand):
 @click.argument("script", metavar="-- train.py [ARGS]...", nargs=-1, type=click.UNPROCESSED)
 @click.option("--launcher", type=click.Choice(["torchrun", "slurm", "torchx"]), default="torchrun", show_default=True)
 @click.option(
-    "--ranks-per-node", type=count_option("--ranks-per-node"), metavar="N", help="Else the cluster's devices per node."
+    "--ranks-per-node",
+    type=count_option("--ranks-per-node"),
+    metavar="N",
+    help="Ranks on each node; else the cluster's devices per node.",
 )
-@click.option("--rendezvous", metavar="HOST:PORT", help="Where nodes meet; for one node not needed.")
+@click.option("--rendezvous", metavar="HOST:PORT", help="Where the nodes meet; not needed for one node.")
 @click.option(
     "--max-restarts", type=click.IntRange(min=0), default=0, show_default=True, help="Restarts after a failure."
 )
-@click.option("--exec", "execute", is_flag=True, help="Run the command rather than print it.")
+@click.option("--exec", "execute", is_flag=True, help="Run the command instead of printing it.")
 def run_command(
     *,
     plan_file: str,
@@ -55,7 +58,7 @@ def run_command(
     max_restarts: int,
     execute: bool,
 ) -> None:
-    """Print the command that runs train.py under PLAN, which it gets as --plan; with --exec, run it."""
+    """Print the command that runs train.py under PLAN (passed to it as --plan PLAN); with --exec, run it."""
     from autopar.cli.inputs import load_plan_cluster
     from autopar.core.plan_file import load_plan
 

@@ -19,18 +19,23 @@ MAX_LISTED_ERRORS = 3
 EXAMPLES = """\b
 Examples:
   autopar verify gpt.plan.json --ranks 4
-  autopar verify gpt.plan.json --model examples/gpt.py --set hidden=64 --set layers=4"""
+  autopar verify gpt.plan.json --model examples/gpt.py --set hidden=64 --set seq=16"""
 
 
 @click.command("verify", cls=ResultCommand, short_help="Check a plan's numbers against one process.", epilog=EXAMPLES)
 @click.argument("plan_file", metavar="PLAN", type=click.Path())
-@click.option("--model", type=click.Path(), metavar="MODEL.py", help="The model file; else the one the plan names.")
+@click.option("--model", type=click.Path(), metavar="MODEL.py", help="The model file, instead of the plan's own.")
 @click.option("--cluster", metavar="NAME|FILE", help="The cluster's name or file; else the one that the plan names.")
 @click.option(
-    "--ranks", type=count_option("--ranks"), default=8, show_default=True, metavar="N", help="CPU processes to use."
+    "--ranks", type=count_option("--ranks"), default=8, show_default=True, metavar="N", help="CPU processes, at most."
 )
 @click.option(
-    "--set", "settings", multiple=True, type=Assignment(), metavar="K=V", help="Another size of the same structure."
+    "--set",
+    "settings",
+    multiple=True,
+    type=Assignment(),
+    metavar="K=V",
+    help="Give the model another size, such as hidden=64, with the same blocks.",
 )
 @print_options
 def verify_command(
@@ -44,8 +49,8 @@ def verify_command(
     quiet: bool,
     verbose: bool,
 ) -> int:
-    """Run PLAN, shrunk to fit, on CPU processes and compare loss, gradients and optimizer steps with one process. Exit 7
-    on FAIL."""
+    """Run PLAN, shrunk to N ranks, on CPU processes and compare loss, gradients and optimizer steps with one process; exit
+    code 7 if they differ. Every layer and sample of the micro-batch is computed in fp64: give large models small sizes."""
     from autopar.cli.inputs import load_plan_cluster, load_plan_workload
     from autopar.core.plan_file import load_plan
 

@@ -1,4 +1,4 @@
-"""How the training program runs a plan, as far as prices depend on it."""
+"""How the training software (Megatron-LM, torchtitan, our runtime) runs a plan, as far as prices depend on it."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,14 +9,14 @@ from autopar.core.dtypes import Dtype
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecutionModel:
-    """``accumulates_gradients``: gradients live over several micro-batches; ``fp32_grads``: in fp32, else in the
-    parameter's dtype.
+    """``accumulates_gradients``: gradients are summed over several micro-batches; ``fp32_grads``: they are stored in fp32,
+    else in the parameter's dtype.
 
     ``balances_causal_context``: ranks that share a sequence take equal parts of the work under a causal mask (Megatron-LM's
     context parallelism); without it a rank computes its queries against all keys under a mask, as our runtime does.
 
-    ``overlap``: reductions of gradients overlap with the backward, gathers of parameters with a block, collectives on a
-    linear op's input gradient with the product for its weight's.
+    ``overlap``: reductions of gradients overlap with the backward, gathers of parameters with the compute of a block,
+    collectives on a linear op's input gradient with the matmul that computes its weight gradient.
 
     ``recomputes_whole_block``: full recomputation computes the whole block a second time (Megatron-LM's and DeepSpeed's
     checkpoint); without it only what the backward reads, as torch's does, which stops at the last tensor that was saved,
@@ -24,14 +24,14 @@ class ExecutionModel:
 
     ``selective_policy``: what selective recomputation saves. "attention": all but attention's internal tensors, which it
     recomputes (Korthikanti et al., 2022, section 5; our runtime). "products": a block's inputs, fused attention's results,
-    and those of every second product with a weight, beginning with the first; the rest is recomputed as far as the
+    and those of every second matmul with a weight, beginning with the first; the rest is recomputed as far as the
     backward reads it (torchtitan's ``selective_ac_option="op"`` on torch's create_selective_checkpoint_contexts:
     torchtitan/parallelisms/parallelize_llama.py@004b3148).
 
-    ``loss_kernels``: which cross entropy runs. "program": what the program fuses; over a sharded vocabulary the chain of
-    kernels between its collectives. "chain": that chain always (Megatron-LM calls vocab_parallel_cross_entropy whatever tp
-    is). "torch": PyTorch's own (torchtitan: ``F.cross_entropy`` of fp32 logits), which saves log-probabilities and makes
-    two gradients as large.
+    ``loss_kernels``: which cross entropy runs. "program": the software's fused kernel; over a sharded vocabulary the
+    chain of kernels between its collectives. "chain": that chain always (Megatron-LM calls vocab_parallel_cross_entropy whatever tp
+    is). "torch": PyTorch's own (torchtitan: ``F.cross_entropy`` of fp32 logits), which saves log-probabilities and
+    allocates two gradients of that size.
 
     ``blocking_launches``: the host waits for every kernel before it launches the next (CUDA_LAUNCH_BLOCKING=1), so that
     launches and kernels add up instead of overlapping.
@@ -55,18 +55,18 @@ class ExecutionModel:
 
     @property
     def software(self) -> Software:
-        """The table of the program that ``fusion`` names."""
+        """The table of the training software that ``fusion`` names."""
         return load_software(self.fusion)
 
     @property
     def fused_chains(self) -> tuple[FusedChain, ...]:
-        """The kinds of ops that the program fuses with their neighbours."""
+        """The kinds of ops that the software fuses with their neighbours."""
         return tuple(chain for chain in self.software.fuses if chain != "loss" or self.loss_kernels != "torch")
 
     @property
     def backward_allocates_gradients(self) -> bool:
-        """Whether a backward allocates gradients: with one micro-batch there are none at its start, and without overlap
-        nothing is reduced before its end."""
+        """Whether gradients allocated during the backward add to its peak memory: with one micro-batch none exists at its
+        start; without overlap, unreduced ones stay until its end."""
         return not (self.accumulates_gradients and self.overlap)
 
     def gradient_itemsize(self, itemsize: int) -> int:

@@ -1,10 +1,10 @@
-"""How well founded each priced time is: by a measured table, by a model, or by neither.
+"""Where each priced time comes from: a measured table, a model, or an extrapolation.
 
     measured      looked up between the nodes of a table that was measured on this device or this kind of node
     modelled      a formula (bandwidth, alpha-beta, launches), or the table of a sibling scaled by peak
     extrapolated  a shape, a size or a number of ranks outside the nodes of its table
 
-An op's forward and its backward have a tag each; a backward is as certain as the least certain of its products.
+An op's forward and its backward have a tag each; a backward is as certain as the least certain of its matmuls.
 """
 
 from collections.abc import Iterable

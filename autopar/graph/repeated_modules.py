@@ -1,4 +1,4 @@
-"""Finds a model's repeated modules, its units (transformer layers, residual blocks), in the module paths of its ops.
+"""Finds a model's repeated modules, its units (transformer layers, residual blocks), from the module paths of its ops.
 
 A path component that is a number names a child of a container (``layers.3``, ``h.0``, ``encoder.block.5``,
 ``layer2.1``). An op may be inside several, as in ``stages.2.4.shortcut.0``: its unit is the outermost child, unless no
@@ -11,7 +11,9 @@ from collections.abc import Iterable
 
 from autopar.graph.ir import Graph, Op
 
-_MIN_COVERED_SHARE = 0.9  # of the matrix ops must stay inside units where inner containers replace an outer one
+_MIN_COVERED_SHARE = (
+    0.9  # of the matrix ops that must be inside the units of inner containers for these to replace an outer one
+)
 
 
 def repeated_modules(graph: Graph) -> dict[int, str]:

@@ -1,4 +1,4 @@
-"""Dynamic programs over (stages, blocks, devices) that bound the best pipeline a suffix can become.
+"""Dynamic programs over (stages, blocks, devices) that bound from below every pipeline that ends in a given suffix.
 
 A state is a suffix of the pipeline: s stages of blocks i..L-1 on d devices. In the letters of `pipeline_bounds`:
 
@@ -14,8 +14,8 @@ A state is a suffix of the pipeline: s stages of blocks i..L-1 on d devices. In 
     so a suffix with values (M, W) ends no earlier than   max(M + trip, W + down, step)
 
 Every recursion is monotone in the value it extends, so minima extend to minima. A level is a stage's number from the
-last, which decides its micro-batches in flight. A version without levels (`level_free_bounds`), in which every stage has
-as few in flight as at any level, first tells which (i, d) matter at all (`feasible_band`).
+last, which decides its micro-batches in flight. A version without levels (`level_free_bounds`), which takes the
+fastest time of each stage at any level, first tells which (i, d) matter at all (`feasible_band`).
 """
 
 from collections.abc import Sequence

@@ -1,13 +1,14 @@
 """The outer search: which blocks form a stage, on which submesh, so that the simulated step is the shortest.
 
-Best-first branch and bound over suffixes of the pipeline. A node is a `PartialPipeline`: the last stages, whose places
-from the end, and so micro-batches in flight, are known. The node with the least bound is extended greedily to a complete
+Best-first branch and bound over suffixes of the pipeline. A node is a `PartialPipeline`: the last stages, of which
+each one's number from the end (its *level*), and so its micro-batches in flight, is known. The node with the least bound is extended greedily to a complete
 pipeline (a dive), which is evaluated; the branches not taken go to the queue. The incumbent is optimal when no open node
 has a bound below its step time.
 
-Before that come good pipelines by Alpa's recurrence (`alpa_candidates`) and their neighbours (`_local_search`). The
-suffix and prefix bounds are then made for steps below the incumbent only, a few times from each other: states without a
-prefix drop out of the next suffix bounds, which makes them tighter (`_tighten`).
+Before that, good pipelines are found by Alpa's recurrence (`alpa_candidates`) and among their neighbours
+(`_local_search`). Suffix and prefix bounds (`bound_tables`) are then computed for steps below the incumbent only, in a few
+rounds, each from the other: states without a prefix drop out of the next suffix bounds, which makes them tighter
+(`_tighten`).
 """
 
 import heapq
@@ -34,7 +35,8 @@ MAX_EXACT_PROBLEM = 2_000
 CANDIDATE_FACTORS = (1.3, 4.0, math.inf)
 """Alpa's candidates are sought below these multiples of the first bound, one after the other until some are found."""
 MAX_TIGHTENING_ROUNDS = 4
-"""How often suffix and prefix bounds are made from each other at most, while that raises the bound by 0.1 %."""
+"""The most rounds in which suffix and prefix bounds are computed from each other; a round that raises the bound by less
+than 0.1 % is the last."""
 
 
 @dataclass(slots=True)
@@ -61,7 +63,7 @@ class _SearchState:
 
     @property
     def cutoff_s(self) -> float:
-        """Nodes with a bound from here on are pruned (1e-12: sums of the same times differ by their rounding)."""
+        """Nodes with a bound of at least this are pruned (1e-12: sums of the same times differ by their rounding)."""
         return self.incumbent_s * (1.0 - max(self.tolerance, 1e-12))
 
     @property
@@ -131,7 +133,7 @@ def is_small_problem(problem: PipelineProblem) -> bool:
 
 
 def quick_lower_bound_s(problem: PipelineProblem) -> float:
-    """A lower bound in seconds on every pipeline that is fast to compute: by the busiest stage and by the time through
+    """A lower bound in seconds on every pipeline; it is fast to compute: by the busiest stage and by the time through
     all of them; with a finite ``upper_bound_s`` also by suffix and prefix bounds below it, and at most that. inf where no
     pipeline is possible."""
     levels = level_times_of(problem)
@@ -147,7 +149,7 @@ def quick_lower_bound_s(problem: PipelineProblem) -> float:
 def _tighten(
     level_times: LevelTimes, suffix_s: Floats, prefix_s: Floats, bound_s: float, threshold_s: float
 ) -> tuple[float, SearchTree | None]:
-    """(the bound by suffix and prefix bounds made from each other, the tree to search), from the level-free bounds and
+    """(the bound by suffix and prefix bounds computed from each other, the tree to search), starting from the level-free bounds and
     their bound on all pipelines; the tree is None where no pipeline is below ``threshold_s``."""
     missing, tree = prefix_s, None
     for number in range(MAX_TIGHTENING_ROUNDS):

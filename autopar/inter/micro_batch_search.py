@@ -17,13 +17,13 @@ from autopar.inter.stage_span import DeviceStage, SubmeshStage
 from autopar.pipeline.schedule import Schedule
 
 UPPER_BOUND_FACTORS = (1.25, 1.6, 2.5, 6.0, math.inf)
-"""Where there is no incumbent, steps are sought below these multiples of the bound that ignores memory, one after the
-other."""
+"""Without an incumbent, the search looks for steps below these multiples of the bound that ignores memory, one multiple
+after the other until a pipeline is found."""
 MAX_UNIFORM_EVALUATIONS = 200
-"""The most pipelines that the first of the two searches, by uniform times, simulates."""
+"""The most pipelines that the first of the two searches, by the times of uniform choices, simulates."""
 MAX_SMALL_EVALUATIONS = 1_000
-"""The most that the second, by lower bounds, simulates where the problem is small: where launches on the host take
-longer than compute, many pipelines have nearly equal steps."""
+"""The most pipelines that the second search, by lower bounds, simulates where the problem is small: where kernel launches
+take longer than compute, many pipelines have nearly equal steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +38,8 @@ class MicroBatchSearch:
     """The search of one micro-batch size with the given schedules.
 
     ``unconstrained_bound_s`` is a lower bound on all steps that ignores memory, inf where no pipeline fits;
-    ``guesses`` are (estimated step in seconds, pipeline) of even pipelines, or, where all are interleaved, their lower
-    bounds; ``incumbents`` are the pipelines that were the best of their search when they were simulated.
+    ``guesses`` are (estimated step in seconds, pipeline) of even pipelines; where only interleaved pipelines are searched,
+    (lower bound in seconds, pipeline) of those; ``incumbents`` are the pipelines that were the best of their search when they were simulated.
     ``deadline_s`` is on the clock of ``time.perf_counter``.
     """
 
@@ -75,7 +75,7 @@ class MicroBatchSearch:
         )
 
     def simulate(self, candidate: PipelineCandidate) -> None:
-        """Simulate one pipeline."""
+        """Simulate one pipeline, and add it to ``incumbents`` where it fits."""
         self._simulate_below(candidate, np.inf)
 
     def search(self, incumbent_s: float) -> float:
@@ -148,8 +148,8 @@ class MicroBatchSearch:
             self.tables.set_cutoff(below_s)
             if quick_lower_bound_s(self._problem(self.tables.lower_bounds, below_s)) >= below_s:
                 continue
-            # First by times that a choice attains, to find good pipelines; then by bounds, to find better ones or prove
-            # that there are none.
+            # First with stage times that some choice really reaches, to find good pipelines; then with lower bounds, to
+            # find better ones or prove that there are none.
             attained = self._search_flat(self.tables.uniform_times, below_s, MAX_UNIFORM_EVALUATIONS).incumbent
             target_s = attained.step_time_s if attained is not None else below_s
             result = self._search_flat(self.tables.lower_bounds, target_s, None)

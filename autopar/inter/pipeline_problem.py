@@ -22,9 +22,9 @@ class StageTimeTable:
     """Seconds of every possible stage: each (L + 1, L + 1, K), [i, j, k] = blocks i..j-1 on submesh class k, per
     micro-batch (``step_s``: once per step, exposed); ``numpy.inf`` where it does not fit or is not allowed.
 
-    With ``busy_s`` the times are *relaxed*: lower bounds over all choices for the stage, which different choices may
-    attain, of the forward, of forward + backward, of the per-step time, and (``busy_s``) of all micro-batches and the
-    per-step time together.
+    With ``busy_s`` the times are *relaxed*: lower bounds over all choices for the stage, each of which another choice may
+    attain: of the forward, of forward + backward, of the per-step time, and (``busy_s``) of all micro-batches plus the
+    per-step time.
     """
 
     forward_s: Floats

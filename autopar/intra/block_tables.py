@@ -37,7 +37,7 @@ class LaunchSeconds(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BlockTables:
-    """Of a block at ``local_batch`` samples on each of ``data_ranks`` ranks. Op indices are positions in ``space.ops``,
+    """The tables of a block at ``local_batch`` samples on each of ``data_ranks`` ranks. Op indices are positions in ``space.ops``,
     edge indices positions in ``edges``: the tensor edges of ``space`` first, in their order."""
 
     space: BlockSpace
@@ -46,7 +46,8 @@ class BlockTables:
     strategies: tuple[tuple[tuple[AxisOption, ...], ...], ...]
     """By op: its strategies, each an option per inner axis."""
     boundary_roles: tuple[tuple[str, ...], ...]
-    """The choices of the input and output nodes: a named boundary placement, a role per inner axis."""
+    """The choices of the input and output nodes: how activations enter and leave the block, as one of ``BOUNDARY_ROLES``
+    (by batch, by sequence or replicated) per inner axis."""
     boundary_pairs: dict[int, tuple[tuple[PlacementPair, ...], ...]]
     """Block input or output (value id) -> its pairs on the inner axes under each of ``boundary_roles``."""
     shared_placements: tuple[tuple[tuple[PlacementPair, ...], ...], ...]
@@ -68,17 +69,17 @@ class BlockTables:
     repeated_by_full: tuple[bool, ...]
     """By edge: whether full recomputation redistributes its tensor once more."""
     repeated_by_selective: tuple[bool, ...]
-    """The same of selective recomputation."""
+    """By edge: whether selective recomputation does."""
     sync_s: tuple[tuple[float, float], ...]
     """By edge: seconds that ranks wait for the slowest host where it redistributes, forward and backward."""
     parameter_uses: tuple[tuple[ParameterUse, ...], ...]
     """By op: its uses of parameters and buffers."""
     repeated_parameter_uses: frozenset[tuple[int, int]]
-    """(op index, number of its use) of parameters that an earlier use in the block stores, in the same placement."""
+    """(op index, position in its ``parameter_uses``) of parameters that an earlier use in the block stores, in the same placement."""
     launch_s: LaunchSeconds
     overlap_contention: float
     """What communication that overlaps with compute adds, as a share of the shorter of the two; 1: nothing overlaps."""
     blocking_launches: bool
-    """Whether launches add to the seconds that the device computes instead of overlapping with them."""
+    """Whether kernel launches add to the device's compute time instead of overlapping with it (CUDA_LAUNCH_BLOCKING=1)."""
     eliminator: Eliminator | MiniBuckets
     """Solves problems over ``edges`` for every choice of the input and output nodes."""

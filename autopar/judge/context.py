@@ -22,10 +22,11 @@ def shape_at(graph: Graph, shape: Sequence[int], micro_batch: int) -> tuple[int,
 class ModelContext:
     """What the judge reads from the model under one ``Execution``.
 
-    ``profile``: op profiles, with the program's fused cross entropy; ``fusion_savings``: op -> memory traffic that its
+    ``profile``: op profiles, with the fused cross entropy of the training software (Megatron-LM, ...); ``fusion_savings``: op -> memory traffic that its
     fusion saves; ``parameter_free``: values that depend on no parameter, which every rank computes by itself;
     ``saved_owners``: values whose memory some op saves for its backward; ``overwritten_owners``: those of them whose memory
-    a gradient is written into; ``selective``: the policy of selective recomputation by operation, None without one;
+    a gradient is written into; ``selective``: what torchtitan's selective recomputation, which decides op by op, saves; None
+    under another recomputation;
     ``first_of_kind``: the first block of each kind."""
 
     graph: Graph
@@ -40,7 +41,7 @@ class ModelContext:
 
     @staticmethod
     def of(execution: Execution, graph: Graph, blocks: tuple[Block, ...], profile: GraphProfile) -> "ModelContext":
-        """``profile`` is that of ``graph``, without the program's fused cross entropy."""
+        """``profile`` is that of ``graph``, before a fused cross entropy of the training software is added."""
         fuses = load_software(execution.fusion).fuses
         if execution.loss != "torch":
             profile = with_fused_loss(graph, profile, fuses)
@@ -64,7 +65,8 @@ class ModelContext:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class JudgedBlock:
-    """A block of a stage, the program it follows, and the first block of its kind, whose values the program names."""
+    """A block of a stage, the `BlockProgram` (placements) it follows, and the first block of its kind, whose values the
+    program names."""
 
     block: Block
     program: BlockProgram
@@ -116,7 +118,7 @@ class BlockContext:
     """A block (the first of its kind) under its program on the mesh of its stage, at ``micro_batch`` samples.
 
     ``accumulates_gradients``: gradients of several micro-batches are summed. ``has_data_axis``: the first of several axes
-    is the data axis. ``is_megatron``: the program is Megatron-LM's, and ranks that share a sequence take equal parts of
+    is the data axis. ``is_megatron``: the plan is a manual layout, run as Megatron-LM does: ranks that share a sequence take equal parts of
     its attention under a causal mask. ``stored_earlier``: parameters that an earlier block of the stage stores.
     ``conflicting_axes``: (parameter, axis) on which another block of the stage places the parameter, or its gradient,
     differently. ``outputs_read_later``: outputs that later blocks of the stage read and save."""
@@ -135,12 +137,12 @@ class BlockContext:
 
     @property
     def software(self) -> Software:
-        """The table of the training program that runs the plan."""
+        """The table of the training software that runs the plan."""
         return load_software(self.model.execution.fusion)
 
     @property
     def selective(self) -> SelectivePolicy | None:
-        """What the block saves under selective recomputation by operation; None where it is not by operation."""
+        """What the block saves under torchtitan's selective recomputation (op by op); None under any other."""
         return self.model.selective if self.program.recompute == "selective" else None
 
     def distributed_ops(self) -> Iterator[tuple[Op, OpPlan]]:

@@ -10,7 +10,7 @@ from autopar.inter.parallel_search import NUM_WORKERS, OpenMicroBatch, ParallelS
 from autopar.inter.stage_costs import StageCosts
 
 Progress = Callable[[str, str, float | None, float | None], None]
-"""Told (stage of the planning, detail, seconds of the best step so far, gap); the last two are None while unknown."""
+"""Called with (phase of the planning, detail, seconds of the best step so far, gap); the last two are None while unknown."""
 NUM_SIMULATED_GUESSES = 4
 """Pipelines, of all micro-batch sizes together, that are simulated before any size is searched."""
 

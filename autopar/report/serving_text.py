@@ -25,7 +25,7 @@ PREFILL_NAMES = {"other": "memory-bound kernels", "exchange": "exchange between 
 
 
 def serving_text(serving: ServingEstimate, *, model: str, width: int = 120) -> str:
-    """The figures, the parts of the time, memory, and for decode the figures of other batches."""
+    """The figures, the parts of the time, memory, and for decode the figures at other batch sizes."""
     decode = serving.mode == "decode"
     parts: list[RenderableType] = [_header(serving, model), "", _figures(serving)]
     parts += ["", "Where the step goes" if decode else "Where the prefill goes", _time_table(serving)]
@@ -36,7 +36,7 @@ def serving_text(serving: ServingEstimate, *, model: str, width: int = 120) -> s
 
 
 def serving_document(serving: ServingEstimate, *, model: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """What `estimate --mode prefill|decode --json` prints; its keys are frozen."""
+    """What `estimate --mode prefill|decode --json` prints; its keys must not change."""
     figures = asdict(serving)
     figures["parts"] = {f"{name}_s": seconds for name, seconds in serving.parts}
     figures["curve"] = [asdict(point) for point in serving.curve]

@@ -167,8 +167,8 @@ def attention(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpSh
     """q[..., h, q, d], k[..., g, s, d], v[..., g, s, d], mask: g key/value heads each serve h / g query heads. Other leading
     dims, heads included, may be missing or broadcast.
 
-    Queries may be sharded by position: keys and values are then replicated, which prices the gather of context
-    parallelism. Local form of sharded queries under a causal mask: the mask starts at the position of the rank's first
+    Queries may be sharded by position; keys and values are then replicated, so that their all-gather is priced, as in
+    context parallelism. Local form of sharded queries under a causal mask: the mask starts at the position of the rank's first
     query.
     """
     query, key, result = inputs[0].shape, inputs[1].shape, outputs[0].shape
@@ -211,8 +211,8 @@ def attention(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpSh
 
 
 def convolution(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> OpShardingRule:
-    """x[b, c_in, ...], w[c_out, c_in / groups, ...], bias[c_out] -> [b, c_out, ...], or without b; space is not sharded
-    (halos).
+    """x[b, c_in, ...], w[c_out, c_in / groups, ...], bias[c_out] -> [b, c_out, ...], or without b; spatial dims are
+    not sharded (they would need halo exchanges).
 
     Local form: along c_in the bias is added on the first rank only; along the channels of a depthwise convolution of
     samples a rank has as many groups as channels."""

@@ -1,7 +1,7 @@
 """Initial weights of a model on the meta device, one tensor at a time: the whole model is never in memory.
 
 The model's own initialisation runs on meta tensors while its in-place writes are recorded; then each tensor's writes
-are replayed on a real tensor, of which a rank stores its part. Random numbers are seeded by the tensor's name, so they
+are replayed on a real tensor, of which a rank keeps its shard. Random numbers are seeded by the tensor's name, so they
 depend on neither the plan nor the rank. A tensor of which no write covers all elements is an error, never zeros.
 """
 

@@ -39,7 +39,7 @@ class RankOp:
 
     @property
     def is_head(self) -> bool:
-        """Whether it is the model's head."""
+        """Whether the op is the model's head (the logits)."""
         return self.node.op.id == self.replica.head_op
 
     @property
@@ -58,11 +58,12 @@ class RankOp:
 
     @property
     def num_shards(self) -> int:
-        """By how much a rank's share of the work is less than the unsharded op's."""
+        """The number of ranks that share the work of the op."""
         return prod(self.shard_degrees.values())
 
     def matmul(self, tokens: int, weight_storage: StorageFormat) -> DecodeMatmul:
-        """The op as a matmul of ``tokens`` tokens; one without roles in its rule is a cube of equal FLOPs."""
+        """The op as a matmul of ``tokens`` tokens; one without roles in its rule is priced as m = n = k of
+        equal FLOPs."""
         node, graph = self.node, self.replica.graph
         flops = float(flops_at_batch(self.profile.forward_flops, graph.batch, self.replica.min_batch))
         if not node.rule.roles:

@@ -1,8 +1,8 @@
-"""The guard around the user's code: whatever that raises becomes one of our errors, in a few lines with the user's own
-file and line.
+"""The guard around the user's code: whatever it raises becomes a ModelError, in a few lines that name the user's own file
+and line.
 
 A model file that ends the program (``sys.exit(0)``, or ``argparse`` on our arguments) must not end ours, least of all
-with the exit code of success.
+with exit code 0.
 """
 
 import os
@@ -19,8 +19,8 @@ MAX_MESSAGE_LENGTH = 300
 
 @contextmanager
 def guard_user_code(what_failed: str, *, reraised: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Runs the user's code, the body of the ``with``, so that whatever it raises becomes one of our errors: a ModelError
-    of ``what_failed`` ("build_model raised") and the exception. KeyboardInterrupt, GeneratorExit and the types in
+    """Runs the user's code, the body of the ``with``, so that whatever it raises becomes a ModelError whose message is
+    ``what_failed`` ("build_model raised") and the exception. KeyboardInterrupt, GeneratorExit and the types in
     ``reraised`` are raised as they are.
 
     >>> with guard_user_code("build_model raised"):

@@ -1,4 +1,5 @@
-"""Boxes of positions in a tensor, and bounds of the elements in them; many boxes at once, as entries of tensors.
+"""Interval arithmetic over tensors (to recognise causal masks): boxes of positions in a tensor, and bounds of the elements
+in them; many boxes at once, as entries of tensors.
 
 Example: the 4 x 4 comparison ``column <= row`` over the boxes (rows 2..3, columns 0..1) and (rows 0..1, columns 0..1)
 has the bounds low = [True, False], high = [True, True]: all of the first box is True, the second is mixed.

@@ -53,7 +53,8 @@ def _zero3_gathers(
     positions: Mapping[fx.Node, int], end: int, *, is_backward: bool
 ) -> tuple[dict[int, list[fx.Node]], dict[int, int]]:
     """Block -> the nodes that start the gathers of its ZeRO-3 parameters, and block -> the position of its first wait for
-    them (``end`` where none is). ``positions`` are those of a pass's nodes, in order. A parameter that several blocks read counts for the one that runs first."""
+    them (``end`` where there is none). ``positions`` are those of a pass's nodes, in order. A parameter that several blocks
+    read counts for the block that runs first."""
     starts_of_block: dict[int, list[fx.Node]] = {}
     first_wait: dict[int, int] = {}
     for node in positions:
