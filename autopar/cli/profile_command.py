@@ -84,7 +84,7 @@ def profile_lines(cluster: "Cluster") -> list[str]:
         f"attention   {percent_text(min(device.flash_attention.efficiency))} to "
         f"{percent_text(max(device.flash_attention.efficiency))}",
         f"memory      {device.memory_bytes_per_s / 1e9:,.1f} GB/s",
-        f"launch      {seconds_text(device.launch_s)}, a kernel at least {seconds_text(device.kernel_latency_s)}",
+        f"launch      {seconds_text(device.launch_s)}, shortest kernel {seconds_text(device.kernel_latency_s)}",
     ]
     if cluster.provenance["collectives"].status == "measured":
         for curve in cluster.collectives:
@@ -98,5 +98,5 @@ def profile_lines(cluster: "Cluster") -> list[str]:
         key for table in (cluster, device) for key, source in table.provenance.items() if source.status != "measured"
     )
     if elsewhere:
-        lines += wrap(f"elsewhere   {', '.join(elsewhere)}", 110, subsequent_indent=" " * 12)
+        lines += wrap(f"unmeasured  {', '.join(elsewhere)}", 110, subsequent_indent=" " * 12)
     return lines

@@ -81,7 +81,7 @@ def _parameter_plan(
 ) -> ParameterPlan:
     """The placements of a parameter that ops use under ``pairs`` (of all axes, the data axis first). ZeRO shards dim 0
     of a rank's local shard, so the split factor of its shard is the number of shards that the ops make of dim 0."""
-    compute: list[Placement] = [pair.atom.shard if pair.atom is not None else REPLICATE for pair in pairs]
+    compute: list[Placement] = [pair.factor.shard if pair.factor is not None else REPLICATE for pair in pairs]
     num_shards = 1
     for placement, size in zip(compute, mesh.sizes, strict=True):
         if isinstance(placement, Shard) and placement.dim == 0:

@@ -56,8 +56,8 @@ class BlockPins:
                 pin = self._by_value.get(node.op.inputs[position])
                 pinned_axis = axis + int(has_data_axis)
                 if pin is not None and pinned_axis < len(pin.placements):
-                    atom = option.inputs[position].atom
-                    if not satisfies(REPLICATE if atom is None else atom.shard, pin.placements[pinned_axis]):
+                    factor = option.inputs[position].factor
+                    if not satisfies(REPLICATE if factor is None else factor.shard, pin.placements[pinned_axis]):
                         return False
             return base is None or base(axis, node, option)
 

@@ -120,7 +120,7 @@ def choose_data_axis(
         for link, (made, taken) in zip(tensor_edges, ends, strict=True)
     )
     is_sharded = all(
-        pair.atom is not None
+        pair.factor is not None
         for op, option in zip(ops, picked, strict=True)
         for value, pair in zip((*op.inputs, *op.outputs), (*option.inputs, *option.outputs), strict=True)
         if any(graph.batch.is_proportional(size) for size in value.shape)

@@ -241,5 +241,5 @@ def is_gathered(source: Placements, target: Placements) -> bool:
 
 
 def _is_same(one: Placement, other: Placement) -> bool:
-    """Whether two placements are equal whatever the size of the atoms that they shard."""
+    """Whether two placements are equal whatever the size of the factors that they shard."""
     return one == other or without_size(one) == without_size(other)

@@ -77,9 +77,9 @@ class StrategyEnumerator:
         for placement in itertools.product(pairs, repeat=len(self.inner_sizes)):
             degrees: dict[DimFactor, int] = {}
             for pair, size in zip(placement, self.inner_sizes, strict=True):
-                if pair.atom is not None:
-                    degrees[pair.atom] = degrees.get(pair.atom, 1) * size
-            if all(atom.size >= degree for atom, degree in degrees.items()):
+                if pair.factor is not None:
+                    degrees[pair.factor] = degrees.get(pair.factor, 1) * size
+            if all(factor.size >= degree for factor, degree in degrees.items()):
                 placements.append(placement)
         regathered = [
             placement
@@ -119,10 +119,10 @@ class StrategyEnumerator:
         return tuple(pairs)
 
     def _outermost_atom(self, value: Value, dim: int) -> PlacementPair | None:
-        """The pair that shards the outermost atom of a dim; of several such atoms, the largest."""
-        atoms = [pair.atom for pair in self.space.pairs.get(value.id, ()) if pair.atom is not None]
-        outermost = [atom for atom in atoms if (atom.dim, atom.split_factor) == (dim, 1)]
-        return PlacementPair.sharded(max(outermost, key=lambda atom: atom.size)) if outermost else None
+        """The pair that shards the outermost factor of a dim; of several such factors, the largest."""
+        factors = [pair.factor for pair in self.space.pairs.get(value.id, ()) if pair.factor is not None]
+        outermost = [factor for factor in factors if (factor.dim, factor.split_factor) == (dim, 1)]
+        return PlacementPair.sharded(max(outermost, key=lambda factor: factor.size)) if outermost else None
 
 
 def _may_be_uneven(rule: OpShardingRule, labels: tuple[int, ...]) -> bool:

@@ -166,18 +166,18 @@ class _MegatronRules:
         tokens merged with the batch."""
         tensors = zip((*node.op.inputs, *node.op.outputs), (*option.inputs, *option.outputs), strict=True)
         return any(
-            (atom := pair.atom) is not None
-            and atom.size in self.sequence_lengths
+            (factor := pair.factor) is not None
+            and factor.size in self.sequence_lengths
             and self.graph.values[value].kind != "parameter"
-            and not self.graph.batch.is_proportional(atom.size)
-            and (atom.dim == 1 or atom.split_factor > 1 or (atom.dim == 2 and len(self.graph.values[value].shape) == 4))
+            and not self.graph.batch.is_proportional(factor.size)
+            and (factor.dim == 1 or factor.split_factor > 1 or (factor.dim == 2 and len(self.graph.values[value].shape) == 4))
             for value, pair in tensors
         )
 
     def _weight_atoms(self, node: OpNode, option: AxisOption) -> list[tuple[DimFactor, int]]:
-        """(atom, tensor rank) of every weight that the option shards; vectors do not count."""
+        """(factor, tensor rank) of every weight that the option shards; vectors do not count."""
         ranks = [(i, len(self.graph.values[node.op.inputs[i]].shape)) for i in node.parameter_inputs]
-        return [(atom, rank) for i, rank in ranks if rank > 1 and (atom := option.inputs[i].atom) is not None]
+        return [(factor, rank) for i, rank in ranks if rank > 1 and (factor := option.inputs[i].factor) is not None]
 
     def _is_vocabulary(self, node: OpNode) -> bool:
         """Whether the op, a table, looks up the tokens of samples in a table of many rows."""
@@ -186,14 +186,14 @@ class _MegatronRules:
 
     def _shards_weights(self, node: OpNode, option: AxisOption) -> bool:
         """Whether the option shards the rows of a table, a matrix, or the inside of stacked experts."""
-        atoms = self._weight_atoms(node, option)
+        factors = self._weight_atoms(node, option)
         if _is_table(node):
-            return any(atom.dim == 0 for atom, _ in atoms)
-        return any(rank == 2 or atom.dim > 0 for atom, rank in atoms)
+            return any(factor.dim == 0 for factor, _ in factors)
+        return any(rank == 2 or factor.dim > 0 for factor, rank in factors)
 
     def _shards_experts(self, node: OpNode, option: AxisOption) -> bool:
         """Whether the option shards stacked weights (experts, rows, columns) by expert."""
-        return any(rank == 3 and atom.dim == 0 for atom, rank in self._weight_atoms(node, option))
+        return any(rank == 3 and factor.dim == 0 for factor, rank in self._weight_atoms(node, option))
 
     def _shards_batch(self, option: AxisOption) -> bool:
         """Whether the option shards the batch."""

@@ -296,11 +296,11 @@ def _named_axes(stage_costs: StageCosts, mesh: StageMesh, choices: list[BlockCho
 def _axis_name(stage_costs: StageCosts, inputs: Sequence[int], pairs: Sequence[PlacementPair]) -> str:
     """What an op uses an axis for, by the placement pairs of its inputs: "ep", "tp", "dp" or "cp"."""
     graph = stage_costs.pricer.graph
-    tensors = [(graph.values[value], pair.atom) for value, pair in zip(inputs, pairs, strict=True)]
-    for value, atom in tensors:
-        if value.kind == "parameter" and atom is not None:
-            return "ep" if len(value.shape) == 3 and atom.dim == 0 else "tp"
-    first = next((atom for value, atom in tensors if value.kind != "parameter"), None)
+    tensors = [(graph.values[value], pair.factor) for value, pair in zip(inputs, pairs, strict=True)]
+    for value, factor in tensors:
+        if value.kind == "parameter" and factor is not None:
+            return "ep" if len(value.shape) == 3 and factor.dim == 0 else "tp"
+    first = next((factor for value, factor in tensors if value.kind != "parameter"), None)
     if first is None:
         return "tp"
     if graph.batch.is_proportional(first.size):

@@ -54,7 +54,8 @@ def render(*parts: RenderableType, width: int) -> str:
 
 def batch_text(plan: Plan) -> str:
     """How the global batch is split into micro-batches."""
-    return f"{plan.microbatches} micro-batches of {plan.micro_batch_size} samples"
+    noun = "micro-batch" if plan.microbatches == 1 else "micro-batches"
+    return f"{plan.microbatches} {noun} of {plan.micro_batch_size} samples"
 
 
 def _header(plan: Plan) -> Table:

@@ -41,7 +41,7 @@ class PlacementPair(msgspec.Struct, frozen=True, cache_hash=True):
         return PlacementPair(shard, shard)
 
     @property
-    def atom(self) -> DimFactor | None:
+    def factor(self) -> DimFactor | None:
         """The factor that is sharded, None where the tensor is not sharded or its factor's size is not known."""
         return self.forward if isinstance(self.forward, DimFactor) else None
 

@@ -123,7 +123,7 @@ def _parameter(
     sizes: Sequence[int],
     shape: tuple[int, ...],
 ) -> ParameterPlan:
-    compute = [pair.atom if pair.atom is not None else REPLICATE for pair in pairs]
+    compute = [pair.factor if pair.factor is not None else REPLICATE for pair in pairs]
     free = [axis for axis, placement in enumerate(compute) if placement == REPLICATE]
     axes = [axis for axis in free if draw.random() < 0.7] if shape else []
     zero = draw.randint(0, 3) if axes else 0

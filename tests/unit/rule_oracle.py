@@ -26,13 +26,13 @@ RANDOM = frozenset({"dropout", "native_dropout"})
 WIDE = torch.float64
 
 
-def _blocks(tensor: Tensor, atom: DimFactor, ranks: int, rank: int) -> Tensor:
+def _blocks(tensor: Tensor, factor: DimFactor, ranks: int, rank: int) -> Tensor:
     """Rank's part of a full tensor: dim -> (pieces, size, rest), the middle split as DTensor splits (ceil)."""
     shape = tensor.shape
-    split = tensor.reshape(*shape[: atom.dim], atom.split_factor, atom.size, -1, *shape[atom.dim + 1 :])
-    step = -(-atom.size // ranks)
-    part = split.narrow(atom.dim + 1, min(rank * step, atom.size), max(0, min(step, atom.size - rank * step)))
-    return part.reshape(*shape[: atom.dim], -1, *shape[atom.dim + 1 :])
+    split = tensor.reshape(*shape[: factor.dim], factor.split_factor, factor.size, -1, *shape[factor.dim + 1 :])
+    step = -(-factor.size // ranks)
+    part = split.narrow(factor.dim + 1, min(rank * step, factor.size), max(0, min(step, factor.size - rank * step)))
+    return part.reshape(*shape[: factor.dim], -1, *shape[factor.dim + 1 :])
 
 
 def shard(
@@ -143,7 +143,7 @@ def check_option(case: Case, option: AxisOption, rule: OpShardingRule, ranks: in
         pair = option.outputs[at]
         parts = shard(gradient, pair, ranks, generator, gradient=True)
         if (
-            option.runs_kernel_collectives and pair.atom is None
+            option.runs_kernel_collectives and pair.factor is None
         ):  # autograd crosses ranks: the full loss is counted once
             parts = [parts[0], *(torch.zeros_like(part) for part in parts[1:])]
         ends += [outputs[rank][at] for rank in range(ranks)]
@@ -174,7 +174,7 @@ def _each(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
 
 def _local_shapes(case: Case, option: AxisOption, ranks: int, rank: int) -> list[tuple[int, ...]]:
     return [
-        value.shape if pair.atom is None else tuple(_blocks(torch.empty(value.shape), pair.atom, ranks, rank).shape)
+        value.shape if pair.factor is None else tuple(_blocks(torch.empty(value.shape), pair.factor, ranks, rank).shape)
         for value, pair in zip(case.outputs, option.outputs, strict=True)
     ]
 
@@ -221,17 +221,17 @@ def _mean(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
     return [(result[0] * share,) for result, share in zip(local, shares, strict=True)]
 
 
-def _starts(atom: DimFactor, ranks: int, rank: int, size: int) -> Tensor:
-    return _blocks(torch.arange(size), DimFactor(dim=0, split_factor=atom.split_factor, size=atom.size), ranks, rank)
+def _starts(factor: DimFactor, ranks: int, rank: int, size: int) -> Tensor:
+    return _blocks(torch.arange(size), DimFactor(dim=0, split_factor=factor.split_factor, size=factor.size), ranks, rank)
 
 
 def _embedding(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
-    atom = option.inputs[0].atom
-    if atom is None or atom.dim != 0:
+    factor = option.inputs[0].factor
+    if factor is None or factor.dim != 0:
         return _each(case, option, ranks)
     found = []
     for r, (weight, ids) in enumerate(ranks):
-        rows = _starts(atom, len(ranks), r, case.inputs[0].shape[0])
+        rows = _starts(factor, len(ranks), r, case.inputs[0].shape[0])
         mine = ids.unsqueeze(-1) == rows
         hot = mine.to(WIDE)
         padding = case.literal(2, "padding_idx", -1)
@@ -242,12 +242,12 @@ def _embedding(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
 
 def _attention(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
     position = len(case.inputs[0].shape) - 2
-    atom = option.inputs[0].atom
-    if not (atom is not None and atom.dim == position and case.literal(5, "is_causal", False)):
+    factor = option.inputs[0].factor
+    if not (factor is not None and factor.dim == position and case.literal(5, "is_causal", False)):
         return _each(case, option, ranks)
     found = []
     for r, tensors in enumerate(ranks):
-        rows = _starts(atom, len(ranks), r, case.inputs[0].shape[position])
+        rows = _starts(factor, len(ranks), r, case.inputs[0].shape[position])
         mask = rows.unsqueeze(1) >= torch.arange(case.inputs[1].shape[position]).unsqueeze(0)
         kwargs = {k: v for k, v in case.op.kwargs if k in ("scale", "enable_gqa")}
         found.append((F.scaled_dot_product_attention(*tensors[:3], attn_mask=mask, **kwargs),))
@@ -263,12 +263,12 @@ def _cross_entropy(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
     weights = case.tensors[2] if len(case.tensors) > 2 else torch.ones(case.inputs[0].shape[1], dtype=WIDE)
     of_target = weights[case.tensors[1].clamp(min=0)]
     count = torch.where(case.tensors[1] != ignored, of_target, 0.0).sum()
-    atom = option.inputs[0].atom
+    factor = option.inputs[0].factor
     if option.runs_kernel_collectives:
-        assert atom is not None
+        assert factor is not None
         size = case.inputs[0].shape[1]
         total = torch.stack([t[0].exp().sum(1) for t in ranks]).sum(0).log()
-        rows = [_starts(atom, len(ranks), r, size) for r in range(len(ranks))]
+        rows = [_starts(factor, len(ranks), r, size) for r in range(len(ranks))]
         own = sum(((t[1].unsqueeze(1) == row) * t[0]).sum(1) for t, row in zip(ranks, rows, strict=True))
         uniform = sum(t[0].sum(1) for t in ranks) / size
         losses = (
@@ -288,12 +288,12 @@ def _nll_loss(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
         return _each(case, option, ranks)
     reduction, ignored = case.literal(3, "reduction", 1), case.literal(4, "ignore_index", -100)
     count = (case.tensors[1] != ignored).sum()
-    atom = option.inputs[0].atom
+    factor = option.inputs[0].factor
     found = []
     for r, (logs, target) in enumerate(ranks):
         columns = torch.arange(case.inputs[0].shape[1])
-        if atom is not None and atom.dim == 1:
-            columns = _starts(atom, len(ranks), r, len(columns))
+        if factor is not None and factor.dim == 1:
+            columns = _starts(factor, len(ranks), r, len(columns))
         own = -((target.unsqueeze(1) == columns.view(1, -1, *[1] * (target.dim() - 1))) * logs).sum(1)
         losses = torch.where(target == ignored, 0.0, own)
         found.append((losses if reduction == 0 else losses.sum() / (count if reduction == 1 else 1),))
@@ -339,12 +339,12 @@ def _softmax(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
 
 def _index(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
     """x[index]: where rows of x are sharded, a rank has zeros for the rows of others."""
-    atom = option.inputs[0].atom
-    if atom is None or atom.dim != 0:
+    factor = option.inputs[0].factor
+    if factor is None or factor.dim != 0:
         return _each(case, option, ranks)
     found = []
     for r, (x, index) in enumerate(ranks):
-        rows = _starts(atom, len(ranks), r, case.inputs[0].shape[0]).tolist()
+        rows = _starts(factor, len(ranks), r, case.inputs[0].shape[0]).tolist()
         where = {row: at for at, row in enumerate(rows)}
         mine = torch.tensor([where.get(i, -1) for i in index.flatten().tolist()]).reshape(index.shape)
         mask = (mine >= 0).reshape(*index.shape, *([1] * (x.dim() - 1)))
@@ -359,7 +359,7 @@ def _grouped_mm(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
     found = []
     for r, (x, w, *_) in enumerate(ranks):
         rows, experts = torch.arange(num_rows), torch.arange(num_experts)
-        of_rows, of_experts = option.inputs[0].atom, option.inputs[1].atom
+        of_rows, of_experts = option.inputs[0].factor, option.inputs[1].factor
         if of_rows is not None and of_rows.dim == 0:
             rows = _starts(of_rows, len(ranks), r, num_rows)
         if of_experts is not None and of_experts.dim == 0:
