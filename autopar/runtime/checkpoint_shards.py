@@ -18,18 +18,22 @@ Box = tuple[tuple[slice, ...], ChunkStorageMetadata]
 class CheckpointShard(Tensor):
     """This rank's part of a tensor of global ``shape``: a wrapper of ``local`` without data of its own, which
     torch.distributed.checkpoint saves and loads in place. ``indices`` are the global indices of each dim that ``local``
-    has. ``is_writer``: this rank's replica is the one that is saved."""
+    has. ``is_writer``: this rank's replica is the one that is saved; ``is_new``: only this shard uses the memory of
+    ``local``."""
 
     local: Tensor
+    is_new: bool
     boxes: list[Box]
     is_writer: bool
 
     @staticmethod
-    def __new__(cls, local: Tensor, shape: Sequence[int], indices: DimIndices, is_writer: bool) -> "CheckpointShard":
+    def __new__(
+        cls, local: Tensor, shape: Sequence[int], indices: DimIndices, is_writer: bool, *, is_new: bool = False
+    ) -> "CheckpointShard":
         shard: CheckpointShard = torch.Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=local.dtype, device=local.device
         )
-        shard.local, shard.is_writer = local.detach(), is_writer
+        shard.local, shard.is_writer, shard.is_new = local.detach(), is_writer, is_new
         shard.boxes = list(_boxes(indices))
         return shard
 

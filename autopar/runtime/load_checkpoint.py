@@ -63,8 +63,11 @@ def load(state: TrainingState, folder: str | os.PathLike[str]) -> int:
     torch.distributed.checkpoint itself may have written it, under these names. Without ``optimizer.json`` the optimizer
     keeps its settings."""
     checked = _check_on_all_ranks(lambda: _check_newest(state, Path(folder)))
+    has_state = torch.tensor(1)
+    training = {"has_optimizer_state": has_state} if _tells_optimizer_state(checked.reader.index) else {}
+    entries = {**state_dict(state, checked.optimizer_states), "training": training}
     try:
-        read_tensors(state_dict(state, checked.optimizer_states), storage_reader=checked.reader)
+        read_tensors(entries, storage_reader=checked.reader)
     except CheckpointException as error:
         rank, (failure, _) = next(iter(error.failures.items()))
         raise CheckpointError(
@@ -74,10 +77,10 @@ def load(state: TrainingState, folder: str | os.PathLike[str]) -> int:
         ) from None
     if state.optimizer is not None:
         for master, tensors in checked.optimizer_states.items():
-            entries = state.optimizer.state[master]
-            for key in [key for key, entry in entries.items() if isinstance(entry, Tensor)]:
-                del entries[key]
-            entries.update(tensors)
+            own = state.optimizer.state[master]
+            for key in [key for key, entry in own.items() if isinstance(entry, Tensor)]:
+                del own[key]
+            own.update(tensors if has_state else {})
         if checked.settings is not None and len(checked.settings) == len(state.optimizer.param_groups):
             for group, settings in zip(state.optimizer.param_groups, checked.settings, strict=True):
                 group.update(settings)
@@ -141,7 +144,7 @@ def _check_newest(state: TrainingState, root: Path) -> _CheckedCheckpoint:
         optimizer_states = _optimizer_tensors(state, index)
         _check_shapes(state_dict(state, optimizer_states), index)
         reader = CheckedReader(path, index)
-        names = [name for name in index.tensors if name.startswith(("model.", "optimizer."))]
+        names = [name for name in index.tensors if name.startswith(("model.", "optimizer.", "training."))]
         check_tensors(reader, names, rank=dist.get_rank(), num_ranks=dist.get_world_size())
         return _CheckedCheckpoint(
             path=path,
@@ -156,6 +159,13 @@ def _check_newest(state: TrainingState, root: Path) -> _CheckedCheckpoint:
         others = ", ".join(checkpoint_path(root, other).name for other in saved_steps(root) if other != step)
         way_out = f"to load another ({others}), write its name to {root / LATEST}" if others else "there is no other"
         raise CheckpointError(f"cannot load {path}: {error}; nothing was loaded; {way_out}") from None
+
+
+def _tells_optimizer_state(index: TensorIndex) -> bool:
+    """Whether the checkpoint tells if the optimizer had taken a step; others than ours do not, and have its state only
+    then."""
+    tensor = index.tensors.get("training.has_optimizer_state")
+    return tensor is not None and not tensor.size and tensor.properties.dtype == torch.int64
 
 
 def _optimizer_tensors(state: TrainingState, index: TensorIndex) -> dict[Tensor, dict[str, Tensor]]:

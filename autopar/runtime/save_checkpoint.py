@@ -1,7 +1,8 @@
 """Checkpoints with torch.distributed.checkpoint, under the model's own names and global shapes, so that any plan loads
 those of any other.
 
-    .metadata, *.distcp   model.NAME, optimizer.NAME.KEY (fp32 masters and the optimizer's state)
+    .metadata, *.distcp   model.NAME, optimizer.NAME.KEY (fp32 masters and the optimizer's state), training.KEY (what
+                          else ``Trainer.state_dict`` has, for who loads by torch.distributed.checkpoint itself)
     optimizer.json        settings of the optimizer's parameter groups (learning rate ...)
     scale.json            the loss scale of an fp16 plan; without it the scale starts at its initial value
     SHA256SUMS            hashes of the files above but *.distcp, which have CRCs (see ``checkpoint_integrity``)
@@ -15,16 +16,14 @@ run.
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
 
-from autopar.core.errors import AutoparError, CheckpointError, UsageError
+from autopar.core.errors import CheckpointError, UsageError
 from autopar.core.write_file import write_atomically
 from autopar.runtime.checkpoint_folder import (
     MAX_STEP,
@@ -35,10 +34,9 @@ from autopar.runtime.checkpoint_folder import (
     temporary_path,
 )
 from autopar.runtime.checkpoint_integrity import write_sums
-from autopar.runtime.checkpoint_state import is_setting, state_dict
+from autopar.runtime.checkpoint_state import full_state_dict, is_setting
+from autopar.runtime.on_all_ranks import run_on_all_ranks
 from autopar.runtime.training_state import TrainingState
-
-_Result = TypeVar("_Result")
 
 
 def save(state: TrainingState, folder: str | os.PathLike[str], step: int, *, keep: int = 2) -> Path:
@@ -54,7 +52,7 @@ def save(state: TrainingState, folder: str | os.PathLike[str], step: int, *, kee
     def prepare() -> dict[str, Any]:
         if is_first_rank:
             prepare_folder(root, step)
-        return state_dict(state)
+        return full_state_dict(state, num_steps=step)
 
     def complete() -> None:
         if is_first_rank:
@@ -67,10 +65,11 @@ def save(state: TrainingState, folder: str | os.PathLike[str], step: int, *, kee
             remove_old_checkpoints(root, step, keep)
 
     final = checkpoint_path(root, step)
-    shards = _run_on_all_ranks(prepare, final)
+    texts = {"failure": f"cannot save {final}", "remedy": "earlier checkpoints are as they were"}
+    entries = run_on_all_ranks(prepare, **texts)
     writer = FileSystemWriter(temporary_path(root, step), sync_files=True)
-    _run_on_all_ranks(lambda: write_tensors(shards, storage_writer=writer), final)
-    _run_on_all_ranks(complete, final)
+    run_on_all_ranks(lambda: write_tensors(entries, storage_writer=writer), **texts)
+    run_on_all_ranks(complete, **texts)
     return final
 
 
@@ -85,31 +84,6 @@ def _check_step(step: int) -> None:
     other = next((rank for rank, each in enumerate(steps) if each != steps[0]), None)
     if other is not None:
         raise CheckpointError(f"cannot save: rank 0 saves step {steps[0]}, rank {other} saves step {steps[other]}")
-
-
-def _run_on_all_ranks(action: Callable[[], _Result], path: Path) -> _Result:
-    """What ``action`` returns, a part of saving the checkpoint at ``path``; where it fails on any rank, the same
-    CheckpointError on every rank."""
-    result, message = None, None
-    cause: BaseException | None = None
-    try:
-        result = action()
-    except CheckpointException as error:  # torch has told all ranks
-        rank, (failure, _) = next(iter(error.failures.items()))
-        message, cause = _save_error_text(path, rank, failure), error
-    except Exception as error:  # of whatever kind: the other ranks wait for this one's outcome
-        message, cause = _save_error_text(path, dist.get_rank(), error), error
-    messages: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    first = next((each for each in messages if each is not None), None)
-    if first is not None:
-        raise CheckpointError(first) from cause
-    return result  # type: ignore[return-value]
-
-
-def _save_error_text(path: Path, rank: int, error: BaseException) -> str:
-    reason = str(error) if isinstance(error, AutoparError) else f"{type(error).__name__}: {error}"
-    return f"cannot save {path}: rank {rank}: {' '.join(reason.split())[:300]}; earlier checkpoints are as they were"
 
 
 def _group_settings(state: TrainingState) -> list[dict[str, Any]]:

@@ -12,13 +12,15 @@ from torch import Tensor
 from autopar.core.errors import AutoparError, UsageError
 from autopar.core.plan import Plan
 from autopar.graph.ir import Graph
-from autopar.runtime.checkpoint_state import state_dict
+from autopar.runtime.checkpoint_state import full_state_dict
 from autopar.runtime.count_collectives import CollectiveCounter, CollectiveCounts
 from autopar.runtime.load_checkpoint import load
+from autopar.runtime.load_state_dict import check_state_dict, load_state_dict
 from autopar.runtime.loss_scale import LossScale
 from autopar.runtime.lower.randomness import micro_batch_key
 from autopar.runtime.lower.stage_function import RANDOM_KEY
 from autopar.runtime.micro_batches import slice_batch
+from autopar.runtime.on_all_ranks import run_on_all_ranks
 from autopar.runtime.pipeline_step import PipelineStep
 from autopar.runtime.save_checkpoint import save
 from autopar.runtime.stage_runner import StageRunner
@@ -166,15 +168,21 @@ class Trainer:
         return counter.counts
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint stores, for ``torch.distributed.checkpoint.save``: see ``checkpoint_state.state_dict``. torch's
-        own ``load`` runs what a checkpoint tells it to and does not look for damage; ``load`` of this class runs
-        nothing."""
-        return state_dict(self.state)
+        """Parameters, buffers, the optimizer's state and settings, the step count and the loss scale, as
+        ``torch.distributed.checkpoint`` saves them and loads them in place: see ``checkpoint_state``. Then call
+        ``load_state_dict``. torch's own ``load`` runs what a checkpoint tells it to and does not look for damage;
+        ``load`` of this class runs nothing. UsageError where the optimizer has yet to make its state, and cannot."""
+        return full_state_dict(self.state, num_steps=self.num_steps)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Finish ``torch.distributed.checkpoint.load``, which wrote into the tensors of ``state_dict()``: weights from
-        masters."""
-        assert {"model", "optimizer"} <= set(state)
+        """Restore all that ``state_dict()`` has, after ``torch.distributed.checkpoint.load`` wrote into it or from
+        another trainer under the same plan. Collective. CheckpointError, the same on every rank and with the trainer
+        unchanged, that names what is missing and what would not be restored."""
+        remedy = "nothing was loaded"
+        run_on_all_ranks(
+            lambda: check_state_dict(self.state, state), failure="cannot load the state_dict", remedy=remedy
+        )
+        load_state_dict(self.state, state)
         for parameters in self.state.stages.values():
             parameters.update_weights()
 
