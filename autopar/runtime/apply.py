@@ -136,7 +136,7 @@ def build_trainer(
         graph=graph,
         state=state,
         pipeline=pipeline,
-        tied_parameters=connect_tied_parameters(stored, programs, meshes, rank),
+        tied_parameters=connect_tied_parameters(stored, programs, meshes, rank=rank, device=rank_device),
         input_names=tuple(workload.inputs(1)),
         clip_norm=clip_norm,
         seed=seed,
