@@ -170,7 +170,11 @@ class _MegatronRules:
             and factor.size in self.sequence_lengths
             and self.graph.values[value].kind != "parameter"
             and not self.graph.batch.is_proportional(factor.size)
-            and (factor.dim == 1 or factor.split_factor > 1 or (factor.dim == 2 and len(self.graph.values[value].shape) == 4))
+            and (
+                factor.dim == 1
+                or factor.split_factor > 1
+                or (factor.dim == 2 and len(self.graph.values[value].shape) == 4)
+            )
             for value, pair in tensors
         )
 

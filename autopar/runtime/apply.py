@@ -25,6 +25,7 @@ from autopar.runtime.lower.rank_mesh import RankMesh, make_meshes
 from autopar.runtime.lower.stage_function import RANDOM_KEY, StageFunction
 from autopar.runtime.lower.stage_program import StageProgram
 from autopar.runtime.pipeline_step import PipelineStep
+from autopar.runtime.rank_device import choose_device
 from autopar.runtime.stage_runner import ExecutionMode, StageRunner
 from autopar.runtime.stored_parameters import OptimizerFactory, StageParameters
 from autopar.runtime.tied_parameters import connect_tied_parameters
@@ -52,8 +53,9 @@ def apply(
     ``reset_parameters``. ``optimizer`` makes a torch optimizer that works element by element (AdamW, SGD) from a list of
     fp32 parameters; without one ``Trainer.step`` is refused. ``workload`` is needed for a model built in Python,
     otherwise the plan names the model file. ``clip_norm`` is the largest norm of all gradients, None does not clip;
-    ``seed`` is that of dropout and of deferred initial weights; ``device`` is this rank's own, by default its current
-    GPU, or the CPU where there is none.
+    ``seed`` is that of dropout and of deferred initial weights; ``device`` is this rank's own: by default the
+    current GPU, or where that is not set the GPU with the rank's number on its node, or the CPU where there is none. A
+    GPU becomes the current one.
 
     Raises UsageError (wrong arguments, another world size, or ranks with different plans), PlanFileError (the plan is
     for another model), AutoparError (a rank does not come).
@@ -91,9 +93,9 @@ def build_trainer(
     """``apply``, with what checks of plans need in addition. ``mode`` "reference" runs ops one by one; ``dtype``
     ("float64") replaces the plan's; ``allow_other_sizes`` takes a model of the plan's structure in other sizes;
     ``rendezvous_timeout_s`` is how far apart ranks may arrive."""
+    rank_device = choose_device(device)  # before the first collective, which may run on it
     check_world(plan, rendezvous_timeout_s)
     workload = workload or load_planned_workload(plan)
-    rank_device = torch.device(device) if device is not None else _default_device()
     graph, constants = _trace_planned_model(plan, workload, dtype=dtype, allow_other_sizes=allow_other_sizes)
     programs, transfers = build_programs(plan, graph, split_into_blocks(graph))
     rank = dist.get_rank()
@@ -136,7 +138,7 @@ def build_trainer(
         graph=graph,
         state=state,
         pipeline=pipeline,
-        tied_parameters=connect_tied_parameters(stored, programs, meshes, rank),
+        tied_parameters=connect_tied_parameters(stored, programs, meshes, rank=rank, device=rank_device),
         input_names=tuple(workload.inputs(1)),
         clip_norm=clip_norm,
         seed=seed,
@@ -231,10 +233,3 @@ def load_planned_workload(plan: Plan) -> Workload:
         raise PlanFileError(f"{path} changed since the plan was made; plan again")
     settings: dict[str, Any] = dict(plan.model.settings)
     return load_workload(path, **settings)
-
-
-def _default_device() -> torch.device:
-    """The current GPU, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")

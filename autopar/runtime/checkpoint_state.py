@@ -106,7 +106,7 @@ def has_optimizer_state(optimizer: torch.optim.Optimizer) -> bool:
     return any(isinstance(entry, Tensor) for entries in optimizer.state.values() for entry in entries.values())
 
 
-def full_state_dict(state: TrainingState) -> dict[str, dict[str, Any]]:
+def full_state_dict(state: TrainingState, *, num_steps: int) -> dict[str, dict[str, Any]]:
     """All three sections, to save or to load into. Before the optimizer's first step "optimizer" has new tensors, which
     ``load_state_dict`` takes over. Raises UsageError where these cannot be made."""
     states: OptimizerStates | None = None
@@ -115,7 +115,7 @@ def full_state_dict(state: TrainingState) -> dict[str, dict[str, Any]]:
             parameter.master: new_optimizer_state(state.optimizer, parameter.master)
             for parameter in state.trained_parameters()
         }
-    return {**state_dict(state, states), "training": training_entries(state, num_steps=state.num_steps)}
+    return {**state_dict(state, states), "training": training_entries(state, num_steps=num_steps)}
 
 
 def is_number_setting(key: str, value: Any) -> bool:

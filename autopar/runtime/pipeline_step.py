@@ -53,7 +53,7 @@ class PipelineStep:
         self.rank = dist.get_rank()
         self.actions = self._own_actions(plan)
         self._counter: CollectiveCounter | None = None
-        self._direction_groups = make_direction_groups(), make_direction_groups()  # activations, gradients
+        self._direction_groups = make_direction_groups(device), make_direction_groups(device)  # activations, gradients
         self._channels = [self._connect(transfer, meshes, number) for number, transfer in enumerate(transfers)]
 
     def run(self, micro_batches: Sequence[Mapping[int, Tensor]], *, loss_scale: float) -> Tensor:

@@ -34,7 +34,7 @@ from autopar.runtime.checkpoint_folder import (
     temporary_path,
 )
 from autopar.runtime.checkpoint_integrity import write_sums
-from autopar.runtime.checkpoint_state import is_setting, state_dict, training_entries
+from autopar.runtime.checkpoint_state import full_state_dict, is_setting
 from autopar.runtime.on_all_ranks import run_on_all_ranks
 from autopar.runtime.training_state import TrainingState
 
@@ -52,7 +52,7 @@ def save(state: TrainingState, folder: str | os.PathLike[str], step: int, *, kee
     def prepare() -> dict[str, Any]:
         if is_first_rank:
             prepare_folder(root, step)
-        return {**state_dict(state), "training": training_entries(state, num_steps=step)}
+        return full_state_dict(state, num_steps=step)
 
     def complete() -> None:
         if is_first_rank:

@@ -66,16 +66,21 @@ class TiedParameters:
 
 
 def connect_tied_parameters(
-    stages: Mapping[int, StageParameters], programs: Sequence[StageProgram], meshes: Sequence[RankMesh], rank: int
+    stages: Mapping[int, StageParameters],
+    programs: Sequence[StageProgram],
+    meshes: Sequence[RankMesh],
+    *,
+    rank: int,
+    device: torch.device,
 ) -> TiedParameters:
     """The exchanges between every two stages that train the same parameter; collective over the world. ``programs`` and
-    ``meshes`` are of all stages, ``stages`` those of ``rank``."""
+    ``meshes`` are of all stages, ``stages`` those of ``rank``, whose tensors are on ``device``."""
     shardings: dict[int, dict[int, ParameterSharding]] = {}
     for program in programs:
         for sharding in program.parameters:
             if sharding.trained:
                 shardings.setdefault(sharding.value, {})[program.index] = sharding
-    groups = make_direction_groups()
+    groups = make_direction_groups(device)
     exchanges = []
     for value, by_stage in sorted(shardings.items()):
         if len(by_stage) == 1:

@@ -172,7 +172,7 @@ class Trainer:
         ``torch.distributed.checkpoint`` saves them and loads them in place: see ``checkpoint_state``. Then call
         ``load_state_dict``. torch's own ``load`` runs what a checkpoint tells it to and does not look for damage;
         ``load`` of this class runs nothing. UsageError where the optimizer has yet to make its state, and cannot."""
-        return full_state_dict(self.state)
+        return full_state_dict(self.state, num_steps=self.num_steps)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore all that ``state_dict()`` has, after ``torch.distributed.checkpoint.load`` wrote into it or from

@@ -118,9 +118,11 @@ class DirectionGroups:
         return self.up if message.source < message.target else self.down
 
 
-def make_direction_groups() -> DirectionGroups:
-    """Groups for one kind of message, where the backend needs them. Collective over the world."""
-    if dist.get_backend() != "nccl":
+def make_direction_groups(device: torch.device) -> DirectionGroups:
+    """Groups for one kind of message, of tensors on ``device``, where its backend needs them. Collective over the
+    world."""
+    backends = dict(pair.split(":") for pair in dist.get_backend_config().split(","))  # "cpu:gloo,cuda:nccl"
+    if backends.get(device.type) != "nccl":
         return DirectionGroups()
     return DirectionGroups(up=dist.new_group(), down=dist.new_group())
 

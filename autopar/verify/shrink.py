@@ -5,20 +5,28 @@ twice the number of stages, so that every kind of action of the schedule still o
 count samples are rescaled.
 """
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
+from typing import TypeVar
 
 from msgspec.structs import replace
 
-from autopar.core.errors import UsageError
+from autopar.core.errors import PlanFileError, UsageError
 from autopar.core.mesh_axis import Axis, axes_text, num_ranks
 from autopar.core.placement import Placement, Shard, format_placements, parse_placements
-from autopar.core.plan import BlockProgram, OpPlan, Plan, StagePlan, ValuePlan, stages_by_submesh
+from autopar.core.plan import BlockProgram, OpPlan, ParameterPlan, Plan, StagePlan, ValuePlan, stages_by_submesh
+from autopar.graph.ir import Graph, Op
+from autopar.graph.split_into_blocks import split_into_blocks
+
+_Planned = TypeVar("_Planned", ValuePlan, ParameterPlan)
 
 
-def shrink_plan(plan: Plan, max_ranks: int) -> tuple[Plan, tuple[str, ...]]:
+def shrink_plan(plan: Plan, max_ranks: int, trace_model: Callable[[], Graph]) -> tuple[Plan, tuple[str, ...]]:
     """The plan on at most ``max_ranks`` ranks, and what was changed, one line each; the plan itself where it fits.
+    ``trace_model`` returns the graph of the plan's model; it is called where split factors may have to be rescaled.
 
-    Raises UsageError where it has more submeshes than ranks."""
+    Raises UsageError where it has more submeshes than ranks, PlanFileError where the plan is of another model."""
     submeshes = stages_by_submesh(plan)
     if len(submeshes) > max_ranks:
         raise UsageError(
@@ -42,9 +50,7 @@ def shrink_plan(plan: Plan, max_ranks: int) -> tuple[Plan, tuple[str, ...]]:
         return plan, ()
     shrunk = replace(
         plan,
-        programs=tuple(
-            _rescale_placements(program, plan.micro_batch_size, micro_batch_size) for program in plan.programs
-        ),
+        programs=_rescale_programs(plan, micro_batch_size, trace_model),
         stages=tuple(replace(stage, in_flight=min(stage.in_flight, num_microbatches)) for stage in stages),
         gpus=max(stage.first_device + stage.num_devices for stage in stages),
         microbatches=num_microbatches,
@@ -91,39 +97,93 @@ def _shrunk_micro_batch(plan: Plan, stages: tuple[StagePlan, ...]) -> int:
     return shrunk if is_even else planned
 
 
-def _rescale_placements(program: BlockProgram, old: int, new: int) -> BlockProgram:
-    """The program with split factors that count samples (multiples of ``old``) for a micro-batch of ``new`` samples."""
-    if old == new:
-        return program
+def _rescale_programs(plan: Plan, micro_batch_size: int, trace_model: Callable[[], Graph]) -> tuple[BlockProgram, ...]:
+    """The plan's programs for another micro-batch size; PlanFileError where they do not fit the model's graph."""
+    if micro_batch_size == plan.micro_batch_size or not _has_split_factors(plan):
+        return plan.programs
+    graph = trace_model()
+    first_ops: dict[int, Sequence[Op]] = {}
+    for block in split_into_blocks(graph):
+        first_ops.setdefault(block.kind, graph.ops[block.first_op : block.end_op])
+    factors = _SplitFactors(graph=graph, first_ops=first_ops, old=plan.micro_batch_size, new=micro_batch_size)
+    try:
+        return tuple(map(factors.rescale_program, plan.programs))
+    except (KeyError, IndexError, ValueError):
+        raise PlanFileError("the plan's blocks are not those of the model; plan again") from None
 
-    def rescaled(placement: Placement) -> Placement:
-        if not isinstance(placement, Shard) or placement.split_factor == 1 or placement.split_factor % old:
+
+def _has_split_factors(plan: Plan) -> bool:
+    return any("_S(" in text for program in plan.programs for text in _placement_texts(program))
+
+
+def _placement_texts(program: BlockProgram) -> Iterator[str]:
+    """All placements of a program."""
+    for op in program.ops:
+        yield from (*op.inputs, *op.outputs, *op.input_gradients, *op.output_gradients)
+    for value in (*program.inputs, *program.outputs, *program.shared):
+        yield from (value.placement, value.gradient)
+    for parameter in program.parameters:
+        yield from (parameter.compute, parameter.parameter, parameter.gradient, parameter.optimizer)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _SplitFactors:
+    """Rescales the split factors that count samples from micro-batches of ``old`` samples to ``new``.
+
+    A factor k counts samples where the size of its dim is proportional to the batch, k is a multiple of ``old``, and the
+    k pieces do not grow with the batch. ``first_ops`` are the ops of the first block of each kind."""
+
+    graph: Graph
+    first_ops: Mapping[int, Sequence[Op]]
+    old: int
+    new: int
+
+    def rescale_program(self, program: BlockProgram) -> BlockProgram:
+        """The program with all split factors that count samples rescaled."""
+        shapes = {name: value.shape for value in self.graph.values for name in (value.name, *value.qualified_names)}
+
+        def values(planned: tuple[ValuePlan, ...]) -> tuple[ValuePlan, ...]:
+            return tuple(self._rescale_fields(each, shapes[each.name], ("placement", "gradient")) for each in planned)
+
+        fields = ("compute", "parameter", "gradient", "optimizer")
+        return replace(
+            program,
+            ops=tuple(
+                self._rescale_op(planned, op)
+                for planned, op in zip(program.ops, self.first_ops[program.kind], strict=True)
+            ),
+            parameters=tuple(self._rescale_fields(each, shapes[each.name], fields) for each in program.parameters),
+            inputs=values(program.inputs),
+            outputs=values(program.outputs),
+            shared=values(program.shared),
+        )
+
+    def _rescale_op(self, planned: OpPlan, op: Op) -> OpPlan:
+        inputs = [self.graph.values[value].shape for value in op.inputs]
+        outputs = [self.graph.values[value].shape for value in op.outputs]
+
+        def rescaled(texts: tuple[str, ...], shapes: list[tuple[int, ...]]) -> tuple[str, ...]:
+            return tuple(map(self._rescale_text, texts, shapes))
+
+        return replace(
+            planned,
+            inputs=rescaled(planned.inputs, inputs),
+            outputs=rescaled(planned.outputs, outputs),
+            input_gradients=rescaled(planned.input_gradients, inputs),
+            output_gradients=rescaled(planned.output_gradients, outputs),
+        )
+
+    def _rescale_fields(self, planned: _Planned, shape: tuple[int, ...], fields: tuple[str, ...]) -> _Planned:
+        return replace(planned, **{field: self._rescale_text(getattr(planned, field), shape) for field in fields})
+
+    def _rescale_text(self, placements: str, shape: tuple[int, ...]) -> str:
+        return format_placements(self._rescale(placement, shape) for placement in parse_placements(placements))
+
+    def _rescale(self, placement: Placement, shape: tuple[int, ...]) -> Placement:
+        if not isinstance(placement, Shard) or placement.split_factor == 1:
             return placement
-        return Shard(placement.dim, placement.split_factor * new // old)
-
-    def rescaled_text(placements: str) -> str:
-        return format_placements(map(rescaled, parse_placements(placements)))
-
-    def values(planned: tuple[ValuePlan, ...]) -> tuple[ValuePlan, ...]:
-        return tuple(
-            ValuePlan(name=value.name, placement=rescaled_text(value.placement), gradient=rescaled_text(value.gradient))
-            for value in planned
-        )
-
-    ops = tuple(
-        OpPlan(
-            name=op.name,
-            inputs=tuple(map(rescaled_text, op.inputs)),
-            outputs=tuple(map(rescaled_text, op.outputs)),
-            input_gradients=tuple(map(rescaled_text, op.input_gradients)),
-            output_gradients=tuple(map(rescaled_text, op.output_gradients)),
-        )
-        for op in program.ops
-    )
-    return replace(
-        program,
-        ops=ops,
-        inputs=values(program.inputs),
-        outputs=values(program.outputs),
-        shared=values(program.shared),
-    )
+        size, batch = shape[placement.dim], self.graph.batch
+        pieces_per_sample, remainder = divmod(placement.split_factor, self.old)
+        if remainder or not batch.is_proportional(size) or size % (batch.traced_size * pieces_per_sample):
+            return placement
+        return Shard(placement.dim, pieces_per_sample * self.new)

@@ -18,8 +18,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
+from autopar.core.dtypes import LONG_NAMES
 from autopar.core.errors import AutoparError, CheckError
 from autopar.core.plan import Collective, Plan
+from autopar.graph.ir import Graph
+from autopar.graph.split_into_blocks import hoist_light_ops
+from autopar.graph.trace import trace
 from autopar.runtime.apply import build_trainer
 from autopar.runtime.count_collectives import CollectiveKey, collective_differences, counts_of_stages
 from autopar.runtime.stored_parameters import select_indices, stored_indices
@@ -98,7 +102,7 @@ def verify_plan(
     ``list_collectives`` lists the collectives of a shrunk plan, whose sizes are not the plan's.
 
     Raises UsageError and PlanFileError as ``apply`` does, CheckError where a process failed."""
-    shrunk, changes = shrink_plan(plan, max_ranks)
+    shrunk, changes = shrink_plan(plan, max_ranks, lambda: _trace_model(plan, model, settings))
     changed = {name: value for name, value in settings.items() if plan.model.settings.get(name) != value}
     changes += tuple(
         f"setting {name}: {plan.model.settings.get(name, 'default')} -> {value}" for name, value in changed.items()
@@ -130,6 +134,12 @@ def verify_plan(
         collective_differences=() if not_compared is not None else collective_differences(ran, shrunk, collectives),
         not_compared_because=not_compared,
     )
+
+
+def _trace_model(plan: Plan, model: str, settings: Mapping[str, Any]) -> Graph:
+    """The graph of the plan's model, whose ops are those of the plan."""
+    workload = load_workload(model, **settings)
+    return hoist_light_ops(trace(workload, dtype=LONG_NAMES[plan.execution.dtype]).graph)
 
 
 def _expected_collectives(

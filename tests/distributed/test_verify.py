@@ -5,14 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from autopar.cli.main import run
+from autopar.core.plan import BlockProgram
 from autopar.core.plan_file import load_plan
+from autopar.graph.split_into_blocks import hoist_light_ops, split_into_blocks
+from autopar.graph.trace import trace
 from autopar.verify.shrink import shrink_plan
 from autopar.verify.verify_plan import VerifyReport
+from tests.conftest import example_workload
 
 ROOT = Path(__file__).resolve().parents[2]
-SIZES = ("size=125M", "layers=2", "hidden=32", "heads=4", "vocab=64", "seq=8")
+MODEL = {"size": "125M", "layers": 2, "hidden": 32, "heads": 4, "vocab": 64, "seq": 8}
+SIZES = tuple(f"{name}={value}" for name, value in MODEL.items())
 
 
 @pytest.fixture
@@ -60,13 +66,37 @@ def test_wrong_numbers_exit_7(
 
 def test_twin_keeps_stages_and_axes(plan_file: str) -> None:
     plan = load_plan(plan_file)
-    shrunk, changes = shrink_plan(plan, 8)
+    graph = hoist_light_ops(trace(example_workload("gpt", **MODEL), dtype="bfloat16").graph)
+    shrunk, changes = shrink_plan(plan, 8, lambda: graph)
     assert shrunk.gpus == 8
     assert [len(stage.blocks) for stage in shrunk.stages] == [len(stage.blocks) for stage in plan.stages]
     assert [[axis.name for axis in stage.axes] for stage in shrunk.stages] == [["dp", "tp"]] * 2
     assert shrunk.global_batch == shrunk.microbatches * shrunk.micro_batch_size
     assert changes
-    assert shrink_plan(plan, 16)[0].gpus == 16
+    assert shrink_plan(plan, 16, lambda: graph)[0].gpus == 16
+
+
+def test_shrinking_scales_the_split_factors_that_count_samples(plan_file: str) -> None:
+    """Of 12 samples 6 remain: so do 12 pieces of the batch, but not those of a hidden dim or of a parameter."""
+    graph = hoist_light_ops(trace(example_workload("gpt", **MODEL), dtype="bfloat16").graph)
+    plan = replace(load_plan(plan_file), micro_batch_size=12)
+    block = next(block for block in split_into_blocks(graph) if block.name == "layers.0")
+    name = next(ref.program for stage in plan.stages for ref in stage.blocks if ref.index == block.index)
+
+    def with_factors(program: BlockProgram, batch: str, hidden: str) -> BlockProgram:
+        op = replace(program.ops[0], inputs=(batch, *program.ops[0].inputs[1:]), outputs=(hidden,), regathered=(0,))
+        parameter = replace(program.parameters[0], compute="_S(0,12)R")
+        shared = tuple(replace(value, placement=hidden, gradient=batch) for value in program.shared)
+        return replace(program, ops=(op, *program.ops[1:]), parameters=(parameter,), shared=shared)
+
+    before = next(program for program in plan.programs if program.id == name)
+    given = with_factors(before, "_S(0,12)R", "_S(2,12)R")
+    assert before.shared
+    plan = replace(plan, programs=tuple(given if each is before else each for each in plan.programs))
+    shrunk, _ = shrink_plan(plan, 8, lambda: graph)
+    assert shrunk.micro_batch_size == 6
+    after = next(program for program in shrunk.programs if program.id == name)
+    assert after == with_factors(before, "_S(0,6)R", "_S(2,12)R")
 
 
 @pytest.mark.parametrize(

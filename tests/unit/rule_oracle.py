@@ -222,7 +222,9 @@ def _mean(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:
 
 
 def _starts(factor: DimFactor, ranks: int, rank: int, size: int) -> Tensor:
-    return _blocks(torch.arange(size), DimFactor(dim=0, split_factor=factor.split_factor, size=factor.size), ranks, rank)
+    return _blocks(
+        torch.arange(size), DimFactor(dim=0, split_factor=factor.split_factor, size=factor.size), ranks, rank
+    )
 
 
 def _embedding(case: Case, option: AxisOption, ranks: Ranks) -> Simulated:

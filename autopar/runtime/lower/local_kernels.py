@@ -161,7 +161,9 @@ def _attention_with_dropout(
     if key.shape[heads] != query.shape[heads]:
         repeats = query.shape[heads] // key.shape[heads]
         key, value = (tensor.repeat_interleave(repeats, heads) for tensor in (key, value))
-    scale = local.op.argument(6, "scale", None) or query.shape[-1] ** -0.5
+    scale = local.op.argument(6, "scale")
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
     scores = (query @ key.transpose(-1, -2)) * scale
     rows = local.global_indices(0, positions)
     columns = torch.arange(key.shape[positions], device=local.device)
