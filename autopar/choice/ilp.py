@@ -35,14 +35,17 @@ from autopar.choice.evaluate import LIMIT_TOLERANCE, evaluate
 from autopar.choice.highs import solve_highs
 from autopar.choice.presolve import (
     GAP_TOLERANCE,
+    ROUNDING,
     Bools,
     alive_choices,
+    cost_magnitude,
     greedy_cost,
     group_equal_slices,
     largest_cost_range,
     merge_parallel_edges,
     sum_of_least_costs,
     tighten_row,
+    without_unlimited_rows,
 )
 from autopar.choice.problem import Edge, Problem, Row, Solution, SolveStatus
 
@@ -70,6 +73,7 @@ def solve_ilp(
     proved.
     """
     start = time.perf_counter()
+    problem = without_unlimited_rows(problem)
     if warm_start is not None:
         verdict = evaluate(problem, warm_start)
         if verdict.is_feasible:
@@ -99,6 +103,7 @@ def solve_ilp(
             status=status, choices=(), cost=math.inf, lower_bound=math.inf if infeasible else bound, seconds=seconds
         )
     tolerance = max(2 * GAP_TOLERANCE * abs(cost), outcome.tolerance)
+    tolerance += ROUNDING * cost_magnitude(problem.costs, problem.edges)
     if bound > cost + tolerance:
         bound = -math.inf
     proved = cost - bound <= tolerance
@@ -198,7 +203,8 @@ class _IlpBuilder:
         self.scaled_gap = max(GAP_TOLERANCE * abs(reference) * self.scale, 1e-9)
         self.cutoff_room = math.inf
         if cutoff is not None:
-            self.cutoff_room = (spread + GAP_TOLERANCE * abs(reference)) * self.scale
+            rounding = ROUNDING * cost_magnitude(problem.costs, edges)
+            self.cutoff_room = (spread + GAP_TOLERANCE * abs(reference) + rounding) * self.scale
         self.program = pulp.LpProblem("choices", pulp.LpMinimize)
         self.objective: dict[Any, float] = {}
         self.node_variables: list[dict[int, Any]] = []
@@ -301,8 +307,6 @@ class _IlpBuilder:
         for number, (row, used_by, least) in enumerate(
             zip(self.rows, self.row_coefficients, self.least_usages, strict=True)
         ):
-            if math.isinf(row.limit) and row.limit > 0:
-                continue
             left = row.limit - math.fsum(least)
             if left < -LIMIT_TOLERANCE * abs(row.limit):
                 return False

@@ -23,7 +23,14 @@ from autopar.choice.elimination import Eliminator, WidthError
 from autopar.choice.evaluate import evaluate
 from autopar.choice.ilp import solve_ilp
 from autopar.choice.local_search import repair_and_improve
-from autopar.choice.presolve import GAP_TOLERANCE
+from autopar.choice.presolve import (
+    GAP_TOLERANCE,
+    ROUNDING,
+    cost_magnitude,
+    row_scale,
+    usage_magnitude,
+    without_unlimited_rows,
+)
 from autopar.choice.problem import Edge, Floats, Problem, Row, Solution, SolveStatus
 
 MAX_LINE_STEPS = 40
@@ -41,6 +48,9 @@ class LagrangianRelaxation:
     def __init__(self, problem: Problem, *, max_cells: int = MAX_ELIMINATED_CELLS) -> None:
         self.problem = problem
         self.limits = np.array([row.limit for row in problem.rows])
+        self.row_scales = np.array([row_scale(row) for row in problem.rows])
+        self.cost_rounding = ROUNDING * cost_magnitude(problem.costs, problem.edges)
+        self.usage_roundings = ROUNDING * np.array([usage_magnitude(row) for row in problem.rows])
         self._eliminator, self._edge_positions = Eliminator.of_problem(problem, max_cells=max_cells)
 
     def solve(self, prices: Floats, *, with_costs: bool = True) -> tuple[Floats, list[tuple[int, ...]]]:
@@ -59,7 +69,8 @@ class LagrangianRelaxation:
         """For every node (choices,): the largest lower bound, over the prices, on any solution that takes the choice."""
         nodes, edges = self._priced_costs(prices, with_costs=True)
         marginals = self._eliminator.min_marginals(nodes, edges)
-        constant = (prices @ self.limits)[:, None]
+        rounding = self.cost_rounding + prices @ (self.usage_roundings + ROUNDING * np.abs(self.limits))
+        constant = (prices @ self.limits + rounding)[:, None]
         return [np.max(marginal - constant, axis=0) for marginal in marginals]
 
     def _priced_costs(self, prices: Floats, *, with_costs: bool) -> tuple[list[Floats], list[Floats]]:
@@ -129,17 +140,11 @@ def solve_exactly(problem: Problem, time_limit_s: float | None = None) -> Soluti
         choices = tuple(int(of[choice]) for of, choice in zip(remaining, finished.choices, strict=True))
         bound, status = max(finished.lower_bound, found.lower_bound), finished.status
     cost = evaluate(problem, choices).cost if status in ("optimal", "feasible") else math.inf
-    if status == "feasible" and cost - bound <= GAP_TOLERANCE * abs(cost):
+    if status == "feasible" and cost - bound <= GAP_TOLERANCE * abs(cost) + relaxation.cost_rounding:
         status = "optimal"
     return Solution(
         status=status, choices=choices, cost=cost, lower_bound=min(bound, cost), seconds=time.perf_counter() - start
     )
-
-
-def without_unlimited_rows(problem: Problem) -> Problem:
-    """The problem without rows whose limit is infinite."""
-    rows = tuple(row for row in problem.rows if row.limit != math.inf)
-    return Problem(costs=problem.costs, edges=problem.edges, rows=rows, names=problem.names)
 
 
 def filter_choices(
@@ -147,7 +152,7 @@ def filter_choices(
 ) -> tuple[Problem, list[np.ndarray]]:
     """The problem without the choices whose bound at some of the ``prices`` exceeds the incumbent's cost, and by node its
     remaining choices, ascending. No solution that costs at most as much as the incumbent is lost."""
-    ceiling = incumbent_cost + GAP_TOLERANCE * abs(incumbent_cost)
+    ceiling = incumbent_cost + GAP_TOLERANCE * abs(incumbent_cost) + relaxation.cost_rounding
     remaining = [np.flatnonzero(bounds <= ceiling) for bounds in relaxation.min_marginal_bounds(prices)]
     return restrict_choices(problem, remaining), remaining
 
@@ -221,9 +226,8 @@ class _PriceSearch:
     @property
     def is_proved(self) -> bool:
         """Whether the incumbent's cost meets the lower bound."""
-        return math.isfinite(self.incumbent_cost) and self.incumbent_cost - self.lower_bound <= GAP_TOLERANCE * abs(
-            self.incumbent_cost
-        )
+        tolerance = GAP_TOLERANCE * abs(self.incumbent_cost) + self.relaxation.cost_rounding
+        return math.isfinite(self.incumbent_cost) and self.incumbent_cost - self.lower_bound <= tolerance
 
     def best_prices(self, count: int) -> Floats:
         """The ``count`` tried prices with the largest L, the largest first."""
@@ -247,7 +251,7 @@ def search_prices(
     if not math.isfinite(free[0]) or not _is_each_row_satisfiable(problem, relaxation, search):
         return _dual_outcome(search, start, "infeasible")
     if not search.is_finished:
-        weights = 1.0 / np.maximum(np.abs(relaxation.limits), 1e-300)
+        weights = 1.0 / relaxation.row_scales
         _maximise_along_line(search, weights * (points[0][1] > 0))
         if num_rows > 1 and not search.is_finished:
             _maximise_along_line(search, weights)
@@ -278,7 +282,7 @@ def _is_each_row_satisfiable(problem: Problem, relaxation: LagrangianRelaxation,
     least, minimisers = relaxation.solve(np.diag(np.ones(len(problem.rows))), with_costs=False)
     for choices in minimisers:
         search.record(choices)
-    slack = GAP_TOLERANCE * np.abs(relaxation.limits)
+    slack = GAP_TOLERANCE * np.abs(relaxation.limits) + relaxation.usage_roundings
     return bool(np.all(least <= slack))
 
 
@@ -318,7 +322,7 @@ def _maximise_along_line(search: _PriceSearch, direction: Floats) -> None:
 def _ascend_by_subgradients(search: _PriceSearch) -> None:
     """Subgradient ascent on the prices of several rows: from the best so far, steps of all ``STEP_LENGTHS`` in one
     batch."""
-    scale = 1.0 / np.maximum(np.abs(search.relaxation.limits), 1e-300)  # steps are equal in prices per limit
+    scale = 1.0 / search.relaxation.row_scales  # steps are equal in prices per limit
     price = search.best_prices(1)[0]
     values, points = search.evaluate_prices(price[None])
     best, gradient = float(values[0]), points[0][1]

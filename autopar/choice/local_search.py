@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from autopar.choice.evaluate import evaluate
+from autopar.choice.presolve import row_scale
 from autopar.choice.problem import Floats, Problem
 
 MAX_MOVES = 400
@@ -49,7 +50,7 @@ class _LocalSearch:
         self.entry_costs = np.concatenate(problem.costs).astype(float)
         self.entry_usages = np.zeros((len(problem.rows), len(self.entry_costs)))
         self.limits = np.array([row.limit for row in problem.rows])
-        self.inverse_limits = 1.0 / np.maximum(np.abs(self.limits), 1e-300)
+        self.inverse_limits = 1.0 / np.array([row_scale(row) for row in problem.rows])
         self.edges_of_node: list[list[int]] = [[] for _ in sizes]
         self.edge_usages: dict[int, list[tuple[int, Floats]]] = {}
         self.row_usages = np.zeros(len(problem.rows))

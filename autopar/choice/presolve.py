@@ -20,6 +20,35 @@ from autopar.choice.problem import Edge, Floats, Problem, Row
 Bools = NDArray[np.bool_]
 GAP_TOLERANCE = 1e-9
 """Relative gap at which a solution counts as proved optimal."""
+ROUNDING = 1e-14
+"""Share of the largest terms of a sum by which rounding may change it: of some 100 terms, 100 * 2^-53."""
+
+
+def without_unlimited_rows(problem: Problem) -> Problem:
+    """The problem without rows whose limit is infinite."""
+    rows = tuple(row for row in problem.rows if row.limit != math.inf)
+    return Problem(costs=problem.costs, edges=problem.edges, rows=rows, names=problem.names)
+
+
+def cost_magnitude(costs: tuple[Floats, ...], edges: tuple[Edge, ...]) -> float:
+    """The sum of the largest finite cost, by absolute value, of every node and edge."""
+    return math.fsum(_largest(table) for table in (*costs, *(edge.costs for edge in edges)))
+
+
+def usage_magnitude(row: Row) -> float:
+    """The sum of the largest usage, by absolute value, of every node and edge."""
+    return math.fsum(_largest(table) for table in (*row.usage.values(), *row.edge_usage.values()))
+
+
+def _largest(table: Floats) -> float:
+    """The largest finite absolute value; 0 without one."""
+    return float(np.abs(table[np.isfinite(table)]).max(initial=0.0))
+
+
+def row_scale(row: Row) -> float:
+    """The unit in which excess over a row's limit counts: the limit, or, where that is about 0, the usages; 1 without."""
+    magnitude = usage_magnitude(row)
+    return (abs(row.limit) if abs(row.limit) > ROUNDING * magnitude else magnitude) or 1.0
 
 
 def merge_parallel_edges(problem: Problem) -> tuple[tuple[Edge, ...], tuple[Row, ...]]:
@@ -76,7 +105,8 @@ def alive_choices(
         if not all(mask.any() for mask in alive):
             return None
         if cutoff is not None:
-            room = cutoff - sum_of_least_costs(costs, edges, alive) + GAP_TOLERANCE * abs(cutoff)
+            tolerance = GAP_TOLERANCE * abs(cutoff) + ROUNDING * cost_magnitude(costs, edges)
+            room = cutoff - sum_of_least_costs(costs, edges, alive) + tolerance
             for values, mask in zip(costs, alive, strict=True):
                 mask &= values - values[mask].min() <= room
     return alive if all(mask.any() for mask in alive) else None

@@ -110,7 +110,7 @@ def op_seconds(
     """Forward and backward seconds per strategy. ``savings``: traffic and kernels that fusion saves of the op."""
     profile, rule = sharded.profile, sharded.rule
     traffic_s = _memory_traffic_s(sharded, device, execution, savings)
-    wanted = _wanted_gradients(sharded)
+    wanted = wanted_gradients(sharded)
     num_products = (1, max(sum(wanted), 1)) if profile.forward_flops else (0, 0)
     if rule.compute == "attention":
         num_products = (profile.forward_kernels, profile.backward_kernels)
@@ -181,7 +181,7 @@ def _matmul_operands(op: Op) -> tuple[int, ...]:
     return op.inputs[1:3] if op.target.startswith(("aten.addmm", "aten.baddbmm")) else op.inputs[:2]
 
 
-def _wanted_gradients(sharded: ShardedOp) -> list[bool]:
+def wanted_gradients(sharded: ShardedOp) -> list[bool]:
     """Whether the gradient of each of the op's two operands is wanted."""
     return [bool(sharded.graph.values[value].requires_grad) for value in _matmul_operands(sharded.op)]
 

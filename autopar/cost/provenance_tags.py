@@ -14,7 +14,7 @@ import numpy as np
 
 from autopar.cluster.cluster import Cluster, RankGroup
 from autopar.cluster.device import REFERENCE_HEAD_DIM, Device
-from autopar.cost.compute_time import ShardedOp
+from autopar.cost.compute_time import ShardedOp, wanted_gradients
 from autopar.cost.execution_model import ExecutionModel
 
 ProvenanceTag = Literal["measured", "modelled", "extrapolated"]
@@ -53,7 +53,7 @@ def attention_tag(device: Device, seq: float, batch_heads: float, head_dim: floa
 
 def op_tags(sharded: ShardedOp, device: Device, execution: ExecutionModel) -> tuple[ProvenanceTag, ProvenanceTag]:
     """(forward, backward) of an op under a single strategy."""
-    graph, op, rule = sharded.graph, sharded.op, sharded.rule
+    rule = sharded.rule
     if not sharded.profile.forward_flops or not rule.roles:
         return "modelled", "modelled"
     one = np.ones(1)
@@ -63,7 +63,7 @@ def op_tags(sharded: ShardedOp, device: Device, execution: ExecutionModel) -> tu
         if execution.attn == "math":
             return "modelled", "modelled"
         return attention_tag(device, q, b * h, d, backward=False), attention_tag(device, q, b * h, d, backward=True)
-    wanted = [bool(graph.values[value].requires_grad) for value in op.inputs[:2]]
+    wanted = wanted_gradients(sharded)
     shapes = [shape for shape, want in zip(((m, k, n), (n, k, m)), wanted, strict=False) if want] or [(m, n, k)]
     return matmul_tag(device, m, n, k, b), least_certain(matmul_tag(device, *shape, b) for shape in shapes)
 

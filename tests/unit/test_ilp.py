@@ -244,6 +244,47 @@ def test_every_solver_is_brute_force(seed: int) -> None:
     assert min(seen[status] for status in ("feasible", "optimal", "infeasible")) > 0, seen
 
 
+def problem_around_zero(rng: Rng) -> Problem:
+    """Costs of both signs whose optimum is 0 up to rounding, under rows whose limits are 0, infinite or small."""
+    sizes = rng.integers(1, 5, int(rng.integers(2, 6)))
+    pairs = [pair for pair in itertools.combinations(range(len(sizes)), 2) if rng.random() < 0.5]
+    costs = tuple(rng.normal(size=size) * 1e-3 for size in sizes)
+    edges = tuple(Edge(first=a, second=b, costs=rng.normal(size=(sizes[a], sizes[b])) * 1e-3) for a, b in pairs)
+    rows = tuple(
+        Row(
+            name=f"row_{number}",
+            usage={node: rng.integers(-1, 3, size).astype(float) for node, size in enumerate(sizes)},
+            limit=float(rng.choice([0.0, 0.0, math.inf, 2.0])),
+        )
+        for number in range(int(rng.integers(1, 3)))
+    )
+    best = brute_force(Problem(costs=costs, edges=edges, rows=rows))
+    shift = best if math.isfinite(best) else 0.0
+    return Problem(costs=(costs[0] - shift, *costs[1:]), edges=edges, rows=rows)
+
+
+def test_every_solver_is_brute_force_around_zero() -> None:
+    """A relative gap of a cost of 0 allows no rounding, and a limit of 0 is no unit of excess."""
+    rng = np.random.default_rng(31)
+    seen: Counter[tuple[str, float]] = Counter()
+    with np.errstate(all="raise", under="ignore"):
+        for number in range(120):
+            problem = problem_around_zero(rng)
+            best = brute_force(problem)
+            solutions = [solve_ilp(problem), solve_exactly(problem)]
+            if number < 10:
+                solutions.append(solve_ilp(problem, solver="cbc"))
+            for solution in solutions:
+                assert solution.status == ("infeasible" if math.isinf(best) else "optimal"), (number, solution)
+                assert solution.cost == pytest.approx(best, abs=1e-12)
+                assert solution.lower_bound <= best + 1e-12 or math.isinf(best)
+            priced = solve_lagrangian(problem)
+            assert priced.status != "optimal" or priced.cost == pytest.approx(best, abs=1e-12)
+            assert priced.lower_bound <= best + 1e-12 or math.isinf(best)
+            seen.update((solutions[0].status, row.limit) for row in problem.rows)
+    assert {("optimal", 0.0), ("infeasible", 0.0), ("optimal", math.inf)} <= set(seen)
+
+
 def test_the_filter_keeps_every_solution_up_to_the_incumbent() -> None:
     rng = np.random.default_rng(11)
     dropped = 0

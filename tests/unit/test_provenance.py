@@ -1,11 +1,17 @@
 """Tags of prices: the limits of tables, and what an estimate counts."""
 
 import pytest
+import torch
+from torch import nn
 
 import autopar
 from autopar.cluster import load_cluster
 from autopar.cluster.cluster import RankGroup
-from autopar.cost.provenance_tags import attention_tag, collective_tag, matmul_tag
+from autopar.cost.compute_time import ShardedOp
+from autopar.cost.execution_model import ExecutionModel
+from autopar.cost.provenance_tags import attention_tag, collective_tag, matmul_tag, op_tags
+from autopar.graph.traced_model import trace_model
+from autopar.rules.registry import sharding_rule
 
 A100, V100 = load_cluster("dgx-a100"), load_cluster("p3.16xlarge")
 SETTINGS = {"layers": 2, "hidden": 512, "heads": 8, "ffn": 2048, "vocab": 1024, "seq": 1024}
@@ -54,3 +60,40 @@ def test_prices_of_a_stage_are_counted_once(layout: str, collectives: int) -> No
     listed = sum(one.count for one in found.collectives)
     assert listed >= collectives
     assert sum(found.provenance.values()) > 20 + listed
+
+
+class AddedProduct(nn.Module):
+    """A bias plus a product whose first operand is data."""
+
+    def __init__(self, batched: bool) -> None:
+        super().__init__()
+        self.batched = batched
+        self.weight = nn.Parameter(torch.empty(*((4,) if batched else ()), 4096, 64))
+        self.bias = nn.Parameter(torch.empty(64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.batched:
+            return torch.baddbmm(self.bias, x.expand(4, -1, -1), self.weight).square().mean()
+        return torch.addmm(self.bias, x, self.weight).square().mean()
+
+
+@pytest.mark.parametrize(("batched", "status"), [(False, "measured"), (True, "modelled")])
+def test_the_operands_of_a_product_are_not_its_bias(batched: bool, status: str) -> None:
+    """At 512 rows the backward is the weight's gradient alone, (64, 512) @ (512, 4096), inside the table. The data's would
+    contract 64, which is outside."""
+    workload = autopar.Workload(
+        build_model=lambda: AddedProduct(batched), example_inputs=lambda rows: {"x": torch.empty(rows, 4096)}
+    )
+    model = trace_model(workload, dtype="bf16")
+    graph = model.graph
+    op = next(op for op in graph.ops if op.target.startswith(("aten.addmm", "aten.baddbmm")))
+    sharded = ShardedOp(
+        graph=graph,
+        op=op,
+        rule=sharding_rule(op, graph.values),
+        profile=model.profile.ops[op.id],
+        local_batch=512,
+        degrees={},
+    )
+    execution = ExecutionModel(dtype="bfloat16", optimizer="adamw", fp32_grads=False, accumulates_gradients=False)
+    assert op_tags(sharded, A100.device, execution)[1] == status
