@@ -39,7 +39,12 @@ CASES = {
 }
 
 
-LONG = ("wide-resnet, statistics of all samples", "llama, masters among the weights")
+LONG = (
+    "wide-resnet, statistics of all samples",
+    "wide-resnet, saved first and gradients last",
+    "llama, masters among the weights",
+    "llama, gathered parameters of two blocks",
+)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in CASES])

@@ -79,11 +79,9 @@ SAMPLE = [
     ("gpt-tied", "dp2tp2", 3, "full", "lowered"),
     ("gpt-tied", "three", 1, "full", "lowered"),
     ("gpt-untied", "dp2", 3, "full", "lowered"),
-    ("gpt-untied", "four", 1, "none", "reference"),
     ("llama", "tp2", 1, "full", "lowered"),
     ("llama", "dp2cp2", 3, "none", "lowered"),
     ("moe", "dp4ep2", 1, "none", "lowered"),
-    ("wide-resnet", "dp2", 1, "none", "lowered"),
     ("t5", "interleaved", 1, "none", "reference"),
     ("t5", "gpipe", 0, "none", "lowered"),
 ]

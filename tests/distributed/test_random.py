@@ -28,7 +28,7 @@ def check_seed(pool: Pool, seed: int, mode: str) -> None:
     assert error <= TOLERANCE, f"seed {seed}: gradient of {parameter} is off by {error:.1e}"
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [*range(1, 4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, 4))])
 def test_random_plan(pool: Pool, seed: int) -> None:
     check_seed(pool, seed, "reference" if seed % 2 else "lowered")
 
@@ -75,7 +75,7 @@ def test_random_searches(pool: Pool, seed: int) -> None:
     check_search(pool, seed)
 
 
-@pytest.mark.parametrize(("name", "seed"), [("moe", 1), ("llama", 2)])
+@pytest.mark.parametrize(("name", "seed"), [("llama", 2), pytest.param("moe", 1, marks=pytest.mark.slow)])
 def test_random_plan_of_an_example(pool: Pool, name: str, seed: int) -> None:
     check_example(pool, name, seed, "reference")
 

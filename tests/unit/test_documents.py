@@ -74,9 +74,11 @@ def shrunk(words: list[str]) -> list[str]:
     if model is None or words[1] not in ("plan", "estimate"):
         return words
     others = [word for at, word in enumerate(words) if word != "--set" and words[at - 1] != "--set"]
-    small = [word for setting in SMALL[model].split() for word in ("--set", setting)]
+    searched = "--layout" not in words  # two layers will do where no layout asks for more
+    sizes = re.sub(r"layers=\d+", "layers=2", SMALL[model]) if searched else SMALL[model]
+    small = [word for setting in sizes.split() for word in ("--set", setting)]
     batch = [] if "--global-batch" in words or "gbs=" in " ".join(words) else ["--global-batch", "64"]
-    gpus = [] if "--layout" in words else ["--gpus", "8"]
+    gpus = ["--gpus", "8"] if searched else []
     return [*others, *small, *batch, *gpus, "-q"]
 
 

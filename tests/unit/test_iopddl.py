@@ -10,10 +10,10 @@ from autopar.choice.lagrangian import solve_exactly
 from tests.iopddl import maximal_live_sets, path_of, read_problem
 
 
-@pytest.mark.parametrize(("letter", "optimum"), [("B", 532843.0), ("G", 217039.0)])
+@pytest.mark.parametrize(("letter", "optimum"), [pytest.param("B", 532843.0, marks=pytest.mark.slow), ("G", 217039.0)])
 def test_public_instance_is_proved_optimal(letter: str, optimum: float) -> None:
     if not path_of(letter).exists():
-        pytest.skip("the public instances do not lie beside this checkout")
+        pytest.skip("the public instances are not beside this checkout")
     problem = read_problem(path_of(letter))
     solution = solve_exactly(problem, time_limit_s=60)
     assert solution.status == "optimal"

@@ -62,7 +62,7 @@ def test_less_memory_never_makes_the_step_faster_and_ends_in_an_error_that_names
     ("model", "settings"),
     [
         ("gpt", TINY),
-        ("gpt", {**TINY, "vocab": 51200}),
+        pytest.param("gpt", {**TINY, "vocab": 51200}, marks=pytest.mark.slow),
         pytest.param("moe", {**TINY, "layers": 2, "experts": 8, "group_size": 128}, marks=pytest.mark.slow),
     ],
 )

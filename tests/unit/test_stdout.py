@@ -118,7 +118,9 @@ def test_a_training_script_keeps_its_stdout(tmp_path: Path) -> None:
     save_plan(sample_plan(), tmp_path / "p.json")
     (tmp_path / "torchrun").write_text("#!/bin/sh\necho launched\n")
     (tmp_path / "torchrun").chmod(0o755)
-    path_first = f'PATH="{tmp_path}:$PATH" "{sys.executable}" -m autopar run p.json --ranks-per-node 8 --exec -- train.py'
+    path_first = (
+        f'PATH="{tmp_path}:$PATH" "{sys.executable}" -m autopar run p.json --ranks-per-node 8 --exec -- train.py'
+    )
     done = subprocess.run(["bash", "-c", path_first], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stdout == "launched\n", done.stderr
 
