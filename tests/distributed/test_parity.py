@@ -87,8 +87,20 @@ SAMPLE = [
 ]
 
 
+LONG_SAMPLE = [
+    ("gpt-untied", "four", 1, "none", "reference"),
+    ("wide-resnet", "dp2", 1, "none", "lowered"),
+]
+
+
 @pytest.mark.parametrize("point", SAMPLE, ids="-".join(("%s",) * 5).__mod__)
 def test_parity_sample(pool: Pool, point: tuple[str, str, int, str, str]) -> None:
+    check(pool, *point)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", LONG_SAMPLE, ids="-".join(("%s",) * 5).__mod__)
+def test_parity_long_sample(pool: Pool, point: tuple[str, str, int, str, str]) -> None:
     check(pool, *point)
 
 
